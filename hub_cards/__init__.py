@@ -1,0 +1,1 @@
+"""Hub cards for models and memory banks."""

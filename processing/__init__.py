@@ -1,0 +1,1 @@
+"""The processor: text and images to model inputs; travels with every checkpoint."""
