@@ -1,1 +1,20 @@
 """TinyAlign: a small vision-language model that retrieves similar training examples for every image."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .modeling_tinyalign import TinyAlignConfig, TinyAlignForConditionalGeneration, TinyAlignModel, TinyAlignRetrieval
+from .processing import TinyAlignProcessor
+
+
+AutoConfig.register("tinyalign", TinyAlignConfig)
+AutoModel.register(TinyAlignConfig, TinyAlignModel)
+AutoModelForImageTextToText.register(TinyAlignConfig, TinyAlignForConditionalGeneration)
+AutoProcessor.register(TinyAlignConfig, TinyAlignProcessor)
+
+__all__ = [
+    "TinyAlignConfig",
+    "TinyAlignForConditionalGeneration",
+    "TinyAlignModel",
+    "TinyAlignProcessor",
+    "TinyAlignRetrieval",
+]

@@ -1,0 +1,115 @@
+"""Composing a TinyAlign model from a vision checkpoint and a language-model checkpoint."""
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_tinyalign import TinyAlignConfig
+from .connectors import Connector, MemoryConnector
+from .vision_features import pool_grid, read_vision_tower
+
+
+logger = logging.get_logger(__name__)
+
+# What AutoConfig and AutoTokenizer need to find the same checkpoint as the model.
+HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "gguf_file")
+
+
+def compose(
+    model_class: type[PreTrainedModel],
+    vision_name_or_path: str,
+    text_name_or_path: str,
+    image_token: str,
+    vision_kwargs: dict | None,
+    text_kwargs: dict | None,
+    config_kwargs: dict,
+) -> PreTrainedModel:
+    """See `TinyAlignForConditionalGeneration.from_vision_text_pretrained`."""
+    vision_tower, vision_report = _load_vision_tower(vision_name_or_path, vision_kwargs or {})
+    language_model, image_token_id, text_report = _load_language_model(
+        text_name_or_path, image_token, text_kwargs or {}
+    )
+    lm_head = language_model.get_output_embeddings()
+    config = TinyAlignConfig(
+        **{
+            "vision_config": vision_tower.config,
+            "text_config": language_model.config,
+            "image_token_id": image_token_id,
+            "lm_head_bias": lm_head.bias is not None,
+            **_measure(vision_tower, config_kwargs),
+            **config_kwargs,
+        }
+    )
+
+    with torch.device("meta"):  # both halves are there already
+        model = model_class(config)
+    model.model.vision_tower = vision_tower
+    model.model.language_model = language_model.base_model
+    model.lm_head = lm_head
+    hidden_size = config.text_config.hidden_size
+    model.model.connector = Connector(config.vision_feature_size, hidden_size, hidden_size, config.projector_hidden_act)
+    model.model.connector.apply(model._init_weights)
+    new = ["connector"]
+    if config.memory_top_k > 0:
+        model.model.memory_connector = MemoryConnector(config)
+        model.model.memory_connector.apply(model._init_weights)
+        new.append("memory_connector")
+    model.generation_config = language_model.generation_config
+    model.generation_config.suppress_tokens = [image_token_id]
+    logger.warning(f"Not from a checkpoint, train before use: {', '.join(new)} (random){text_report}{vision_report}.")
+    return model.eval()
+
+
+def _load_vision_tower(name_or_path: str, kwargs: dict) -> tuple[PreTrainedModel, str]:
+    """The tower, and what of it was missing in the checkpoint."""
+    config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
+    if "vision_config" in config.sub_configs:  # a dual tower
+        config = config.vision_config
+        config._name_or_path = name_or_path
+    model, info = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+    return model, _missing(name_or_path, info)
+
+
+def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> tuple[PreTrainedModel, int, str]:
+    """The language model with a row for the image token, the token's id, and what was missing or is new."""
+    hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_kwargs)
+    model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    image_token_id = tokenizer.get_vocab().get(image_token, len(tokenizer))
+    report = _missing(name_or_path, info)
+    rows = model.get_input_embeddings().num_embeddings
+    if image_token_id >= rows:
+        model.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+        lm_head = model.get_output_embeddings()
+        with torch.no_grad():
+            for weight in (model.get_input_embeddings().weight, lm_head.weight, lm_head.bias):
+                if weight is not None:
+                    weight[rows:] = weight[:rows].mean(0)
+        report = f", embedding row {rows} for {image_token} (mean of the others){report}"
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, image_token_id, report
+
+
+def _missing(name_or_path: str, info: dict) -> str:
+    keys = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    return f", {len(keys)} weights that {name_or_path} lacks ({', '.join(keys)}; random)" if keys else ""
+
+
+def _measure(vision_tower: PreTrainedModel, config: dict) -> dict:
+    """Number and width of the visual features, by running the tower once on zeros."""
+    image_size = vision_tower.config.to_dict().get("image_size")
+    if image_size is None:
+        raise ValueError(
+            f"A {vision_tower.config.model_type} config has no image_size: use a tower that has one, or build a "
+            "TinyAlignConfig with image_seq_length and vision_feature_size yourself."
+        )
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    features = read_vision_tower(
+        vision_tower,
+        torch.zeros(1, vision_tower.config.num_channels, height, width),
+        config.get("vision_feature_layer", TinyAlignConfig.vision_feature_layer),
+        config.get("vision_feature_select_strategy", TinyAlignConfig.vision_feature_select_strategy),
+    )
+    pooled = pool_grid(features, config.get("vision_pool_size"))
+    return {"image_seq_length": pooled.shape[1], "vision_feature_size": features.shape[2]}

@@ -1,0 +1,127 @@
+"""TinyAlign configuration."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+@strict
+class TinyAlignConfig(PreTrainedConfig):
+    r"""
+    Configuration of a vision tower, a language model, the connector between them and the memory.
+
+    > The two models
+
+    vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a SigLIP vision tower):
+        Any vision tower `AutoModel` can build. Of a dual tower (SigLIP, CLIP) the vision half is taken.
+    text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama):
+        Any causal language model `AutoModel` can build.
+    lm_head_bias (`bool`, *optional*, defaults to `False`):
+        Whether the language model's head has a bias, as Phi's has.
+
+    > What an image becomes
+
+    image_token_id (`int`, *optional*, defaults to 32000):
+        Id of the placeholder `<image>`.
+    image_seq_length (`int`, *optional*, defaults to 196):
+        Visual tokens of one image (P), after pooling.
+    vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
+        Hidden states of the vision tower to read; several are concatenated. A convolutional tower is always read at
+        its last layer.
+    vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`):
+        `"default"` drops the first token (CLIP's CLS token), `"full"` keeps all.
+    vision_feature_size (`int`, *optional*):
+        Width of the visual features (C). Defaults to the tower's `hidden_size` times the number of layers read; must
+        be given for a tower that has no `hidden_size`.
+    vision_pool_size (`int`, *optional*):
+        Average-pools the square grid of visual tokens to this many rows and columns. `None` keeps all tokens.
+    projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+        Activation of both connectors.
+
+    > The memory
+
+    memory_top_k (`int`, *optional*, defaults to 5):
+        Neighbours per image. 0 is the plain baseline, without memory connector.
+    num_latents, latent_dim (`int`, *optional*, default to 32 and 96):
+        Shape of a memory value (L, D).
+    memory_fusion (`str`, *optional*, defaults to `"channel"`):
+        `"channel"` concatenates the neighbours along the latent width (L tokens), `"sequence"` one after the other
+        (memory_top_k x L tokens).
+    memory_connector_size (`int`, *optional*):
+        Hidden width of the memory connector. Defaults to the language model's hidden size.
+    key_space (`str`, *optional*, defaults to `"vision"`):
+        Space of the bank's keys: the vision tower's, or (the paper's) the language model's, with the question mixed in.
+    query_alpha (`float`, *optional*, defaults to 0.4):
+        Weight of the image in a key of the language space (paper, equation 4).
+    memory_bank, memory_bank_revision (`str`, *optional*):
+        Hub repository and revision of the bank, loaded at the first retrieval.
+    """
+
+    model_type = "tinyalign"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    lm_head_bias: bool = False
+    image_token_id: int = 32000
+    image_seq_length: int = 196
+    vision_feature_layer: int | list[int] = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "full"
+    vision_feature_size: int | None = None
+    vision_pool_size: int | None = None
+    projector_hidden_act: str = "gelu"
+    memory_top_k: int = 5
+    num_latents: int = 32
+    latent_dim: int = 96
+    memory_fusion: Literal["channel", "sequence"] = "channel"
+    memory_connector_size: int | None = None
+    key_space: Literal["vision", "language"] = "vision"
+    query_alpha: float = 0.4
+    memory_bank: str | None = None
+    memory_bank_revision: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config(self.vision_config, "siglip_vision_model")
+        if "vision_config" in self.vision_config.sub_configs:
+            self.vision_config = self.vision_config.vision_config
+        self.text_config = _sub_config(self.text_config, "llama")
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        if "top_k" in kwargs:  # transformers would drop it: it is a setting of generation
+            raise ValueError("Found top_k, expected memory_top_k, the number of neighbours an image: rename it.")
+        if self.memory_top_k < 0:
+            raise ValueError(f"memory_top_k is {self.memory_top_k}, expected 0 (no memory) or more.")
+        if self.vision_feature_size is None:
+            width = self.vision_config.to_dict().get("hidden_size")
+            if width is None:
+                raise ValueError(
+                    f"A {self.vision_config.model_type} config has no hidden_size: pass vision_feature_size, the number "
+                    "of channels of the tower's last layer."
+                )
+            layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
+            self.vision_feature_size = width * layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_memory_tokens(self) -> int:
+        """Memory tokens of one image (M)."""
+        if self.memory_top_k == 0:
+            return 0
+        return self.num_latents * (self.memory_top_k if self.memory_fusion == "sequence" else 1)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders of one image: visual tokens, then memory tokens (P + M)."""
+        return self.image_seq_length + self.num_memory_tokens
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
+    """By hand, because transformers 5.17 has no `sub_configs_defaults`."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    config = dict(config or {})
+    return CONFIG_MAPPING[config.pop("model_type", model_type)](**config)
+
+
+__all__ = ["TinyAlignConfig"]

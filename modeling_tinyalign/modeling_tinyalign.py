@@ -1,0 +1,485 @@
+"""TinyAlign model: a frozen vision tower and a language model, with retrieved memory beside the visual tokens."""
+
+import os
+from itertools import islice
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, logging
+from transformers.utils.generic import can_return_tuple
+
+from .composition import compose
+from .configuration_tinyalign import TinyAlignConfig
+from .connectors import Connector, MemoryConnector
+from .outputs import (
+    TinyAlignCausalLMOutputWithPast,
+    TinyAlignImageFeatures,
+    TinyAlignModelOutputWithPast,
+    TinyAlignRetrieval,
+)
+from .vision_features import pool_grid, read_vision_tower
+
+
+logger = logging.get_logger(__name__)
+
+# Everything that says what an image is and what is remembered about it; one row an image.
+IMAGE_INPUTS = (
+    "pixel_values",
+    "vision_features",
+    "query_input_ids",
+    "query_attention_mask",
+    "memory_ids",
+    "memory_values",
+    "exclude_ids",
+    "memory",
+)
+
+
+class TinyAlignPreTrainedModel(PreTrainedModel):
+    config: TinyAlignConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    # They are small, train in float32, and read and write whatever dtype the frozen parts have.
+    _keep_in_fp32_modules_strict = {"connector", "memory_connector"}
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MemoryConnector):
+            init.normal_(module.null_latents, std=0.02)
+            init.zeros_(module.slot_embedding)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Saves weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_tinyalign.TinyAlignConfig",
+            "AutoModel": "modeling_tinyalign.TinyAlignModel",
+            "AutoModelForImageTextToText": "modeling_tinyalign.TinyAlignForConditionalGeneration",
+        }
+        if self.config.memory_bank is not None and os.path.exists(self.config.memory_bank):
+            logger.warning(
+                f"config.memory_bank is a local path ({self.config.memory_bank}) and is not saved: push the bank to the "
+                "Hub and set config.memory_bank to its repository, or call attach_memory_bank() after loading."
+            )
+            self.config.memory_bank = None
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class TinyAlignModel(TinyAlignPreTrainedModel):
+    """Vision tower, connectors and language model without its head. All fusion happens in `forward`."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: TinyAlignConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        hidden_size = config.text_config.hidden_size
+        self.connector = Connector(config.vision_feature_size, hidden_size, hidden_size, config.projector_hidden_act)
+        if config.memory_top_k > 0:
+            self.memory_connector = MemoryConnector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self._memory_bank = None
+        self.post_init()
+
+    def train(self, mode: bool = True):
+        """As usual, but the vision tower stays in evaluation mode: dropout and batch statistics would move the keys."""
+        super().train(mode)
+        self.vision_tower.eval()
+        return self
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `(n, 3, H, W)` -> frozen visual features `(n, T, C)`, which keys, value encoder and caches use."""
+        config = self.config
+        return read_vision_tower(
+            self.vision_tower, pixel_values, config.vision_feature_layer, config.vision_feature_select_strategy
+        )
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+        memory_ids: torch.LongTensor | None = None,
+        memory_values: torch.Tensor | None = None,
+        exclude_ids: list | None = None,
+        memory: Literal["on", "off"] | None = None,
+        **kwargs,
+    ) -> TinyAlignImageFeatures:
+        r"""
+        Visual and memory tokens of each image. Retrieval happens here, once an image, and nowhere else.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(n, 3, H, W)`, *optional*): The images, or
+            vision_features (`torch.Tensor` of shape `(n, T, C)`, *optional*): what [`get_vision_features`] gave for them.
+            query_input_ids, query_attention_mask (`torch.Tensor` of shape `(n, Q)`, *optional*):
+                The question, for a bank with keys in the language space.
+            memory_values (`torch.Tensor` of shape `(n, top_k, L, D)`, *optional*): Values to use. Nothing is retrieved.
+            memory_ids (`torch.LongTensor` of shape `(n, top_k)`, *optional*):
+                Rows of the attached bank to use; -1 marks an empty slot. Nothing is retrieved.
+            exclude_ids (`list`, *optional*):
+                For each image what not to retrieve: `None`, a `source_id`, or row ids.
+            memory (`str`, *optional*, defaults to `"on"`): `"off"` fills all slots with "nothing retrieved".
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Pass exactly one of pixel_values and vision_features.")
+        if memory not in (None, "on", "off"):
+            raise ValueError(f"memory is {memory!r}, expected 'on' or 'off'.")
+        if vision_features is None:
+            vision_features = self.get_vision_features(pixel_values)
+        visual_tokens = pool_grid(vision_features, self.config.vision_pool_size)
+        if visual_tokens.shape[1] != self.config.image_seq_length:
+            raise ValueError(
+                f"An image has {visual_tokens.shape[1]} visual tokens, expected config.image_seq_length = "
+                f"{self.config.image_seq_length}. Check the image size, vision_pool_size and "
+                "vision_feature_select_strategy."
+            )
+        tokens = self.connector(visual_tokens)
+        outputs = TinyAlignImageFeatures(last_hidden_state=vision_features)
+        if self.config.memory_top_k > 0:
+            values = memory_values
+            if memory == "off":
+                memory_ids = torch.full((len(tokens), self.config.memory_top_k), -1)
+                values = torch.zeros(*memory_ids.shape, self.config.num_latents, self.config.latent_dim)
+            elif memory_values is None:
+                if memory_ids is None:
+                    outputs.memory_scores, memory_ids = self._search(
+                        vision_features, query_input_ids, query_attention_mask, self.config.memory_top_k, exclude_ids
+                    )
+                values = self._require_bank().gather(memory_ids)
+            values = torch.as_tensor(values)
+            self._check_memory_values(values, len(tokens))
+            mask = None if memory_ids is None else memory_ids >= 0
+            memory_tokens = self.memory_connector(values.to(tokens.device), mask)
+            tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
+            outputs.memory_ids = memory_ids
+        elif memory_ids is not None or memory_values is not None:
+            raise ValueError("config.memory_top_k is 0, a model without memory: do not pass memory_ids or memory_values.")
+        outputs.pooler_output = list(tokens)
+        return outputs
+
+    @property
+    def memory_bank(self):
+        """The attached bank. If there is none, `config.memory_bank` is loaded and attached, when that is set."""
+        if self._memory_bank is None and self.config.memory_bank is not None:
+            self.attach_memory_bank(self.config.memory_bank, self.config.memory_bank_revision)
+        return self._memory_bank
+
+    def detach_memory_bank(self):
+        """Forgets the bank, also the one that `config.memory_bank` names."""
+        self._memory_bank = None
+        self.config.memory_bank = self.config.memory_bank_revision = None
+
+    def _require_bank(self):
+        if self.memory_bank is None:
+            raise ValueError(
+                f"This model retrieves {self.config.memory_top_k} neighbours an image, but no memory bank is attached and no "
+                'memory_values were given. Call model.attach_memory_bank(folder_or_repository), or pass memory="off" to '
+                "do without."
+            )
+        return self.memory_bank
+
+    def _search(self, vision_features, query_input_ids, query_attention_mask, top_k, exclude_ids):
+        """Scores and ids `(n, top_k)` of the neighbours, on the device of the features."""
+        bank = self._require_bank()
+        keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
+        scores, ids = bank.search(keys, top_k, exclude=exclude_ids)
+        return torch.as_tensor(scores, device=vision_features.device), torch.as_tensor(
+            ids, device=vision_features.device
+        )
+
+    @torch.no_grad()
+    def retrieve(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+        top_k: int | None = None,
+        exclude_ids: list | None = None,
+    ) -> TinyAlignRetrieval:
+        """The neighbours of each image (see [`get_image_features`]), by default `config.memory_top_k` of them, best first."""
+        if vision_features is None:
+            vision_features = self.get_vision_features(pixel_values)
+        top_k = self.config.memory_top_k if top_k is None else top_k
+        scores, ids = self._search(vision_features, query_input_ids, query_attention_mask, top_k, exclude_ids)
+        rows = [self.memory_bank.rows([index for index in row if index >= 0]) for row in ids.tolist()]
+        return TinyAlignRetrieval(
+            scores=scores,
+            ids=ids,
+            captions=[[neighbour["caption"] for neighbour in row] for row in rows],
+            source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
+        )
+
+    def _check_memory_values(self, values: torch.Tensor, n: int):
+        config = self.config
+        expected = (n, config.memory_top_k, config.num_latents, config.latent_dim)
+        found = tuple(values.shape)
+        free = {1} if config.memory_fusion == "sequence" else set()
+        if len(found) != 4 or any(a != b for i, (a, b) in enumerate(zip(found, expected, strict=True)) if i not in free):
+            raise ValueError(
+                f"memory_values have shape {found}, expected (images, top_k, num_latents, latent_dim) = {expected}."
+            )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(batch, sequence)`, True where an image token goes."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+    def check_placeholders(self, mask: torch.Tensor, features: list[torch.Tensor]):
+        """Row by row: over the whole batch two wrong rows can cancel out. Raises `ValueError`."""
+        size = len(features[0])
+        found = mask.sum(1).tolist()
+        for row, count in enumerate(found):
+            if count % size:
+                raise ValueError(
+                    f"Row {row} has {count} image placeholders (token {self.config.image_token_id}), expected a multiple "
+                    f"of {size}: {self.config.image_seq_length} visual + {size - self.config.image_seq_length} memory "
+                    "tokens an image. Make the prompt with the processor saved with this model, and do not truncate it."
+                )
+        images = [count // size for count in found]
+        if sum(images) != len(features):
+            raise ValueError(
+                f"The rows have placeholders for {images} images, {sum(images)} in all, but {len(features)} images were "
+                "given. Pass one image for each."
+            )
+
+    def check_no_placeholders(self, mask: torch.Tensor):
+        """Without images. Raises `ValueError`."""
+        if mask.any():
+            raise ValueError(
+                f"The rows have {mask.sum(1).tolist()} image placeholders (token {self.config.image_token_id}), but no "
+                "image was given: pass pixel_values or vision_features."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, TinyAlignImageFeatures] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TinyAlignModelOutputWithPast:
+        """Takes the inputs of [`get_image_features`], or its output under `mm_encoder_outputs["image"]`, as well."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        images_given = image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None
+        images = (mm_encoder_outputs or {}).get("image")
+        if images_given and images is not None:
+            raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
+
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if images_given:
+            images = self.get_image_features(**image_inputs, return_dict=True)
+            if not is_torchdynamo_compiling():
+                self.check_placeholders(mask, images.pooler_output)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        features = None
+        if images is not None:
+            features = torch.cat(images.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            if not is_torchdynamo_compiling() and mask.sum() != len(features):
+                raise ValueError(f"Found {mask.sum()} image placeholders, expected {len(features)}, one per image token.")
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
+        elif past_key_values is None and not is_torchdynamo_compiling():
+            self.check_no_placeholders(mask)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return TinyAlignModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+        )
+
+
+class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixin):
+    """TinyAlign with the language model's head."""
+
+    _auto_class = "AutoModelForImageTextToText"
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: TinyAlignConfig):
+        super().__init__(config)
+        self.model = TinyAlignModel(config)
+        self.lm_head = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=config.lm_head_bias
+        )
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_name_or_path: str,
+        text_name_or_path: str,
+        *,
+        image_token: str = "<image>",
+        vision_kwargs: dict | None = None,
+        text_kwargs: dict | None = None,
+        **config,
+    ) -> "TinyAlignForConditionalGeneration":
+        """
+        Composes a model from two checkpoints; its connectors are new. What is initialised and not loaded is logged.
+
+        Args:
+            vision_name_or_path (`str`): A vision tower, or a dual tower (SigLIP, CLIP) whose vision half is taken.
+            text_name_or_path (`str`): A causal language model with its tokenizer.
+            image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, added where the tokenizer lacks it.
+            vision_kwargs, text_kwargs (`dict`, *optional*): For the two `from_pretrained` (`dtype`, `revision`, ...).
+            config: Fields of [`TinyAlignConfig`].
+        """
+        return compose(cls, vision_name_or_path, text_name_or_path, image_token, vision_kwargs, text_kwargs, config)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See [`TinyAlignModel.get_vision_features`]."""
+        return self.model.get_vision_features(pixel_values)
+
+    def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs) -> TinyAlignImageFeatures:
+        """See [`TinyAlignModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+        memory_ids: torch.LongTensor | None = None,
+        memory_values: torch.Tensor | None = None,
+        exclude_ids: list | None = None,
+        memory: Literal["on", "off"] | None = None,
+        mm_encoder_outputs: dict[str, TinyAlignImageFeatures] | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        supervised_logits_only: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TinyAlignCausalLMOutputWithPast:
+        r"""
+        Args:
+            supervised_logits_only (`bool`, *optional*, defaults to `False`):
+                With `labels`: compute logits only where there is a label, several times faster with a large
+                vocabulary. The loss is the same, `logits` are `(supervised positions, vocab_size)`.
+
+        The image inputs are those of [`TinyAlignModel.get_image_features`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_features=vision_features,
+            query_input_ids=query_input_ids,
+            query_attention_mask=query_attention_mask,
+            memory_ids=memory_ids,
+            memory_values=memory_values,
+            exclude_ids=exclude_ids,
+            memory=memory,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if labels is not None and supervised_logits_only:
+            shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            supervised = shift_labels != -100
+            hidden_states = hidden_states[supervised]
+            kwargs["shift_labels"] = shift_labels[supervised]
+        elif isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return TinyAlignCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """
+        As [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`]. Images are encoded and
+        neighbours retrieved once, before the first token. With `return_dict_in_generate=True` the output has
+        `memory_ids` and `memory_scores` `(images, top_k)` as well.
+        """
+        image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        mask = self.model.get_placeholder_mask(kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds"))
+        images = None
+        if image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None:
+            images = self.model.get_image_features(**image_inputs, return_dict=True)
+            self.model.check_placeholders(mask, images.pooler_output)
+            kwargs["mm_encoder_outputs"] = {"image": images}
+        elif not {"mm_encoder_outputs", "past_key_values"} & kwargs.keys():
+            self.model.check_no_placeholders(mask)
+        outputs = super().generate(inputs, *args, **kwargs)
+        if images is not None and not torch.is_tensor(outputs):
+            outputs["memory_ids"], outputs["memory_scores"] = images.memory_ids, images.memory_scores
+        return outputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Images follow their row, which may have several: transformers 5.17 only repeats one image a row."""
+        encoder_outputs = model_kwargs.pop("mm_encoder_outputs", None) or {}
+        if encoder_outputs and expand_size > 1:
+            images = encoder_outputs["image"]
+            features = iter(images.pooler_output)
+            counts = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(1)
+            rows = [list(islice(features, count // len(images.pooler_output[0]))) for count in counts.tolist()]
+            expanded = [feature for row in rows for feature in row * expand_size]
+            encoder_outputs = {"image": TinyAlignImageFeatures(pooler_output=expanded)}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "mm_encoder_outputs": encoder_outputs}
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """Image tokens go in with the prompt, and again only when there is no cache (5.17 does not know of them)."""
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs["mm_encoder_outputs"] = None
+        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)

@@ -1,0 +1,46 @@
+"""Chat templates with images, and with `{% generation %}` around answers so that only they are trained on."""
+
+_CONTENT = """
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for part in content -%}
+{%- if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+"""
+
+# SmolLM2, Qwen2, Qwen2.5: their own turns; no system prompt unless one is given.
+CHATML_TEMPLATE = (
+    _CONTENT
+    + """
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- render(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- render(message['content']) + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+)
+
+# Every other language model: the turns of LLaVA 1.5, which TinyLLaVA uses with TinyLlama and Phi-2.
+PLAIN_TEMPLATE = (
+    _CONTENT
+    + """
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- 'ASSISTANT: ' -}}
+{%- generation -%}{{- render(message['content']) + eos_token -}}{%- endgeneration -%}
+{%- elif message['role'] == 'user' -%}
+{{- 'USER: ' + render(message['content']) + ' ' -}}
+{%- else -%}
+{{- render(message['content']) + ' ' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT: ' -}}{%- endif -%}
+"""
+)

@@ -1,0 +1,227 @@
+"""TinyAlign processor: text and images to model inputs."""
+
+import re
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers.processing_utils import MultiModalData
+
+from .chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
+from .image_loading import load_image
+
+
+class TinyAlignProcessor(ProcessorMixin):
+    r"""
+    An image processor and a tokenizer in one; each `<image>` becomes the placeholders of one image.
+
+    Args:
+        image_processor, tokenizer: Those of the vision tower and of the language model.
+        chat_template (`str`, *optional*): Defaults to ChatML where the tokenizer has its tokens, else LLaVA's turns.
+        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder; must be in the tokenizer.
+        num_image_tokens (`int`, *optional*, defaults to 228):
+            Placeholders of one image, `config.num_image_tokens`: visual tokens, then memory tokens.
+        key_space (`str`, *optional*, defaults to `"vision"`):
+            `config.key_space`. With `"language"` the question is given to retrieval, as `query_input_ids`.
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_token="<image>",
+        num_image_tokens=228,
+        key_space="vision",
+    ):
+        self.image_token = image_token
+        self.image_token_id = tokenizer.get_vocab().get(image_token)
+        if self.image_token_id is None:
+            raise ValueError(
+                f"The tokenizer has no token {image_token!r}: add it as a special token, or use "
+                "TinyAlignProcessor.from_vision_text_pretrained, which does."
+            )
+        self.num_image_tokens = num_image_tokens
+        self.key_space = key_space
+        if chat_template is None:
+            chat_template = CHATML_TEMPLATE if "<|im_end|>" in tokenizer.get_vocab() else PLAIN_TEMPLATE
+            chat_template = chat_template.replace("<image>", image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_name_or_path: str,
+        text_name_or_path: str,
+        config: PreTrainedConfig,
+        *,
+        image_token: str = "<image>",
+        vision_kwargs: dict | None = None,
+        text_kwargs: dict | None = None,
+    ) -> "TinyAlignProcessor":
+        """The processor of a model composed from the same two checkpoints; `config` is that model's."""
+        image_processor = AutoImageProcessor.from_pretrained(vision_name_or_path, **(vision_kwargs or {}))
+        tokenizer = AutoTokenizer.from_pretrained(text_name_or_path, **(text_kwargs or {}))
+        if image_token not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+        processor = cls(
+            image_processor,
+            tokenizer,
+            image_token=image_token,
+            num_image_tokens=config.num_image_tokens,
+            key_space=config.key_space,
+        )
+        if processor.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"{image_token!r} is token {processor.image_token_id} of {text_name_or_path}, but the model expects "
+                f"{config.image_token_id}: use the language model it was made from."
+            )
+        return processor
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, query_text: str | list[str] | None = None, **kwargs
+    ) -> BatchFeature:
+        """
+        As every processor of transformers.
+
+        Args:
+            images: One image, a list of images, or a list with a list of images for each text: PIL images, paths, URLs,
+                base64 strings, arrays or tensors.
+            text: Prompts. `<rag>` is dropped: the memory tokens follow the visual tokens of the image before it.
+            query_text: What to retrieve with beside the image, one for each text. Never put an answer in it. It is used
+                only with `key_space="language"`.
+
+        Returns:
+            `input_ids`, `attention_mask`, `pixel_values (images, 3, H, W)`, and with `key_space="language"` and a query
+            `query_input_ids`, `query_attention_mask (images, Q)`.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None:
+            texts = [self._fold_rag(sample) for sample in texts]
+        images = self._flatten_images(images, texts)
+        inputs = super().__call__(images=images, text=texts, **kwargs)
+        if "offset_mapping" in inputs:
+            inputs["offset_mapping"] = self._offsets_before_expansion(inputs["offset_mapping"], texts)
+            inputs.pop("text_replacement_offsets", None)
+        if self.key_space == "language" and query_text is not None and images is not None:
+            queries = [query_text] if isinstance(query_text, str) else query_text
+            counts = [sample.count(self.image_token) for sample in texts]
+            if len(queries) != len(counts):
+                raise ValueError(f"Found {len(queries)} query_text for {len(counts)} texts, expected one for each.")
+            queries = [query for query, count in zip(queries, counts, strict=True) for _ in range(count)]
+            query_inputs = self.tokenizer(
+                queries, padding=True, padding_side="right", add_special_tokens=False, return_attention_mask=True
+            )
+            query_inputs = {f"query_{name}": query_inputs[name] for name in ("input_ids", "attention_mask")}
+            inputs.update(BatchFeature(query_inputs, tensor_type=kwargs.get("return_tensors")))
+        return inputs
+
+    def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
+        """As every processor of transformers; the query is the text of the user turns before the first answer."""
+        batched = isinstance(conversation[0], (list, tuple))
+        conversations = [
+            [self._fold_message(message) for message in messages]
+            for messages in (conversation if batched else [conversation])
+        ]
+        processor_kwargs = dict(processor_kwargs or {})
+        if self.key_space == "language":
+            processor_kwargs.setdefault("query_text", [self._query_text(messages) for messages in conversations])
+            for name in {"padding", "padding_side", "truncation", "max_length"} & kwargs.keys():
+                processor_kwargs[name] = kwargs.pop(name)  # transformers 5.17 would drop the query for them
+        return super().apply_chat_template(
+            conversations if batched else conversations[0],
+            chat_template=chat_template,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        queries = ["query_input_ids", "query_attention_mask"] if self.key_space == "language" else []
+        return super().model_input_names + queries
+
+    def _flatten_images(self, images: Any, texts: list[str] | None) -> list | None:
+        """Checks the number of images against the texts and loads them, in one list."""
+        counts = None if texts is None else [sample.count(self.image_token) for sample in texts]
+        if images is None:
+            images = []
+        elif not isinstance(images, (list, tuple)):
+            images = [images]
+        if images and all(isinstance(row, (list, tuple)) for row in images):
+            found = [len(row) for row in images]
+            if counts is not None and found != counts:
+                raise ValueError(
+                    f"The texts have {counts} {self.image_token} placeholders, but {found} images were passed for them. "
+                    f"Put one {self.image_token} in a text for each of its images."
+                )
+            images = [image for row in images for image in row]
+        elif counts is not None and sum(counts) != len(images):
+            raise ValueError(
+                f"The texts have {counts} {self.image_token} placeholders, {sum(counts)} in all, but {len(images)} "
+                f"images were passed. Put one {self.image_token} in a text for each of its images."
+            )
+        return [load_image(image, f"image {index}") for index, image in enumerate(images)] or None
+
+    def _fold_rag(self, text: str) -> str:
+        before, rag, _ = text.partition("<rag>")
+        if rag and self.image_token not in before:
+            raise ValueError(f"<rag> stands before the first {self.image_token} in {text[:100]!r}: put it after an image.")
+        return re.sub(r"\s?<rag>", "", text)
+
+    def _fold_message(self, message: dict) -> dict:
+        """In a chat the image may be an entry of its own, so `<rag>` is dropped wherever it stands."""
+        content = message.get("content")
+        if isinstance(content, str):
+            return {**message, "content": content.replace("<rag>\n", "").replace("<rag>", "")}
+        if isinstance(content, list):
+            content = [
+                {**part, "text": part["text"].replace("<rag>\n", "").replace("<rag>", "")}
+                if part["type"] == "text"
+                else part
+                for part in content
+            ]
+            return {**message, "content": content}
+        return message
+
+    def _query_text(self, messages: list[dict]) -> str:
+        texts = []
+        for message in messages:
+            if message["role"] == "assistant":
+                break
+            if message["role"] == "user":
+                content = message["content"]
+                parts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+                texts += [part.replace(self.image_token, "").strip() for part in parts]
+        return "\n".join(texts)
+
+    def _offsets_before_expansion(self, offset_mapping: list, texts: list[str]) -> list[list[tuple[int, int]]]:
+        """Character spans in the texts as given, with one placeholder an image (what transformers 5.17 takes them for)."""
+        length = len(self.image_token)
+        gained = length * (self.num_image_tokens - 1)
+        restored = []
+        for offsets, text in zip(offset_mapping, texts, strict=True):
+            starts = [match.start() for match in re.finditer(re.escape(self.image_token), text)]
+
+            def position(char: int, starts: list[int] = starts) -> int:
+                for start in starts:
+                    if char <= start:
+                        break
+                    char = max(start + length, char - gained)
+                return char
+
+            restored.append([(position(int(start)), position(int(end))) for start, end in offsets])
+        return restored
+
+
+__all__ = ["TinyAlignProcessor"]
