@@ -1,0 +1,266 @@
+"""From a dataset of images and captions to the rows of a memory bank."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from .bank_images import image_source_id, load_image, thumbnail_bytes
+from .bank_storage import list_column, matrix, row_schema
+from .key_encoder import KeyEncoder
+
+try:
+    import pyarrow as pa
+    from PIL import Image
+except ImportError:
+    pa = Image = None
+
+FIXED_COLUMNS = ("id", "source_id", "caption", "key", "value", "thumbnail")
+NUM_PROBES = 4
+
+
+@contextlib.contextmanager
+def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode; the modes are put back afterwards."""
+    training = [module.training for module in modules]
+    try:
+        with torch.no_grad():
+            for module in modules:
+                module.eval()
+            yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.train(mode)
+
+
+def probe_pixels(image_shape: Sequence[int]) -> torch.Tensor:
+    """Four fixed synthetic images, `(4, *image_shape)` float32 in [-1, 1]: plane waves, free of any random "
+    "generator."""
+    channels, height, width = image_shape
+    probe, channel, y, x = np.ogrid[:NUM_PROBES, :channels, :height, :width]
+    phase = 2 * np.pi * ((probe + 1) * x / width + (2 * probe + 1) * y / height)
+    return torch.from_numpy(np.sin(phase + 2 * np.pi * channel / channels + probe)).float()
+
+
+def describe_tower(model: PreTrainedModel) -> dict:
+    """Name, revision and settings of a model's vision tower; a local folder is named without its path."""
+    vision_config = model.config.vision_config
+    settings = json.loads(vision_config.to_json_string())
+    settings.pop("_name_or_path", None)
+    name = vision_config._name_or_path or vision_config.model_type
+    return {
+        "name": Path(name).name if os.path.isabs(name) or os.path.isdir(name) else name,
+        "revision": vars(vision_config).get("_commit_hash"),
+        "config": settings,
+        "vision_feature_layer": model.config.vision_feature_layer,
+        "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+    }
+
+
+@dataclass
+class RowEncoder:
+    """Encodes dataset rows, batch by batch, into record batches of a bank.
+
+    Attributes:
+        skipped_rows: `{"row": number, "reason": text}` of each bad row, when `skip_bad_rows`.
+        key_sum, key_moment: sums over the raw keys, for the mean and (if `moments`) the whitening.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    value_encoder: PreTrainedModel
+    key_encoder: KeyEncoder
+    image_column: str
+    caption_column: str
+    keep_columns: Sequence[str]
+    batch_size: int
+    thumbnail_size: int | None
+    skip_bad_rows: bool
+    vision_features: torch.Tensor | np.ndarray | None = None
+    moments: bool = False
+    num_rows: int = 0
+    skipped_rows: list[dict] = field(default_factory=list)
+    key_sum: torch.Tensor | float = 0.0
+    key_moment: torch.Tensor | float = 0.0
+
+    def batches(self, dataset: Iterable[dict]) -> Iterator[pa.RecordBatch]:
+        """Record batches with raw keys; ids count from 0."""
+        chunk = []
+        for row in self._checked_rows(dataset):
+            chunk.append(row)
+            if len(chunk) == self.batch_size:
+                yield self._encode(chunk)
+                chunk = []
+        if chunk:
+            yield self._encode(chunk)
+
+    def _checked_rows(self, dataset: Iterable[dict]) -> Iterator[dict]:
+        """Rows with a decoded image and a caption; the others raise, or are listed."""
+        total = len(dataset) if isinstance(dataset, Sized) else None
+        for number, row in enumerate(tqdm(_undecoded(dataset, self.image_column), "Encoding the bank", total)):
+            self._check_columns(number, row)
+            try:
+                image = load_image(row[self.image_column])
+                caption = row[self.caption_column]
+                if not isinstance(caption, str) or not caption.strip():
+                    raise ValueError(f"the caption is {caption!r}, expected text")
+            except ValueError as error:
+                if not self.skip_bad_rows:
+                    raise ValueError(
+                        f"Row {number} of the dataset: {error}. Repair or remove it, or pass skip_bad_rows=True to "
+                        "leave such rows out and have them listed in bank.skipped_rows."
+                    ) from error
+                self.skipped_rows.append({"row": number, "reason": str(error)})
+                continue
+            kept = [None if row[column] is None else str(row[column]) for column in self.keep_columns]
+            yield {"row": number, "image": image, "caption": caption, "kept": kept}
+
+    def _check_columns(self, number: int, row: dict) -> None:
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"Row {number} of the dataset is a {type(row).__name__}, expected a dict of columns. Of a "
+                "DatasetDict, "
+                'pass one split: dataset["train"].'
+            )
+        for name, column in (("caption_column", self.caption_column), ("image_column", self.image_column)):
+            if column not in row:
+                raise ValueError(
+                    f"The dataset has no column {column!r} (row {number}); its columns are {sorted(row)}. A memory "
+                    f"bank needs an image and a caption per row: pass {name}=..., the name of that column."
+                )
+        for column in self.keep_columns:
+            if column not in row:
+                raise ValueError(f"The dataset has no column {column!r} to keep; its columns are {sorted(row)}.")
+
+    def _encode(self, rows: list[dict]) -> pa.RecordBatch:
+        captions = [row["caption"] for row in rows]
+        features = self._features(rows)
+        ids, mask = self._caption_ids(captions, features.device)
+        keys = self.key_encoder.to(features.device).raw_keys(features, ids, mask).cpu()
+        values = self.value_encoder.encode(features.to(self.value_encoder.device), captions).float().cpu()
+        for name, tensor in (("key", keys), ("value", values.half())):
+            finite = tensor.flatten(1).isfinite().all(dim=1)
+            if not finite.all():
+                raise ValueError(
+                    f"Row {rows[int(finite.int().argmin())]['row']} of the dataset gets a {name} that is NaN or "
+                    "infinite in the bank's precision. Check the vision tower and the value encoder; float16 towers "
+                    "overflow."
+                )
+        self.key_sum += keys.double().sum(dim=0)
+        if self.moments:
+            self.key_moment += keys.double().T @ keys.double()
+        columns = {
+            "id": pa.array(range(self.num_rows, self.num_rows + len(rows)), pa.int64()),
+            "source_id": pa.array([image_source_id(row["image"]) for row in rows]),
+            "caption": pa.array(captions),
+            "key": list_column(keys.numpy()),
+            "value": list_column(values.half().flatten(1).numpy()),
+        }
+        if self.thumbnail_size is not None:
+            small = [{"bytes": thumbnail_bytes(row["image"], self.thumbnail_size), "path": None} for row in rows]
+            columns["thumbnail"] = pa.array(small, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        for number, column in enumerate(self.keep_columns):
+            columns[column] = pa.array([row["kept"][number] for row in rows], pa.string())
+        schema = row_schema(
+            keys.shape[1],
+            values[0].numel(),
+            self.thumbnail_size is not None,
+            [pa.field(column, pa.string()) for column in self.keep_columns],
+        )
+        self.num_rows += len(rows)
+        return pa.record_batch(list(columns.values()), schema=schema)
+
+    def _features(self, rows: list[dict]) -> torch.Tensor:
+        if self.vision_features is not None:
+            return torch.stack([torch.as_tensor(self.vision_features[row["row"]]) for row in rows])
+        pixels = self.processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
+        return self.model.get_vision_features(pixels["pixel_values"].to(self.model.device))
+
+    def _caption_ids(
+        self, captions: list[str], device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Token ids and mask `(batch, length)` of the captions, in language space only."""
+        if self.key_encoder.token_embeddings is None:
+            return None, None
+        ids = [self.processor.tokenizer(caption, add_special_tokens=False)["input_ids"] for caption in captions]
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], True)
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], True)
+        return padded.to(device), mask.to(device)
+
+
+def image_shape(processor: ProcessorMixin) -> list[int]:
+    """`[channels, height, width]` of what the processor makes of an image."""
+    pixels = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
+    return list(pixels.shape[1:])
+
+
+def finished(batches: Iterable[pa.RecordBatch], key_encoder: KeyEncoder) -> Iterator[pa.RecordBatch]:
+    """The batches with raw keys made into keys."""
+    for batch in batches:
+        keys = key_encoder.finish(torch.tensor(matrix(batch, "key"))).numpy()
+        yield batch.set_column(batch.schema.names.index("key"), "key", list_column(keys))
+
+
+def renumbered(tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
+    """The rows with ids 0, 1, 2, ..."""
+    start = 0
+    for table in tables:
+        for batch in table.combine_chunks().to_batches():
+            ids = pa.array(range(start, start + len(batch)), pa.int64())
+            yield batch.set_column(batch.schema.names.index("id"), "id", ids)
+            start += len(batch)
+
+
+def new_key_encoder(model: PreTrainedModel, feature_dim: int) -> KeyEncoder:
+    """A key encoder for the model's key space whose mean is still zero."""
+    config = model.config
+    if config.key_space == "vision":
+        return KeyEncoder(torch.zeros(feature_dim), alpha=config.query_alpha)
+    embeddings = model.get_input_embeddings().weight.detach()
+    return KeyEncoder(
+        torch.zeros(embeddings.shape[1]),
+        connector=copy.deepcopy(model.base_model.connector).float(),
+        token_embeddings=embeddings,
+        vision_pool_size=config.vision_pool_size,
+        alpha=config.query_alpha,
+    )
+
+
+def check_latents(latents: torch.Tensor, model: PreTrainedModel) -> None:
+    expected = (model.config.num_latents, model.config.latent_dim)
+    if latents.shape[1:] != expected:
+        raise ValueError(
+            f"The value encoder makes latents of shape {tuple(latents.shape[1:])}, but the model expects {expected}. "
+            "Give both the same num_latents and latent_dim."
+        )
+
+
+def check_keep_columns(keep_columns: Sequence[str]) -> None:
+    taken = sorted(set(FIXED_COLUMNS) & set(keep_columns))
+    if isinstance(keep_columns, str) or taken:
+        raise ValueError(
+            f"keep_columns is {keep_columns!r}, expected a list of columns other than {', '.join(FIXED_COLUMNS)}: "
+            "rename those columns first."
+        )
+
+
+def _undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:
+    """A Hub dataset whose images are read here, so that a corrupt one can be named and skipped."""
+    try:
+        import datasets
+    except ImportError:
+        return dataset
+    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        if isinstance((dataset.features or {}).get(image_column), datasets.Image):
+            return dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset

@@ -1,0 +1,416 @@
+"""How a memory bank lies on disk: checked Parquet shards to share, memory-mapped local files to work with."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import constants
+
+try:
+    import faiss
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError:
+    faiss = pa = pq = None
+
+CONFIG_NAME = "bank_config.json"
+FORMAT_VERSION = 1
+SHARD_BYTES = 450_000_000
+BATCH_ROWS = 1024
+HASHED = ("keys", "values", "rows", "key_encoder", "value_encoder")
+# Largest counts a bank_config.json may declare: far above any real bank, far below what would exhaust a machine.
+LIMITS = {
+    "num_rows": 10**10,
+    "num_shards": 99_999,
+    "key_dim": 65_536,
+    "num_latents": 65_536,
+    "latent_dim": 65_536,
+}
+
+
+def require_bank_packages() -> None:
+    """Raise ImportError, naming what to install, unless faiss and pyarrow are there."""
+    if faiss is None:
+        raise ImportError(
+            "A memory bank needs faiss and pyarrow: pip install faiss-cpu pyarrow. Without them the model still runs "
+            'with memory="off".'
+        )
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or ValueError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {path.parent} is not a (whole) memory bank.") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}). Save or download the bank again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object. Save the bank again.")
+    return content
+
+
+def check_config(config: dict, path: Path) -> None:
+    """Refuse a bank_config.json whose fields are missing, of the wrong type or absurd.
+
+    Raises:
+        ValueError: naming the file, the field, what was found and what was expected.
+    """
+
+    def refuse(field: str, found: object, expected: str) -> None:
+        raise ValueError(f"{path}: {field} is {found!r}, expected {expected}. Save or download the bank again.")
+
+    if config.get("format_version") != FORMAT_VERSION:
+        refuse("format_version", config.get("format_version"), f"{FORMAT_VERSION} (or update tinyalign-vlm)")
+    for field, limit in LIMITS.items():
+        value = config.get(field)
+        if type(value) is not int or not 1 <= value <= limit:
+            refuse(field, value, f"an integer between 1 and {limit}")
+    hashes = config.get("sha256")
+    for name in HASHED:
+        digest = hashes.get(name) if isinstance(hashes, dict) else None
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            refuse(f"sha256.{name}", digest, "64 hex digits")
+    key_settings, tower = config.get("key_encoder"), config.get("tower")
+    if not isinstance(key_settings, dict) or key_settings.get("key_space") not in ("vision", "language"):
+        refuse("key_encoder", key_settings, 'an object whose key_space is "vision" or "language"')
+    if not isinstance(tower, dict) or not isinstance(tower.get("name"), str):
+        refuse("tower", tower, "an object with the tower's name")
+    shape = tower.get("image_shape")
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(s) is int and 1 <= s <= 8192 for s in shape)):
+        refuse("tower.image_shape", shape, "[channels, height, width]")
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def row_schema(key_dim: int, value_size: int, thumbnails: bool, extra: Iterable[pa.Field]) -> pa.Schema:
+    """Columns of a bank: the fixed ones, typed, then what was kept of the source. `load_dataset` reads it as it is."""
+    fields = [
+        pa.field("id", pa.int64()),
+        pa.field("source_id", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("key", pa.list_(pa.float32(), key_dim)),
+        pa.field("value", pa.list_(pa.float16(), value_size)),
+    ]
+    metadata = None
+    if thumbnails:
+        fields.append(pa.field("thumbnail", pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+        metadata = {"huggingface": json.dumps({"info": {"features": {"thumbnail": {"_type": "Image"}}}})}
+    return pa.schema([*fields, *extra], metadata=metadata)
+
+
+def matrix(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    """A fixed-size-list column as a `(rows, width)` array, without a copy where Arrow allows it."""
+    values = batch.column(column)
+    return values.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), values.type.list_size)
+
+
+def list_column(array: np.ndarray) -> pa.FixedSizeListArray:
+    """`(rows, width)` to a fixed-size-list column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+
+
+def check_schema(schema: pa.Schema, key_dim: int, value_size: int, name: str) -> None:
+    """Refuse columns that are not those of a bank of these sizes (ValueError naming `name` and the column)."""
+    for field in row_schema(key_dim, value_size, "thumbnail" in schema.names, ()):
+        found = schema.field(field.name).type if schema.names.count(field.name) == 1 else None
+        if found != field.type:
+            raise ValueError(
+                f"{name}: column {field.name!r} is {found or 'missing'}, expected {field.type}. "
+                "Save or download the bank again."
+            )
+
+
+@dataclass
+class BankFiles:
+    """A bank's local files, each under its own sha256, and what was counted while they were written."""
+
+    keys: Path
+    values: Path
+    rows: Path
+    sha256: dict[str, str]
+    num_rows: int
+
+    @classmethod
+    def cached(cls, sha256: dict[str, str], num_rows: int) -> BankFiles:
+        """Where the files of these hashes are, or will be."""
+        root = cache_root()
+        return cls(
+            keys=root / sha256["keys"] / "index.faiss",
+            values=root / sha256["values"] / "values.npy",
+            rows=root / sha256["rows"] / "rows.arrow",
+            sha256=sha256,
+            num_rows=num_rows,
+        )
+
+    def exist(self) -> bool:
+        return self.keys.is_file() and self.values.is_file() and self.rows.is_file()
+
+
+def cache_root() -> Path:
+    return Path(constants.HF_HOME) / "tinyalign"
+
+
+def check_batch(batch: pa.RecordBatch, start: int, name: str) -> None:
+    """Refuse nulls, non-finite numbers and malformed ids in the rows `start, start + 1, ...` of the bank."""
+
+    def refuse(row: int, column: str, found: object, expected: str) -> None:
+        raise ValueError(
+            f"{name}: row {start + row} has {column} {found!r}, expected {expected}. Save or download the bank again."
+        )
+
+    for column in ("id", "source_id", "caption", "key", "value"):
+        values = batch.column(column)
+        if column in ("key", "value"):
+            if values.null_count or values.flatten().null_count:
+                refuse(0, column, None, "no nulls from here on")
+            finite = np.isfinite(matrix(batch, column)).all(axis=1)
+            if not finite.all():
+                refuse(int(finite.argmin()), column, "NaN or infinity", "finite numbers")
+        elif values.null_count:
+            refuse(values.is_null().to_pylist().index(True), column, None, "a value")
+    ids = batch.column("id").to_numpy()
+    wrong = ids != np.arange(start, start + len(batch))
+    if wrong.any():
+        refuse(int(wrong.argmax()), "id", int(ids[wrong.argmax()]), "the row's number")
+    for row, source_id in enumerate(batch.column("source_id").to_pylist()):
+        if not re.fullmatch("[0-9a-f]{32}", source_id):
+            refuse(row, "source_id", source_id[:80], "32 hex digits")
+
+
+def write_local_files(
+    batches: Iterable[pa.RecordBatch], key_dim: int, value_shape: tuple[int, int], name: str
+) -> BankFiles:
+    """Check the rows of a bank and lay them out for use: index, memory-mapped values, memory-mapped rows.
+
+    Every file is written under a temporary name and renamed to its content's sha256, so that a killed or failed run
+    leaves nothing behind that could be taken for a bank, and processes that do the same work at once do no harm.
+
+    Args:
+        batches: record batches of `row_schema`, in the order of the bank.
+        name: what the errors call the source of the rows.
+
+    Raises:
+        ValueError: a row or a type is refused, or there is no row.
+        OSError: the cache could not be written.
+    """
+    root = cache_root()
+    scratch = root / f".tmp-{uuid.uuid4().hex}"
+    hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
+    index = faiss.IndexFlatIP(key_dim)
+    writer = None
+    try:
+        scratch.mkdir(parents=True)
+        with open(scratch / "values.npy", "wb") as values_file, open(scratch / "rows.arrow", "wb") as rows_file:
+            _write_npy_header(values_file, (0, *value_shape))
+            for batch in batches:
+                check_schema(batch.schema, key_dim, value_shape[0] * value_shape[1], name)
+                check_batch(batch, index.ntotal, name)
+                keys, values = matrix(batch, "key"), matrix(batch, "value")
+                index.add(np.ascontiguousarray(keys))
+                values_file.write(values.tobytes())
+                rows = batch.drop_columns(["key", "value"])
+                writer = writer or pa.ipc.new_file(rows_file, rows.schema)
+                writer.write_batch(rows)
+                hashes["keys"].update(keys.tobytes())
+                hashes["values"].update(values.tobytes())
+                for row in rows.to_pylist():
+                    hashes["rows"].update(_row_bytes(row))
+            if index.ntotal == 0:
+                raise ValueError(f"{name} has no rows: a memory bank needs at least one.")
+            writer.close()
+            values_file.seek(0)
+            _write_npy_header(values_file, (index.ntotal, *value_shape))
+        try:
+            faiss.write_index(index, str(scratch / "index.faiss"))
+        except RuntimeError as error:
+            raise OSError(f"faiss could not write the index: {error}") from error
+        files = BankFiles.cached({part: digest.hexdigest() for part, digest in hashes.items()}, index.ntotal)
+        for path in (files.keys, files.values, files.rows):
+            path.parent.mkdir(exist_ok=True)
+            _sync(scratch / path.name)
+            os.replace(scratch / path.name, path)
+        return files
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Writing the memory bank's local files to {root} failed: {error}. Free some space there, or set HF_HOME "
+            "to a folder on a larger disk.",
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_shards(folder: Path, config: dict) -> Iterator[pa.RecordBatch]:
+    """The rows of a saved bank, shard by shard.
+
+    Raises:
+        ValueError: a shard is missing, is not Parquet, has other columns or another number of rows than declared.
+    """
+    value_size = config["num_latents"] * config["latent_dim"]
+    count = 0
+    for path in shard_paths(folder, config["num_shards"]):
+        try:
+            with pq.ParquetFile(path) as shard:
+                check_schema(shard.schema_arrow, config["key_dim"], value_size, str(path))
+                for batch in shard.iter_batches(batch_size=BATCH_ROWS):
+                    count += len(batch)
+                    yield batch
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{path} cannot be read as Parquet ({error}). Save or download the bank again."
+            ) from error
+    if count != config["num_rows"]:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} declares {config['num_rows']} rows, but the shards hold {count}. "
+            "Save or download the bank again."
+        )
+
+
+def shard_paths(folder: Path, num_shards: int) -> list[Path]:
+    """The Parquet shards, or ValueError naming the first that is missing."""
+    paths = [folder / "data" / f"train-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing. Save or download the bank again.")
+    return paths
+
+
+def write_shards(folder: Path, table: pa.Table, keys: np.ndarray, values: np.ndarray, config: dict) -> None:
+    """Write `data/train-*.parquet` under `folder`; `table` holds every column but `key` and `value`."""
+    num_rows, num_shards = config["num_rows"], config["num_shards"]
+    key_dim, value_size = keys.shape[1], values[0].size
+    (folder / "data").mkdir()
+    fixed = ("id", "source_id", "caption", "thumbnail")
+    extra = [field for field in table.schema if field.name not in fixed]
+    schema = row_schema(key_dim, value_size, "thumbnail" in table.column_names, extra)
+    bounds = [num_rows * i // num_shards for i in range(num_shards + 1)]
+    for shard, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        path = folder / "data" / f"train-{shard:05d}-of-{num_shards:05d}.parquet"
+        with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
+            for begin in range(start, stop, BATCH_ROWS):
+                end = min(begin + BATCH_ROWS, stop)
+                columns = {column: table[column][begin:end] for column in table.column_names}
+                columns["key"] = list_column(keys[begin:end])
+                columns["value"] = list_column(values[begin:end].reshape(end - begin, -1))
+                writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a new folder beside `target` with `write(folder)`, then put it in `target`'s place.
+
+    Whatever fails, `target` is as it was and nothing is left beside it. Files in `target` that are not a bank's (a
+    README.md, say) are kept.
+
+    Raises:
+        ValueError: `target` holds something that is not a memory bank.
+        OSError: the new folder could not be written.
+    """
+    target = Path(target).absolute()
+    kept = []
+    if target.exists():
+        if not target.is_dir():
+            raise ValueError(f"{target} is a file, expected a folder. Choose another place for the memory bank.")
+        entries = list(target.iterdir())
+        if entries and not (target / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{target} is not empty and holds no memory bank ({CONFIG_NAME} is missing). Choose an empty folder."
+            )
+        ours = {CONFIG_NAME, "data", "key_encoder.safetensors", "value_encoder"}
+        kept = [entry for entry in entries if entry.name not in ours]
+    unique = uuid.uuid4().hex[:8]
+    fresh, old = target.with_name(f".{target.name}.new-{unique}"), target.with_name(f".{target.name}.old-{unique}")
+    try:
+        fresh.mkdir(parents=True)
+        write(fresh)
+        for entry in kept:
+            copy = shutil.copytree if entry.is_dir() else shutil.copy2
+            copy(entry, fresh / entry.name)
+        for path in fresh.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(fresh, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Saving the memory bank to {target} failed: {error}. What was there before is unchanged. Free some space "
+            "or choose another folder, and save again.",
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+class Spool:
+    """Record batches put aside in a temporary file, until what is needed to finish them is known."""
+
+    def __init__(self, batches: Iterable[pa.RecordBatch]):
+        self.path = cache_root() / f".tmp-{uuid.uuid4().hex}.arrow"
+        self._incoming = batches
+
+    def __enter__(self) -> Spool:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            writer = None
+            with open(self.path, "wb") as file:
+                for batch in self._incoming:
+                    writer = writer or pa.ipc.new_file(file, batch.schema)
+                    writer.write_batch(batch)
+                if writer is not None:
+                    writer.close()
+        except BaseException:
+            self.path.unlink(missing_ok=True)
+            raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        if self.path.stat().st_size == 0:
+            return
+        with pa.memory_map(str(self.path)) as source:
+            reader = pa.ipc.open_file(source)
+            for number in range(reader.num_record_batches):
+                yield reader.get_batch(number)
+
+
+def _row_bytes(row: dict) -> bytes:
+    """What the `rows` hash sees of a row: everything but its number, whatever the file format."""
+    row = {name: value for name, value in row.items() if name != "id"}
+    if row.get("thumbnail") is not None:
+        row["thumbnail"] = hashlib.sha256(row["thumbnail"]["bytes"] or b"").hexdigest()
+    return json.dumps(row, sort_keys=True, default=str).encode()
+
+
+def _write_npy_header(file, shape: tuple[int, ...]) -> None:
+    # numpy pads the header so that the first axis may grow without moving the data
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,157 @@
+"""The key encoder: what an image (and, in language space, its text) is filed under in the memory bank."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .connectors import Connector
+from .vision_features import pool_grid
+
+
+def attention_pool(features: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention-weighted aggregation of a token sequence into one vector (paper section 4.2, "Key Generation").
+
+    The tokens attend to one another by cosine similarity; a token's weight is the attention it receives, averaged
+    over the tokens that look at it.
+
+    Args:
+        features: `(batch, tokens, dim)`, any floating dtype; computed in float32.
+        attention_mask: `(batch, tokens)`, 0 or False where a token is padding.
+
+    Returns:
+        `(batch, dim)` float32.
+    """
+    features = features.float()
+    directions = F.normalize(features, dim=-1)
+    similarity = directions @ directions.transpose(1, 2)
+    if attention_mask is None:
+        weights = similarity.softmax(dim=-1).mean(dim=1)
+    else:
+        mask = attention_mask.to(features.device, torch.float32)
+        similarity = similarity.masked_fill(mask[:, None, :] == 0, torch.finfo(torch.float32).min)
+        weights = (similarity.softmax(dim=-1) * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    return torch.einsum("nt,ntd->nd", weights, features)
+
+
+class KeyEncoder(nn.Module):
+    """Frozen map from vision features to retrieval keys; it belongs to a bank and is saved with it.
+
+    `key_space="vision"`: keys are pooled vision features, whatever language model uses the bank. `"language"` (the
+    paper's and the reference's variant): connector outputs and caption embeddings, mixed by `alpha` and pooled
+    together, through snapshots of the connector and of the token embeddings taken when the bank was built.
+
+    Args:
+        mean: `(raw_dim,)`, the mean of the bank's raw keys.
+        projection: `(raw_dim, key_dim)`, PCA whitening fitted on the bank's raw keys, or None.
+        connector: the connector, or None.
+        token_embeddings: `(vocabulary, raw_dim)`, or None.
+        vision_pool_size: side of the grid the visual tokens are average-pooled to before the connector, or None.
+        alpha: weight of the image tokens; the text tokens weigh `1 - alpha`.
+    """
+
+    def __init__(
+        self,
+        mean: torch.Tensor,
+        projection: torch.Tensor | None = None,
+        connector: Connector | None = None,
+        token_embeddings: torch.Tensor | None = None,
+        vision_pool_size: int | None = None,
+        alpha: float = 0.4,
+    ):
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("projection", None if projection is None else projection.float())
+        self.register_buffer("token_embeddings", None if token_embeddings is None else token_embeddings.half())
+        self.connector = connector
+        self.vision_pool_size = vision_pool_size
+        self.alpha = alpha
+
+    @property
+    def key_dim(self) -> int:
+        return self.mean.numel() if self.projection is None else self.projection.shape[1]
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the vision features it reads."""
+        return self.mean.numel() if self.token_embeddings is None else self.connector.linear_1.in_features
+
+    @torch.no_grad()
+    def raw_keys(
+        self,
+        vision_features: torch.Tensor,
+        query_input_ids: torch.Tensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Keys before centring: `(batch, tokens, width)` features to `(batch, raw_dim)` float32.
+
+        The text, `query_input_ids` `(batch, length)` with its mask, is read in language space only; without it the key
+        is the image's alone.
+        """
+        if vision_features.shape[-1] != self.feature_dim:
+            raise ValueError(
+                f"The vision features are {vision_features.shape[-1]} wide, but this bank's key encoder was built for "
+                f"{self.feature_dim}. Use the vision tower the bank was built with, or build a bank for this one."
+            )
+        with torch.autocast(vision_features.device.type, enabled=False):
+            if self.token_embeddings is None:
+                return attention_pool(vision_features)
+            tokens = self.connector(pool_grid(vision_features, self.vision_pool_size))
+            image = self.alpha * F.normalize(tokens.float(), dim=-1)
+            if query_input_ids is None:
+                return attention_pool(image)
+            if query_attention_mask is None:
+                query_attention_mask = torch.ones_like(query_input_ids)
+            vocabulary = self.token_embeddings.shape[0]
+            if query_input_ids.numel() and int(query_input_ids.max()) >= vocabulary:
+                raise ValueError(
+                    f"Query token {int(query_input_ids.max())} is outside the {vocabulary} tokens this bank was built "
+                    "with. A language-space bank belongs to one tokenizer: use the language model it was built with."
+                )
+            text = (1 - self.alpha) * F.normalize(self.token_embeddings[query_input_ids].float(), dim=-1)
+            mask = torch.cat([torch.ones_like(image[..., 0]), query_attention_mask.to(image)], dim=1)
+            return attention_pool(torch.cat([image, text], dim=1), mask)
+
+    @torch.no_grad()
+    def finish(self, raw_keys: torch.Tensor) -> torch.Tensor:
+        """Centre, project and L2-normalise raw keys: `(batch, raw_dim)` to `(batch, key_dim)` float32."""
+        with torch.autocast(raw_keys.device.type, enabled=False):
+            keys = raw_keys.float() - self.mean
+            if self.projection is not None:
+                keys = keys @ self.projection
+            return F.normalize(keys, dim=-1)
+
+    def forward(
+        self,
+        vision_features: torch.Tensor,
+        query_input_ids: torch.Tensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(batch, tokens, width)` features to unit-length keys `(batch, key_dim)`."""
+        return self.finish(self.raw_keys(vision_features, query_input_ids, query_attention_mask))
+
+
+def fit_whitening(mean: torch.Tensor, second_moment: torch.Tensor, dim: int, num_rows: int) -> torch.Tensor:
+    """PCA whitening from the moments of the raw keys.
+
+    Args:
+        mean: `(raw_dim,)` float64.
+        second_moment: `(raw_dim, raw_dim)` float64, the mean of `key key^T`.
+        dim: number of components kept.
+        num_rows: rows the moments were taken over.
+
+    Returns:
+        `(raw_dim, dim)` float32.
+
+    Raises:
+        ValueError: `dim` exceeds the raw width or the rank that `num_rows` rows can have.
+    """
+    limit = min(mean.numel(), num_rows - 1)
+    if not 1 <= dim <= limit:
+        raise ValueError(
+            f"whiten_dim is {dim}, but {num_rows} rows of {mean.numel()}-wide keys have at most {limit} components. "
+            f"Pass whiten_dim <= {limit}, or None."
+        )
+    variance, directions = torch.linalg.eigh(second_moment - torch.outer(mean, mean))
+    variance, directions = variance.flip(0)[:dim], directions.flip(1)[:, :dim]
+    floor = variance[0].clamp(min=torch.finfo(torch.float32).tiny) * 1e-6
+    return (directions / variance.clamp(min=floor).sqrt()).float().contiguous()

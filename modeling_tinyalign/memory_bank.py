@@ -1,0 +1,622 @@
+"""The memory bank: training examples as (key, value) rows, searched by image."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import PreTrainedModel, ProcessorMixin, __version__
+
+from .bank_builder import (
+    RowEncoder,
+    check_keep_columns,
+    check_latents,
+    describe_tower,
+    evaluating,
+    finished,
+    image_shape,
+    new_key_encoder,
+    probe_pixels,
+    renumbered,
+)
+from .bank_images import load_image
+from .bank_index import KeyIndex
+from .bank_storage import (
+    BATCH_ROWS,
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    SHARD_BYTES,
+    BankFiles,
+    Spool,
+    check_config,
+    file_sha256,
+    list_column,
+    read_json,
+    read_shards,
+    replace_folder,
+    require_bank_packages,
+    shard_paths,
+    write_local_files,
+    write_shards,
+)
+from .connectors import Connector
+from .key_encoder import KeyEncoder, fit_whitening
+
+if TYPE_CHECKING:
+    from .value_encoder import ValueEncoder
+
+try:
+    import pyarrow as pa
+    from PIL import Image
+except ImportError:
+    pa = Image = None
+
+CONNECTOR_WEIGHTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
+KEY_ENCODER_NAME = "key_encoder.safetensors"
+MIN_PROBE_COSINE = 0.99
+
+
+class MemoryBank:
+    """Rows of image, caption, key and value; immutable: `add` and `shuffled` return a new bank.
+
+    Keys live in an exact inner-product faiss index, values and rows in files next to it; all three are memory-mapped
+    from `HF_HOME/tinyalign/<sha256>/`, so copies and worker processes share them.
+
+    Make one with `MemoryBank.build`, `from_pretrained` or `from_dataset`.
+
+    Attributes:
+        config: the content of bank_config.json.
+        key_encoder: the frozen `KeyEncoder`.
+        probe_keys: `(4, raw_dim)`, raw keys of four fixed synthetic images.
+        repo_id, revision: the Hub repository and commit it came from, or None.
+    """
+
+    def __init__(
+        self,
+        config: dict,
+        key_encoder: KeyEncoder,
+        probe_keys: torch.Tensor,
+        files: BankFiles,
+        value_encoder: ValueEncoder | None = None,
+        folder: Path | None = None,
+        repo_id: str | None = None,
+        revision: str | None = None,
+    ):
+        self.config = config
+        self.key_encoder = key_encoder.requires_grad_(False)
+        self.probe_keys = probe_keys
+        self.repo_id = repo_id
+        self.revision = revision
+        self._files = files
+        self._value_encoder = value_encoder
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return self.config["num_rows"]
+
+    def __repr__(self) -> str:
+        return (
+            f"MemoryBank({len(self)} rows, keys of {self.key_dim}, values of {self.num_latents} x {self.latent_dim}, "
+            f"{self.key_space} space, tower {self.config['tower']['name']})"
+        )
+
+    def __getstate__(self) -> dict:
+        """Without the mapped files, which every process opens for itself."""
+        opened = ("_index", "_values", "_table", "_source_order", "captions")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
+
+    def __deepcopy__(self, memo: dict) -> MemoryBank:
+        return copy.copy(self)
+
+    @property
+    def key_dim(self) -> int:
+        return self.config["key_dim"]
+
+    @property
+    def num_latents(self) -> int:
+        return self.config["num_latents"]
+
+    @property
+    def latent_dim(self) -> int:
+        return self.config["latent_dim"]
+
+    @property
+    def key_space(self) -> str:
+        return self.config["key_encoder"]["key_space"]
+
+    @property
+    def skipped_rows(self) -> list[dict]:
+        """`{"row": number, "reason": text}` of the dataset rows left out when the bank was built."""
+        return self.config["skipped_rows"]
+
+    @cached_property
+    def captions(self) -> list[str]:
+        return self._table["caption"].to_pylist()
+
+    @cached_property
+    def value_encoder(self) -> ValueEncoder:
+        """The value encoder the bank was built with, loaded when first asked for."""
+        from .value_encoder import ValueEncoder
+
+        if self._value_encoder is not None:
+            return self._value_encoder
+        folder = self._folder / "value_encoder"
+        weights = folder / "model.safetensors"
+        if not weights.is_file() or file_sha256(weights) != self.config["sha256"]["value_encoder"]:
+            raise ValueError(
+                f"{weights} is missing or its sha256 is not the one in {CONFIG_NAME}. Save or download the bank again."
+            )
+        return ValueEncoder.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+
+    # ------------------------------------------------------------------ making one
+
+    @classmethod
+    def build(
+        cls,
+        dataset: Iterable[dict],
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        value_encoder: ValueEncoder,
+        *,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        keep_columns: Sequence[str] = (),
+        batch_size: int = 32,
+        whiten_dim: int | None = None,
+        thumbnail_size: int | None = 64,
+        skip_bad_rows: bool = False,
+        vision_features: torch.Tensor | np.ndarray | None = None,
+    ) -> MemoryBank:
+        """Encode a dataset into a bank.
+
+        Args:
+            dataset: a split of a Hub dataset (streamed or not) or any iterable of dicts, with an image (PIL, bytes,
+                path) and a caption in every row.
+            model: a TinyAlign model; its `get_vision_features` is used, and in language space (`config.key_space`)
+                snapshots of its connector and token embeddings.
+            processor: its `image_processor` is used, and in language space its `tokenizer`.
+            value_encoder: makes the values; it is saved with the bank.
+            keep_columns: other columns to keep with the rows as text, a source or licence say.
+            whiten_dim: fit a PCA whitening to this many dimensions on the bank's raw keys. None: only centre them.
+            thumbnail_size: side in pixels of the JPEG kept of every image, or None for no thumbnails.
+            skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `skipped_rows`.
+            vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
+
+        Raises:
+            ValueError: a column is missing, a row is bad (its number is named), there is no row, or the value encoder
+                makes latents of another shape than `model.config` asks for.
+        """
+        require_bank_packages()
+        check_keep_columns(keep_columns)
+        tower = {**describe_tower(model), "image_shape": image_shape(processor)}
+        with evaluating(model, value_encoder):
+            probe_features = model.get_vision_features(probe_pixels(tower["image_shape"]).to(model.device))
+            key_encoder = new_key_encoder(model, probe_features.shape[-1]).to(probe_features.device)
+            check_latents(value_encoder.encode(probe_features[:1].to(value_encoder.device), ["probe"]), model)
+            probe_keys = key_encoder.raw_keys(probe_features).cpu()
+            encoder = RowEncoder(
+                model,
+                processor,
+                value_encoder,
+                key_encoder,
+                image_column,
+                caption_column,
+                keep_columns,
+                batch_size,
+                thumbnail_size,
+                skip_bad_rows,
+                vision_features,
+                moments=whiten_dim is not None,
+            )
+            with Spool(encoder.batches(dataset)) as spool:
+                if encoder.num_rows == 0:
+                    raise ValueError(
+                        f"The dataset has no usable rows ({len(encoder.skipped_rows)} were skipped): a memory bank "
+                        "needs at least one image with a caption."
+                    )
+                mean = encoder.key_sum / encoder.num_rows
+                key_encoder.cpu().mean = mean.float()
+                if whiten_dim is not None:
+                    moment = encoder.key_moment / encoder.num_rows
+                    key_encoder.projection = fit_whitening(mean, moment, whiten_dim, encoder.num_rows)
+                value_shape = (model.config.num_latents, model.config.latent_dim)
+                batches = finished(spool.batches(), key_encoder)
+                files = write_local_files(batches, key_encoder.key_dim, value_shape, "The new memory bank")
+        config = {
+            "format_version": FORMAT_VERSION,
+            "num_rows": files.num_rows,
+            "key_dim": key_encoder.key_dim,
+            "num_latents": value_shape[0],
+            "latent_dim": value_shape[1],
+            "tower": tower,
+            "preprocessing": json.loads(processor.image_processor.to_json_string()),
+            "key_encoder": {
+                "key_space": model.config.key_space,
+                "connector_act": model.config.projector_hidden_act,
+                "vision_pool_size": key_encoder.vision_pool_size,
+                "alpha": key_encoder.alpha,
+            },
+            "value_encoder": json.loads(value_encoder.config.to_json_string()),
+            "columns": list(keep_columns),
+            "thumbnail_size": thumbnail_size,
+            "skipped_rows": encoder.skipped_rows,
+            "sha256": files.sha256,
+            "versions": {"torch": torch.__version__, "transformers": __version__},
+        }
+        return cls(config, key_encoder, probe_keys, files, copy.deepcopy(value_encoder).requires_grad_(False).eval())
+
+    def add(
+        self,
+        dataset: Iterable[dict],
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        *,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        batch_size: int = 32,
+        skip_bad_rows: bool = False,
+        vision_features: torch.Tensor | np.ndarray | None = None,
+    ) -> MemoryBank:
+        """A new bank with the rows of `dataset` behind this one's, whose ids stay; this bank is unchanged.
+
+        Keys and values are made with this bank's own encoders (the mean and the whitening stay as they were fitted),
+        so nothing is retrained. Arguments and errors as in `build`; another vision tower is refused.
+        """
+        self.check_probes(model)
+        with evaluating(model, self.value_encoder):
+            encoder = RowEncoder(
+                model,
+                processor,
+                self.value_encoder,
+                self.key_encoder,
+                image_column,
+                caption_column,
+                self.config["columns"],
+                batch_size,
+                self.config["thumbnail_size"],
+                skip_bad_rows,
+                vision_features,
+                num_rows=len(self),
+            )
+            with Spool(encoder.batches(dataset)) as spool:
+                self.key_encoder.cpu()
+                added = finished(spool.batches(), self.key_encoder)
+                return self._with_rows(
+                    itertools.chain(self._batches(), added), self.skipped_rows + encoder.skipped_rows
+                )
+
+    def shuffled(self, seed: int = 0) -> MemoryBank:
+        """The control: the same rows, but every key leads to another row's value and caption."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        keys_of = np.empty_like(order)
+        # one cycle through all rows: no row keeps its key
+        keys_of[order] = np.roll(order, 1)
+        return self._with_rows(self._batches(keys_of), self.skipped_rows)
+
+    @classmethod
+    def from_dataset(cls, dataset: Iterable[dict], like: MemoryBank) -> MemoryBank:
+        """A bank from the rows of a bank, loaded with `datasets` and filtered or concatenated; they are numbered anew.
+
+        Args:
+            dataset: a `datasets.Dataset` with a bank's columns.
+            like: the bank whose encoders made the rows.
+        """
+        return like._with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), [])
+
+    def _with_rows(self, batches: Iterable[pa.RecordBatch], skipped_rows: list[dict]) -> MemoryBank:
+        """This bank's encoders over other rows."""
+        files = write_local_files(batches, self.key_dim, (self.num_latents, self.latent_dim), "The new memory bank")
+        changed = {"num_rows": files.num_rows, "sha256": files.sha256, "skipped_rows": skipped_rows}
+        return MemoryBank(
+            {**self.config, **changed}, copy.deepcopy(self.key_encoder), self.probe_keys, files, self.value_encoder
+        )
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write the bank as a folder that `from_pretrained` and `datasets.load_dataset` read.
+
+        The folder is complete or not there: it is written beside its final place and put there at the end. A failure
+        leaves a bank that was there before untouched.
+
+        Raises:
+            ValueError: the folder holds something other than a memory bank.
+            OSError: it could not be written, the disk is full say.
+        """
+        replace_folder(Path(save_directory), self._write)
+
+    def _write(self, folder: Path) -> None:
+        row_bytes = 4 * self.key_dim + 2 * self.num_latents * self.latent_dim + self._table.nbytes // len(self)
+        config = {**self.config, "num_shards": -(-row_bytes * len(self) // SHARD_BYTES)}
+        write_shards(folder, self._table, self._index.keys, self._values, config)
+        tensors = {**self.key_encoder.cpu().state_dict(), "probe_keys": self.probe_keys}
+        try:
+            save_file(tensors, folder / KEY_ENCODER_NAME)
+            self.value_encoder.save_pretrained(folder / "value_encoder")
+        except SafetensorError as error:
+            raise OSError(f"safetensors could not write the encoders: {error}") from error
+        config["sha256"] = {
+            **self._files.sha256,
+            "key_encoder": file_sha256(folder / KEY_ENCODER_NAME),
+            "value_encoder": file_sha256(folder / "value_encoder" / "model.safetensors"),
+        }
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, revision: str | None = None) -> MemoryBank:
+        """Load a bank from a folder or from a dataset repository of the Hub.
+
+        The first load checks every row and lays the bank out under `HF_HOME/tinyalign/`; later ones only map it.
+        Nothing but JSON, Parquet and safetensors is read from the folder.
+
+        Raises:
+            ImportError: faiss or pyarrow is missing (what to install is named).
+            ValueError: a file is missing, broken, or not what bank_config.json says (the file is named).
+            OSError: the bank can't be downloaded, or the local files can't be written.
+        """
+        require_bank_packages()
+        folder, repo_id = Path(name_or_path), None
+        if not folder.is_dir():
+            folder, repo_id = _download(str(name_or_path), revision), str(name_or_path)
+            revision = folder.name
+        config_path = folder / CONFIG_NAME
+        config = read_json(config_path)
+        check_config(config, config_path)
+        shard_paths(folder, config["num_shards"])
+        key_encoder, probe_keys = _read_key_encoder(folder, config)
+        files = BankFiles.cached(config["sha256"], config["num_rows"])
+        if not files.exist():
+            value_shape = (config["num_latents"], config["latent_dim"])
+            found = write_local_files(
+                read_shards(folder, config), config["key_dim"], value_shape, str(folder / "data")
+            )
+            for part, digest in found.sha256.items():
+                if digest != config["sha256"][part]:
+                    raise ValueError(
+                        f"{folder / 'data'}: the sha256 of the {part} is {digest}, but {config_path} says "
+                        f"{config['sha256'][part]}. The bank was damaged or changed by hand: save or download it "
+                        "again."
+                    )
+        revision = revision if repo_id else None
+        return cls(config, key_encoder, probe_keys, files, folder=folder, repo_id=repo_id, revision=revision)
+
+    # ------------------------------------------------------------------ using it
+
+    def encode_queries(
+        self,
+        vision_features: torch.Tensor,
+        query_input_ids: torch.Tensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Keys to search with.
+
+        Args:
+            vision_features: `(n, tokens, width)` from the model's `get_vision_features`.
+            query_input_ids: `(n, length)` token ids of the question with their mask; read in language space only.
+
+        Returns:
+            `(n, key_dim)` float32, unit length, on the features' device.
+        """
+        return self.key_encoder.to(vision_features.device)(vision_features, query_input_ids, query_attention_mask)
+
+    def search(
+        self,
+        queries: torch.Tensor | np.ndarray,
+        top_k: int,
+        exclude: Sequence[str | Sequence[int] | None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[np.ndarray, np.ndarray]:
+        """Exact maximum inner product search; equal scores are ordered by id.
+
+        Args:
+            queries: `(n, key_dim)`, a tensor or an array.
+            top_k: number of neighbours, at most the size of the bank.
+            exclude: for each query None, a `source_id`, or row ids (-1 is ignored) that must not be returned.
+
+        Returns:
+            scores `(n, top_k)` float32, best first, and row ids `(n, top_k)` int64, as tensors on the queries' device
+            or as arrays, like the queries. Where exclusion leaves fewer than `top_k` rows: id -1 and score -inf.
+
+        Raises:
+            ValueError: the shape, `top_k` or `exclude` does not fit, or a query is not finite.
+            RuntimeError: in a DataLoader worker or another forked process, where faiss would hang.
+        """
+        as_array = queries.detach().float().cpu().numpy() if isinstance(queries, torch.Tensor) else queries
+        vectors = np.ascontiguousarray(as_array, dtype=np.float32)
+        if vectors.ndim != 2 or vectors.shape[1] != self.key_dim:
+            raise ValueError(f"The queries have shape {vectors.shape}, expected (n, {self.key_dim}).")
+        if not np.isfinite(vectors).all():
+            raise ValueError("The queries hold NaN or infinity, expected finite numbers: check the vision features.")
+        if not 1 <= top_k <= len(self):
+            raise ValueError(
+                f"top_k is {top_k}, but the bank has {len(self)} rows. Ask for 1 to {len(self)} neighbours, or add "
+                "rows."
+            )
+        if exclude is not None and len(exclude) != len(vectors):
+            raise ValueError(f"exclude has {len(exclude)} items for {len(vectors)} queries, expected one a query.")
+        excluded = [self._excluded_ids(item) for item in exclude] if exclude is not None else [_NO_IDS] * len(vectors)
+        scores, ids = self._index.search(vectors, top_k, excluded)
+        if isinstance(queries, torch.Tensor):
+            return torch.from_numpy(scores).to(queries.device), torch.from_numpy(ids).to(queries.device)
+        return scores, ids
+
+    def gather(self, ids: torch.Tensor | np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Values of rows: ids `(n, k)` (any shape) to `(n, k, num_latents, latent_dim)`; id -1 gives zeros."""
+        rows = self._checked_ids(ids)
+        values = torch.from_numpy(self._values[np.maximum(rows, 0)])
+        values = values.to(ids.device if isinstance(ids, torch.Tensor) else "cpu", dtype)
+        if (rows < 0).any():
+            values[torch.from_numpy(rows < 0).to(values.device)] = 0
+        return values
+
+    def rows(self, ids: torch.Tensor | np.ndarray | Sequence) -> list:
+        """`{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
+        ids = self._checked_ids(ids)
+        table = self._table.drop_columns([name for name in self._table.column_names if name == "thumbnail"])
+        found = iter(table.take(pa.array(ids[ids >= 0])).to_pylist())
+        flat = [next(found) if row >= 0 else None for row in ids.reshape(-1)]
+        for length in reversed(ids.shape[1:]):
+            flat = [flat[i : i + length] for i in range(0, len(flat), length)]
+        return flat
+
+    def thumbnail(self, row_id: int) -> Image.Image | None:
+        """The small picture kept of a row, None in a bank built without thumbnails."""
+        if "thumbnail" not in self._table.column_names:
+            return None
+        return load_image(self._table["thumbnail"][int(self._checked_ids([row_id])[0])].as_py())
+
+    def ids_of(self, source_id: str) -> np.ndarray:
+        """Ids, int64 and ascending, of the rows made from the image with this `source_id`."""
+        names, order = self._source_order
+        wanted = np.bytes_(source_id.encode())
+        return order[np.searchsorted(names, wanted, "left") : np.searchsorted(names, wanted, "right")]
+
+    def check_probes(self, model: PreTrainedModel) -> None:
+        """Refuse a model whose vision tower is not the one the bank's keys were made with.
+
+        The keys of four fixed synthetic images are made anew and compared, centred, with those of the building tower.
+
+        Raises:
+            ValueError: naming both towers and the cosine, or the widths of their features.
+        """
+        tower, found = self.config["tower"], describe_tower(model)["name"]
+        advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
+        with evaluating(model):
+            features = model.get_vision_features(probe_pixels(tower["image_shape"]).to(model.device))
+        if features.shape[-1] != self.key_encoder.feature_dim:
+            raise ValueError(
+                f"The model's vision tower ({found}) makes features {features.shape[-1]} wide, but the memory bank "
+                f"was built with {tower['name']}, {self.key_encoder.feature_dim} wide. {advice}"
+            )
+        self.key_encoder.to(features.device)
+        raw, mean = self.key_encoder.raw_keys(features).cpu(), self.key_encoder.mean.cpu()
+        cosine = F.cosine_similarity(raw - mean, self.probe_keys - mean).min().item()
+        if not cosine >= MIN_PROBE_COSINE:
+            raise ValueError(
+                f"The memory bank was built with the vision tower {tower['name']}, this model has {found}: on the "
+                f"probe images the cosine of their keys is {cosine:.3f}, expected at least {MIN_PROBE_COSINE}. "
+                f"{advice}"
+            )
+
+    # ------------------------------------------------------------------ inside
+
+    @cached_property
+    def _index(self) -> KeyIndex:
+        return KeyIndex(self._files.keys, len(self), self.key_dim)
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        values = np.load(self._files.values, mmap_mode="r", allow_pickle=False)
+        if values.shape != (len(self), self.num_latents, self.latent_dim):
+            raise ValueError(
+                f"The local file {self._files.values} is damaged. Delete {self._files.values.parent} and load the "
+                "bank again."
+            )
+        return np.asarray(values)
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        """Every column but key and value."""
+        return pa.ipc.open_file(pa.memory_map(str(self._files.rows))).read_all()
+
+    @cached_property
+    def _source_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """The source ids, sorted, and the rows they belong to."""
+        names = np.array(self._table["source_id"].to_pylist(), dtype="S32")
+        order = np.argsort(names, kind="stable")
+        return names[order], order
+
+    def _batches(self, keys_of: np.ndarray | None = None) -> Iterator[pa.RecordBatch]:
+        """The bank's rows with keys and values; `keys_of`: the row whose key each row gets."""
+        start = 0
+        for batch in self._table.to_batches():
+            rows = slice(start, start + len(batch))
+            keys = self._index.keys[rows if keys_of is None else keys_of[rows]]
+            values = self._values[rows].reshape(len(batch), -1)
+            columns = {name: batch.column(name) for name in batch.schema.names}
+            columns["key"], columns["value"] = list_column(keys), list_column(values)
+            yield pa.record_batch(columns)
+            start += len(batch)
+
+    def _excluded_ids(self, item: str | Sequence[int] | None) -> np.ndarray:
+        if item is None:
+            return _NO_IDS
+        if isinstance(item, str):
+            return self.ids_of(item)
+        ids = self._checked_ids(item)
+        return ids[ids >= 0]
+
+    def _checked_ids(self, ids: torch.Tensor | np.ndarray | Sequence) -> np.ndarray:
+        ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+        ids = ids.astype(np.int64, casting="same_kind") if ids.size else ids.astype(np.int64)
+        if ids.size and not -1 <= ids.min() <= ids.max() < len(self):
+            raise ValueError(
+                f"Row ids run from {ids.min()} to {ids.max()}, expected -1 (none) to {len(self) - 1}: these ids are "
+                "of another bank."
+            )
+        return ids
+
+
+_NO_IDS = np.empty(0, np.int64)
+
+
+def _read_key_encoder(folder: Path, config: dict) -> tuple[KeyEncoder, torch.Tensor]:
+    """The key encoder and the probe keys of a saved bank, checked against its config."""
+    path, settings = folder / KEY_ENCODER_NAME, config["key_encoder"]
+    advice = "Save or download the bank again."
+    if not path.is_file():
+        raise ValueError(f"{path} is missing. {advice}")
+    if (digest := file_sha256(path)) != config["sha256"]["key_encoder"]:
+        raise ValueError(
+            f"{path}: its sha256 is {digest}, but {CONFIG_NAME} says {config['sha256']['key_encoder']}. {advice}"
+        )
+    try:
+        tensors = load_file(path)
+        probe_keys = tensors.pop("probe_keys").float()
+        connector = None
+        if settings["key_space"] == "language":
+            weights = {name: tensors.pop(f"connector.{name}") for name in CONNECTOR_WEIGHTS}
+            (hidden_size, in_size), out_size = weights["linear_1.weight"].shape, len(weights["linear_2.bias"])
+            connector = Connector(in_size, hidden_size, out_size, settings["connector_act"])
+            connector.load_state_dict(weights)
+        key_encoder = KeyEncoder(
+            tensors.pop("mean"),
+            tensors.pop("projection", None),
+            connector,
+            tensors.pop("token_embeddings", None),
+            settings["vision_pool_size"],
+            settings["alpha"],
+        )
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}). {advice}") from error
+    return key_encoder, probe_keys
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """Fetch a bank's data files, and nothing else, from the Hub."""
+    try:
+        patterns = [
+            CONFIG_NAME,
+            KEY_ENCODER_NAME,
+            "data/*.parquet",
+            "value_encoder/*.json",
+            "value_encoder/*.safetensors",
+        ]
+        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns))
+    except (HFValidationError, OSError) as error:
+        raise OSError(
+            f"{repo_id!r} is not a local folder, and as a dataset repository of the Hub it could not be downloaded "
+            f"({error}). Check the name, the revision, the connection and the token."
+        ) from error
