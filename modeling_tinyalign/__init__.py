@@ -4,5 +4,4 @@ from .configuration_tinyalign import TinyAlignConfig
 from .modeling_tinyalign import TinyAlignForConditionalGeneration, TinyAlignModel
 from .outputs import TinyAlignRetrieval
 
-
 __all__ = ["TinyAlignConfig", "TinyAlignForConditionalGeneration", "TinyAlignModel", "TinyAlignRetrieval"]

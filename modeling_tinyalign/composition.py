@@ -8,7 +8,6 @@ from .configuration_tinyalign import TinyAlignConfig
 from .connectors import Connector, MemoryConnector
 from .vision_features import pool_grid, read_vision_tower
 
-
 logger = logging.get_logger(__name__)
 
 # What AutoConfig and AutoTokenizer need to find the same checkpoint as the model.
@@ -47,7 +46,9 @@ def compose(
     model.model.language_model = language_model.base_model
     model.lm_head = lm_head
     hidden_size = config.text_config.hidden_size
-    model.model.connector = Connector(config.vision_feature_size, hidden_size, hidden_size, config.projector_hidden_act)
+    model.model.connector = Connector(
+        config.vision_feature_size, hidden_size, hidden_size, config.projector_hidden_act
+    )
     model.model.connector.apply(model._init_weights)
     new = ["connector"]
     if config.memory_top_k > 0:

@@ -51,7 +51,7 @@ class TinyAlignConfig(PreTrainedConfig):
     memory_connector_size (`int`, *optional*):
         Hidden width of the memory connector. Defaults to the language model's hidden size.
     key_space (`str`, *optional*, defaults to `"vision"`):
-        Space of the bank's keys: the vision tower's, or (the paper's) the language model's, with the question mixed in.
+        Space of the bank's keys: the vision tower's, or (the paper's) the language model's, with the text mixed in.
     query_alpha (`float`, *optional*, defaults to 0.4):
         Weight of the image in a key of the language space (paper, equation 4).
     memory_bank, memory_bank_revision (`str`, *optional*):
@@ -96,8 +96,8 @@ class TinyAlignConfig(PreTrainedConfig):
             width = self.vision_config.to_dict().get("hidden_size")
             if width is None:
                 raise ValueError(
-                    f"A {self.vision_config.model_type} config has no hidden_size: pass vision_feature_size, the number "
-                    "of channels of the tower's last layer."
+                    f"A {self.vision_config.model_type} config has no hidden_size: pass vision_feature_size, the "
+                    "number of channels of the tower's last layer."
                 )
             layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
             self.vision_feature_size = width * layers

@@ -23,8 +23,8 @@ from .outputs import (
     TinyAlignModelOutputWithPast,
     TinyAlignRetrieval,
 )
+from .retrieval import RetrievalMixin
 from .vision_features import pool_grid, read_vision_tower
-
 
 logger = logging.get_logger(__name__)
 
@@ -71,14 +71,14 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         }
         if self.config.memory_bank is not None and os.path.exists(self.config.memory_bank):
             logger.warning(
-                f"config.memory_bank is a local path ({self.config.memory_bank}) and is not saved: push the bank to the "
-                "Hub and set config.memory_bank to its repository, or call attach_memory_bank() after loading."
+                f"config.memory_bank is a local path ({self.config.memory_bank}) and is not saved: push the bank to "
+                "the Hub and set config.memory_bank to its repository, or attach it again after loading."
             )
             self.config.memory_bank = None
         super().save_pretrained(save_directory, **kwargs)
 
 
-class TinyAlignModel(TinyAlignPreTrainedModel):
+class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
     """Vision tower, connectors and language model without its head. All fusion happens in `forward`."""
 
     _auto_class = "AutoModel"
@@ -91,11 +91,10 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if config.memory_top_k > 0:
             self.memory_connector = MemoryConnector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self._memory_bank = None
         self.post_init()
 
     def train(self, mode: bool = True):
-        """As usual, but the vision tower stays in evaluation mode: dropout and batch statistics would move the keys."""
+        """The vision tower stays in evaluation mode: dropout and batch statistics would move the keys."""
         super().train(mode)
         self.vision_tower.eval()
         return self
@@ -125,10 +124,11 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(n, 3, H, W)`, *optional*): The images, or
-            vision_features (`torch.Tensor` of shape `(n, T, C)`, *optional*): what [`get_vision_features`] gave for them.
+            vision_features (`torch.Tensor` of shape `(n, T, C)`, *optional*): what [`get_vision_features`] gave.
             query_input_ids, query_attention_mask (`torch.Tensor` of shape `(n, Q)`, *optional*):
                 The question, for a bank with keys in the language space.
-            memory_values (`torch.Tensor` of shape `(n, top_k, L, D)`, *optional*): Values to use. Nothing is retrieved.
+            memory_values (`torch.Tensor` of shape `(n, top_k, L, D)`, *optional*):
+                Values to use. Nothing is retrieved.
             memory_ids (`torch.LongTensor` of shape `(n, top_k)`, *optional*):
                 Rows of the attached bank to use; -1 marks an empty slot. Nothing is retrieved.
             exclude_ids (`list`, *optional*):
@@ -156,11 +156,13 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
                 memory_ids = torch.full((len(tokens), self.config.memory_top_k), -1)
                 values = torch.zeros(*memory_ids.shape, self.config.num_latents, self.config.latent_dim)
             elif memory_values is None:
+                bank = self._require_bank()
                 if memory_ids is None:
-                    outputs.memory_scores, memory_ids = self._search(
-                        vision_features, query_input_ids, query_attention_mask, self.config.memory_top_k, exclude_ids
+                    keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
+                    outputs.memory_scores, memory_ids = bank.search(
+                        keys, self.config.memory_top_k, exclude=exclude_ids
                     )
-                values = self._require_bank().gather(memory_ids)
+                values = bank.gather(memory_ids)
             values = torch.as_tensor(values)
             self._check_memory_values(values, len(tokens))
             mask = None if memory_ids is None else memory_ids >= 0
@@ -168,72 +170,11 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
             outputs.memory_ids = memory_ids
         elif memory_ids is not None or memory_values is not None:
-            raise ValueError("config.memory_top_k is 0, a model without memory: do not pass memory_ids or memory_values.")
+            raise ValueError(
+                "config.memory_top_k is 0, a model without memory: do not pass memory_ids or memory_values."
+            )
         outputs.pooler_output = list(tokens)
         return outputs
-
-    @property
-    def memory_bank(self):
-        """The attached bank. If there is none, `config.memory_bank` is loaded and attached, when that is set."""
-        if self._memory_bank is None and self.config.memory_bank is not None:
-            self.attach_memory_bank(self.config.memory_bank, self.config.memory_bank_revision)
-        return self._memory_bank
-
-    def detach_memory_bank(self):
-        """Forgets the bank, also the one that `config.memory_bank` names."""
-        self._memory_bank = None
-        self.config.memory_bank = self.config.memory_bank_revision = None
-
-    def _require_bank(self):
-        if self.memory_bank is None:
-            raise ValueError(
-                f"This model retrieves {self.config.memory_top_k} neighbours an image, but no memory bank is attached and no "
-                'memory_values were given. Call model.attach_memory_bank(folder_or_repository), or pass memory="off" to '
-                "do without."
-            )
-        return self.memory_bank
-
-    def _search(self, vision_features, query_input_ids, query_attention_mask, top_k, exclude_ids):
-        """Scores and ids `(n, top_k)` of the neighbours, on the device of the features."""
-        bank = self._require_bank()
-        keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
-        scores, ids = bank.search(keys, top_k, exclude=exclude_ids)
-        return torch.as_tensor(scores, device=vision_features.device), torch.as_tensor(
-            ids, device=vision_features.device
-        )
-
-    @torch.no_grad()
-    def retrieve(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        query_input_ids: torch.LongTensor | None = None,
-        query_attention_mask: torch.Tensor | None = None,
-        top_k: int | None = None,
-        exclude_ids: list | None = None,
-    ) -> TinyAlignRetrieval:
-        """The neighbours of each image (see [`get_image_features`]), by default `config.memory_top_k` of them, best first."""
-        if vision_features is None:
-            vision_features = self.get_vision_features(pixel_values)
-        top_k = self.config.memory_top_k if top_k is None else top_k
-        scores, ids = self._search(vision_features, query_input_ids, query_attention_mask, top_k, exclude_ids)
-        rows = [self.memory_bank.rows([index for index in row if index >= 0]) for row in ids.tolist()]
-        return TinyAlignRetrieval(
-            scores=scores,
-            ids=ids,
-            captions=[[neighbour["caption"] for neighbour in row] for row in rows],
-            source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
-        )
-
-    def _check_memory_values(self, values: torch.Tensor, n: int):
-        config = self.config
-        expected = (n, config.memory_top_k, config.num_latents, config.latent_dim)
-        found = tuple(values.shape)
-        free = {1} if config.memory_fusion == "sequence" else set()
-        if len(found) != 4 or any(a != b for i, (a, b) in enumerate(zip(found, expected, strict=True)) if i not in free):
-            raise ValueError(
-                f"memory_values have shape {found}, expected (images, top_k, num_latents, latent_dim) = {expected}."
-            )
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
@@ -251,23 +192,24 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         for row, count in enumerate(found):
             if count % size:
                 raise ValueError(
-                    f"Row {row} has {count} image placeholders (token {self.config.image_token_id}), expected a multiple "
-                    f"of {size}: {self.config.image_seq_length} visual + {size - self.config.image_seq_length} memory "
-                    "tokens an image. Make the prompt with the processor saved with this model, and do not truncate it."
+                    f"Row {row} has {count} image placeholders (token {self.config.image_token_id}), expected a "
+                    f"multiple of {size}: {self.config.image_seq_length} visual + "
+                    f"{size - self.config.image_seq_length} memory tokens an image. Make the prompt with the "
+                    "processor saved with this model, and do not truncate it."
                 )
         images = [count // size for count in found]
         if sum(images) != len(features):
             raise ValueError(
-                f"The rows have placeholders for {images} images, {sum(images)} in all, but {len(features)} images were "
-                "given. Pass one image for each."
+                f"The rows have placeholders for {images} images, {sum(images)} in all, but {len(features)} images "
+                "were given. Pass one image for each."
             )
 
     def check_no_placeholders(self, mask: torch.Tensor):
         """Without images. Raises `ValueError`."""
         if mask.any():
             raise ValueError(
-                f"The rows have {mask.sum(1).tolist()} image placeholders (token {self.config.image_token_id}), but no "
-                "image was given: pass pixel_values or vision_features."
+                f"The rows have {mask.sum(1).tolist()} image placeholders (token {self.config.image_token_id}), but "
+                "no image was given: pass pixel_values or vision_features."
             )
 
     @can_return_tuple
@@ -301,7 +243,9 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if images is not None:
             features = torch.cat(images.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             if not is_torchdynamo_compiling() and mask.sum() != len(features):
-                raise ValueError(f"Found {mask.sum()} image placeholders, expected {len(features)}, one per image token.")
+                raise ValueError(
+                    f"Found {mask.sum()} image placeholders, expected {len(features)}, one per image token."
+                )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
         elif past_key_values is None and not is_torchdynamo_compiling():
             self.check_no_placeholders(mask)
@@ -353,7 +297,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         Args:
             vision_name_or_path (`str`): A vision tower, or a dual tower (SigLIP, CLIP) whose vision half is taken.
             text_name_or_path (`str`): A causal language model with its tokenizer.
-            image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, added where the tokenizer lacks it.
+            image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, added if the tokenizer lacks it.
             vision_kwargs, text_kwargs (`dict`, *optional*): For the two `from_pretrained` (`dtype`, `revision`, ...).
             config: Fields of [`TinyAlignConfig`].
         """
@@ -369,6 +313,23 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs) -> TinyAlignImageFeatures:
         """See [`TinyAlignModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    @property
+    def memory_bank(self) -> "MemoryBank | None":
+        """See [`TinyAlignModel.memory_bank`]."""
+        return self.model.memory_bank
+
+    def attach_memory_bank(self, bank: "MemoryBank | str | os.PathLike", revision: str | None = None):
+        """See [`TinyAlignModel.attach_memory_bank`]."""
+        self.model.attach_memory_bank(bank, revision)
+
+    def detach_memory_bank(self):
+        """See [`TinyAlignModel.detach_memory_bank`]."""
+        self.model.detach_memory_bank()
+
+    def retrieve(self, pixel_values: torch.Tensor | None = None, **kwargs) -> TinyAlignRetrieval:
+        """See [`TinyAlignModel.retrieve`]."""
+        return self.model.retrieve(pixel_values, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -445,8 +406,8 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """
-        As [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`]. Images are encoded and
-        neighbours retrieved once, before the first token. With `return_dict_in_generate=True` the output has
+        As [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`]. Images are encoded
+        and neighbours retrieved once, before the first token. With `return_dict_in_generate=True` the output has
         `memory_ids` and `memory_scores` `(images, top_k)` as well.
         """
         image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}

@@ -2,5 +2,4 @@
 
 from .processing_tinyalign import TinyAlignProcessor
 
-
 __all__ = ["TinyAlignProcessor"]

@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 
 def load_image(image: Any, name: str = "image") -> Any:
     """
-    A PIL image, path, URL or base64 string -> upright RGB; transparency becomes white. Arrays and tensors pass unchanged.
+    A PIL image, path, URL or base64 string -> upright RGB; transparency becomes white. Arrays and tensors pass as
+    they are.
 
     Raises `ValueError`, naming `name`, for what is corrupt, truncated or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """

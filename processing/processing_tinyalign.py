@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the shortcut needs torchvision in 5.17
 from transformers.processing_utils import MultiModalData
 
 from .chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
@@ -80,21 +81,25 @@ class TinyAlignProcessor(ProcessorMixin):
         return processor
 
     def __call__(
-        self, images: Any = None, text: str | list[str] | None = None, query_text: str | list[str] | None = None, **kwargs
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        query_text: str | list[str] | None = None,
+        **kwargs,
     ) -> BatchFeature:
         """
         As every processor of transformers.
 
         Args:
-            images: One image, a list of images, or a list with a list of images for each text: PIL images, paths, URLs,
-                base64 strings, arrays or tensors.
+            images: One image, a list of images, or a list with a list of images for each text: PIL images, paths,
+                URLs, base64 strings, arrays or tensors.
             text: Prompts. `<rag>` is dropped: the memory tokens follow the visual tokens of the image before it.
-            query_text: What to retrieve with beside the image, one for each text. Never put an answer in it. It is used
-                only with `key_space="language"`.
+            query_text: What to retrieve with beside the image, one for each text. Never put an answer in it. It is
+                used only with `key_space="language"`.
 
         Returns:
-            `input_ids`, `attention_mask`, `pixel_values (images, 3, H, W)`, and with `key_space="language"` and a query
-            `query_input_ids`, `query_attention_mask (images, Q)`.
+            `input_ids`, `attention_mask`, `pixel_values (images, 3, H, W)`, and with `key_space="language"` and a
+            query `query_input_ids`, `query_attention_mask (images, Q)`.
         """
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
@@ -162,8 +167,8 @@ class TinyAlignProcessor(ProcessorMixin):
             found = [len(row) for row in images]
             if counts is not None and found != counts:
                 raise ValueError(
-                    f"The texts have {counts} {self.image_token} placeholders, but {found} images were passed for them. "
-                    f"Put one {self.image_token} in a text for each of its images."
+                    f"The texts have {counts} {self.image_token} placeholders, but {found} images were passed for "
+                    f"them. Put one {self.image_token} in a text for each of its images."
                 )
             images = [image for row in images for image in row]
         elif counts is not None and sum(counts) != len(images):
@@ -176,7 +181,9 @@ class TinyAlignProcessor(ProcessorMixin):
     def _fold_rag(self, text: str) -> str:
         before, rag, _ = text.partition("<rag>")
         if rag and self.image_token not in before:
-            raise ValueError(f"<rag> stands before the first {self.image_token} in {text[:100]!r}: put it after an image.")
+            raise ValueError(
+                f"<rag> stands before the first {self.image_token} in {text[:100]!r}: put it after an image."
+            )
         return re.sub(r"\s?<rag>", "", text)
 
     def _fold_message(self, message: dict) -> dict:
@@ -206,7 +213,7 @@ class TinyAlignProcessor(ProcessorMixin):
         return "\n".join(texts)
 
     def _offsets_before_expansion(self, offset_mapping: list, texts: list[str]) -> list[list[tuple[int, int]]]:
-        """Character spans in the texts as given, with one placeholder an image (what transformers 5.17 takes them for)."""
+        """Character spans in the texts as given, one placeholder an image: 5.17 takes them for that."""
         length = len(self.image_token)
         gained = length * (self.num_image_tokens - 1)
         restored = []

@@ -10,7 +10,6 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
     EfficientNetConfig,
@@ -26,13 +25,11 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
-    SiglipTextConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
-
 
 torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

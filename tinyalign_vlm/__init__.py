@@ -5,7 +5,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from .modeling_tinyalign import TinyAlignConfig, TinyAlignForConditionalGeneration, TinyAlignModel, TinyAlignRetrieval
 from .processing import TinyAlignProcessor
 
-
 AutoConfig.register("tinyalign", TinyAlignConfig)
 AutoModel.register(TinyAlignConfig, TinyAlignModel)
 AutoModelForImageTextToText.register(TinyAlignConfig, TinyAlignForConditionalGeneration)

@@ -1,0 +1,109 @@
+"""Attaching a memory bank to a model, and asking it for neighbours."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from .outputs import TinyAlignRetrieval
+
+if TYPE_CHECKING:
+    from .memory_bank import MemoryBank
+
+
+class RetrievalMixin:
+    """What a model needs to retrieve: a bank, kept outside the weights, and `get_vision_features`."""
+
+    _memory_bank = None
+
+    @property
+    def memory_bank(self) -> MemoryBank | None:
+        """The attached bank. If there is none, `config.memory_bank` is loaded and attached, when that is set."""
+        if self._memory_bank is None and self.config.memory_bank is not None:
+            self.attach_memory_bank(self.config.memory_bank, self.config.memory_bank_revision)
+        return self._memory_bank
+
+    def attach_memory_bank(self, bank: MemoryBank | str | os.PathLike, revision: str | None = None):
+        """
+        Retrieve from this bank from now on. It is no part of the weights; its Hub repository, if any, goes into the
+        config.
+
+        Args:
+            bank (`MemoryBank` or `str`): A bank, or the folder or dataset repository of one.
+            revision (`str`, *optional*): Revision of the repository.
+
+        Raises:
+            ValueError: The bank has other latents or keys than the model, is too small, or is of another vision tower.
+        """
+        if isinstance(bank, (str, os.PathLike)):
+            from .memory_bank import MemoryBank
+
+            bank = MemoryBank.from_pretrained(bank, revision=revision)
+        config = self.config
+        found = (bank.num_latents, bank.latent_dim, bank.key_space)
+        expected = (config.num_latents, config.latent_dim, config.key_space)
+        if found != expected:
+            raise ValueError(
+                f"The bank has (num_latents, latent_dim, key_space) = {found}, the model expects {expected}. Build a "
+                "bank for this model, or use the model the bank was built for."
+            )
+        if len(bank) < config.memory_top_k:
+            raise ValueError(
+                f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.memory_top_k}: add rows."
+            )
+        bank.check_probes(self)
+        self._memory_bank = bank
+        config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
+
+    def detach_memory_bank(self):
+        """Forgets the bank, also the one that `config.memory_bank` names."""
+        self._memory_bank = self.config.memory_bank = self.config.memory_bank_revision = None
+
+    def _require_bank(self) -> MemoryBank:
+        bank = self.memory_bank
+        if bank is None:
+            raise ValueError(
+                f"This model uses {self.config.memory_top_k} neighbours an image, but no memory bank is attached and "
+                "no memory_values were given. Call model.attach_memory_bank(folder_or_repository), or pass "
+                "memory='off' to do without."
+            )
+        return bank
+
+    @torch.no_grad()
+    def retrieve(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+        top_k: int | None = None,
+        exclude_ids: list | None = None,
+    ) -> TinyAlignRetrieval:
+        """The `top_k` (default: `config.memory_top_k`) neighbours of each image; inputs as [`get_image_features`]."""
+        if vision_features is None:
+            vision_features = self.get_vision_features(pixel_values)
+        top_k = self.config.memory_top_k if top_k is None else top_k
+        bank = self._require_bank()
+        keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
+        scores, ids = bank.search(keys, top_k, exclude=exclude_ids)
+        rows = [[neighbour for neighbour in row if neighbour is not None] for row in bank.rows(ids)]
+        return TinyAlignRetrieval(
+            scores=scores,
+            ids=ids,
+            captions=[[neighbour["caption"] for neighbour in row] for row in rows],
+            source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
+        )
+
+    def _check_memory_values(self, values: torch.Tensor, n: int):
+        config = self.config
+        expected = (n, config.memory_top_k, config.num_latents, config.latent_dim)
+        found = tuple(values.shape)
+        free = {1} if config.memory_fusion == "sequence" else set()
+        if len(found) != 4 or any(
+            a != b for i, (a, b) in enumerate(zip(found, expected, strict=True)) if i not in free
+        ):
+            raise ValueError(
+                f"memory_values have shape {found}, expected (images, top_k, num_latents, latent_dim) = {expected}."
+            )
