@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -16,8 +15,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .bank_images import image_source_id, load_image, thumbnail_bytes
-from .bank_storage import list_column, matrix, row_schema
-from .key_encoder import KeyEncoder
+from .bank_storage import BankFiles, Spool, list_column, matrix, row_schema, write_local_files
+from .key_encoder import KeyEncoder, fit_whitening
 
 try:
     import pyarrow as pa
@@ -32,15 +31,15 @@ NUM_PROBES = 4
 @contextlib.contextmanager
 def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
     """Without gradients and in eval mode; the modes are put back afterwards."""
-    training = [module.training for module in modules]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         with torch.no_grad():
             for module in modules:
                 module.eval()
             yield
     finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.train(mode)
+        for part, mode in modes:
+            part.training = mode
 
 
 def probe_pixels(image_shape: Sequence[int]) -> torch.Tensor:
@@ -52,7 +51,7 @@ def probe_pixels(image_shape: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.sin(phase + 2 * np.pi * channel / channels + probe)).float()
 
 
-def describe_tower(model: PreTrainedModel) -> dict:
+def describe_tower(model: PreTrainedModel, image_shape: list[int]) -> dict:
     """Name, revision and settings of a model's vision tower; a local folder is named without its path."""
     vision_config = model.config.vision_config
     settings = json.loads(vision_config.to_json_string())
@@ -64,6 +63,7 @@ def describe_tower(model: PreTrainedModel) -> dict:
         "config": settings,
         "vision_feature_layer": model.config.vision_feature_layer,
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+        "image_shape": image_shape,
     }
 
 
@@ -147,7 +147,7 @@ class RowEncoder:
         features = self._features(rows)
         ids, mask = self._caption_ids(captions, features.device)
         keys = self.key_encoder.to(features.device).raw_keys(features, ids, mask).cpu()
-        values = self.value_encoder.encode(features.to(self.value_encoder.device), captions).float().cpu()
+        values = encode_values(self.value_encoder, features, captions)
         for name, tensor in (("key", keys), ("value", values.half())):
             finite = tensor.flatten(1).isfinite().all(dim=1)
             if not finite.all():
@@ -184,7 +184,7 @@ class RowEncoder:
         if self.vision_features is not None:
             return torch.stack([torch.as_tensor(self.vision_features[row["row"]]) for row in rows])
         pixels = self.processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
-        return self.model.get_vision_features(pixels["pixel_values"].to(self.model.device))
+        return self.model.get_vision_features(pixels["pixel_values"])
 
     def _caption_ids(
         self, captions: list[str], device: torch.device
@@ -221,27 +221,19 @@ def renumbered(tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
             start += len(batch)
 
 
-def new_key_encoder(model: PreTrainedModel, feature_dim: int) -> KeyEncoder:
-    """A key encoder for the model's key space whose mean is still zero."""
-    config = model.config
-    if config.key_space == "vision":
-        return KeyEncoder(torch.zeros(feature_dim), alpha=config.query_alpha)
-    embeddings = model.get_input_embeddings().weight.detach()
-    return KeyEncoder(
-        torch.zeros(embeddings.shape[1]),
-        connector=copy.deepcopy(model.base_model.connector).float(),
-        token_embeddings=embeddings,
-        vision_pool_size=config.vision_pool_size,
-        alpha=config.query_alpha,
-    )
+def encode_values(value_encoder: PreTrainedModel, features: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    """`(n, num_latents, latent_dim)` float32 on the CPU, of features `(n, tokens, width)` wherever they are."""
+    return value_encoder.encode(features.to(value_encoder.device, value_encoder.dtype), captions).float().cpu()
 
 
-def check_latents(latents: torch.Tensor, model: PreTrainedModel) -> None:
+def check_latents(value_encoder: PreTrainedModel, features: torch.Tensor, model: PreTrainedModel) -> None:
+    """Refuse a value encoder whose latents are not of the shape the model reads (ValueError with both shapes)."""
+    found = tuple(encode_values(value_encoder, features, ["a caption"]).shape[1:])
     expected = (model.config.num_latents, model.config.latent_dim)
-    if latents.shape[1:] != expected:
+    if found != expected:
         raise ValueError(
-            f"The value encoder makes latents of shape {tuple(latents.shape[1:])}, but the model expects {expected}. "
-            "Give both the same num_latents and latent_dim."
+            f"The value encoder makes latents of shape {found}, but the model expects {expected}. Give both the same "
+            "num_latents and latent_dim."
         )
 
 
@@ -252,6 +244,25 @@ def check_keep_columns(keep_columns: Sequence[str]) -> None:
             f"keep_columns is {keep_columns!r}, expected a list of columns other than {', '.join(FIXED_COLUMNS)}: "
             "rename those columns first."
         )
+
+
+def encode_and_fit(encoder: RowEncoder, dataset: Iterable[dict], whiten_dim: int | None) -> BankFiles:
+    """Encode all rows, then fit the key encoder's mean and whitening to them and write the bank's local files."""
+    key_encoder = encoder.key_encoder
+    with Spool(encoder.batches(dataset)) as spool:
+        num_rows = encoder.num_rows
+        if num_rows == 0:
+            raise ValueError(
+                f"The dataset has no usable rows ({len(encoder.skipped_rows)} were skipped): a memory bank needs at "
+                "least one image with a caption."
+            )
+        mean = encoder.key_sum / num_rows
+        key_encoder.cpu().mean = mean.float()
+        if whiten_dim is not None:
+            key_encoder.projection = fit_whitening(mean, encoder.key_moment / num_rows, whiten_dim, num_rows)
+        value_shape = (encoder.model.config.num_latents, encoder.model.config.latent_dim)
+        batches = finished(spool.batches(), key_encoder)
+        return write_local_files(batches, key_encoder.key_dim, value_shape, "The new memory bank")
 
 
 def _undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:

@@ -7,6 +7,8 @@ import io
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 try:
     from PIL import Image, ImageOps
 except ImportError:
@@ -37,7 +39,9 @@ def load_image(image: Image.Image | dict | bytes | str | Path) -> Image.Image:
         if limit is not None and pixels > limit:
             raise ValueError(f"it has {pixels} pixels, expected at most {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
         image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")

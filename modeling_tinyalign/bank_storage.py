@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -87,8 +88,15 @@ def check_config(config: dict, path: Path) -> None:
     if not isinstance(tower, dict) or not isinstance(tower.get("name"), str):
         refuse("tower", tower, "an object with the tower's name")
     shape = tower.get("image_shape")
-    if not (isinstance(shape, list) and len(shape) == 3 and all(type(s) is int and 1 <= s <= 8192 for s in shape)):
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(s) is int and 1 <= s <= 4096 for s in shape)):
         refuse("tower.image_shape", shape, "[channels, height, width]")
+    columns, thumbnail_size = config.get("columns"), config.get("thumbnail_size")
+    if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
+        refuse("columns", columns, "a list of names")
+    if not (thumbnail_size is None or (type(thumbnail_size) is int and 1 <= thumbnail_size <= 4096)):
+        refuse("thumbnail_size", thumbnail_size, "a number of pixels or null")
+    if not isinstance(config.get("skipped_rows"), list):
+        refuse("skipped_rows", config.get("skipped_rows"), "a list")
 
 
 def file_sha256(path: Path) -> str:
@@ -97,6 +105,16 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """Refuse a file that is missing or not the one bank_config.json was written for (ValueError naming it)."""
+    found = file_sha256(path) if path.is_file() else "none, the file is missing"
+    if found != sha256:
+        raise ValueError(
+            f"{path}: its sha256 is {found}, but {CONFIG_NAME} says {sha256}. The bank was damaged or changed by "
+            "hand: save or download it again."
+        )
 
 
 def row_schema(key_dim: int, value_size: int, thumbnails: bool, extra: Iterable[pa.Field]) -> pa.Schema:
@@ -195,7 +213,11 @@ def check_batch(batch: pa.RecordBatch, start: int, name: str) -> None:
 
 
 def write_local_files(
-    batches: Iterable[pa.RecordBatch], key_dim: int, value_shape: tuple[int, int], name: str
+    batches: Iterable[pa.RecordBatch],
+    key_dim: int,
+    value_shape: tuple[int, int],
+    name: str,
+    expected: dict[str, str] | None = None,
 ) -> BankFiles:
     """Check the rows of a bank and lay them out for use: index, memory-mapped values, memory-mapped rows.
 
@@ -205,9 +227,10 @@ def write_local_files(
     Args:
         batches: record batches of `row_schema`, in the order of the bank.
         name: what the errors call the source of the rows.
+        expected: the sha256 of keys, values and rows, where they are known.
 
     Raises:
-        ValueError: a row or a type is refused, or there is no row.
+        ValueError: a row, a type or a sha256 is refused, or there is no row.
         OSError: the cache could not be written.
     """
     root = cache_root()
@@ -242,17 +265,19 @@ def write_local_files(
         except RuntimeError as error:
             raise OSError(f"faiss could not write the index: {error}") from error
         files = BankFiles.cached({part: digest.hexdigest() for part, digest in hashes.items()}, index.ntotal)
+        for part, digest in files.sha256.items():
+            if expected is not None and digest != expected[part]:
+                raise ValueError(
+                    f"{name}: the sha256 of the {part} is {digest}, but {CONFIG_NAME} says {expected[part]}. The bank "
+                    "was damaged or changed by hand: save or download it again."
+                )
         for path in (files.keys, files.values, files.rows):
             path.parent.mkdir(exist_ok=True)
             _sync(scratch / path.name)
             os.replace(scratch / path.name, path)
         return files
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"Writing the memory bank's local files to {root} failed: {error}. Free some space there, or set HF_HOME "
-            "to a folder on a larger disk.",
-        ) from error
+        raise _cache_error(error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -322,7 +347,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         ValueError: `target` holds something that is not a memory bank.
         OSError: the new folder could not be written.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()
     kept = []
     if target.exists():
         if not target.is_dir():
@@ -381,8 +406,10 @@ class Spool:
                     writer.write_batch(batch)
                 if writer is not None:
                     writer.close()
-        except BaseException:
+        except BaseException as error:
             self.path.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise _cache_error(error) from error
             raise
         return self
 
@@ -404,6 +431,14 @@ def _row_bytes(row: dict) -> bytes:
     if row.get("thumbnail") is not None:
         row["thumbnail"] = hashlib.sha256(row["thumbnail"]["bytes"] or b"").hexdigest()
     return json.dumps(row, sort_keys=True, default=str).encode()
+
+
+def _cache_error(error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"Writing the memory bank's local files to {cache_root()} failed: {error}. Free some space there, or set "
+        "HF_HOME to a folder on a larger disk.",
+    )
 
 
 def _write_npy_header(file, shape: tuple[int, ...]) -> None:

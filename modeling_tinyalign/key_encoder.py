@@ -1,11 +1,21 @@
 """The key encoder: what an image (and, in language space, its text) is filed under in the memory bank."""
 
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from .connectors import Connector
 from .vision_features import pool_grid
+
+CONNECTOR_WEIGHTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 
 
 def attention_pool(features: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -128,6 +138,60 @@ class KeyEncoder(nn.Module):
     ) -> torch.Tensor:
         """`(batch, tokens, width)` features to unit-length keys `(batch, key_dim)`."""
         return self.finish(self.raw_keys(vision_features, query_input_ids, query_attention_mask))
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel, feature_dim: int) -> KeyEncoder:
+        """A key encoder for a model's `config.key_space`; its mean is zero until it is fitted."""
+        config = model.config
+        if config.key_space == "vision":
+            return cls(torch.zeros(feature_dim))
+        embeddings = model.get_input_embeddings().weight.detach()
+        connector = copy.deepcopy(model.base_model.connector).float()
+        mean = torch.zeros(embeddings.shape[1])
+        return cls(mean, None, connector, embeddings, config.vision_pool_size, config.query_alpha)
+
+    def save(self, path: Path, probe_keys: torch.Tensor) -> None:
+        """Write it as safetensors, with the bank's probe keys."""
+        save_file({**self.cpu().state_dict(), "probe_keys": probe_keys}, path)
+
+    @classmethod
+    def load(cls, path: Path, settings: dict, key_dim: int) -> tuple[KeyEncoder, torch.Tensor]:
+        """Read what `save` wrote.
+
+        Args:
+            settings: `key_encoder` of bank_config.json.
+            key_dim: width the keys must have.
+
+        Returns:
+            the key encoder and the probe keys `(4, raw_dim)`.
+
+        Raises:
+            ValueError: the file is not safetensors, or its tensors do not fit together (the file is named).
+        """
+        try:
+            tensors = load_file(path)
+            connector = None
+            if settings["key_space"] == "language":
+                weights = {name: tensors.pop(f"connector.{name}") for name in CONNECTOR_WEIGHTS}
+                (hidden_size, in_size), out_size = weights["linear_1.weight"].shape, len(weights["linear_2.bias"])
+                connector = Connector(in_size, hidden_size, out_size, settings["connector_act"])
+                connector.load_state_dict(weights)
+            mean, probe_keys = tensors.pop("mean"), tensors.pop("probe_keys")
+            projection, embeddings = tensors.pop("projection", None), tensors.pop("token_embeddings", None)
+            encoder = cls(mean, projection, connector, embeddings, settings["vision_pool_size"], settings["alpha"])
+            if tensors or not all(tensor.isfinite().all() for tensor in encoder.state_dict().values()):
+                raise ValueError(f"unexpected tensors {sorted(tensors)}, or numbers that are not finite")
+            # one pass shows whether the shapes fit together
+            side = settings["vision_pool_size"] or 1
+            keys = encoder(torch.zeros(1, side**2, encoder.feature_dim))
+            if keys.shape != (1, key_dim) or probe_keys.shape != (len(probe_keys), len(mean)):
+                raise ValueError(f"keys of shape {tuple(keys.shape)}, expected (1, {key_dim})")
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not hold this bank's key encoder ({type(error).__name__}: {error}). Save or download "
+                "the bank again."
+            ) from error
+        return encoder, probe_keys
 
 
 def fit_whitening(mean: torch.Tensor, second_moment: torch.Tensor, dim: int, num_rows: int) -> torch.Tensor:

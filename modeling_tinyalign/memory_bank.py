@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin, __version__
 
@@ -25,10 +24,10 @@ from .bank_builder import (
     check_keep_columns,
     check_latents,
     describe_tower,
+    encode_and_fit,
     evaluating,
     finished,
     image_shape,
-    new_key_encoder,
     probe_pixels,
     renumbered,
 )
@@ -42,6 +41,7 @@ from .bank_storage import (
     BankFiles,
     Spool,
     check_config,
+    check_file,
     file_sha256,
     list_column,
     read_json,
@@ -52,8 +52,7 @@ from .bank_storage import (
     write_local_files,
     write_shards,
 )
-from .connectors import Connector
-from .key_encoder import KeyEncoder, fit_whitening
+from .key_encoder import KeyEncoder
 
 if TYPE_CHECKING:
     from .value_encoder import ValueEncoder
@@ -64,7 +63,6 @@ try:
 except ImportError:
     pa = Image = None
 
-CONNECTOR_WEIGHTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 KEY_ENCODER_NAME = "key_encoder.safetensors"
 MIN_PROBE_COSINE = 0.99
 
@@ -154,11 +152,7 @@ class MemoryBank:
         if self._value_encoder is not None:
             return self._value_encoder
         folder = self._folder / "value_encoder"
-        weights = folder / "model.safetensors"
-        if not weights.is_file() or file_sha256(weights) != self.config["sha256"]["value_encoder"]:
-            raise ValueError(
-                f"{weights} is missing or its sha256 is not the one in {CONFIG_NAME}. Save or download the bank again."
-            )
+        check_file(folder / "model.safetensors", self.config["sha256"]["value_encoder"])
         return ValueEncoder.from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
     # ------------------------------------------------------------------ making one
@@ -201,12 +195,12 @@ class MemoryBank:
         """
         require_bank_packages()
         check_keep_columns(keep_columns)
-        tower = {**describe_tower(model), "image_shape": image_shape(processor)}
         with evaluating(model, value_encoder):
-            probe_features = model.get_vision_features(probe_pixels(tower["image_shape"]).to(model.device))
-            key_encoder = new_key_encoder(model, probe_features.shape[-1]).to(probe_features.device)
-            check_latents(value_encoder.encode(probe_features[:1].to(value_encoder.device), ["probe"]), model)
+            tower = describe_tower(model, image_shape(processor))
+            probe_features = model.get_vision_features(probe_pixels(tower["image_shape"]))
+            key_encoder = KeyEncoder.of_model(model, probe_features.shape[-1]).to(probe_features.device)
             probe_keys = key_encoder.raw_keys(probe_features).cpu()
+            check_latents(value_encoder, probe_features[:1], model)
             encoder = RowEncoder(
                 model,
                 processor,
@@ -221,35 +215,22 @@ class MemoryBank:
                 vision_features,
                 moments=whiten_dim is not None,
             )
-            with Spool(encoder.batches(dataset)) as spool:
-                if encoder.num_rows == 0:
-                    raise ValueError(
-                        f"The dataset has no usable rows ({len(encoder.skipped_rows)} were skipped): a memory bank "
-                        "needs at least one image with a caption."
-                    )
-                mean = encoder.key_sum / encoder.num_rows
-                key_encoder.cpu().mean = mean.float()
-                if whiten_dim is not None:
-                    moment = encoder.key_moment / encoder.num_rows
-                    key_encoder.projection = fit_whitening(mean, moment, whiten_dim, encoder.num_rows)
-                value_shape = (model.config.num_latents, model.config.latent_dim)
-                batches = finished(spool.batches(), key_encoder)
-                files = write_local_files(batches, key_encoder.key_dim, value_shape, "The new memory bank")
+            files = encode_and_fit(encoder, dataset, whiten_dim)
         config = {
             "format_version": FORMAT_VERSION,
             "num_rows": files.num_rows,
             "key_dim": key_encoder.key_dim,
-            "num_latents": value_shape[0],
-            "latent_dim": value_shape[1],
+            "num_latents": model.config.num_latents,
+            "latent_dim": model.config.latent_dim,
             "tower": tower,
             "preprocessing": json.loads(processor.image_processor.to_json_string()),
             "key_encoder": {
                 "key_space": model.config.key_space,
                 "connector_act": model.config.projector_hidden_act,
-                "vision_pool_size": key_encoder.vision_pool_size,
-                "alpha": key_encoder.alpha,
+                "vision_pool_size": model.config.vision_pool_size,
+                "alpha": model.config.query_alpha,
             },
-            "value_encoder": json.loads(value_encoder.config.to_json_string()),
+            "value_encoder": value_encoder.config.to_diff_dict(),
             "columns": list(keep_columns),
             "thumbnail_size": thumbnail_size,
             "skipped_rows": encoder.skipped_rows,
@@ -342,9 +323,8 @@ class MemoryBank:
         row_bytes = 4 * self.key_dim + 2 * self.num_latents * self.latent_dim + self._table.nbytes // len(self)
         config = {**self.config, "num_shards": -(-row_bytes * len(self) // SHARD_BYTES)}
         write_shards(folder, self._table, self._index.keys, self._values, config)
-        tensors = {**self.key_encoder.cpu().state_dict(), "probe_keys": self.probe_keys}
         try:
-            save_file(tensors, folder / KEY_ENCODER_NAME)
+            self.key_encoder.save(folder / KEY_ENCODER_NAME, self.probe_keys)
             self.value_encoder.save_pretrained(folder / "value_encoder")
         except SafetensorError as error:
             raise OSError(f"safetensors could not write the encoders: {error}") from error
@@ -376,20 +356,13 @@ class MemoryBank:
         config = read_json(config_path)
         check_config(config, config_path)
         shard_paths(folder, config["num_shards"])
-        key_encoder, probe_keys = _read_key_encoder(folder, config)
+        check_file(folder / KEY_ENCODER_NAME, config["sha256"]["key_encoder"])
+        key_encoder, probe_keys = KeyEncoder.load(folder / KEY_ENCODER_NAME, config["key_encoder"], config["key_dim"])
         files = BankFiles.cached(config["sha256"], config["num_rows"])
         if not files.exist():
             value_shape = (config["num_latents"], config["latent_dim"])
-            found = write_local_files(
-                read_shards(folder, config), config["key_dim"], value_shape, str(folder / "data")
-            )
-            for part, digest in found.sha256.items():
-                if digest != config["sha256"][part]:
-                    raise ValueError(
-                        f"{folder / 'data'}: the sha256 of the {part} is {digest}, but {config_path} says "
-                        f"{config['sha256'][part]}. The bank was damaged or changed by hand: save or download it "
-                        "again."
-                    )
+            rows = read_shards(folder, config)
+            write_local_files(rows, config["key_dim"], value_shape, str(folder / "data"), config["sha256"])
         revision = revision if repo_id else None
         return cls(config, key_encoder, probe_keys, files, folder=folder, repo_id=repo_id, revision=revision)
 
@@ -491,10 +464,11 @@ class MemoryBank:
         Raises:
             ValueError: naming both towers and the cosine, or the widths of their features.
         """
-        tower, found = self.config["tower"], describe_tower(model)["name"]
+        tower = self.config["tower"]
+        found = describe_tower(model, tower["image_shape"])["name"]
         advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
         with evaluating(model):
-            features = model.get_vision_features(probe_pixels(tower["image_shape"]).to(model.device))
+            features = model.get_vision_features(probe_pixels(tower["image_shape"]))
         if features.shape[-1] != self.key_encoder.feature_dim:
             raise ValueError(
                 f"The model's vision tower ({found}) makes features {features.shape[-1]} wide, but the memory bank "
@@ -570,38 +544,6 @@ class MemoryBank:
 
 
 _NO_IDS = np.empty(0, np.int64)
-
-
-def _read_key_encoder(folder: Path, config: dict) -> tuple[KeyEncoder, torch.Tensor]:
-    """The key encoder and the probe keys of a saved bank, checked against its config."""
-    path, settings = folder / KEY_ENCODER_NAME, config["key_encoder"]
-    advice = "Save or download the bank again."
-    if not path.is_file():
-        raise ValueError(f"{path} is missing. {advice}")
-    if (digest := file_sha256(path)) != config["sha256"]["key_encoder"]:
-        raise ValueError(
-            f"{path}: its sha256 is {digest}, but {CONFIG_NAME} says {config['sha256']['key_encoder']}. {advice}"
-        )
-    try:
-        tensors = load_file(path)
-        probe_keys = tensors.pop("probe_keys").float()
-        connector = None
-        if settings["key_space"] == "language":
-            weights = {name: tensors.pop(f"connector.{name}") for name in CONNECTOR_WEIGHTS}
-            (hidden_size, in_size), out_size = weights["linear_1.weight"].shape, len(weights["linear_2.bias"])
-            connector = Connector(in_size, hidden_size, out_size, settings["connector_act"])
-            connector.load_state_dict(weights)
-        key_encoder = KeyEncoder(
-            tensors.pop("mean"),
-            tensors.pop("projection", None),
-            connector,
-            tensors.pop("token_embeddings", None),
-            settings["vision_pool_size"],
-            settings["alpha"],
-        )
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}). {advice}") from error
-    return key_encoder, probe_keys
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
