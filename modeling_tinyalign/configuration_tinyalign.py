@@ -58,6 +58,7 @@ class TinyAlignConfig(PreTrainedConfig):
         Hub repository and revision of the bank, loaded at the first retrieval.
     """
 
+    _auto_class = "AutoConfig"
     model_type = "tinyalign"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 

@@ -42,8 +42,8 @@ class MemoryConnector(nn.Module):
         L tokens (`"channel"`), or k x L, neighbour by neighbour (`"sequence"`).
         """
         values = values.to(self.null_latents)
-        if mask is not None:
-            values = torch.where(mask.to(values.device)[:, :, None, None], values, self.null_latents)
+        mask = torch.ones(values.shape[:2]) if mask is None else mask
+        values = torch.where(mask.to(values.device, torch.bool)[:, :, None, None], values, self.null_latents)
         if self.memory_fusion == "channel":
             return self.mlp(values.transpose(1, 2).flatten(2)) + self.slot_embedding
         return (self.mlp(values) + self.slot_embedding).flatten(1, 2)

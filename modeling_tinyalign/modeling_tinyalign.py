@@ -430,8 +430,9 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         if encoder_outputs and expand_size > 1:
             images = encoder_outputs["image"]
             features = iter(images.pooler_output)
-            counts = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(1)
-            rows = [list(islice(features, count // len(images.pooler_output[0]))) for count in counts.tolist()]
+            embeds = model_kwargs.get("inputs_embeds")  # with them, input_ids are empty
+            counts = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds).sum(1).tolist()
+            rows = [list(islice(features, count // len(images.pooler_output[0]))) for count in counts]
             expanded = [feature for row in rows for feature in row * expand_size]
             encoder_outputs = {"image": TinyAlignImageFeatures(pooler_output=expanded)}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
@@ -439,8 +440,10 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         )
         return input_ids, {**model_kwargs, "mm_encoder_outputs": encoder_outputs}
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         """Image tokens go in with the prompt, and again only when there is no cache (5.17 does not know of them)."""
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs["mm_encoder_outputs"] = None
-        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )

@@ -1,0 +1,422 @@
+"""The model: towers, language models, batching, generation, saving, bad input."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from tinyalign_vlm import TinyAlignConfig, TinyAlignForConditionalGeneration, TinyAlignModel
+
+PROMPTS = ("what is in the image?", "user", "a red square on a white background?")
+MEMORY = (2, 3, 5)  # top_k, num_latents, latent_dim of the tiny models
+
+
+def chat(images: list, text: str) -> list[dict]:
+    return [
+        {"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}
+    ]
+
+
+def encode(processor, chats: list, padding_side: str = "left") -> dict:
+    return processor.apply_chat_template(
+        chats,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True, "padding_side": padding_side},
+    )
+
+
+def memory_values(images: int, seed: int = 0, top_k: int = 2) -> torch.Tensor:
+    return torch.randn(images, top_k, *MEMORY[1:], generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def processor(make_processor, model):
+    return make_processor(model)
+
+
+@pytest.fixture(scope="module")
+def ragged(processor, images):
+    """Three rows: two images, one image, no image; prompts of different lengths."""
+    chats = [chat(images[:2], PROMPTS[0]), chat(images[2:3], PROMPTS[1]), chat([], PROMPTS[2])]
+    return chats, {**encode(processor, chats), "memory_values": memory_values(3)}
+
+
+def answer(model, inputs: dict, **kwargs) -> torch.Tensor:
+    output = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, **kwargs)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def singles(processor, chats: list, values: torch.Tensor):
+    """The rows of a batch, one at a time."""
+    start = 0
+    for row in chats:
+        inputs = encode(processor, [row])
+        count = sum(part["type"] == "image" for part in row[0]["content"])
+        if count:
+            inputs["memory_values"] = values[start : start + count]
+        start += count
+        yield inputs
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2", "phi"])
+def test_language_models_keep_their_weights(make_model, checkpoints, text):
+    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(checkpoints["siglip"], checkpoints[text])
+    original = AutoModelForCausalLM.from_pretrained(checkpoints[text])
+    input_ids = torch.arange(5, 25)[None]
+    logits = model(input_ids=input_ids).logits[..., : original.vocab_size]
+    torch.testing.assert_close(logits, original(input_ids=input_ids).logits)
+    assert (model.lm_head.bias is not None) == (text == "phi")
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (text == "llama")
+    assert model.get_input_embeddings().num_embeddings > model.config.image_token_id
+    assert model.generation_config.eos_token_id == original.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("vision", "config", "shape"),
+    [
+        ("siglip", {}, (16, 16)),
+        ("siglip-dual", {"vision_feature_layer": -1}, (16, 16)),
+        ("siglip", {"vision_feature_layer": [-2, -1]}, (16, 32)),
+        ("siglip", {"vision_pool_size": 2}, (4, 16)),
+        ("clip", {}, (17, 16)),
+        ("clip", {"vision_feature_select_strategy": "default"}, (16, 16)),
+        ("clip-dual", {"vision_feature_select_strategy": "default", "vision_feature_layer": [0, 1, -1]}, (16, 48)),
+        ("efficientnet", {}, (64, 1280)),
+        ("efficientnet", {"vision_pool_size": 3}, (9, 1280)),
+    ],
+)
+def test_vision_towers(make_model, make_processor, images, vision, config, shape):
+    model = make_model(vision, **config)
+    processor = make_processor(model, vision)
+    inputs = encode(processor, [chat(images[:1], PROMPTS[0]), chat(images[1:3], PROMPTS[1])])
+    assert (model.config.image_seq_length, model.config.vision_feature_size) == shape
+    features = model.get_vision_features(inputs["pixel_values"])
+    assert features.shape[2] == shape[1] and not features.requires_grad
+    tokens = model.get_image_features(inputs["pixel_values"], memory_values=memory_values(3)).pooler_output
+    assert [token.shape for token in tokens] == [(shape[0] + 3, 32)] * 3
+    assert torch.isfinite(model(**inputs, memory_values=memory_values(3)).logits).all()
+
+
+def test_vision_features_are_those_of_the_tower(make_model, make_processor, checkpoints, images):
+    """Checkpoint, dual checkpoint and saved model give the same hidden states; a CNN's grid is read row by row."""
+    for vision in ("siglip-dual", "clip-dual", "efficientnet"):
+        model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
+            checkpoints[vision], checkpoints["llama"], vision_feature_layer=-1
+        )
+        pixel_values = torch.randn(2, 3, 32, 32)
+        tower = AutoModel.from_pretrained(checkpoints[vision])
+        if vision == "efficientnet":
+            expected = tower(pixel_values).last_hidden_state.permute(0, 2, 3, 1).reshape(2, 64, 1280)
+        else:
+            expected = tower.vision_model(pixel_values, output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(model.get_vision_features(pixel_values), expected)
+
+
+def test_pooling_needs_a_square_grid(make_model):
+    with pytest.raises(ValueError, match=r"square grid of visual tokens, found 17.*default"):
+        make_model("clip", vision_pool_size=2)
+
+
+def test_composition_reports_what_is_random(checkpoints, caplog, tmp_path):
+    folder = tmp_path / "headless"
+    AutoModelForCausalLM.from_pretrained(checkpoints["phi"]).model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tmp_path / checkpoints["phi"] / file).read_bytes())
+    TinyAlignForConditionalGeneration.from_vision_text_pretrained(checkpoints["siglip"], folder)
+    report = caplog.messages[-1]
+    for part in ("connector, memory_connector", "row 300 for <image>", "2 weights", "lm_head.bias, lm_head.weight"):
+        assert part in report
+
+
+def test_batch_equals_singles(model, processor, ragged):
+    chats, batch = ragged
+    for side in ("left", "right"):
+        inputs = {**encode(processor, chats, side), "memory_values": batch["memory_values"]}
+        logits = model(**inputs).logits
+        for row, single in enumerate(singles(processor, chats, batch["memory_values"])):
+            expected = model(**single).logits[0]
+            torch.testing.assert_close(
+                logits[row][inputs["attention_mask"][row].bool()], expected, atol=1e-4, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"num_beams": 2, "use_cache": False},
+        {"num_beams": 2, "cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=str,
+)
+def test_generation_of_a_batch_equals_singles(model, processor, ragged, kwargs):
+    chats, batch = ragged
+    expected = [answer(model, single, **kwargs)[0] for single in singles(processor, chats, batch["memory_values"])]
+    if "prompt_lookup_num_tokens" in kwargs:  # one row at a time is all it can do
+        plain = [answer(model, single)[0] for single in singles(processor, chats, batch["memory_values"])]
+        assert [row.tolist() for row in expected] == [row.tolist() for row in plain]
+        return
+    found = answer(model, batch, **kwargs)
+    assert found.tolist() == torch.stack(expected).tolist()
+
+
+def test_sampling_sequences_of_a_row_share_its_images(model, ragged):
+    _, batch = ragged
+    torch.manual_seed(0)
+    found = model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=2, top_k=1)
+    greedy = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert found.tolist() == greedy.repeat_interleave(2, 0).tolist()
+
+
+def test_the_image_token_is_never_generated(make_model, make_processor, images):
+    model = make_model()
+    inputs = encode(make_processor(model), [chat(images[:1], PROMPTS[0])])
+    model.lm_head = torch.nn.Linear(32, 301)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias.data[300] = 100.0
+    assert (answer(model, {**inputs, "memory_values": memory_values(1)}) != 300).all()
+
+
+def test_generate_takes_the_same_inputs_as_forward(model, processor, images):
+    inputs = {**encode(processor, [chat(images[:2], PROMPTS[0])]), "memory_values": memory_values(2)}
+    expected = answer(model, inputs)
+    features = model.get_vision_features(inputs.pop("pixel_values"))
+    assert answer(model, {**inputs, "vision_features": features}).equal(expected)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    found = model.generate(
+        inputs_embeds=embeds,
+        attention_mask=inputs["attention_mask"],
+        vision_features=features,
+        memory_values=inputs["memory_values"],
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        num_beams=2,
+    )
+    assert found.equal(answer(model, {**inputs, "vision_features": features}, num_beams=2))
+
+
+def test_attention_implementations_agree(model, ragged, tmp_path):
+    _, batch = ragged
+    logits = {}
+    for implementation in ("eager", "sdpa"):
+        other = copy.deepcopy(model)
+        other.set_attn_implementation(implementation)
+        assert other.model.language_model.config._attn_implementation == implementation
+        logits[implementation] = other(**batch).logits[batch["attention_mask"].bool()]
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], atol=1e-4, rtol=1e-4)
+
+
+def test_memory_off_and_empty_slots_are_the_same(model, processor, images):
+    inputs = encode(processor, [chat(images[:1], PROMPTS[0])])
+    off = model(**inputs, memory="off").logits
+    empty = model(**inputs, memory_values=memory_values(1), memory_ids=torch.full((1, 2), -1)).logits
+    full = model(**inputs, memory_values=memory_values(1)).logits
+    torch.testing.assert_close(off, empty)
+    assert not torch.allclose(off, full)
+    assert answer(model, inputs, memory="off").shape == (1, 4)
+
+
+def test_sequence_fusion_takes_any_number_of_neighbours(make_model, make_processor, images):
+    model = make_model(memory_fusion="sequence")
+    assert model.config.num_memory_tokens == 6
+    values = memory_values(1, top_k=4)
+    model.config.memory_top_k = 4
+    inputs = encode(make_processor(model), [chat(images[:1], PROMPTS[0])])
+    tokens = model.get_image_features(inputs["pixel_values"], memory_values=values).pooler_output[0]
+    first = model.get_image_features(inputs["pixel_values"], memory_values=values[:, :1]).pooler_output[0]
+    assert len(tokens) == 16 + 12
+    torch.testing.assert_close(tokens[16:19], first[16:19])
+    assert answer(model, {**inputs, "memory_values": values}).shape == (1, 4)
+
+
+def test_channel_fusion_reads_every_neighbour_in_order(model):
+    pixel_values = torch.zeros(1, 3, 32, 32)
+    values = memory_values(1)
+    tokens = [
+        model.get_image_features(pixel_values, memory_values=v).pooler_output[0][16:]
+        for v in (values, values.flip(1), values * torch.tensor([1.0, 0.0])[:, None, None])
+    ]
+    assert not torch.allclose(tokens[0], tokens[1]) and not torch.allclose(tokens[0], tokens[2])
+
+
+def test_top_k_zero_is_the_plain_baseline(make_model, make_processor, images):
+    model = make_model(memory_top_k=0)
+    assert not any("memory" in name for name, _ in model.named_parameters())
+    inputs = encode(make_processor(model), [chat(images[:1], PROMPTS[0])])
+    assert answer(model, inputs).equal(answer(model, inputs, memory="off"))
+    with pytest.raises(ValueError, match="memory_top_k is 0"):
+        model(**inputs, memory_values=memory_values(1))
+
+
+def test_loss_at_supervised_positions_only(model, ragged):
+    _, batch = ragged
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
+    labels[:, ::2] = -100
+    full = model(**batch, labels=labels)
+    short = model(**batch, labels=labels, supervised_logits_only=True)
+    torch.testing.assert_close(short.loss, full.loss)
+    assert short.logits.shape == ((labels[:, 1:] != -100).sum(), model.config.text_config.vocab_size)
+    accumulated = model(**batch, labels=labels, supervised_logits_only=True, num_items_in_batch=7).loss
+    torch.testing.assert_close(accumulated, full.loss * (labels[:, 1:] != -100).sum() / 7)
+
+
+def test_logits_to_keep(model, ragged):
+    _, batch = ragged
+    torch.testing.assert_close(model(**batch, logits_to_keep=1).logits, model(**batch).logits[:, -1:])
+
+
+def test_base_model_fuses_without_the_head(model, ragged):
+    """TRL calls `model.base_model(**inputs)` and has a loss of its own."""
+    _, batch = ragged
+    hidden = model.base_model(**batch).last_hidden_state
+    torch.testing.assert_close(model.lm_head(hidden), model(**batch).logits)
+
+
+def test_gradients_and_checkpointing(make_model, ragged):
+    _, batch = ragged
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert not any("vision_tower" in name for name in gradients[0])
+    for part in ("model.connector.linear_1.weight", "model.memory_connector.slot_embedding"):
+        assert gradients[0][part].abs().sum() > 0
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_parts_in_bfloat16_with_connectors_in_float32(make_model, ragged):
+    """Stage 1: connectors train in float32 between frozen parts in bfloat16."""
+    _, batch = ragged
+    model = make_model().train()
+    model.requires_grad_(False)
+    model.model.vision_tower.bfloat16()
+    model.model.language_model.bfloat16()
+    model.lm_head.bfloat16()
+    connectors = (model.model.connector, model.model.memory_connector)
+    for connector in connectors:
+        connector.requires_grad_(True)
+    output = model(**batch, labels=batch["input_ids"], supervised_logits_only=True)
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    gradients = [p.grad for connector in connectors for p in connector.parameters()]
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_the_vision_tower_stays_in_evaluation_mode(make_model):
+    """Batch statistics and dropout of a CNN would move the keys."""
+    model = make_model("efficientnet").train()
+    pixel_values = torch.randn(4, 3, 32, 32)
+    before = copy.deepcopy(model.model.vision_tower.state_dict())
+    first, second = model.get_vision_features(pixel_values), model.get_vision_features(pixel_values)
+    assert model.model.connector.training and not model.model.vision_tower.training
+    assert first.equal(second)
+    assert all(before[name].equal(tensor) for name, tensor in model.model.vision_tower.state_dict().items())
+
+
+def test_config_round_trip(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    loaded = TinyAlignConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == {
+        **model.config.to_dict(),
+        "auto_map": loaded.auto_map,
+        "dtype": loaded.to_dict()["dtype"],
+    }
+    with pytest.raises(ValueError, match="Found top_k, expected memory_top_k"):
+        TinyAlignConfig(top_k=3)
+    with pytest.raises(ValueError, match="efficientnet config has no hidden_size"):
+        TinyAlignConfig(vision_config={"model_type": "efficientnet"})
+
+
+class TestBadInput:
+    def test_a_row_with_wrong_placeholders_is_named(self, model, processor, images):
+        """Two wrong rows must not cancel out."""
+        inputs = encode(processor, [chat(images[:1], PROMPTS[0]), chat(images[1:2], PROMPTS[0])])
+        inputs["memory_values"] = memory_values(2)
+        ids = inputs["input_ids"]
+        position = (ids == model.config.image_token_id)[1].nonzero()[0]
+        ids[1, position] = 5
+        ids[0, 0] = model.config.image_token_id
+        for call in (model, model.model, model.generate):
+            with pytest.raises(
+                ValueError, match=r"Row 0 has 20 image placeholders .* multiple of 19: 16 visual \+ 3 memory"
+            ):
+                call(**inputs)
+
+    def test_number_of_images(self, model, ragged):
+        _, batch = ragged
+        with pytest.raises(ValueError, match=r"\[2, 1, 0\] images, 3 in all, but 2 images"):
+            model(**{**batch, "pixel_values": batch["pixel_values"][:2], "memory_values": memory_values(2)})
+        without = {name: value for name, value in batch.items() if name not in ("pixel_values", "memory_values")}
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=r"\[38, 19, 0\] image placeholders .* no image was given"):
+                call(**without)
+
+    def test_memory(self, model, processor, images):
+        inputs = encode(processor, [chat(images[:1], PROMPTS[0])])
+        with pytest.raises(ValueError, match=r"no memory bank is attached.*attach_memory_bank.*memory='off'"):
+            model(**inputs)
+        with pytest.raises(ValueError, match=r"shape \(1, 2, 4, 5\), expected .* = \(1, 2, 3, 5\)"):
+            model(**inputs, memory_values=torch.zeros(1, 2, 4, 5))
+        with pytest.raises(ValueError, match=r"shape \(1, 3, 3, 5\)"):
+            model(**inputs, memory_values=torch.zeros(1, 3, 3, 5))
+        with pytest.raises(ValueError, match="memory is 'none', expected 'on' or 'off'"):
+            model(**inputs, memory="none")
+
+    def test_visual_tokens(self, model, processor, images):
+        with pytest.raises(ValueError, match="9 visual tokens, expected config.image_seq_length = 16"):
+            model.get_image_features(vision_features=torch.zeros(1, 9, 16), memory="off")
+        with pytest.raises(ValueError, match="exactly one of pixel_values and vision_features"):
+            model.get_image_features(memory="off")
+
+
+def test_save_and_load(model, ragged, tmp_path):
+    _, batch = ragged
+    model.save_pretrained(tmp_path)
+    loaded = TinyAlignForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert loaded(**batch).logits.equal(model(**batch).logits)
+    assert loaded.generation_config.suppress_tokens == [model.config.image_token_id]
+    base = TinyAlignModel.from_pretrained(tmp_path).eval()
+    assert base(**batch).last_hidden_state.equal(model.model(**batch).last_hidden_state)
+
+
+def test_connectors_stay_float32(make_model, ragged, tmp_path):
+    """What stage 1 trained in float32 is loaded as it was saved, in a model that is otherwise bfloat16."""
+    _, batch = ragged
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = TinyAlignForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    dtypes = {name: p.dtype for name, p in loaded.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "connector" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "connector" not in name} == {torch.bfloat16}
+    assert loaded(**batch).logits.dtype == torch.bfloat16
+    assert answer(loaded, batch).shape == (3, 4)
+    loaded.save_pretrained(tmp_path / "again")
+    again = TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
+    assert again(**batch).logits.equal(loaded(**batch).logits)
+
+
+def test_a_local_bank_is_not_saved(make_model, tmp_path, caplog):
+    model = make_model()
+    model.config.memory_bank = str(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    assert "local path" in caplog.text
+    assert TinyAlignConfig.from_pretrained(tmp_path / "model").memory_bank is None
