@@ -1,6 +1,6 @@
 """Make `emoji_pairs.parquet`: every emoji that both Noto and Twemoji draw, with its English label and tags.
 
-    npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 emojibase-data@17.0.0 emojibase@17.0.0
+    npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 emojibase-data@17.0.0
     python examples/data/make_emoji_pairs.py node_modules
 
 One row a drawing. Drawings are composited on white and stored as lossless WebP: as PNG they would not fit in 8 MB.
@@ -62,15 +62,15 @@ def read_rows(node_modules: Path) -> list[dict]:
     for concept in tqdm(sorted(concepts, key=lambda concept: concept["sort_order"]), desc="concepts"):
         if not (concept["has_img_google"] and concept["has_img_twitter"]):
             continue
-        named = names.get(concept["unified"].replace("-FE0F", ""), {"label": concept["name"].lower(), "tags": []})
+        named = names[concept["unified"].replace("-FE0F", "")]
         for style, (package, folder, license_id) in STYLES.items():
-            file = concept["image"]
+            image = encode_image(node_modules / package / folder / concept["image"])
             rows.append(
                 {
                     "concept": concept["unified"],
-                    "image": {"bytes": encode_image(node_modules / package / folder / file), "path": f"{style}-{Path(file).stem}.webp"},
+                    "image": {"bytes": image, "path": f"{style}-{Path(concept['image']).stem}.webp"},
                     "label": named["label"],
-                    "tags": named.get("tags", []),
+                    "tags": named["tags"],
                     "style": style,
                     "group": concept["category"],
                     "license": license_id,
