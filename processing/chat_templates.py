@@ -27,20 +27,21 @@ CHATML_TEMPLATE = (
 """
 )
 
-# Every other language model: the turns of LLaVA 1.5, which TinyLLaVA uses with TinyLlama and Phi-2.
+# Every other language model: the turns of LLaVA 1.5, which TinyLLaVA uses with TinyLlama and Phi-2. The space before
+# the answer is part of it, because byte-level tokenizers merge it with the first word.
 PLAIN_TEMPLATE = (
     _CONTENT
     + """
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
-{{- 'ASSISTANT: ' -}}
-{%- generation -%}{{- render(message['content']) + eos_token -}}{%- endgeneration -%}
+{{- 'ASSISTANT:' -}}
+{%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}
 {%- elif message['role'] == 'user' -%}
 {{- 'USER: ' + render(message['content']) + ' ' -}}
 {%- else -%}
 {{- render(message['content']) + ' ' -}}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT: ' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
 )
