@@ -227,7 +227,13 @@ class TinyAlignProcessor(ProcessorMixin):
                     char = max(start + length, char - gained)
                 return char
 
-            restored.append([(position(int(start)), position(int(end))) for start, end in offsets])
+            spans = []
+            for start, end in offsets:
+                start, end = position(int(start)), position(int(end))
+                if end == 0 and spans:  # padding on the right: 5.17 needs the starts in order
+                    start = end = spans[-1][1]
+                spans.append((start, end))
+            restored.append(spans)
         return restored
 
 

@@ -81,19 +81,24 @@ def test_chat_templates(make_model, make_processor, images, text):
         assert full == prompt + " a red square</s>USER: user ASSISTANT: a blue circle.</s>"
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("text", ["llama", "phi"])
-def test_only_answers_are_in_the_assistant_mask(make_model, make_processor, images, text):
+def test_only_answers_are_in_the_assistant_mask(make_model, make_processor, images, text, padding_side):
     """As TRL's `assistant_only_loss` asks for it: end of turn included, placeholders not."""
     processor = make_processor(make_model(text=text), text=text)
-    chats = [conversation(image=images[0]), conversation(image=images[1])]
+    chats = [conversation(image=images[0]), conversation(image=images[1]), conversation()[2:]]
     chats[1][1]["content"].insert(0, {"type": "image", "image": images[2]})
     inputs = processor.apply_chat_template(
-        chats, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, processor_kwargs={"padding": False}
+        chats,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True, "padding_side": padding_side, "add_special_tokens": False},
     )
     end, space = processor.tokenizer.eos_token, " " if text == "phi" else ""
     for ids, mask in zip(inputs["input_ids"], inputs["assistant_masks"], strict=True):
-        answers = processor.decode([token for token, keep in zip(ids, mask, strict=True) if keep])
-        assert answers == f"{space}a red square{end}{space}a blue circle.{end}"
+        assert processor.decode(ids[mask.bool()]) == f"{space}a red square{end}{space}a blue circle.{end}"
 
 
 def test_the_query_is_the_question(language_processor, images):
