@@ -31,20 +31,15 @@ from .bank_builder import (
     probe_pixels,
     renumbered,
 )
+from .bank_config import CONFIG_NAME, FORMAT_VERSION, check_config, check_file, file_sha256, read_json
 from .bank_images import load_image
 from .bank_index import KeyIndex
 from .bank_storage import (
     BATCH_ROWS,
-    CONFIG_NAME,
-    FORMAT_VERSION,
     SHARD_BYTES,
     BankFiles,
     Spool,
-    check_config,
-    check_file,
-    file_sha256,
     list_column,
-    read_json,
     read_shards,
     replace_folder,
     require_bank_packages,
@@ -550,7 +545,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
     """Fetch a bank's data files, and nothing else, from the Hub."""
     try:
         patterns = [
-            CONFIG_NAME,
             KEY_ENCODER_NAME,
             "data/*.parquet",
             "value_encoder/*.json",

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tinyalign_vlm.modeling_tinyalign.key_encoder import KeyEncoder, attention_pool, fit_whitening
+
+
+def test_attention_pool_is_the_formula():
+    features = torch.randn(2, 5, 3)
+    for row, pooled in zip(features, attention_pool(features), strict=True):
+        z = row / row.norm(dim=-1, keepdim=True)
+        weights = (z @ z.T).softmax(-1).mean(0)
+        torch.testing.assert_close(pooled, weights @ row)
+        assert weights.sum() == pytest.approx(1)
+
+
+def test_attention_pool_ignores_padding():
+    features, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    pooled = attention_pool(features, mask)
+    torch.testing.assert_close(pooled[:1], attention_pool(features[:1, :3]))
+    torch.testing.assert_close(pooled[1:], attention_pool(features[1:]))
+
+
+def test_keys_are_float32_whatever_the_features():
+    features = torch.randn(3, 4, 6)
+    encoder = KeyEncoder(torch.randn(6))
+    keys = encoder(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(features).equal(keys)
+    assert keys.dtype == encoder(features.half()).dtype == torch.float32
+    torch.testing.assert_close(keys.norm(dim=-1), torch.ones(3))
+    assert encoder(features[:0]).shape == (0, 6)
+
+
+def test_whitening():
+    raw = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
+    mean = raw.mean(0)
+    projection = fit_whitening(mean, raw.T @ raw / 200, 4, 200)
+    white = (raw - mean).float() @ projection
+    torch.testing.assert_close(white.T @ white / 200, torch.eye(4), atol=1e-3, rtol=0)
+    assert KeyEncoder(mean, projection).key_dim == 4
+    with pytest.raises(ValueError, match="whiten_dim is 6, but 5 rows .* at most 4"):
+        fit_whitening(mean, raw.T @ raw / 200, 6, 5)
+
+
+def test_width_of_another_tower():
+    with pytest.raises(ValueError, match="7 wide.* built for 6"):
+        KeyEncoder(torch.zeros(6))(torch.randn(1, 4, 7))
+
+
+def test_language_space(make_model):
+    model = make_model(key_space="language", vision_pool_size=2, query_alpha=0.25)
+    encoder = KeyEncoder.of_model(model, 16)
+    features = torch.randn(2, 16, 16)
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    raw = encoder.raw_keys(features, ids, mask)
+
+    connector, table = model.model.connector, model.get_input_embeddings().weight.half().float()
+    pooled = features[1].reshape(2, 2, 2, 2, 16).mean((1, 3)).reshape(4, 16)
+    image = 0.25 * F.normalize(connector(pooled), dim=-1)
+    text = 0.75 * F.normalize(table[ids[1, :2]], dim=-1)
+    torch.testing.assert_close(raw[1:], attention_pool(torch.cat([image, text])[None]), atol=1e-4, rtol=1e-3)
+    assert not encoder.raw_keys(features).allclose(raw)
+
+    before = encoder(features)
+    torch.nn.init.normal_(connector.linear_1.weight)
+    assert encoder(features).equal(before), "training the connector moved the keys"
+    with pytest.raises(ValueError, match="Query token 999 is outside the 301 tokens"):
+        encoder(features, torch.tensor([[999], [1]]))
+
+
+def test_save_and_load(make_model, tmp_path):
+    settings = {"key_space": "language", "connector_act": "gelu", "vision_pool_size": None, "alpha": 0.4}
+    encoder = KeyEncoder.of_model(make_model(key_space="language"), 16)
+    features, probes = torch.randn(2, 16, 16), torch.randn(4, 32)
+    path = tmp_path / "key_encoder.safetensors"
+    encoder.save(path, probes)
+    loaded, loaded_probes = KeyEncoder.load(path, settings, 32)
+    assert loaded(features).equal(encoder(features)) and loaded_probes.equal(probes)
+    broken = [{"key_space": "vision"}, {"connector_act": "no"}, {"vision_pool_size": "x"}, {"alpha": None}]
+    for change in broken:
+        with pytest.raises(ValueError, match="key_encoder.safetensors does not hold this bank's key encoder"):
+            KeyEncoder.load(path, {**settings, **change}, 32)
+    with pytest.raises(ValueError, match=r"keys of shape \(1, 32\), expected \(1, 33\)"):
+        KeyEncoder.load(path, settings, 33)
+    encoder.mean[3] = float("nan")
+    encoder.save(path, probes)
+    with pytest.raises(ValueError, match="not finite"):
+        KeyEncoder.load(path, settings, 32)
+    path.write_bytes(b"\x80\x04pickle")
+    with pytest.raises(ValueError, match="key_encoder.safetensors"):
+        KeyEncoder.load(path, settings, 32)
