@@ -219,9 +219,11 @@ def read_shards(folder: Path, config: dict) -> Iterator[pa.RecordBatch]:
             with pq.ParquetFile(path) as shard:
                 check_schema(shard.schema_arrow, config["key_dim"], value_size, str(path))
                 for batch in shard.iter_batches(batch_size=BATCH_ROWS):
+                    batch.validate(full=True)
                     count += len(batch)
                     yield batch
-        except (pa.ArrowException, OSError) as error:
+        # pyarrow raises the last three on footers that were tampered with
+        except (pa.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
             raise ValueError(
                 f"{path} cannot be read as Parquet ({error}). Save or download the bank again."
             ) from error
