@@ -62,6 +62,11 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             init.normal_(module.null_latents, std=0.02)
             init.zeros_(module.slot_embedding)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider of the two models' dtypes: a checkpoint is saved as of this dtype, and nothing may be lost."""
+        return torch.promote_types(self.base_model.vision_tower.dtype, self.base_model.language_model.dtype)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank."""
         self.config.auto_map = {
@@ -85,6 +90,8 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
 
     def __init__(self, config: TinyAlignConfig):
         super().__init__(config)
+        if "num_attention_heads" not in config.vision_config.to_dict():  # a CNN would refuse "sdpa"
+            config.vision_config._attn_implementation = "eager"
         self.vision_tower = AutoModel.from_config(config.vision_config)
         hidden_size = config.text_config.hidden_size
         self.connector = Connector(config.vision_feature_size, hidden_size, hidden_size, config.projector_hidden_act)

@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 
-
 FRESH_PROCESS = """
 import sys
 

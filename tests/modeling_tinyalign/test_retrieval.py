@@ -1,0 +1,204 @@
+"""A model with a memory bank: attaching, retrieving, answering, bad banks."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, ValueEncoder, ValueEncoderConfig
+
+CAPTIONS = ("red", "green", "blue", "white", "black", "yellow")
+
+
+@pytest.fixture(scope="module")
+def rows(images) -> list[dict]:
+    return [{"image": image, "caption": caption} for image, caption in zip(images, CAPTIONS, strict=True)]
+
+
+def build_bank(model, processor, rows: list) -> MemoryBank:
+    torch.manual_seed(0)
+    config = ValueEncoderConfig(
+        vision_feature_size=model.config.vision_feature_size,
+        num_latents=model.config.num_latents,
+        latent_dim=model.config.latent_dim,
+        d_model=16,
+        num_self_attends=1,
+        num_heads=2,
+    )
+    return MemoryBank.build(rows, model, processor, ValueEncoder(config))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Banks lay their files out under HF_HOME."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def processor(make_processor, model):
+    return make_processor(model)
+
+
+@pytest.fixture(scope="module")
+def bank(model, processor, rows, cache):
+    return build_bank(model, processor, rows)
+
+
+@pytest.fixture
+def with_bank(model, bank):
+    model.attach_memory_bank(bank)
+    yield model
+    model.detach_memory_bank()
+
+
+@pytest.fixture(scope="module")
+def inputs(processor, images):
+    """Two rows, of two images and of one."""
+    return processor(
+        images=images[:3],
+        text=["<image><image>\nwhat is it?", "<image>\nuser"],
+        padding=True,
+        return_tensors="pt",
+    )
+
+
+def test_an_image_finds_itself(with_bank, inputs, bank):
+    found = with_bank.retrieve(inputs["pixel_values"], top_k=6)
+    assert found.ids[:, 0].tolist() == [0, 1, 2] and found.scores.shape == (3, 6)
+    torch.testing.assert_close(found.scores[:, 0], torch.ones(3))
+    assert [row[0] for row in found.captions] == ["red", "green", "blue"]
+    assert [row[0] for row in found.source_ids] == [row["source_id"] for row in bank.rows([0, 1, 2])]
+    assert with_bank.retrieve(inputs["pixel_values"]).ids.shape == (3, 2)
+
+
+def test_exclusion_leaves_empty_slots(with_bank, inputs, bank):
+    exclude = [bank.rows([0])[0]["source_id"], [0, 1, 2, 3, 5], None]
+    found = with_bank.retrieve(inputs["pixel_values"], exclude_ids=exclude)
+    assert 0 not in found.ids[0] and found.ids[1].tolist() == [4, -1] and found.ids[2, 0] == 2
+    assert found.captions[1] == ["black"]
+    features = with_bank.get_image_features(inputs["pixel_values"], exclude_ids=exclude)
+    assert features.memory_ids.equal(found.ids)
+
+
+def test_all_ways_to_the_same_memory(with_bank, inputs, bank):
+    """Retrieval, precomputed ids, precomputed values, cached features: the same logits."""
+    expected = with_bank(**inputs)
+    ids = with_bank.retrieve(inputs["pixel_values"]).ids
+    features = with_bank.get_vision_features(inputs["pixel_values"])
+    cached = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"vision_features": features}
+    for other in (
+        {**inputs, "memory_ids": ids},
+        {**inputs, "memory_values": bank.gather(ids)},
+        {**cached, "memory_values": bank.gather(ids), "memory_ids": ids},
+        cached,
+    ):
+        assert with_bank(**other).logits.equal(expected.logits)
+    assert not with_bank(**inputs, memory="off").logits.equal(expected.logits)
+    assert not with_bank(**inputs, memory_ids=ids.flip(1)).logits.equal(expected.logits)
+
+
+def test_generation_retrieves_once(with_bank, inputs, bank, monkeypatch):
+    searches = []
+    search = MemoryBank.search
+    monkeypatch.setattr(MemoryBank, "search", lambda *args, **kwargs: searches.append(args) or search(*args, **kwargs))
+    settings = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    found = with_bank.generate(**inputs, **settings)
+    assert len(searches) == 1
+    assert found.memory_ids.equal(with_bank.retrieve(inputs["pixel_values"]).ids)
+    assert found.memory_scores.shape == (3, 2)
+    values = with_bank.generate(**inputs, **settings, memory_values=bank.gather(found.memory_ids))
+    assert values.sequences.equal(found.sequences)
+
+
+def test_gradients_reach_the_connector_but_not_the_bank(with_bank, inputs):
+    with_bank(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert with_bank.model.memory_connector.mlp.linear_1.weight.grad.abs().sum() > 0
+    with_bank.zero_grad()
+    assert not any(parameter.requires_grad for parameter in with_bank.memory_bank.key_encoder.parameters())
+
+
+def test_the_bank_is_no_part_of_the_weights(with_bank, inputs, bank, tmp_path):
+    assert not any("bank" in name for name in with_bank.state_dict())
+    copied = copy.deepcopy(with_bank)
+    assert copied(**inputs).logits.equal(with_bank(**inputs).logits)
+    with_bank.save_pretrained(tmp_path)
+    loaded = TinyAlignForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert loaded.memory_bank is None
+    loaded.attach_memory_bank(bank)
+    assert loaded(**inputs).logits.equal(with_bank(**inputs).logits)
+
+
+def test_a_saved_bank_is_loaded_at_the_first_retrieval(model, inputs, bank, tmp_path):
+    bank.save_pretrained(tmp_path / "bank")
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", memory_bank=str(tmp_path / "bank")).eval()
+    assert loaded.config.memory_bank == str(tmp_path / "bank")
+    model.attach_memory_bank(str(tmp_path / "bank"))
+    assert loaded(**inputs).logits.equal(model(**inputs).logits)
+    model.detach_memory_bank()
+    assert model.memory_bank is None
+
+
+def test_another_bank_teaches_other_things(model, processor, inputs, rows):
+    """Rows are added, nothing is retrained."""
+    model.attach_memory_bank(build_bank(model, processor, rows[3:]))
+    before = model.retrieve(inputs["pixel_values"])
+    model.attach_memory_bank(model.memory_bank.add(rows[:3], model, processor))
+    after = model.retrieve(inputs["pixel_values"])
+    model.detach_memory_bank()
+    assert not {"red", "green", "blue"} & {caption for row in before.captions for caption in row}
+    assert [row[0] for row in after.captions] == ["red", "green", "blue"]
+
+
+def test_language_keys_read_the_question_but_never_the_answer(make_model, make_processor, images, rows):
+    model = make_model(key_space="language")
+    processor = make_processor(model)
+    model.attach_memory_bank(build_bank(model, processor, rows))
+
+    def retrieve(question: str, answer: str):
+        content = [{"type": "image", "image": images[0]}, {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        features = model.get_image_features(
+            **{name: inputs[name] for name in ("pixel_values", "query_input_ids", "query_attention_mask")}
+        )
+        model(**inputs)
+        return features.memory_scores
+
+    asked = retrieve("yellow", "red")
+    assert asked.equal(retrieve("yellow", "green, and a long answer"))
+    assert not asked.equal(retrieve("is it black or white?", "red"))
+
+
+class TestBadBanks:
+    def test_no_bank(self, model, inputs):
+        for call in (model, model.generate, lambda **kwargs: model.retrieve(kwargs["pixel_values"])):
+            with pytest.raises(ValueError, match="no memory bank is attached.*attach_memory_bank"):
+                call(**inputs)
+
+    def test_other_latents(self, make_model, bank):
+        with pytest.raises(ValueError, match=r"= \(3, 5, 'vision'\), the model expects \(4, 5, 'vision'\)"):
+            make_model(num_latents=4).attach_memory_bank(bank)
+
+    def test_too_small(self, make_model, bank):
+        with pytest.raises(ValueError, match="6 rows, expected at least memory_top_k = 7"):
+            make_model(memory_top_k=7).attach_memory_bank(bank)
+
+    def test_another_tower(self, make_model, bank):
+        model = make_model()
+        torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.weight)
+        with pytest.raises(ValueError, match="cosine"):
+            model.attach_memory_bank(bank)
+        assert model.memory_bank is None
+
+    def test_missing_folder(self, model):
+        with pytest.raises((ValueError, OSError), match="no/such"):
+            model.attach_memory_bank("no/such/bank")
