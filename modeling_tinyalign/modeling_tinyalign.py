@@ -74,13 +74,15 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             "AutoModel": "modeling_tinyalign.TinyAlignModel",
             "AutoModelForImageTextToText": "modeling_tinyalign.TinyAlignForConditionalGeneration",
         }
-        if self.config.memory_bank is not None and os.path.exists(self.config.memory_bank):
+        memory_bank = self.config.memory_bank
+        if memory_bank is not None and os.path.exists(memory_bank):
             logger.warning(
-                f"config.memory_bank is a local path ({self.config.memory_bank}) and is not saved: push the bank to "
-                "the Hub and set config.memory_bank to its repository, or attach it again after loading."
+                f"config.memory_bank is a local path ({memory_bank}) and is not saved: push the bank to the Hub and set "
+                "config.memory_bank to its repository, or attach it again after loading."
             )
             self.config.memory_bank = None
         super().save_pretrained(save_directory, **kwargs)
+        self.config.memory_bank = memory_bank
 
 
 class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
@@ -277,11 +279,13 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     """TinyAlign with the language model's head."""
 
     _auto_class = "AutoModelForImageTextToText"
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: TinyAlignConfig):
         super().__init__(config)
         self.model = TinyAlignModel(config)
+        embeddings = self.get_input_embeddings()  # named differently in every language model
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.lm_head = nn.Linear(
             config.text_config.hidden_size, config.text_config.vocab_size, bias=config.lm_head_bias
         )

@@ -4,7 +4,18 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PhiConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from tinyalign_vlm import TinyAlignConfig, TinyAlignForConditionalGeneration, TinyAlignModel
 
@@ -119,6 +130,61 @@ def test_vision_features_are_those_of_the_tower(make_model, make_processor, chec
         else:
             expected = tower.vision_model(pixel_values, output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(model.get_vision_features(pixel_values), expected)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "config"),
+    [
+        (
+            SiglipVisionConfig(
+                hidden_size=1152, intermediate_size=256, num_attention_heads=16, image_size=384, patch_size=14
+            ),
+            Qwen2Config(hidden_size=2048, intermediate_size=256, num_attention_heads=16, num_key_value_heads=2),
+            {"image_seq_length": 729},
+        ),
+        (
+            CLIPVisionConfig(
+                hidden_size=1024, intermediate_size=256, num_attention_heads=16, image_size=336, patch_size=14
+            ),
+            PhiConfig(hidden_size=2560, intermediate_size=256, num_attention_heads=32, partial_rotary_factor=0.4),
+            {"image_seq_length": 576, "vision_feature_select_strategy": "default", "lm_head_bias": True},
+        ),
+        (
+            SiglipVisionConfig(),
+            LlamaConfig(hidden_size=576, intermediate_size=256, num_attention_heads=9, num_key_value_heads=3),
+            {"image_seq_length": 49, "vision_pool_size": 7, "memory_fusion": "sequence"},
+        ),
+    ],
+    ids=["siglip-so400m-qwen2.5-3b", "clip-large-phi-2", "siglip-base-smollm2-135m"],
+)
+def test_two_layers_of_the_real_width(vision, text, config):
+    """Real widths and heads; the MLPs are narrow to be quick."""
+    vision.num_hidden_layers = text.num_hidden_layers = 2
+    text.vocab_size = 100
+    model = TinyAlignForConditionalGeneration(
+        TinyAlignConfig(vision_config=vision, text_config=text, image_token_id=99, **config)
+    ).eval()
+    count = model.config.num_image_tokens
+    assert count == config["image_seq_length"] + (160 if "memory_fusion" in config else 32)
+    input_ids = torch.tensor([[1, *[99] * count, 2, 3]])
+    pixel_values = torch.randn(1, 3, vision.image_size, vision.image_size)
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, pixel_values=pixel_values, memory_values=torch.randn(1, 5, 32, 96)).logits
+    assert logits.shape == (1, count + 3, 100) and torch.isfinite(logits).all()
+
+
+def test_a_language_model_with_other_names(checkpoints, tmp_path):
+    """GPT-2 has neither `model` nor `embed_tokens`; its head is tied."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300, bos_token_id=0, eos_token_id=2))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(checkpoints["llama"]).save_pretrained(tmp_path / "gpt2")
+    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(checkpoints["siglip"], tmp_path / "gpt2")
+    model.save_pretrained(tmp_path / "model")
+    loaded = TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    inputs = {"input_ids": torch.full((1, 50), 300), "pixel_values": torch.randn(1, 3, 32, 32), "memory": "off"}
+    inputs["input_ids"][0, 48:] = 5
+    assert loaded(**inputs).logits.equal(model(**inputs).logits)
 
 
 def test_pooling_needs_a_square_grid(make_model):
@@ -418,5 +484,5 @@ def test_a_local_bank_is_not_saved(make_model, tmp_path, caplog):
     model = make_model()
     model.config.memory_bank = str(tmp_path)
     model.save_pretrained(tmp_path / "model")
-    assert "local path" in caplog.text
+    assert "local path" in caplog.text and model.config.memory_bank == str(tmp_path)
     assert TinyAlignConfig.from_pretrained(tmp_path / "model").memory_bank is None
