@@ -454,7 +454,8 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         """Image tokens go in with the prompt, and again only when there is no cache (5.17 does not know of them)."""
         if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs["mm_encoder_outputs"] = None
+            if kwargs.pop("mm_encoder_outputs", None) and "next_sequence_length" not in kwargs:  # a chunk, in 5.17
+                raise ValueError("This transformers cannot prefill images in chunks: leave prefill_chunk_size out.")
         return super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )

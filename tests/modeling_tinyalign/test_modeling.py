@@ -247,6 +247,16 @@ def test_sampling_sequences_of_a_row_share_its_images(model, ragged):
     assert found.tolist() == greedy.repeat_interleave(2, 0).tolist()
 
 
+def test_chunked_prefill_is_right_or_refused(model, ragged):
+    _, batch = ragged
+    try:
+        found = answer(model, batch, prefill_chunk_size=7)
+    except ValueError as error:
+        assert "cannot prefill images in chunks" in str(error)
+    else:
+        assert found.equal(answer(model, batch))
+
+
 def test_the_image_token_is_never_generated(make_model, make_processor, images):
     model = make_model()
     inputs = encode(make_processor(model), [chat(images[:1], PROMPTS[0])])
