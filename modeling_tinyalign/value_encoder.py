@@ -1,0 +1,137 @@
+"""The value encoder: a Perceiver that compresses an image and its caption into the latents a memory bank stores."""
+
+from typing import Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PerceiverConfig, PerceiverModel, PreTrainedConfig, PreTrainedModel
+
+PADDING_BYTE = 256
+
+
+@strict
+class ValueEncoderConfig(PreTrainedConfig):
+    r"""
+    Sizes of the value encoder; the defaults are the paper's Table 4.
+
+    num_latents, latent_dim (`int`, *optional*, default to 32 and 96): Shape of a value (L, D).
+    d_model (`int`, *optional*, defaults to 128): Width of the inputs that the latents attend to.
+    num_blocks, num_self_attends_per_block (`int`, *optional*, default to 1 and 8): Depth.
+    num_self_attention_heads, num_cross_attention_heads (`int`, *optional*, default to 8): Attention heads.
+    qk_channels, v_channels (`int`, *optional*, default to 96): Widths inside the attention.
+    image_input (`str`, *optional*, defaults to `"features"`):
+        `"features"` reads the vision tower's frozen features, `"pixels"` the image itself (the paper's way).
+    vision_feature_size (`int`, *optional*, defaults to 1152): Width of the features (C).
+    num_vision_tokens (`int`, *optional*, defaults to 729): Features of one image (T).
+    image_size, patch_size (`int`, *optional*, default to 384 and 32): Of the image, with `image_input="pixels"`.
+    bytes_per_patch (`int`, *optional*, defaults to 16):
+        UTF-8 bytes of a caption that are read together. A patch is one word; a longer word goes on in the next patch.
+    """
+
+    model_type = "tinyalign_value_encoder"
+
+    num_latents: int = 32
+    latent_dim: int = 96
+    d_model: int = 128
+    num_blocks: int = 1
+    num_self_attends_per_block: int = 8
+    num_self_attention_heads: int = 8
+    num_cross_attention_heads: int = 8
+    qk_channels: int = 96
+    v_channels: int = 96
+    image_input: Literal["features", "pixels"] = "features"
+    vision_feature_size: int = 1152
+    num_vision_tokens: int = 729
+    image_size: int = 384
+    patch_size: int = 32
+    bytes_per_patch: int = 16
+
+
+class ValueEncoder(PreTrainedModel):
+    """
+    Perceiver (`transformers.PerceiverModel`) over the words of a caption and the tokens of its image.
+
+    It knows no language model: captions are read as bytes, so one bank serves every language model. `ValueEncoder(config)`
+    is the untrained encoder of the reference; seed it and it can be saved and used again.
+    """
+
+    config_class = ValueEncoderConfig
+    main_input_name = "images"
+
+    def __init__(self, config: ValueEncoderConfig):
+        super().__init__(config)
+        self.byte_embedding = nn.Embedding(PADDING_BYTE + 1, config.d_model // config.bytes_per_patch)
+        self.word_position = nn.Embedding(config.num_latents, config.d_model)
+        if config.image_input == "pixels":
+            num_tokens = (config.image_size // config.patch_size) ** 2
+            self.image_projection = nn.Conv2d(3, config.d_model, config.patch_size, config.patch_size)
+        else:
+            num_tokens = config.num_vision_tokens
+            self.image_projection = nn.Linear(config.vision_feature_size, config.d_model)
+        self.image_norm = nn.LayerNorm(config.d_model)
+        self.image_position = nn.Embedding(num_tokens, config.d_model)
+        self.perceiver = PerceiverModel(
+            PerceiverConfig(
+                num_latents=config.num_latents,
+                d_latents=config.latent_dim,
+                d_model=config.d_model,
+                num_blocks=config.num_blocks,
+                num_self_attends_per_block=config.num_self_attends_per_block,
+                num_self_attention_heads=config.num_self_attention_heads,
+                num_cross_attention_heads=config.num_cross_attention_heads,
+                qk_channels=config.qk_channels,
+                v_channels=config.v_channels,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+        self.output_norm = nn.LayerNorm(config.latent_dim, elementwise_affine=False)
+        self.post_init()
+
+    def forward(self, images: torch.Tensor, caption_bytes: torch.LongTensor) -> torch.Tensor:
+        """
+        Args:
+            images: `(n, T, C)` vision features, or `(n, 3, H, W)` pixels with `image_input="pixels"`.
+            caption_bytes: `(n, words, bytes_per_patch)` from [`tokenize`]; a word of 256s is padding.
+
+        Returns:
+            `(n, num_latents, latent_dim)`, of mean 0 and variance 1 in each latent.
+        """
+        images = self.image_projection(images)
+        if self.config.image_input == "pixels":
+            images = images.flatten(2).transpose(1, 2)
+        if images.shape[1] != self.image_position.num_embeddings:
+            raise ValueError(
+                f"An image has {images.shape[1]} tokens, but the value encoder was made for "
+                f"{self.image_position.num_embeddings}: use the vision tower and image size it was made for."
+            )
+        images = self.image_norm(images) + self.image_position.weight
+        words = self.byte_embedding(caption_bytes).flatten(2) + self.word_position.weight[: caption_bytes.shape[1]]
+        mask = torch.cat([(caption_bytes != PADDING_BYTE).any(-1), images.new_ones(images.shape[:2]).bool()], dim=1)
+        latents = self.perceiver(torch.cat([words, images], dim=1), attention_mask=mask).last_hidden_state
+        return self.output_norm(latents)
+
+    def tokenize(self, captions: list[str]) -> torch.LongTensor:
+        """Captions -> `(n, words, bytes_per_patch)`: a word a row, at most `num_latents` rows, the rest is not read."""
+        return caption_patches(captions, self.config.num_latents, self.config.bytes_per_patch)
+
+    def encode(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """Images (see [`forward`]) and their captions -> values `(n, num_latents, latent_dim)`."""
+        images = images.to(self.device, self.dtype)
+        return self(images, self.tokenize(captions).to(self.device))
+
+
+def caption_patches(captions: list[str], max_words: int, bytes_per_patch: int) -> torch.LongTensor:
+    """Captions -> UTF-8 bytes `(n, words, bytes_per_patch)`, one word a row, padded with 256."""
+    rows = []
+    for caption in captions:
+        words = [word.encode() for word in caption.split()]
+        patches = [
+            word[start : start + bytes_per_patch] for word in words for start in range(0, len(word), bytes_per_patch)
+        ]
+        rows.append(patches[:max_words])
+    patches = torch.full((len(rows), max(1, *map(len, rows)), bytes_per_patch), PADDING_BYTE)
+    for row, words in enumerate(rows):
+        for column, word in enumerate(words):
+            patches[row, column, : len(word)] = torch.tensor(list(word))
+    return patches
