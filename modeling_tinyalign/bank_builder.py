@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .bank_images import image_source_id, load_image, thumbnail_bytes
 from .bank_storage import BankFiles, Spool, list_column, matrix, row_schema, write_local_files
 from .key_encoder import KeyEncoder, fit_whitening
+from .value_encoder import ValueEncoder
 
 try:
     import pyarrow as pa
@@ -78,7 +79,7 @@ class RowEncoder:
 
     model: PreTrainedModel
     processor: ProcessorMixin
-    value_encoder: PreTrainedModel
+    value_encoder: ValueEncoder
     key_encoder: KeyEncoder
     image_column: str
     caption_column: str
@@ -129,8 +130,7 @@ class RowEncoder:
         if not isinstance(row, dict):
             raise ValueError(
                 f"Row {number} of the dataset is a {type(row).__name__}, expected a dict of columns. Of a "
-                "DatasetDict, "
-                'pass one split: dataset["train"].'
+                'DatasetDict, pass one split: dataset["train"].'
             )
         for name, column in (("caption_column", self.caption_column), ("image_column", self.image_column)):
             if column not in row:
@@ -144,10 +144,17 @@ class RowEncoder:
 
     def _encode(self, rows: list[dict]) -> pa.RecordBatch:
         captions = [row["caption"] for row in rows]
-        features = self._features(rows)
+        pixels = None
+        if self.vision_features is None or self.value_encoder.config.image_input == "pixels":
+            images = self.processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
+            pixels = images["pixel_values"]
+        if self.vision_features is None:
+            features = self.model.get_vision_features(pixels)
+        else:
+            features = torch.stack([torch.as_tensor(self.vision_features[row["row"]]) for row in rows])
         ids, mask = self._caption_ids(captions, features.device)
         keys = self.key_encoder.to(features.device).raw_keys(features, ids, mask).cpu()
-        values = encode_values(self.value_encoder, features, captions)
+        values = encode_values(self.value_encoder, pixels, features, captions)
         for name, tensor in (("key", keys), ("value", values.half())):
             finite = tensor.flatten(1).isfinite().all(dim=1)
             if not finite.all():
@@ -179,12 +186,6 @@ class RowEncoder:
         )
         self.num_rows += len(rows)
         return pa.record_batch(list(columns.values()), schema=schema)
-
-    def _features(self, rows: list[dict]) -> torch.Tensor:
-        if self.vision_features is not None:
-            return torch.stack([torch.as_tensor(self.vision_features[row["row"]]) for row in rows])
-        pixels = self.processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
-        return self.model.get_vision_features(pixels["pixel_values"])
 
     def _caption_ids(
         self, captions: list[str], device: torch.device
@@ -221,14 +222,17 @@ def renumbered(tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
             start += len(batch)
 
 
-def encode_values(value_encoder: PreTrainedModel, features: torch.Tensor, captions: list[str]) -> torch.Tensor:
-    """`(n, num_latents, latent_dim)` float32 on the CPU, of features `(n, tokens, width)` wherever they are."""
-    return value_encoder.encode(features.to(value_encoder.device, value_encoder.dtype), captions).float().cpu()
+def encode_values(
+    value_encoder: ValueEncoder, pixels: torch.Tensor | None, features: torch.Tensor, captions: list[str]
+) -> torch.Tensor:
+    """Values `(n, num_latents, latent_dim)`, float32 on the CPU, from the pixels or the features of the images."""
+    images = pixels if value_encoder.config.image_input == "pixels" else features
+    return value_encoder.encode(images, captions).float().cpu()
 
 
-def check_latents(value_encoder: PreTrainedModel, features: torch.Tensor, model: PreTrainedModel) -> None:
+def check_latents(value_encoder: ValueEncoder, model: PreTrainedModel) -> None:
     """Refuse a value encoder whose latents are not of the shape the model reads (ValueError with both shapes)."""
-    found = tuple(encode_values(value_encoder, features, ["a caption"]).shape[1:])
+    found = (value_encoder.config.num_latents, value_encoder.config.latent_dim)
     expected = (model.config.num_latents, model.config.latent_dim)
     if found != expected:
         raise ValueError(

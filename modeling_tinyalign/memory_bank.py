@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -48,9 +47,7 @@ from .bank_storage import (
     write_shards,
 )
 from .key_encoder import KeyEncoder
-
-if TYPE_CHECKING:
-    from .value_encoder import ValueEncoder
+from .value_encoder import ValueEncoder
 
 try:
     import pyarrow as pa
@@ -142,8 +139,6 @@ class MemoryBank:
     @cached_property
     def value_encoder(self) -> ValueEncoder:
         """The value encoder the bank was built with, loaded when first asked for."""
-        from .value_encoder import ValueEncoder
-
         if self._value_encoder is not None:
             return self._value_encoder
         folder = self._folder / "value_encoder"
@@ -190,12 +185,12 @@ class MemoryBank:
         """
         require_bank_packages()
         check_keep_columns(keep_columns)
+        check_latents(value_encoder, model)
         with evaluating(model, value_encoder):
             tower = describe_tower(model, image_shape(processor))
             probe_features = model.get_vision_features(probe_pixels(tower["image_shape"]))
             key_encoder = KeyEncoder.of_model(model, probe_features.shape[-1]).to(probe_features.device)
             probe_keys = key_encoder.raw_keys(probe_features).cpu()
-            check_latents(value_encoder, probe_features[:1], model)
             encoder = RowEncoder(
                 model,
                 processor,

@@ -52,10 +52,15 @@ def processor(make_processor, model):
     return make_processor(model)
 
 
+SMALL = {"d_model": 16, "bytes_per_patch": 4, "num_self_attends_per_block": 1, "qk_channels": 5, "v_channels": 5}
+
+
 @pytest.fixture(scope="module")
 def value_encoder():
     torch.manual_seed(0)
-    return ValueEncoder(ValueEncoderConfig(num_latents=3, latent_dim=5))
+    sizes = {"num_latents": 3, "latent_dim": 5, "vision_feature_size": 16, "num_vision_tokens": 16}
+    heads = {"num_self_attention_heads": 1, "num_cross_attention_heads": 1}
+    return ValueEncoder(ValueEncoderConfig(**sizes, **heads, **SMALL)).eval()
 
 
 def noise(seed: int) -> Image.Image:
@@ -155,6 +160,18 @@ def test_build_leaves_the_models_alone(model, processor, value_encoder, dataset)
     model.eval()
     assert all(parameter.requires_grad for parameter in value_encoder.parameters())
     assert bank.value_encoder is not value_encoder
+
+
+def test_values_from_pixels(dataset, model, processor, value_encoder):
+    config = ValueEncoderConfig(**{**value_encoder.config.to_dict(), "image_input": "pixels", "image_size": 32})
+    config.patch_size = 8
+    reader = ValueEncoder(config).eval()
+    images, captions = [row["image"] for row in dataset], [row["caption"] for row in dataset]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    for features in (None, features_of(images, model, processor)):
+        bank = MemoryBank.build(dataset, model, processor, reader, vision_features=features)
+        values = bank.gather(range(NUM_ROWS))
+        torch.testing.assert_close(values, reader.encode(pixels, captions), atol=2e-2, rtol=2e-3)
 
 
 def test_whitened_bank(dataset, model, processor, value_encoder, tmp_path):
