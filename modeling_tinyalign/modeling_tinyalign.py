@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .composition import compose
 from .configuration_tinyalign import TinyAlignConfig
 from .connectors import Connector, MemoryConnector
+from .memory_bank import MemoryBank
 from .outputs import (
     TinyAlignCausalLMOutputWithPast,
     TinyAlignImageFeatures,
@@ -77,8 +78,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         memory_bank = self.config.memory_bank
         if memory_bank is not None and os.path.exists(memory_bank):
             logger.warning(
-                f"config.memory_bank is a local path ({memory_bank}) and is not saved: push the bank to the Hub and set "
-                "config.memory_bank to its repository, or attach it again after loading."
+                f"config.memory_bank is a local path ({memory_bank}) and is not saved: push the bank to the Hub and "
+                "set config.memory_bank to its repository, or attach it again after loading."
             )
             self.config.memory_bank = None
         super().save_pretrained(save_directory, **kwargs)
@@ -326,11 +327,11 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @property
-    def memory_bank(self) -> "MemoryBank | None":
+    def memory_bank(self) -> MemoryBank | None:
         """See [`TinyAlignModel.memory_bank`]."""
         return self.model.memory_bank
 
-    def attach_memory_bank(self, bank: "MemoryBank | str | os.PathLike", revision: str | None = None):
+    def attach_memory_bank(self, bank: MemoryBank | str | os.PathLike, revision: str | None = None):
         """See [`TinyAlignModel.attach_memory_bank`]."""
         self.model.attach_memory_bank(bank, revision)
 

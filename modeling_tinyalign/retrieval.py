@@ -1,22 +1,17 @@
 """Attaching a memory bank to a model, and asking it for neighbours."""
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
+from .memory_bank import MemoryBank
 from .outputs import TinyAlignRetrieval
-
-if TYPE_CHECKING:
-    from .memory_bank import MemoryBank
 
 
 class RetrievalMixin:
     """What a model needs to retrieve: a bank, kept outside the weights, and `get_vision_features`."""
 
-    _memory_bank = None
+    _memory_bank: MemoryBank | None = None
 
     @property
     def memory_bank(self) -> MemoryBank | None:
@@ -38,8 +33,6 @@ class RetrievalMixin:
             ValueError: The bank has other latents or keys than the model, is too small, or is of another vision tower.
         """
         if isinstance(bank, (str, os.PathLike)):
-            from .memory_bank import MemoryBank
-
             bank = MemoryBank.from_pretrained(bank, revision=revision)
         config = self.config
         found = (bank.num_latents, bank.latent_dim, bank.key_space)

@@ -2,7 +2,16 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from .modeling_tinyalign import TinyAlignConfig, TinyAlignForConditionalGeneration, TinyAlignModel, TinyAlignRetrieval
+from .modeling_tinyalign import (
+    KeyEncoder,
+    MemoryBank,
+    TinyAlignConfig,
+    TinyAlignForConditionalGeneration,
+    TinyAlignModel,
+    TinyAlignRetrieval,
+    ValueEncoder,
+    ValueEncoderConfig,
+)
 from .processing import TinyAlignProcessor
 
 AutoConfig.register("tinyalign", TinyAlignConfig)
@@ -11,9 +20,13 @@ AutoModelForImageTextToText.register(TinyAlignConfig, TinyAlignForConditionalGen
 AutoProcessor.register(TinyAlignConfig, TinyAlignProcessor)
 
 __all__ = [
+    "KeyEncoder",
+    "MemoryBank",
     "TinyAlignConfig",
     "TinyAlignForConditionalGeneration",
     "TinyAlignModel",
     "TinyAlignProcessor",
     "TinyAlignRetrieval",
+    "ValueEncoder",
+    "ValueEncoderConfig",
 ]

@@ -19,12 +19,16 @@ def rows(images) -> list[dict]:
 def build_bank(model, processor, rows: list) -> MemoryBank:
     torch.manual_seed(0)
     config = ValueEncoderConfig(
-        vision_feature_size=model.config.vision_feature_size,
         num_latents=model.config.num_latents,
         latent_dim=model.config.latent_dim,
         d_model=16,
-        num_self_attends=1,
-        num_heads=2,
+        num_self_attends_per_block=1,
+        num_self_attention_heads=1,
+        num_cross_attention_heads=1,
+        qk_channels=8,
+        v_channels=model.config.latent_dim,
+        vision_feature_size=model.config.vision_feature_size,
+        num_vision_tokens=16,
     )
     return MemoryBank.build(rows, model, processor, ValueEncoder(config))
 
