@@ -44,12 +44,22 @@ def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
 
 
 def probe_pixels(image_shape: Sequence[int]) -> torch.Tensor:
-    """Four fixed synthetic images, `(4, *image_shape)` float32 in [-1, 1]: plane waves, free of any random "
-    "generator."""
+    """Four fixed synthetic images `(4, *image_shape)`, float32 in [-1, 1], free of any random generator.
+
+    Waves of several scales, as in a photograph: with a single slow wave bfloat16 alone moves EfficientNet's keys to a
+    cosine of 0.93, with these to 0.999.
+    """
     channels, height, width = image_shape
     probe, channel, y, x = np.ogrid[:NUM_PROBES, :channels, :height, :width]
-    phase = 2 * np.pi * ((probe + 1) * x / width + (2 * probe + 1) * y / height)
-    return torch.from_numpy(np.sin(phase + 2 * np.pi * channel / channels + probe)).float()
+    scales = (1, 2, 4, 8, 16)
+    waves = [
+        np.sin(
+            2 * np.pi * k * x / width + k * probe + 1.7 * channel + np.sin(2 * np.pi * k * y / height + 2.3 * probe)
+        )
+        for k in scales
+    ]
+    weights = [k**-0.5 for k in scales]
+    return torch.from_numpy(np.average(waves, axis=0, weights=weights)).float()
 
 
 def describe_tower(model: PreTrainedModel, image_shape: list[int]) -> dict:
