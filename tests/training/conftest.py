@@ -1,0 +1,77 @@
+"""A tiny model, its bank, and a data set of chats about plain and noisy images."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+
+from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
+from tinyalign_vlm.training.data import to_messages
+from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
+
+NUM_ROWS = 12
+
+
+@pytest.fixture(scope="package", autouse=True)
+def cache(tmp_path_factory):
+    """Banks lay their files out under HF_HOME."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+        yield
+
+
+@pytest.fixture(scope="package")
+def images() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (6, 5, 3), dtype=np.uint8)) for _ in range(NUM_ROWS)]
+
+
+@pytest.fixture(scope="package")
+def captions() -> list[str]:
+    words = ("a red square", "blue", "what a white circle on the background", "in the image")
+    return [f"{words[i % 4]} {i}" for i in range(NUM_ROWS)]
+
+
+@pytest.fixture(scope="package")
+def model(make_model):
+    """For what does not train it; a test that does makes its own, which has the same weights."""
+    return make_model()
+
+
+@pytest.fixture(scope="package")
+def processor(make_processor, model):
+    return make_processor(model)
+
+
+@pytest.fixture(scope="package")
+def features(model, processor, images) -> np.ndarray:
+    pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    return model.get_vision_features(pixel_values).half().numpy()
+
+
+@pytest.fixture(scope="package")
+def value_encoder(features):
+    torch.manual_seed(0)
+    heads = {"num_self_attention_heads": 1, "num_cross_attention_heads": 1, "num_self_attends_per_block": 1}
+    width = {"num_latents": 3, "latent_dim": 5, "v_channels": 5, "qk_channels": 5, "d_model": 16}
+    _, tokens, size = features.shape
+    return ValueEncoder(ValueEncoderConfig(**heads, **width, vision_feature_size=size, num_vision_tokens=tokens))
+
+
+@pytest.fixture(scope="package")
+def bank(images, captions, model, processor, value_encoder):
+    rows = [{"image": image, "caption": caption} for image, caption in zip(images, captions, strict=True)]
+    return MemoryBank.build(rows, model, processor, value_encoder)
+
+
+@pytest.fixture(scope="package")
+def dataset(images, captions, bank, model, features) -> datasets.Dataset:
+    neighbours = find_neighbours(bank, model, features, 2, source_ids_of(images))
+    rows = {
+        "image": images,
+        "messages": [to_messages("what is in the image?", caption) for caption in captions],
+        "memory_ids": neighbours.tolist(),
+    }
+    return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())

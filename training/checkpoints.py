@@ -1,0 +1,68 @@
+"""Connector weights as files, and which checkpoint a run goes on from."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+CONNECTORS_NAME = "connectors.safetensors"
+RUN_NAME = "run.json"
+
+
+def connectors_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The connector and, in a model with memory, the memory connector."""
+    connectors = {"connector": model.base_model.connector}
+    if model.config.memory_top_k > 0:
+        connectors["memory_connector"] = model.base_model.memory_connector
+    return connectors
+
+
+def save_connectors(model: PreTrainedModel, folder: str | os.PathLike):
+    """Writes the connectors, and nothing else of the model, to `connectors.safetensors`."""
+    tensors = {
+        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        for part, module in connectors_of(model).items()
+        for name, tensor in module.state_dict().items()
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder, CONNECTORS_NAME), metadata={"format": "pt"})
+
+
+def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
+    """Reads what [`save_connectors`] wrote. Raises `RuntimeError` naming the tensors that do not fit the model."""
+    connectors = nn.ModuleDict(connectors_of(model))
+    connectors.load_state_dict(load_file(Path(folder, CONNECTORS_NAME)))
+
+
+def last_checkpoint(output_dir: str | os.PathLike, settings: dict) -> str | None:
+    """
+    The last complete checkpoint of the run with these settings, which are kept beside the checkpoints.
+
+    Raises `ValueError`, naming what differs, when the checkpoints are of another run.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    run = Path(output_dir, RUN_NAME)
+    # the trainer's state is written last
+    complete = [path for path in sort_checkpoints(str(output_dir)) if Path(path, TRAINER_STATE_NAME).is_file()]
+    if complete and run.is_file():
+        earlier = json.loads(run.read_text())
+        changed = [
+            f"{name}: {earlier.get(name)!r} then, {settings.get(name)!r} now"
+            for name in sorted(earlier.keys() | settings.keys())
+            if earlier.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{output_dir} holds checkpoints of another run ({'; '.join(changed)}). Use another output_dir, or "
+                "delete this one to train anew."
+            )
+    run.parent.mkdir(parents=True, exist_ok=True)
+    fresh = run.with_suffix(".new")
+    fresh.write_text(json.dumps(settings, indent=2) + "\n")
+    fresh.replace(run)
+    return complete[-1] if complete else None

@@ -1,0 +1,155 @@
+"""Frozen visual features of a data set, computed once and kept in a memory-mapped file."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
+
+from ..modeling_tinyalign.bank_images import load_image
+
+logger = logging.get_logger(__name__)
+
+
+def cache_vision_features(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Any],
+    path: str | os.PathLike,
+    batch_size: int = 32,
+    desc: str = "Vision features",
+) -> np.memmap:
+    """
+    Reads what `model.get_vision_features` makes of each image, computing only what an earlier call has not.
+
+    The features are in `<path>-<fingerprint>.npy`. The fingerprint covers the images' bytes, the tower's weights and
+    the preprocessing, so another input never gets an old file. What a killed call had finished is used by the next.
+
+    Args:
+        model: A TinyAlign model; its tower runs where it is, in its dtype.
+        images: A column of a `datasets.Dataset` (`dataset["image"]`), or PIL images, bytes or paths.
+        path: Where to keep the features; the folder is made.
+        batch_size: Images per forward pass.
+        desc: What the progress bar says.
+
+    Returns:
+        `(n, T, C)` float16, memory-mapped, one row an image.
+
+    Raises:
+        ValueError: An image cannot be read, or its features do not fit in float16 (its number is named).
+        OSError: The disk is full; what was computed is kept for the next call.
+    """
+    images = undecoded(images)
+    fingerprint = _fingerprint(model, processor, images)
+    path = Path(path)
+    complete = path.with_name(f"{path.name}-{fingerprint}.npy")
+    if not complete.exists():
+        complete.parent.mkdir(parents=True, exist_ok=True)
+        partial = complete.with_suffix(".partial")
+        _compute(model, processor, images, partial, batch_size, desc)
+        os.replace(partial, complete)
+    return np.load(complete, mmap_mode="r", allow_pickle=False)
+
+
+def undecoded(images: Sequence[Any]) -> Sequence[Any]:
+    """A dataset's image column as the bytes and paths it holds; any other sequence as it is."""
+    if isinstance(images, datasets.Column) and isinstance(images.features, datasets.Image):
+        return images.source.cast_column(images.column_name, datasets.Image(decode=False))[images.column_name]
+    return images
+
+
+def read_image(images: Sequence[Any], index: int) -> Any:
+    """The image as upright RGB; raises `ValueError` with its number."""
+    try:
+        return load_image(images[index])
+    except ValueError as error:
+        raise ValueError(f"Image {index}: {error}. Repair it or remove the row.") from error
+
+
+def _fingerprint(model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any]) -> str:
+    """32 hex digits of images, tower and preprocessing."""
+    digest = hashlib.sha256()
+    config, tower = model.config, model.base_model.vision_tower
+    settings = (tower.dtype, config.vision_feature_layer, config.vision_feature_select_strategy)
+    digest.update(f"{processor.image_processor.to_json_string()}{settings}{len(images)}".encode())
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for image in tqdm(images, "Checking for cached features", leave=False):
+        digest.update(hashlib.sha256(_image_bytes(image)).digest())
+    return digest.hexdigest()[:32]
+
+
+def _image_bytes(image: Any) -> bytes:
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image).read_bytes()
+    return f"{image}".encode() if image is None else f"{image.mode}{image.size}".encode() + image.tobytes()
+
+
+@torch.no_grad()
+def _compute(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Any],
+    partial: Path,
+    batch_size: int,
+    desc: str,
+):
+    """Appends to `partial`, an .npy file that is complete up to its last whole row."""
+    with open(partial, "ab+") as file:
+        done = _rows_in(file, len(images))
+        if done:
+            logger.info(f"{partial}: going on after {done} of {len(images)} images.")
+        starts = range(done, len(images), batch_size)
+        with tqdm(total=len(images), initial=done, desc=desc, unit="image") as bar:
+            for start, features in zip(starts, _batches(model, processor, images, starts, batch_size), strict=True):
+                if file.tell() == 0:
+                    header = {"descr": "<f2", "fortran_order": False, "shape": (len(images), *features.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                features = features.to("cpu", torch.float16)
+                finite = features.flatten(1).isfinite().all(dim=1)
+                if not finite.all():
+                    raise ValueError(
+                        f"Image {start + int(finite.int().argmin())} has features that are NaN or do not fit in "
+                        "float16: check the tower's weights and dtype."
+                    )
+                file.write(features.numpy().tobytes())
+                file.flush()
+                bar.update(len(features))
+        os.fsync(file.fileno())
+
+
+def _batches(
+    model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any], starts: Iterable[int], batch_size: int
+):
+    for start in starts:
+        batch = [read_image(images, index) for index in range(start, min(start + batch_size, len(images)))]
+        pixel_values = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
+        yield model.get_vision_features(pixel_values)
+
+
+def _rows_in(file, num_images: int) -> int:
+    """Whole rows in an unfinished file; the rest of it is cut off."""
+    file.seek(0)
+    try:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except ValueError:  # killed before the header was written
+        file.truncate(0)
+        return 0
+    header = file.tell()
+    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+    done = min((file.seek(0, os.SEEK_END) - header) // row_bytes, num_images)
+    file.truncate(header + done * row_bytes)
+    file.seek(0, os.SEEK_END)
+    return done

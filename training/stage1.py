@@ -1,0 +1,97 @@
+"""Stage 1, alignment pre-training: the two connectors train, everything else is frozen."""
+
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
+
+from ..modeling_tinyalign.memory_bank import MemoryBank
+from .arguments import RunArguments
+from .checkpoints import connectors_of, load_connectors, save_connectors
+from .data import TrainingCollator
+from .precision import bfloat16_language_model
+from .trainer import SupervisedTrainer, train, training_rows
+
+
+@dataclass
+class Stage1Config(RunArguments, TrainingArguments):
+    __doc__ = f"""
+    Settings of stage 1: those of [`~transformers.TrainingArguments`], with the paper's values (Table 3), and
+    {RunArguments.__doc__}
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the connectors."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rates."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: a share of all steps, or their number."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Run the frozen parts in bfloat16. Defaults to what the machine has."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
+    save_steps: float = field(default=0.1, metadata={"help": "Steps between two checkpoints, or a share of all."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    report_to: str | None = field(default="none", metadata={"help": "wandb, trackio, tensorboard or none."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses, not logits."})
+
+
+class Stage1Trainer(SupervisedTrainer):
+    """Trains and saves the connectors. Make it with [`train_stage1`]."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # Trainer has just put all of the model in training mode. Checkpointing needs that mode.
+        if not self.args.gradient_checkpointing:
+            self.model.base_model.language_model.eval()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _save(self, output_dir=None, state_dict=None):
+        save_connectors(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_connectors(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        load_connectors(self.model, self.state.best_model_checkpoint)
+
+
+def train_stage1(
+    config: Stage1Config,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: datasets.Dataset,
+    bank: MemoryBank | None = None,
+    vision_features: np.ndarray | None = None,
+    eval_dataset: datasets.Dataset | None = None,
+) -> Stage1Trainer:
+    """
+    Trains the connectors of `model`, from the last checkpoint in `config.output_dir` on if there is one, and writes
+    them to `connectors.safetensors` there.
+
+    Args:
+        dataset: Rows as [`TrainingCollator`] wants them: `messages`, `image` or `feature_index`, `memory_ids`.
+        bank: The memory bank that `memory_ids` are of; None for a model without memory.
+        vision_features: What [`cache_vision_features`] returned, for the rows of `dataset` in order, or at the rows'
+            `feature_index`.
+        eval_dataset: The same, for `config.eval_strategy`.
+
+    Returns:
+        The trainer; losses are in its `state.log_history`. The frozen weights are the same bit for bit.
+
+    Raises:
+        ValueError: A column or the bank is missing, or `output_dir` has checkpoints of another run.
+    """
+    model.requires_grad_(False)
+    for connector in connectors_of(model).values():
+        connector.requires_grad_(True)
+    with bfloat16_language_model(model, enabled=config.bf16):
+        trainer = Stage1Trainer(
+            model,
+            config,
+            data_collator=TrainingCollator(processor, vision_features, bank),
+            train_dataset=training_rows(model, dataset, bank, vision_features),
+            eval_dataset=eval_dataset and training_rows(model, eval_dataset, bank, vision_features),
+        )
+        train(trainer, bank)
+    trainer.save_model()
+    return trainer

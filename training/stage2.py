@@ -1,0 +1,90 @@
+"""Stage 2, instruction tuning: the connectors and the language model train, the vision tower is frozen."""
+
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import SFTConfig, SFTTrainer
+
+from ..modeling_tinyalign.memory_bank import MemoryBank
+from .arguments import RunArguments
+from .data import TrainingCollator
+from .trainer import SupervisedTrainer, train, training_rows
+
+
+@dataclass
+class Stage2Config(RunArguments, SFTConfig):
+    __doc__ = f"""
+    Settings of stage 2: those of [`~trl.SFTConfig`], with the paper's values (Table 3), and
+    {RunArguments.__doc__}
+    The learning rate is 2e-5, as in the reference's code: the 5e-8 that the paper prints leaves the model as it is.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the language model."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rates."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: a share of all steps, or their number."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Autocast to bfloat16 (weights stay float32). Defaults to what the machine has."},
+    )
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Less memory, a slower step."})
+    save_steps: float = field(default=0.25, metadata={"help": "Steps between two checkpoints, or a share of all."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    report_to: str | None = field(default="none", metadata={"help": "wandb, trackio, tensorboard or none."})
+    max_length: int | None = field(default=None, metadata={"help": "Must be None: truncation cuts placeholders."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses, not logits."})
+    dataset_kwargs: dict | None = field(
+        default_factory=lambda: {"skip_prepare_dataset": True}, metadata={"help": "The collator prepares the rows."}
+    )
+
+
+class Stage2Trainer(SupervisedTrainer, SFTTrainer):
+    """TRL's trainer, with logits at supervised positions only. Make it with [`train_stage2`]."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        correct = outputs.logits.argmax(-1) == labels[labels != -100]
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["mean_token_accuracy"].append(correct.float().mean().item())
+        return (loss, outputs) if return_outputs else loss
+
+    def create_model_card(self, *args, **kwargs):
+        """None: the model's card is of hub_cards."""
+
+
+def train_stage2(
+    config: Stage2Config,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: datasets.Dataset,
+    bank: MemoryBank | None = None,
+    vision_features: np.ndarray | None = None,
+    eval_dataset: datasets.Dataset | None = None,
+) -> Stage2Trainer:
+    """
+    Trains the connectors and the language model of `model`, from the last checkpoint in `config.output_dir` on if
+    there is one. Arguments, result and errors are those of [`train_stage1`].
+
+    What trains is float32 (a bfloat16 model is widened): in bfloat16 alone, updates of 2e-5 are rounded away.
+    """
+    if config.max_length is not None:
+        raise ValueError(f"max_length is {config.max_length}, expected None: truncation would cut image placeholders.")
+    model.requires_grad_(True)
+    model.base_model.vision_tower.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    trainer = Stage2Trainer(
+        model,
+        config,
+        data_collator=TrainingCollator(processor, vision_features, bank),
+        train_dataset=training_rows(model, dataset, bank, vision_features),
+        eval_dataset=eval_dataset and training_rows(model, eval_dataset, bank, vision_features),
+        processing_class=processor,
+    )
+    train(trainer, bank)
+    return trainer

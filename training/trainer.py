@@ -1,0 +1,111 @@
+"""What training has in common in both stages."""
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from ..modeling_tinyalign.memory_bank import MemoryBank
+from .checkpoints import last_checkpoint
+
+# What decides the trajectory: with another value, checkpoints are of another run.
+TRAJECTORY = (
+    "learning_rate connector_lr memory_connector_lr lr_scheduler_type warmup_steps weight_decay optim max_grad_norm "
+    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16"
+).split()
+
+
+class SupervisedTrainer(Trainer):
+    """Computes logits where there is a label and nowhere else; a learning rate for each connector."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over all supervised tokens of the batch, also when it is accumulated in parts."""
+        inputs = {**inputs, "supervised_logits_only": True, "use_cache": False}
+        inputs.pop("_prediction_loss_only", None)  # of TRL 1.1
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            rates = {"connector": self.args.connector_lr, "memory_connector": self.args.memory_connector_lr}
+            groups = {}
+            for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                part = next((part for part in name.split(".") if part in rates), None)
+                decay = self.args.weight_decay if name in decayed else 0.0
+                rate = rates.get(part) or self.args.learning_rate
+                group = groups.setdefault((part, decay), {"params": [], "lr": rate, "weight_decay": decay})
+                group["params"].append(parameter)
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
+        return self.optimizer
+
+
+def training_rows(
+    model: PreTrainedModel,
+    dataset: datasets.Dataset,
+    bank: MemoryBank | None,
+    vision_features: np.ndarray | None,
+) -> datasets.Dataset:
+    """
+    The columns the collator reads, with `feature_index` added where the features are those of the rows, in order.
+
+    Raises `ValueError` when a column or the bank is missing, or the features or neighbours do not fit.
+    """
+    top_k = model.config.memory_top_k
+    if (top_k > 0) != (bank is not None):
+        raise ValueError(
+            f"The model has memory_top_k = {top_k}, but {'no bank' if bank is None else 'a bank'} was given: a model "
+            "with memory trains with one, a model without (memory_top_k = 0) does not."
+        )
+    columns = ["messages"]
+    columns += ["image"] if vision_features is None else ["feature_index"]
+    columns += [] if bank is None else ["memory_ids"]
+    index = None
+    if vision_features is not None and "feature_index" not in dataset.column_names:
+        if len(vision_features) != len(dataset):
+            raise ValueError(
+                f"There are {len(vision_features)} vision_features for {len(dataset)} rows: give the data set a "
+                "column feature_index that says which features are whose."
+            )
+        index = list(range(len(dataset)))
+        columns.remove("feature_index")
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"The data set has no {', '.join(missing)}, its columns are {dataset.column_names}. `messages` are chats, "
+            "`memory_ids` are what find_neighbours returns, `image` is not needed with vision_features."
+        )
+    rows = dataset.select_columns(columns)
+    if index is not None:
+        rows = rows.add_column("feature_index", index)
+    if bank is not None and len(rows[0]["memory_ids"]) != top_k:
+        raise ValueError(
+            f"A row has {len(rows[0]['memory_ids'])} memory_ids, expected memory_top_k = {top_k}: look them up with "
+            "find_neighbours(..., top_k=model.config.memory_top_k)."
+        )
+    return rows
+
+
+def train(trainer: Trainer, bank: MemoryBank | None):
+    """
+    Trains, from the last checkpoint in `output_dir` on if there is one; leaves the model in evaluation mode and free
+    of what accelerate and TRL put around its forward. Raises `ValueError` when the checkpoints are of another run.
+    """
+    model, args = trainer.model, trainer.args
+    settings = {name: vars(args)[name] for name in TRAJECTORY}
+    settings["rows"] = len(trainer.train_dataset)
+    settings["world_size"] = args.world_size
+    settings["memory_bank"] = (
+        None if bank is None else {name: bank.config["sha256"][name] for name in ("keys", "values")}
+    )
+    for name in ("memory_top_k", "memory_fusion", "num_latents", "latent_dim", "image_seq_length"):
+        settings[name] = vars(model.config)[name]
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir, settings))
+    finally:
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+        model.eval()
