@@ -27,6 +27,8 @@ except ImportError:
 
 FIXED_COLUMNS = ("id", "source_id", "caption", "key", "value", "thumbnail")
 NUM_PROBES = 4
+# Rows the whitening is fitted on: their products with one another must fit in memory.
+MAX_WHITENING_ROWS = 4096
 
 
 @contextlib.contextmanager
@@ -84,7 +86,7 @@ class RowEncoder:
 
     Attributes:
         skipped_rows: `{"row": number, "reason": text}` of each bad row, when `skip_bad_rows`.
-        key_sum, key_moment: sums over the raw keys, for the mean and (if `moments`) the whitening.
+        key_sum: sum of the raw keys, for the mean.
     """
 
     model: PreTrainedModel
@@ -98,11 +100,9 @@ class RowEncoder:
     thumbnail_size: int | None
     skip_bad_rows: bool
     vision_features: torch.Tensor | np.ndarray | None = None
-    moments: bool = False
     num_rows: int = 0
     skipped_rows: list[dict] = field(default_factory=list)
     key_sum: torch.Tensor | float = 0.0
-    key_moment: torch.Tensor | float = 0.0
 
     def batches(self, dataset: Iterable[dict]) -> Iterator[pa.RecordBatch]:
         """Record batches with raw keys; ids count from 0."""
@@ -174,8 +174,6 @@ class RowEncoder:
                     "overflow."
                 )
         self.key_sum += keys.double().sum(dim=0)
-        if self.moments:
-            self.key_moment += keys.double().T @ keys.double()
         columns = {
             "id": pa.array(range(self.num_rows, self.num_rows + len(rows)), pa.int64()),
             "source_id": pa.array([image_source_id(row["image"]) for row in rows]),
@@ -213,6 +211,17 @@ def image_shape(processor: ProcessorMixin) -> list[int]:
     """`[channels, height, width]` of what the processor makes of an image."""
     pixels = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
     return list(pixels.shape[1:])
+
+
+def sample_keys(spool: Spool, num_rows: int) -> torch.Tensor:
+    """Raw keys `(rows, raw_dim)` of at most `MAX_WHITENING_ROWS` rows, always the same ones."""
+    chosen = np.zeros(num_rows, dtype=bool)
+    chosen[np.random.default_rng(0).permutation(num_rows)[:MAX_WHITENING_ROWS]] = True
+    keys, start = [], 0
+    for batch in spool.batches():
+        keys.append(matrix(batch, "key")[chosen[start : start + len(batch)]])
+        start += len(batch)
+    return torch.from_numpy(np.concatenate(keys))
 
 
 def finished(batches: Iterable[pa.RecordBatch], key_encoder: KeyEncoder) -> Iterator[pa.RecordBatch]:
@@ -273,7 +282,7 @@ def encode_and_fit(encoder: RowEncoder, dataset: Iterable[dict], whiten_dim: int
         mean = encoder.key_sum / num_rows
         key_encoder.cpu().mean = mean.float()
         if whiten_dim is not None:
-            key_encoder.projection = fit_whitening(mean, encoder.key_moment / num_rows, whiten_dim, num_rows)
+            key_encoder.projection = fit_whitening(sample_keys(spool, num_rows), mean, whiten_dim)
         value_shape = (encoder.model.config.num_latents, encoder.model.config.latent_dim)
         batches = finished(spool.batches(), key_encoder)
         return write_local_files(batches, key_encoder.key_dim, value_shape, "The new memory bank")

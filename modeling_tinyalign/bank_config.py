@@ -16,6 +16,8 @@ LIMITS = {
     "num_latents": 65_536,
     "latent_dim": 65_536,
 }
+# ... and side of a grid of visual tokens
+MAX_GRID = 64
 
 
 def read_json(path: Path) -> dict:
@@ -57,6 +59,10 @@ def check_config(config: dict, path: Path) -> None:
         refuse("key_encoder", key_settings, 'an object whose key_space is "vision" or "language"')
     if not isinstance(tower, dict) or not isinstance(tower.get("name"), str):
         refuse("tower", tower, "an object with the tower's name")
+    for field, values in (("grid", range(1, MAX_GRID + 1)), ("vision_pool_size", [None, *range(1, MAX_GRID + 1)])):
+        found = key_settings.get(field)
+        if type(found) not in (int, type(None)) or found not in values:
+            refuse(f"key_encoder.{field}", found, f"an integer between 1 and {MAX_GRID}")
     shape = tower.get("image_shape")
     if not (isinstance(shape, list) and len(shape) == 3 and all(type(s) is int and 1 <= s <= 4096 for s in shape)):
         refuse("tower.image_shape", shape, "[channels, height, width]")

@@ -18,7 +18,7 @@ from .vision_features import pool_grid
 CONNECTOR_WEIGHTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 
 
-def attention_pool(features: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+def attention_pool(features: torch.Tensor, attention_mask: torch.Tensor | None = None, grid: int = 1) -> torch.Tensor:
     """Attention-weighted aggregation of a token sequence into one vector (paper section 4.2, "Key Generation").
 
     The tokens attend to one another by cosine similarity; a token's weight is the attention it receives, averaged
@@ -27,9 +27,11 @@ def attention_pool(features: torch.Tensor, attention_mask: torch.Tensor | None =
     Args:
         features: `(batch, tokens, dim)`, any floating dtype; computed in float32.
         attention_mask: `(batch, tokens)`, 0 or False where a token is padding.
+        grid: the weights are those of the whole image, but the weighted tokens are averaged in the cells of a
+            `grid` x `grid` raster, and the cells concatenated: the key also tells where something is.
 
     Returns:
-        `(batch, dim)` float32.
+        `(batch, grid * grid * dim)` float32.
     """
     features = features.float()
     directions = F.normalize(features, dim=-1)
@@ -40,6 +42,8 @@ def attention_pool(features: torch.Tensor, attention_mask: torch.Tensor | None =
         mask = attention_mask.to(features.device, torch.float32)
         similarity = similarity.masked_fill(mask[:, None, :] == 0, torch.finfo(torch.float32).min)
         weights = (similarity.softmax(dim=-1) * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    if grid > 1:
+        return pool_grid(features.shape[1] * weights[:, :, None] * features, grid).flatten(1)
     return torch.einsum("nt,ntd->nd", weights, features)
 
 
@@ -57,6 +61,7 @@ class KeyEncoder(nn.Module):
         token_embeddings: `(vocabulary, raw_dim)`, or None.
         vision_pool_size: side of the grid the visual tokens are average-pooled to before the connector, or None.
         alpha: weight of the image tokens; the text tokens weigh `1 - alpha`.
+        grid: in vision space, keys hold `grid` x `grid` cells of the image (see `attention_pool`).
     """
 
     def __init__(
@@ -67,14 +72,21 @@ class KeyEncoder(nn.Module):
         token_embeddings: torch.Tensor | None = None,
         vision_pool_size: int | None = None,
         alpha: float = 0.4,
+        grid: int = 1,
     ):
         super().__init__()
+        if grid < 1 or (grid > 1 and connector is not None):
+            raise ValueError(
+                f'The key grid is {grid}, expected 1 or, with key_space="vision", more: keys of the language space '
+                "have no spatial cells."
+            )
         self.register_buffer("mean", mean.float())
         self.register_buffer("projection", None if projection is None else projection.float())
         self.register_buffer("token_embeddings", None if token_embeddings is None else token_embeddings.half())
         self.connector = connector
         self.vision_pool_size = vision_pool_size
         self.alpha = alpha
+        self.grid = grid
 
     @property
     def key_dim(self) -> int:
@@ -83,7 +95,7 @@ class KeyEncoder(nn.Module):
     @property
     def feature_dim(self) -> int:
         """Width of the vision features it reads."""
-        return self.mean.numel() if self.token_embeddings is None else self.connector.linear_1.in_features
+        return self.mean.numel() // self.grid**2 if self.connector is None else self.connector.linear_1.in_features
 
     @torch.no_grad()
     def raw_keys(
@@ -104,7 +116,7 @@ class KeyEncoder(nn.Module):
             )
         with torch.autocast(vision_features.device.type, enabled=False):
             if self.token_embeddings is None:
-                return attention_pool(vision_features)
+                return attention_pool(vision_features, grid=self.grid)
             tokens = self.connector(pool_grid(vision_features, self.vision_pool_size))
             image = self.alpha * F.normalize(tokens.float(), dim=-1)
             if query_input_ids is None:
@@ -140,15 +152,15 @@ class KeyEncoder(nn.Module):
         return self.finish(self.raw_keys(vision_features, query_input_ids, query_attention_mask))
 
     @classmethod
-    def of_model(cls, model: PreTrainedModel, feature_dim: int) -> KeyEncoder:
+    def of_model(cls, model: PreTrainedModel, feature_dim: int, grid: int = 1) -> KeyEncoder:
         """A key encoder for a model's `config.key_space`; its mean is zero until it is fitted."""
         config = model.config
         if config.key_space == "vision":
-            return cls(torch.zeros(feature_dim))
+            return cls(torch.zeros(grid**2 * feature_dim), grid=grid)
         embeddings = model.get_input_embeddings().weight.detach()
         connector = copy.deepcopy(model.base_model.connector).float()
         mean = torch.zeros(embeddings.shape[1])
-        return cls(mean, None, connector, embeddings, config.vision_pool_size, config.query_alpha)
+        return cls(mean, None, connector, embeddings, config.vision_pool_size, config.query_alpha, grid)
 
     def save(self, path: Path, probe_keys: torch.Tensor) -> None:
         """Write it as safetensors, with the bank's probe keys."""
@@ -178,11 +190,12 @@ class KeyEncoder(nn.Module):
                 connector.load_state_dict(weights)
             mean, probe_keys = tensors.pop("mean"), tensors.pop("probe_keys")
             projection, embeddings = tensors.pop("projection", None), tensors.pop("token_embeddings", None)
-            encoder = cls(mean, projection, connector, embeddings, settings["vision_pool_size"], settings["alpha"])
+            grid, pool_size = settings["grid"], settings["vision_pool_size"]
+            encoder = cls(mean, projection, connector, embeddings, pool_size, settings["alpha"], grid)
             if tensors or not all(tensor.isfinite().all() for tensor in encoder.state_dict().values()):
                 raise ValueError(f"unexpected tensors {sorted(tensors)}, or numbers that are not finite")
             # one pass shows whether the shapes fit together
-            side = settings["vision_pool_size"] or 1
+            side = max(grid, pool_size or 1)
             keys = encoder(torch.zeros(1, side**2, encoder.feature_dim))
             if keys.shape != (1, key_dim) or probe_keys.shape != (len(probe_keys), len(mean)):
                 raise ValueError(f"keys of shape {tuple(keys.shape)}, expected (1, {key_dim})")
@@ -194,28 +207,31 @@ class KeyEncoder(nn.Module):
         return encoder, probe_keys
 
 
-def fit_whitening(mean: torch.Tensor, second_moment: torch.Tensor, dim: int, num_rows: int) -> torch.Tensor:
-    """PCA whitening from the moments of the raw keys.
+def fit_whitening(raw_keys: torch.Tensor, mean: torch.Tensor, dim: int) -> torch.Tensor:
+    """PCA whitening, through the products of the rows with one another: keys may be wider than there are rows.
 
     Args:
-        mean: `(raw_dim,)` float64.
-        second_moment: `(raw_dim, raw_dim)` float64, the mean of `key key^T`.
+        raw_keys: `(rows, raw_dim)`, the raw keys or a sample of them.
+        mean: `(raw_dim,)`, of all raw keys.
         dim: number of components kept.
-        num_rows: rows the moments were taken over.
 
     Returns:
         `(raw_dim, dim)` float32.
 
     Raises:
-        ValueError: `dim` exceeds the raw width or the rank that `num_rows` rows can have.
+        ValueError: `dim` exceeds the raw width or the rank that so many rows can have.
     """
-    limit = min(mean.numel(), num_rows - 1)
+    rows, width = raw_keys.shape
+    limit = min(width, rows - 1)
     if not 1 <= dim <= limit:
         raise ValueError(
-            f"whiten_dim is {dim}, but {num_rows} rows of {mean.numel()}-wide keys have at most {limit} components. "
+            f"whiten_dim is {dim}, but {rows} rows of {width}-wide keys have at most {limit} components. "
             f"Pass whiten_dim <= {limit}, or None."
         )
-    variance, directions = torch.linalg.eigh(second_moment - torch.outer(mean, mean))
-    variance, directions = variance.flip(0)[:dim], directions.flip(1)[:, :dim]
+    centred = raw_keys - mean.double()
+    variance, scores = torch.linalg.eigh(centred @ centred.T / rows)
+    variance, scores = variance.flip(0)[:dim], scores.flip(1)[:, :dim]
     floor = variance[0].clamp(min=torch.finfo(torch.float32).tiny) * 1e-6
-    return (directions / variance.clamp(min=floor).sqrt()).float().contiguous()
+    # the directions are centred^T scores / sqrt(rows variance)
+    projection = centred.T @ scores / variance.clamp(min=floor) / rows**0.5
+    return projection.float().contiguous()

@@ -159,6 +159,7 @@ class MemoryBank:
         caption_column: str = "caption",
         keep_columns: Sequence[str] = (),
         batch_size: int = 32,
+        key_grid: int = 1,
         whiten_dim: int | None = None,
         thumbnail_size: int | None = 64,
         skip_bad_rows: bool = False,
@@ -174,14 +175,18 @@ class MemoryBank:
             processor: its `image_processor` is used, and in language space its `tokenizer`.
             value_encoder: makes the values; it is saved with the bank.
             keep_columns: other columns to keep with the rows as text, a source or licence say.
-            whiten_dim: fit a PCA whitening to this many dimensions on the bank's raw keys. None: only centre them.
+            key_grid: keys hold this many rows and columns of the image and tell where something is; they get
+                `key_grid**2` times as wide, so give `whiten_dim` as well. 1: the whole image (the paper's keys).
+            whiten_dim: fit a PCA whitening to this many dimensions on the bank's raw keys (a sample of 4,096 in a
+                larger bank). None: only centre them.
             thumbnail_size: side in pixels of the JPEG kept of every image, or None for no thumbnails.
             skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `skipped_rows`.
             vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
 
         Raises:
-            ValueError: a column is missing, a row is bad (its number is named), there is no row, or the value encoder
-                makes latents of another shape than `model.config` asks for.
+            ValueError: a column is missing, a row is bad (its number is named), there is no row, `key_grid` or
+                `whiten_dim` is impossible, or the value encoder makes latents of another shape than `model.config`
+                asks for.
         """
         require_bank_packages()
         check_keep_columns(keep_columns)
@@ -189,7 +194,7 @@ class MemoryBank:
         with evaluating(model, value_encoder):
             tower = describe_tower(model, image_shape(processor))
             probe_features = model.get_vision_features(probe_pixels(tower["image_shape"]))
-            key_encoder = KeyEncoder.of_model(model, probe_features.shape[-1]).to(probe_features.device)
+            key_encoder = KeyEncoder.of_model(model, probe_features.shape[-1], key_grid).to(probe_features.device)
             probe_keys = key_encoder.raw_keys(probe_features).cpu()
             encoder = RowEncoder(
                 model,
@@ -203,7 +208,6 @@ class MemoryBank:
                 thumbnail_size,
                 skip_bad_rows,
                 vision_features,
-                moments=whiten_dim is not None,
             )
             files = encode_and_fit(encoder, dataset, whiten_dim)
         config = {
@@ -219,6 +223,7 @@ class MemoryBank:
                 "connector_act": model.config.projector_hidden_act,
                 "vision_pool_size": model.config.vision_pool_size,
                 "alpha": model.config.query_alpha,
+                "grid": key_grid,
             },
             "value_encoder": value_encoder.config.to_diff_dict(),
             "columns": list(keep_columns),

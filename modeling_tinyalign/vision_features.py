@@ -24,9 +24,10 @@ def pool_grid(features: torch.Tensor, size: int | None) -> torch.Tensor:
         return features
     n, tokens, width = features.shape
     side = int(tokens**0.5)
-    if side**2 != tokens:
+    if side**2 != tokens or side < size:
         raise ValueError(
-            f"vision_pool_size needs a square grid of visual tokens, found {tokens}. A tower with a CLS token needs "
+            f"Found {tokens} visual tokens, expected a square of at least {size} x {size} to pool to {size} x {size} "
+            "(vision_pool_size, or the grid of a bank's keys). A tower with a CLS token needs "
             'vision_feature_select_strategy="default".'
         )
     grid = features.transpose(1, 2).reshape(n, width, side, side)

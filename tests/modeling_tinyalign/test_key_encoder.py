@@ -32,15 +32,45 @@ def test_keys_are_float32_whatever_the_features():
     assert encoder(features[:0]).shape == (0, 6)
 
 
-def test_whitening():
-    raw = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
+@pytest.mark.parametrize("rows, width, dim", [(200, 6, 4), (200, 6, 6), (30, 500, 29)])
+def test_whitening(rows, width, dim):
+    torch.manual_seed(0)
+    raw = torch.randn(rows, width) @ torch.randn(width, width) + 3
     mean = raw.mean(0)
-    projection = fit_whitening(mean, raw.T @ raw / 200, 4, 200)
-    white = (raw - mean).float() @ projection
-    torch.testing.assert_close(white.T @ white / 200, torch.eye(4), atol=1e-3, rtol=0)
-    assert KeyEncoder(mean, projection).key_dim == 4
-    with pytest.raises(ValueError, match="whiten_dim is 6, but 5 rows .* at most 4"):
-        fit_whitening(mean, raw.T @ raw / 200, 6, 5)
+    projection = fit_whitening(raw, mean, dim)
+    white = (raw - mean) @ projection
+    torch.testing.assert_close(white.T @ white / rows, torch.eye(dim), atol=1e-3, rtol=0)
+    variance, directions = torch.linalg.eigh(((raw - mean).T @ (raw - mean)).double() / rows)
+    expected = (raw - mean).double() @ directions.flip(1)[:, :dim] / variance.flip(0)[:dim].sqrt()
+    torch.testing.assert_close(white.abs(), expected.abs().float(), atol=1e-2, rtol=1e-3)
+    assert KeyEncoder(mean, projection).key_dim == dim
+
+
+def test_whitening_of_few_or_equal_rows():
+    raw = torch.randn(5, 8)
+    with pytest.raises(ValueError, match="whiten_dim is 5, but 5 rows of 8-wide keys have at most 4"):
+        fit_whitening(raw, raw.mean(0), 5)
+    twice = torch.cat([raw, raw])  # of rank 4
+    assert (fit_whitening(twice, twice.mean(0), 8).norm(dim=0) < 10).all()
+    assert fit_whitening(torch.ones(5, 8), torch.ones(8), 3).isfinite().all()
+
+
+def test_grid():
+    features = torch.randn(2, 16, 3)
+    torch.testing.assert_close(attention_pool(features, grid=1), attention_pool(features))
+    raw = KeyEncoder(torch.zeros(12), grid=2).raw_keys(features)
+    cells = raw.reshape(2, 2, 2, 3)
+    torch.testing.assert_close(cells.mean((1, 2)), attention_pool(features), atol=1e-6, rtol=1e-5)
+    z = F.normalize(features[0], dim=-1)
+    weighted = (16 * (z @ z.T).softmax(-1).mean(0)[:, None] * features[0]).reshape(4, 4, 3)
+    torch.testing.assert_close(cells[0, 1, 0], weighted[2:, :2].mean((0, 1)))
+    assert KeyEncoder(torch.zeros(27), grid=3).feature_dim == 3
+    assert KeyEncoder(torch.zeros(3)).raw_keys(features[:, :7]).shape == (2, 3), "no square needed"
+    for grid, tokens in ((2, 7), (5, 16)):
+        with pytest.raises(ValueError, match=f"Found {tokens} visual tokens, expected a square of at least {grid}"):
+            KeyEncoder(torch.zeros(3 * grid**2), grid=grid)(features[:, :tokens])
+    with pytest.raises(ValueError, match="The key grid is 0"):
+        KeyEncoder(torch.zeros(3), grid=0)
 
 
 def test_width_of_another_tower():
@@ -62,6 +92,8 @@ def test_language_space(make_model):
     torch.testing.assert_close(raw[1:], attention_pool(torch.cat([image, text])[None]), atol=1e-4, rtol=1e-3)
     assert not encoder.raw_keys(features).allclose(raw)
 
+    with pytest.raises(ValueError, match='grid is 2, expected 1 or, with key_space="vision", more'):
+        KeyEncoder.of_model(model, 16, grid=2)
     before = encoder(features)
     torch.nn.init.normal_(connector.linear_1.weight)
     assert encoder(features).equal(before), "training the connector moved the keys"
@@ -70,14 +102,20 @@ def test_language_space(make_model):
 
 
 def test_save_and_load(make_model, tmp_path):
-    settings = {"key_space": "language", "connector_act": "gelu", "vision_pool_size": None, "alpha": 0.4}
+    settings = {"key_space": "language", "connector_act": "gelu", "vision_pool_size": None, "alpha": 0.4, "grid": 1}
     encoder = KeyEncoder.of_model(make_model(key_space="language"), 16)
     features, probes = torch.randn(2, 16, 16), torch.randn(4, 32)
     path = tmp_path / "key_encoder.safetensors"
     encoder.save(path, probes)
     loaded, loaded_probes = KeyEncoder.load(path, settings, 32)
     assert loaded(features).equal(encoder(features)) and loaded_probes.equal(probes)
-    broken = [{"key_space": "vision"}, {"connector_act": "no"}, {"vision_pool_size": "x"}, {"alpha": None}]
+    broken = [
+        {"key_space": "vision"},
+        {"connector_act": "no"},
+        {"vision_pool_size": "x"},
+        {"alpha": None},
+        {"grid": 2},
+    ]
     for change in broken:
         with pytest.raises(ValueError, match="key_encoder.safetensors does not hold this bank's key encoder"):
             KeyEncoder.load(path, {**settings, **change}, 32)

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from PIL import Image
 from torch.nn import functional as F
 
-from tinyalign_vlm.modeling_tinyalign import bank_index, bank_storage
+from tinyalign_vlm.modeling_tinyalign import bank_builder, bank_index, bank_storage
 from tinyalign_vlm.modeling_tinyalign.bank_config import file_sha256
 from tinyalign_vlm.modeling_tinyalign.bank_images import image_source_id, load_image
 from tinyalign_vlm.modeling_tinyalign.bank_storage import list_column, write_local_files
@@ -181,6 +181,48 @@ def test_whitened_bank(dataset, model, processor, value_encoder, tmp_path):
     features = features_of([row["image"] for row in dataset], model, processor)
     assert loaded.key_dim == 5
     assert loaded.search(loaded.encode_queries(features), 1)[1].flatten().tolist() == list(range(NUM_ROWS))
+    with pytest.raises(ValueError, match="whiten_dim is 10, but 10 rows of 16-wide keys have at most 9"):
+        MemoryBank.build(dataset, model, processor, value_encoder, whiten_dim=10)
+
+
+@pytest.mark.parametrize("whiten_dim", [None, 5])
+def test_key_grid(whiten_dim, dataset, model, processor, value_encoder, tmp_path, monkeypatch):
+    bank = MemoryBank.build(dataset, model, processor, value_encoder, key_grid=2, whiten_dim=whiten_dim, batch_size=4)
+    bank.save_pretrained(tmp_path / "bank")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "another_home"))
+    loaded = MemoryBank.from_pretrained(tmp_path / "bank")
+    assert loaded.config["key_encoder"]["grid"] == loaded.key_encoder.grid == 2
+    assert loaded.probe_keys.shape == (4, 64) and loaded.key_dim == (whiten_dim or 64)
+    features = features_of([row["image"] for row in dataset], model, processor)
+    raw = attention_pool(features, grid=2)
+    torch.testing.assert_close(loaded.key_encoder.mean, raw.mean(0), atol=1e-5, rtol=1e-4)
+    scores, ids = loaded.search(loaded.encode_queries(features), 1)
+    assert ids.flatten().tolist() == list(range(NUM_ROWS))
+    torch.testing.assert_close(scores, torch.ones(NUM_ROWS, 1), atol=1e-4, rtol=0)
+    loaded.check_probes(model)
+    bigger = loaded.add([{**dataset[0], "image": noise(50)}], model, processor)
+    assert bigger.search(bigger.encode_queries(features_of([noise(50)], model, processor)), 1)[1].item() == NUM_ROWS
+
+
+def test_whitening_of_a_large_bank_takes_a_sample(dataset, model, processor, value_encoder, monkeypatch):
+    monkeypatch.setattr(bank_builder, "MAX_WHITENING_ROWS", 7)
+    bank = MemoryBank.build(dataset, model, processor, value_encoder, whiten_dim=6, batch_size=4)
+    features = features_of([row["image"] for row in dataset], model, processor)
+    raw = attention_pool(features)
+    torch.testing.assert_close(bank.key_encoder.mean, raw.mean(0), atol=1e-5, rtol=1e-4)
+    sample = np.sort(np.random.default_rng(0).permutation(NUM_ROWS)[:7])
+    white = (raw - raw.mean(0))[sample] @ bank.key_encoder.projection
+    torch.testing.assert_close(white.T @ white / 7, torch.eye(6), atol=1e-2, rtol=0)
+    again = MemoryBank.build(dataset, model, processor, value_encoder, whiten_dim=6, batch_size=4)
+    assert again.config["sha256"] == bank.config["sha256"]
+    with pytest.raises(ValueError, match="7 rows of 16-wide keys have at most 6"):
+        MemoryBank.build(dataset, model, processor, value_encoder, whiten_dim=7)
+
+
+def test_key_grid_in_language_space(dataset, make_model, make_processor, value_encoder):
+    model = make_model(key_space="language")
+    with pytest.raises(ValueError, match='key grid is 2, expected 1 or, with key_space="vision"'):
+        MemoryBank.build(dataset, model, make_processor(model), value_encoder, key_grid=2)
 
 
 def test_language_space(dataset, make_model, make_processor, value_encoder, tmp_path):
@@ -715,7 +757,10 @@ BAD_CONFIGS = [
     ({"sha256": {"keys": "../../../etc"}}, "sha256.keys is '../../../etc', expected 64 hex digits"),
     ({"format_version": 2}, "format_version is 2, expected 1"),
     ({"key_encoder": {"key_space": "audio"}}, 'expected an object whose key_space is "vision" or "language"'),
-    ({"key_encoder": {"key_space": "language"}}, "key_encoder.safetensors does not hold"),
+    ({"key_encoder": {"key_space": "language", "grid": 1}}, "key_encoder.safetensors does not hold"),
+    ({"key_encoder": {"key_space": "vision"}}, "key_encoder.grid is None, expected an integer between 1 and 64"),
+    ({"key_encoder": {"key_space": "vision", "grid": 10**9}}, "key_encoder.grid is 1000000000"),
+    ({"key_encoder": {"key_space": "vision", "grid": 1, "vision_pool_size": 10**9}}, "vision_pool_size is 1000000000"),
     ({"tower": None}, "tower is None"),
     ({"tower": {"name": "x", "image_shape": [3, 10**9, 10**9]}}, "tower.image_shape"),
     ({"columns": [1]}, "columns is"),
