@@ -146,7 +146,7 @@ def _rows_in(file, num_images: int) -> int:
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except ValueError:  # killed before the header was written
         file.truncate(0)
-        return 0
+        return file.seek(0)
     header = file.tell()
     row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
     done = min((file.seek(0, os.SEEK_END) - header) // row_bytes, num_images)

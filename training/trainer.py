@@ -35,7 +35,7 @@ class SupervisedTrainer(Trainer):
                     continue
                 part = next((part for part in name.split(".") if part in rates), None)
                 decay = self.args.weight_decay if name in decayed else 0.0
-                rate = rates.get(part) or self.args.learning_rate
+                rate = self.args.learning_rate if rates.get(part) is None else rates[part]
                 group = groups.setdefault((part, decay), {"params": [], "lr": rate, "weight_decay": decay})
                 group["params"].append(parameter)
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)

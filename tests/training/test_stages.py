@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from tinyalign_vlm.training.stage1 import Stage1Config, train_stage1
-from tinyalign_vlm.training.stage2 import Stage2Config, train_stage2
+from tinyalign_vlm.training.checkpoints import load_connectors
+from tinyalign_vlm.training.data import TrainingCollator
+from tinyalign_vlm.training.features import cache_vision_features
+from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.training.stage1 import Stage1Config, Stage1Trainer, train_stage1
+from tinyalign_vlm.training.stage2 import Stage2Config, Stage2Trainer, train_stage2
 
 STAGES = {1: (Stage1Config, train_stage1), 2: (Stage2Config, train_stage2)}
 
@@ -60,3 +65,157 @@ def test_only_what_a_stage_trains_changes(
         assert parameter.requires_grad == trains and (parameter.grad is None or trains)
     assert all(np.isfinite(losses(trainer))) and losses(trainer)[-1] < losses(trainer)[0]
     assert not model.training and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resuming_gives_the_uninterrupted_trajectory(stage, make_model, processor, dataset, bank, features, tmp_path):
+    settings = {"max_steps": 6, "save_steps": 3}
+    whole, resumed = make_model(), make_model()
+    trainer = run(stage, whole, processor, dataset, bank, tmp_path / "whole", features, **settings)
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise Killed
+
+    trainer_class = Stage1Trainer if stage == 1 else Stage2Trainer
+    original = trainer_class.train
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+
+        def train(self, *args, **kwargs):
+            self.add_callback(Kill())
+            return original(self, *args, **kwargs)
+
+        patch.setattr(trainer_class, "train", train)
+        run(stage, resumed, processor, dataset, bank, tmp_path / "resumed", features, **settings)
+    (tmp_path / "resumed" / "checkpoint-4").mkdir()  # killed while saving
+    resumed = make_model()
+    again = run(stage, resumed, processor, dataset, bank, tmp_path / "resumed", features, **settings)
+    assert losses(again) == losses(trainer) and len(losses(again)) == 6
+    assert not changed_parts(weights(whole), weights(resumed))
+
+    # a complete run is not trained again, and another run is not taken for it
+    once_more = make_model()
+    run(stage, once_more, processor, dataset, bank, tmp_path / "resumed", features, **settings)
+    assert not changed_parts(weights(whole), weights(once_more))
+    with pytest.raises(ValueError, match="learning_rate: 0.01 then, 0.02 now"):
+        run(stage, whole, processor, dataset, bank, tmp_path / "resumed", features, learning_rate=2e-2, **settings)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_accumulation_equals_a_large_batch(stage, make_model, processor, dataset, bank, features, tmp_path):
+    """Rows of different lengths: a mean of the small batches' means would differ."""
+    large, small = make_model(), make_model()
+    settings = {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    of_large = run(
+        stage, large, processor, dataset, bank, tmp_path / "large", features, per_device_train_batch_size=6, **settings
+    )
+    of_small = run(
+        stage,
+        small,
+        processor,
+        dataset,
+        bank,
+        tmp_path / "small",
+        features,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        **settings,
+    )
+    np.testing.assert_allclose(losses(of_large), losses(of_small), rtol=1e-4)
+    after = weights(small)
+    for name, tensor in weights(large).items():
+        torch.testing.assert_close(tensor, after[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_loss_is_that_of_the_full_logits(stage, make_model, processor, dataset, bank, features, tmp_path):
+    model = make_model()
+    batch = TrainingCollator(processor, features, bank)(
+        [{**row, "feature_index": index} for index, row in enumerate(dataset)]
+    )
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    trainer = run(
+        stage, model, processor, dataset, bank, tmp_path, features, per_device_train_batch_size=12, max_steps=1
+    )
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_learning_rates_of_the_parts(make_model, processor, dataset, bank, features, tmp_path):
+    model = make_model()
+    before = weights(model)
+    trainer = run(1, model, processor, dataset, bank, tmp_path, features, memory_connector_lr=5e-3, connector_lr=0.0)
+    assert changed_parts(before, weights(model)) == {"memory_connector"}
+    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {0.0, 5e-3}
+
+
+def test_connectors_alone_are_saved_and_loaded(make_model, processor, dataset, bank, features, tmp_path):
+    trained, other = make_model(), make_model()
+    run(1, trained, processor, dataset, bank, tmp_path, features)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"connectors.safetensors"}
+    load_connectors(other, tmp_path)
+    assert not changed_parts(weights(trained), weights(other))
+    with pytest.raises(RuntimeError, match="memory_connector"):
+        load_connectors(make_model(memory_top_k=0), tmp_path)
+
+
+def test_a_random_bank_trains_as_well_and_differently(
+    make_model, model, processor, images, dataset, bank, features, tmp_path
+):
+    real = run(1, make_model(), processor, dataset, bank, tmp_path / "real", features)
+    shuffled = bank.shuffled()
+    neighbours = find_neighbours(shuffled, model, features, 2, source_ids_of(images))
+    dataset = dataset.remove_columns("memory_ids").add_column("memory_ids", neighbours.tolist())
+    random = run(1, make_model(), processor, dataset, shuffled, tmp_path / "random", features)
+    assert losses(real) != losses(random) and np.isfinite(losses(random)).all()
+
+
+def test_the_baseline_trains_without_a_bank_from_images_in_workers(make_model, make_processor, dataset, tmp_path):
+    model = make_model(memory_top_k=0)
+    processor = make_processor(model)
+    features = cache_vision_features(model, processor, dataset["image"], tmp_path / "features")
+    from_images = run(1, model, processor, dataset, None, tmp_path / "images", dataloader_num_workers=2, max_steps=2)
+    cached = run(1, make_model(memory_top_k=0), processor, dataset, None, tmp_path / "cached", features, max_steps=2)
+    np.testing.assert_allclose(losses(from_images), losses(cached), rtol=1e-3)
+
+
+def test_workers_read_the_bank(make_model, processor, dataset, bank, features, tmp_path):
+    bank.search(np.ones((1, bank.key_dim), np.float32), 1)  # a search in a worker would hang now
+    alone = run(1, make_model(), processor, dataset, bank, tmp_path / "alone", features)
+    workers = run(1, make_model(), processor, dataset, bank, tmp_path / "workers", features, dataloader_num_workers=2)
+    assert losses(alone) == losses(workers)
+
+
+def test_evaluation_during_training(make_model, processor, dataset, bank, features, tmp_path):
+    config = Stage1Config(
+        str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, bf16=False, disable_tqdm=True
+    )
+    trainer = train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=dataset)
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bank": None}, "memory_top_k = 2, but no bank was given"),
+        ({"model": {"memory_top_k": 0}}, "memory_top_k = 0, but a bank was given"),
+        ({"drop": "memory_ids"}, "no memory_ids, its columns are"),
+        ({"features": 3}, "3 vision_features for 12 rows"),
+        ({"model": {"memory_top_k": 3}}, "2 memory_ids, expected memory_top_k = 3"),
+    ],
+)
+def test_bad_input(change, message, make_model, processor, dataset, bank, features, tmp_path):
+    model = make_model(**change.get("model", {}))
+    dataset = dataset.remove_columns(change["drop"]) if "drop" in change else dataset
+    with pytest.raises(ValueError, match=message):
+        run(1, model, processor, dataset, change.get("bank", bank), tmp_path, features[: change.get("features", 12)])
+
+
+def test_truncation_is_refused(make_model, processor, dataset, bank, features, tmp_path):
+    with pytest.raises(ValueError, match="max_length is 64, expected None"):
+        run(2, make_model(), processor, dataset, bank, tmp_path, features, max_length=64)

@@ -1,0 +1,89 @@
+"""Chats as batches."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from tinyalign_vlm.training.data import TrainingCollator, encode_chat, to_messages
+from tinyalign_vlm.training.features import cache_vision_features
+
+
+@pytest.mark.parametrize("text", ["llama", "phi"])
+def test_a_chat_is_encoded_as_the_processor_does(text, make_model, make_processor, images):
+    processor = make_processor(make_model(text=text), text=text)
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "what <rag>"}, {"type": "image"}]},
+        {"role": "assistant", "content": "a red square"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "blue"},
+    ]
+    expected = processor.apply_chat_template(
+        [
+            {**messages[0], "content": [messages[0]["content"][0], {"type": "image", "image": images[0]}]},
+            *messages[1:],
+        ],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+    )
+    ids, assistant = encode_chat(processor, messages)
+    assert ids == expected["input_ids"][0].tolist()
+    assert assistant == torch.as_tensor(expected["assistant_masks"])[0].tolist()
+    spoken = processor.tokenizer.decode([token for token, mask in zip(ids, assistant, strict=True) if mask])
+    assert (
+        spoken.split() == f"a red square{processor.tokenizer.eos_token}blue{processor.tokenizer.eos_token}".split()
+        or (spoken.replace(" ", "") == f"aredsquare{processor.tokenizer.eos_token}blue{processor.tokenizer.eos_token}")
+    )
+
+
+def test_labels_are_the_answers_and_their_end(processor, features):
+    rows = [
+        {"messages": to_messages("what is in the image?", answer), "feature_index": index}
+        for index, answer in enumerate(["blue", "a red square on a white background"])
+    ]
+    batch = TrainingCollator(processor, features)(rows)
+    tokenizer = processor.tokenizer
+    for row, answer in enumerate(["blue", "a red square on a white background"]):
+        labels = batch["labels"][row]
+        assert tokenizer.decode(labels[labels != -100]) == answer + "<|im_end|>"
+        assert torch.equal(labels[labels != -100], batch["input_ids"][row][labels != -100])
+    lengths = batch["attention_mask"].sum(1)
+    assert lengths[0] < lengths[1] == batch["input_ids"].shape[1]
+    assert (batch["labels"][0, lengths[0] :] == -100).all()
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [processor.num_image_tokens] * 2
+
+
+def test_values_of_the_neighbours(processor, features, bank, dataset):
+    rows = [{**row, "feature_index": 11 - index} for index, row in enumerate(dataset.select(range(3)))]
+    rows[1]["memory_ids"] = [4, -1]
+    batch = TrainingCollator(processor, features, bank)(rows)
+    assert torch.equal(batch["memory_ids"][1], torch.tensor([4, -1]))
+    assert torch.equal(batch["memory_values"][1, 0].float(), bank.gather(torch.tensor([4]))[0])
+    assert batch["memory_values"].shape == (3, 2, 3, 5) and (batch["memory_values"][1, 1] == 0).all()
+    assert np.array_equal(batch["vision_features"].numpy(), features[[11, 10, 9]])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": to_messages("what?", "blue")[:1]}, "no token to learn"),
+        ({"messages": to_messages("<image> what?", "blue")}, "has 2 images, expected 1"),
+        ({"messages": [{"role": "assistant", "content": "blue"}]}, "has 0 images, expected 1"),
+        ({"messages": to_messages("what?", "blue"), "feature_index": None}, "no 'feature_index'"),
+    ],
+)
+def test_bad_rows(row, message, processor, features):
+    with pytest.raises(ValueError, match=message):
+        TrainingCollator(processor, features)([{"feature_index": 0, **row}])
+
+
+def test_a_worker_maps_the_features_itself(model, processor, images, dataset, tmp_path):
+    features = cache_vision_features(model, processor, images, tmp_path / "features")
+    collator = TrainingCollator(processor, features)
+    copy = pickle.loads(pickle.dumps(collator))
+    assert isinstance(copy.vision_features, np.memmap) and np.array_equal(copy.vision_features, features)
+    part = pickle.loads(pickle.dumps(TrainingCollator(processor, features[3:])))
+    assert np.array_equal(part.vision_features, features[3:])

@@ -1,0 +1,108 @@
+"""Cached features and neighbours."""
+
+import io
+
+import numpy as np
+import pytest
+
+from tinyalign_vlm.training import features as module
+from tinyalign_vlm.training.features import cache_vision_features
+from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
+
+
+@pytest.fixture
+def forward_passes(monkeypatch):
+    """The numbers of images that went through the tower."""
+    calls = []
+    original = module._batches
+
+    def batches(*args):
+        for features in original(*args):
+            calls.append(len(features))
+            yield features
+
+    monkeypatch.setattr(module, "_batches", batches)
+    return calls
+
+
+def test_features_are_computed_once(model, processor, images, dataset, features, tmp_path, forward_passes):
+    found = cache_vision_features(model, processor, images, tmp_path / "a" / "features", batch_size=5)
+    assert isinstance(found, np.memmap) and found.dtype == np.float16 and forward_passes == [5, 5, 2]
+    np.testing.assert_allclose(found, features, rtol=1e-3, atol=1e-3)
+    again = cache_vision_features(model, processor, images, tmp_path / "a" / "features", batch_size=3)
+    assert np.array_equal(found, again) and len(forward_passes) == 3
+    of_column = cache_vision_features(model, processor, dataset["image"], tmp_path / "b")
+    assert np.array_equal(found, of_column)
+    assert len(list(tmp_path.glob("b-*.npy"))) == 1 and not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("change", ["image", "order", "tower", "preprocessing"])
+def test_a_changed_input_is_computed_anew(change, make_model, make_processor, images, tmp_path, forward_passes):
+    model, images = make_model(), list(images[:4])
+    processor = make_processor(model)
+    cache_vision_features(model, processor, images, tmp_path / "features")
+    if change == "image":
+        images[2] = images[2].transpose(0)
+    elif change == "order":
+        images.reverse()
+    elif change == "tower":
+        next(model.model.vision_tower.parameters()).data.mul_(1.5)
+    else:
+        processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    found = cache_vision_features(model, processor, images, tmp_path / "features")
+    assert forward_passes == [4, 4]
+    pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    np.testing.assert_allclose(found, model.get_vision_features(pixel_values).numpy(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("torn", [0, 7, 200])
+def test_goes_on_where_it_was_killed(torn, model, processor, images, tmp_path, forward_passes, monkeypatch):
+    whole = cache_vision_features(model, processor, images, tmp_path / "whole")
+    forward_passes.clear()
+    original = module._batches
+
+    def killed(*args):
+        batches = original(*args)
+        yield next(batches)
+        yield next(batches)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_batches", killed)
+        cache_vision_features(model, processor, images, tmp_path / "features", batch_size=4)
+    (partial,) = tmp_path.glob("*.partial")
+    assert forward_passes == [4, 4]
+    with open(partial, "ab") as file:  # part of a row
+        file.write(b"x" * torn)
+    found = cache_vision_features(model, processor, images, tmp_path / "features", batch_size=4)
+    assert forward_passes == [4, 4, 4] and np.array_equal(found, whole)
+
+
+def test_a_file_without_header_starts_anew(model, processor, images, tmp_path):
+    whole = cache_vision_features(model, processor, images, tmp_path / "features")
+    (complete,) = tmp_path.glob("*.npy")
+    complete.with_suffix(".partial").write_bytes(complete.read_bytes()[:5])
+    complete.unlink()
+    assert np.array_equal(cache_vision_features(model, processor, images, tmp_path / "features"), whole)
+
+
+def test_a_bad_image_is_named(model, processor, images, tmp_path):
+    buffer = io.BytesIO()
+    images[0].save(buffer, "PNG")
+    with pytest.raises(ValueError, match="Image 1: the image cannot be read"):
+        cache_vision_features(model, processor, [images[0], buffer.getvalue()[:60]], tmp_path / "features")
+
+
+def test_neighbours_leave_the_own_image_out(model, images, bank, features):
+    with_own = find_neighbours(bank, model, features, 2, batch_size=5)
+    assert with_own.dtype == np.int64 and with_own[:, 0].tolist() == list(range(12))
+    without = find_neighbours(bank, model, features, 2, source_ids_of(images), batch_size=5)
+    assert (without != np.arange(12)[:, None]).all()
+    assert without[:, 0].tolist() == with_own[:, 1].tolist()
+    with pytest.raises(ValueError, match="3 source_ids for 12"):
+        find_neighbours(bank, model, features, 2, source_ids_of(images[:3]))
+
+
+def test_source_ids_are_those_of_the_bank(images, dataset, bank):
+    ids = source_ids_of(dataset["image"])
+    assert ids == [row["source_id"] for row in bank.rows(list(range(12)))] == source_ids_of(images)
