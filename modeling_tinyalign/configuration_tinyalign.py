@@ -42,7 +42,8 @@ class TinyAlignConfig(PreTrainedConfig):
     > The memory
 
     memory_top_k (`int`, *optional*, defaults to 5):
-        Neighbours per image. 0 is the plain baseline, without memory connector.
+        Neighbours per image. 0 is the plain baseline, without memory connector. `top_k` is accepted as another name;
+        it is kept as `memory_top_k`, because to transformers a config's `top_k` is a setting of generation.
     num_latents, latent_dim (`int`, *optional*, default to 32 and 96):
         Shape of a memory value (L, D).
     memory_fusion (`str`, *optional*, defaults to `"channel"`):
@@ -72,7 +73,7 @@ class TinyAlignConfig(PreTrainedConfig):
     vision_feature_size: int | None = None
     vision_pool_size: int | None = None
     projector_hidden_act: str = "gelu"
-    memory_top_k: int = 5
+    memory_top_k: int | None = None
     num_latents: int = 32
     latent_dim: int = 96
     memory_fusion: Literal["channel", "sequence"] = "channel"
@@ -89,8 +90,12 @@ class TinyAlignConfig(PreTrainedConfig):
             self.vision_config = self.vision_config.vision_config
         self.text_config = _sub_config(self.text_config, "llama")
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
-        if "top_k" in kwargs:  # transformers would drop it: it is a setting of generation
-            raise ValueError("Found top_k, expected memory_top_k, the number of neighbours an image: rename it.")
+        top_k = kwargs.pop("top_k", self.memory_top_k)
+        if self.memory_top_k not in (None, top_k):
+            raise ValueError(
+                f"Found top_k={top_k} and memory_top_k={self.memory_top_k}, two names of one setting: give one."
+            )
+        self.memory_top_k = 5 if top_k is None else top_k
         if self.memory_top_k < 0:
             raise ValueError(f"memory_top_k is {self.memory_top_k}, expected 0 (no memory) or more.")
         if self.vision_feature_size is None:

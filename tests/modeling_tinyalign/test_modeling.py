@@ -1,9 +1,11 @@
 """The model: towers, language models, batching, generation, saving, bad input."""
 
 import copy
+import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -188,7 +190,7 @@ def test_a_language_model_with_other_names(checkpoints, tmp_path):
 
 
 def test_pooling_needs_a_square_grid(make_model):
-    with pytest.raises(ValueError, match=r"square grid of visual tokens, found 17.*default"):
+    with pytest.raises(ValueError, match="Found 17 visual tokens, .*default"):
         make_model("clip", vision_pool_size=2)
 
 
@@ -416,8 +418,28 @@ def test_config_round_trip(model, tmp_path):
         "auto_map": loaded.auto_map,
         "dtype": loaded.to_dict()["dtype"],
     }
-    with pytest.raises(ValueError, match="Found top_k, expected memory_top_k"):
-        TinyAlignConfig(top_k=3)
+    with pytest.raises(ValueError, match="memory_top_k is -1"):
+        TinyAlignConfig(top_k=-1)
+    with pytest.raises(ValueError, match="Found top_k=3 and memory_top_k=5, two names"):
+        TinyAlignConfig(top_k=3, memory_top_k=5)
+    with pytest.raises(StrictDataclassFieldValidationError, match="memory_top_k"):
+        TinyAlignConfig(top_k="3")
+
+
+def test_top_k_is_another_name_of_memory_top_k(checkpoints, tmp_path):
+    assert TinyAlignConfig().memory_top_k == 5
+    assert TinyAlignConfig(top_k=0).memory_top_k == 0
+    config = TinyAlignConfig(top_k=3, memory_top_k=3)
+    assert config.to_dict() == TinyAlignConfig(top_k=3).to_dict() == TinyAlignConfig(memory_top_k=3).to_dict()
+    config.save_pretrained(tmp_path / "config")
+    assert "top_k" not in json.loads((tmp_path / "config" / "config.json").read_text())
+    assert TinyAlignConfig.from_pretrained(tmp_path / "config").memory_top_k == 3
+    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
+        checkpoints["siglip"], checkpoints["llama"], top_k=3
+    )
+    model.save_pretrained(tmp_path / "model")
+    loaded = TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert loaded.config.memory_top_k == 3 and loaded.generation_config.top_k == model.generation_config.top_k
     with pytest.raises(ValueError, match="efficientnet config has no hidden_size"):
         TinyAlignConfig(vision_config={"model_type": "efficientnet"})
 
