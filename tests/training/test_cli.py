@@ -1,0 +1,143 @@
+"""`tinyalign train` in a process of its own, from YAML to a model that loads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+
+from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
+from tinyalign_vlm.training import cli
+from tinyalign_vlm.training.run import read_config
+
+
+def tinyalign(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = "from tinyalign_vlm.training.cli import main; main()"
+    environment = {"HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1", "PATH": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", command, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def files(tmp_path, checkpoints, make_model, processor, dataset, captions, bank, images):
+    """A bank, a Parquet file of labels, a JSON file of chats with image paths, and the YAML files of both stages."""
+    bank.save_pretrained(tmp_path / "bank")
+    make_model().save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    labelled = dataset.select_columns(["image"]).add_column("label", captions)
+    labelled.to_parquet(tmp_path / "pairs.parquet")
+    chats = []
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
+        chats.append({"image": f"{index}.png", "messages": dataset[index]["messages"]})
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    common = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "seed": 1}
+    labels = {"dataset": "pairs.parquet", "answer_column": "label", "prompt": "what is in the image?"}
+    bank = {"memory_bank": "bank"}
+    write = {
+        "stage1": {"stage": 1, "model": "model", "output_dir": "out1", **labels, **bank, **common},
+        "stage2": {"stage": 2, "model": "out1", "output_dir": "out2", "dataset": "chats.json", **bank, **common},
+        "baseline": {
+            "stage": 1,
+            "vision_model": checkpoints["siglip"],
+            "language_model": checkpoints["llama"],
+            "model_kwargs": {"memory_top_k": 0},
+            "output_dir": "baseline",
+            **labels,
+            **common,
+        },
+    }
+    for name, settings in write.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def test_both_stages_from_yaml(files, images, monkeypatch):
+    first = tinyalign(files, "train", "stage1.yaml", "--learning_rate", "5e-3")
+    assert first.returncode == 0, first.stderr
+    monkeypatch.chdir(files)
+    cli.main(["train", "stage2.yaml"])
+    state = json.loads((files / "out1" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and "loss" in state["log_history"][0]
+    start, first, second = (
+        TinyAlignForConditionalGeneration.from_pretrained(files / name) for name in ("model", "out1", "out2")
+    )
+    assert not torch.equal(start.model.connector.linear_1.weight, first.model.connector.linear_1.weight)
+    assert torch.equal(start.lm_head.weight, first.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
+    processor = TinyAlignProcessor.from_pretrained(files / "out2")
+    second.attach_memory_bank(files / "bank")
+    inputs = processor(images=images[:1], text=["<image>\nwhat?"], return_tensors="pt")
+    assert second.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    # again: nothing is left to do
+    cli.main(["train", "stage1.yaml", "--learning_rate", "5e-3"])
+    again = TinyAlignForConditionalGeneration.from_pretrained(files / "out1")
+    assert torch.equal(first.model.connector.linear_1.weight, again.model.connector.linear_1.weight)
+    with pytest.raises(SystemExit, match="tinyalign: out1 holds checkpoints of another run"):
+        cli.main(["train", "stage1.yaml", "--learning_rate", "6e-3"])
+
+
+def test_the_baseline_is_composed_and_trained(files, monkeypatch):
+    monkeypatch.chdir(files)
+    cli.main(["train", "baseline.yaml", "--cache_features", "False", "--dataloader_num_workers", "2"])
+    model = TinyAlignForConditionalGeneration.from_pretrained(files / "baseline")
+    assert model.config.memory_top_k == 0 and not list(files.rglob("vision_features-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage": 3}, "has stage: 3, expected `stage: 1`"),
+        ({"output_dir": None}, "has no output_dir"),
+        ({"memory_bank": None}, "retrieves 2 neighbours an image, but there is no bank"),
+        ({"memory_bank": "nowhere"}, "'nowhere' is not a local folder"),
+        ({"model": None}, "No model: set `model`"),
+        ({"dataset": None}, "No data set"),
+        ({"answer_column": "tags"}, "found 'tags'"),
+        ({"image_column": "picture"}, "has no column 'picture' with images"),
+    ],
+)
+def test_mistakes_in_the_file(change, message, files, monkeypatch):
+    monkeypatch.chdir(files)
+    settings = {**yaml.safe_load((files / "stage1.yaml").read_text()), **change}
+    (files / "changed.yaml").write_text(
+        yaml.safe_dump({name: value for name, value in settings.items() if value is not None})
+    )
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["train", "changed.yaml"])
+
+
+def test_an_unknown_field_is_refused(files, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit, match="2|learning_rat"):
+        cli.main(["train", "stage1.yaml", "--learning_rat", "1"])
+
+
+def test_help_teaches(capsys, files, monkeypatch):
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    assert "stage1.yaml --learning_rate 5e-4" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "stage1.yaml", "--help"])
+    out = capsys.readouterr().out
+    assert "--memory_connector_lr" in out and "--learning_rate" in out
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_recipes_parse(stage):
+    config = read_config(Path(cli.__file__).parent / "configs" / f"stage{stage}.yaml", ["--max_steps", "3"])
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    expected = {1: (256, 1e-3), 2: (128, 2e-5)}
+    assert (rows, config.learning_rate) == expected[stage]
+    assert config.lr_scheduler_type == "cosine" and config.max_steps == 3 and config.warmup_steps == 0.03
