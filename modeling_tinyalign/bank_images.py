@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,38 +16,64 @@ except ImportError:
 
 
 def load_image(image: Image.Image | dict | bytes | str | Path) -> Image.Image:
-    """Read an image as upright RGB; transparency becomes white.
+    """Read an image as `decode_image` does.
 
     Args:
         image: a PIL image, the bytes of a file, its path, or datasets' `{"bytes": ..., "path": ...}`.
 
     Raises:
-        ValueError: it is missing, corrupt, truncated, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: there is none, or `decode_image` refuses it.
     """
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if image is None:
         raise ValueError("there is no image, expected a PIL image, bytes or a path")
+    if isinstance(image, bytes):
+        image = BytesIO(image)
+    return decode_image(image)
+
+
+def decode_image(image: Image.Image | BytesIO | str | Path) -> Image.Image:
+    """An image file or a PIL image as upright RGB; transparency becomes white, 16 bits become 8.
+
+    bank_images.py and image_loading.py both hold this function, word for word: model and processor travel apart, and
+    must see the same pixels.
+
+    Raises:
+        ValueError: it is corrupt, truncated, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(image, bytes):
-                image = io.BytesIO(image)
             if not isinstance(image, Image.Image):
                 image = Image.open(image)
-        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-        if limit is not None and pixels > limit:
-            raise ValueError(f"it has {pixels} pixels, expected at most {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
+            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if limit is not None and pixels > limit:
+                raise Image.DecompressionBombError(f"{pixels} pixels")
+            image.load()
+        if pixels == 0 or image.mode in ("F", "LAB"):
+            raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode.startswith("I"):
+            levels = np.asarray(image)
+            if image.mode != "I" or levels.max() > 255:  # mode I holds 32 bits, but is used for 8 and for 16
+                levels = levels.clip(0, 65535) // 257
+            image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"the image is too large ({error}), expected at most {Image.MAX_IMAGE_PIXELS} pixels "
+            "(PIL.Image.MAX_IMAGE_PIXELS)"
+        ) from error
     # PIL and its codecs raise OSError, SyntaxError, struct.error and others on broken files
     except Exception as error:
-        raise ValueError(f"the image cannot be read ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"the image cannot be read ({type(error).__name__}: {error}), expected an intact image of a mode such as "
+            "RGB, L or P"
+        ) from error
 
 
 def image_source_id(image: Image.Image | dict | bytes | str | Path) -> str:
@@ -61,7 +87,7 @@ def image_source_id(image: Image.Image | dict | bytes | str | Path) -> str:
 
 def thumbnail_bytes(image: Image.Image, size: int) -> bytes:
     """A JPEG of an RGB image that fits in `size` x `size` pixels."""
-    small, buffer = image.copy(), io.BytesIO()
+    small, buffer = image.copy(), BytesIO()
     small.thumbnail((size, size))
     small.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

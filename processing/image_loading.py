@@ -4,6 +4,7 @@ import base64
 import os
 import warnings
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,49 +14,74 @@ from PIL import Image, ImageOps
 
 def load_image(image: Any, name: str = "image") -> Any:
     """
-    A PIL image, path, URL or base64 string -> upright RGB; transparency becomes white. Arrays and tensors pass as
-    they are.
+    A PIL image, path, URL or base64 string, as `decode_image` reads it. Arrays and tensors pass as they are.
 
-    Raises `ValueError`, naming `name`, for what is corrupt, truncated or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises `ValueError`, naming `name`, for what cannot be found or decoded.
     """
     if not isinstance(image, (str, os.PathLike, Image.Image)):
         return image
     try:
+        return decode_image(image if isinstance(image, Image.Image) else _source(os.fspath(image)))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}. Replace it or leave it out.") from error
+
+
+def decode_image(image: Image.Image | BytesIO | str | Path) -> Image.Image:
+    """An image file or a PIL image as upright RGB; transparency becomes white, 16 bits become 8.
+
+    bank_images.py and image_loading.py both hold this function, word for word: model and processor travel apart, and
+    must see the same pixels.
+
+    Raises:
+        ValueError: it is corrupt, truncated, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(image, Image.Image):
-                image = Image.open(_source(os.fspath(image)))
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {limit} expected")
+                image = Image.open(image)
+            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if limit is not None and pixels > limit:
+                raise Image.DecompressionBombError(f"{pixels} pixels")
             image.load()
+        if pixels == 0 or image.mode in ("F", "LAB"):
+            raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            levels = np.asarray(image)
+            if image.mode != "I" or levels.max() > 255:  # mode I holds 32 bits, but is used for 8 and for 16
+                levels = levels.clip(0, 65535) // 257
+            image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{name} is too large: {error}. Resize it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+            f"the image is too large ({error}), expected at most {Image.MAX_IMAGE_PIXELS} pixels "
+            "(PIL.Image.MAX_IMAGE_PIXELS)"
         ) from error
-    except Exception as error:  # codecs raise OSError, SyntaxError, struct.error and others
+    # PIL and its codecs raise OSError, SyntaxError, struct.error and others on broken files
+    except Exception as error:
         raise ValueError(
-            f"{name} cannot be read: {error}. Expected an intact image file, URL or base64 string: replace or drop it."
+            f"the image cannot be read ({type(error).__name__}: {error}), expected an intact image of a mode such as "
+            "RGB, L or P"
         ) from error
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def _source(image: str) -> str | BytesIO:
+    """What `decode_image` reads; raises `ValueError` when there is nothing behind a URL or a name."""
     if image.startswith(("http://", "https://")):
-        response = get_session().get(image)
-        response.raise_for_status()
+        try:
+            response = get_session().get(image)
+            response.raise_for_status()
+        except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
+            raise ValueError(f"{image} cannot be downloaded ({error}), expected the URL of an image") from error
         return BytesIO(response.content)
     if os.path.exists(image):
         return image
-    if image.startswith("data:image/"):
-        return BytesIO(base64.b64decode(image.partition(",")[2]))
+    is_data_url = image.startswith("data:image/")
     try:
-        return BytesIO(base64.b64decode(image, validate=True))
+        return BytesIO(base64.b64decode(image.partition(",")[2] if is_data_url else image, validate=not is_data_url))
     except ValueError:
-        raise FileNotFoundError(f"no such file: {image[:200]}") from None
+        raise ValueError(f"found {image[:200]!r}, expected a file that exists, a URL or a base64 string") from None

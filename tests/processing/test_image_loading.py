@@ -1,0 +1,186 @@
+"""The processor and the memory bank see the same pixels, or refuse an image for the same reason."""
+
+import inspect
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyalign_vlm.modeling_tinyalign import bank_images
+from tinyalign_vlm.processing import image_loading
+
+MODES = [*Image.MODES, "I;16L", "I;16B", "I;16N", "La", "RGBX", "RGBa", "LAB", "HSV", "PA"]
+LOADERS = (bank_images.load_image, image_loading.load_image)
+
+
+def load(source) -> Image.Image:
+    """Loaded both ways, which must give the same: an image, or the same complaint."""
+    results = []
+    for loader in LOADERS:
+        try:
+            results.append(loader(source))
+        except ValueError as error:
+            results.append(str(error).removeprefix("image: ").removesuffix(". Replace it or leave it out."))
+    of_bank, of_processor = results
+    assert of_bank == of_processor
+    if isinstance(of_bank, str):
+        raise ValueError(of_bank)
+    assert of_bank.mode == "RGB" and of_bank.size == of_processor.size
+    return of_bank
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (9, 7)) -> Image.Image:
+    levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    image = Image.fromarray(levels)
+    image = Image.fromarray(levels[:, :, :3]) if mode in ("RGB", "HSV", "LAB", "YCbCr") else image
+    if mode.startswith("I;16"):
+        return Image.frombytes(mode, size, np.ascontiguousarray(levels[:, :, :2]).tobytes())
+    if mode == "La":
+        return image.convert("LA").convert("La")
+    return Image.frombytes("LAB", size, image.tobytes()) if mode == "LAB" else image.convert(mode)
+
+
+def encoded(image: Image.Image, format: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file
+
+
+def test_it_is_the_same_code():
+    first, second = (inspect.getsource(module.decode_image) for module in (bank_images, image_loading))
+    assert first == second
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES)))
+def test_modes(mode):
+    image = picture(mode)
+    if mode in ("F", "LAB", "La"):
+        with pytest.raises(ValueError, match=f"cannot be read .*{mode}.*, expected an intact image of a mode"):
+            load(image)
+    else:
+        assert load(image).size == (9, 7) and len(set(load(image).tobytes())) > 1
+
+
+def test_what_becomes_of_the_pixels(tmp_path):
+    rgb = picture()
+    for format, options in (("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
+        path = tmp_path / f"image.{format.lower()}"
+        rgb.save(path, **options)
+        assert load(path).tobytes() == load(str(path)).tobytes() == rgb.tobytes()
+    for same in (rgb, rgb.convert("RGBA")):
+        assert load(same).tobytes() == rgb.tobytes()
+    cmyk = load(Image.open(encoded(rgb.convert("CMYK"), "JPEG", quality=100)))
+    assert np.abs(np.asarray(cmyk, int) - np.asarray(rgb, int)).mean() < 40
+    grey = rgb.convert("L")
+    assert load(grey).tobytes() == grey.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("levels", [0, 128, 255])
+def test_greyscale_of_many_bits(levels):
+    expected = (levels,) * 3
+    deep = np.full((4, 5), levels * 257, np.uint16)
+    sources = [Image.fromarray(deep), Image.open(encoded(Image.fromarray(deep), "PNG"))]
+    sources += [Image.open(encoded(Image.fromarray(deep), "TIFF")), Image.new("L", (5, 4), levels).convert("I")]
+    for source in sources:
+        assert load(source).getpixel((0, 0)) == expected, source.mode
+    ramp = np.linspace(0, 65535, 20).astype(">u2").reshape(4, 5)
+    pgm = Image.open(io.BytesIO(b"P5 5 4 65535\n" + ramp.tobytes()))
+    assert (np.asarray(load(pgm))[:, :, 0] == ramp // 257).all()
+
+
+def test_transparency_becomes_white():
+    half = picture("RGBA").resize((20, 20))
+    half.paste((10, 20, 30, 0), (0, 0, 10, 20))
+    palette = half.quantize(16)
+    one_colour = Image.new("P", (20, 20), 3)
+    one_colour.info["transparency"] = 3
+    key = Image.new("RGB", (20, 20), (1, 2, 3))
+    for image in (
+        half,
+        half.convert("LA"),
+        half.convert("RGBa"),
+        palette,
+        one_colour,
+        Image.open(encoded(palette, "PNG")),
+        Image.open(encoded(half, "GIF")),
+        Image.open(encoded(half, "WEBP", lossless=True)),
+        Image.open(encoded(key, "PNG", transparency=(1, 2, 3))),
+    ):
+        assert load(image).getpixel((2, 2)) == (255, 255, 255), (image.format, image.mode)
+    grey = Image.new("RGBA", (3, 3), (0, 0, 0, 128))
+    assert load(grey).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    image = picture(size=(6, 4))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    transpose = [
+        None,
+        Image.Transpose.FLIP_LEFT_RIGHT,
+        Image.Transpose.ROTATE_180,
+        Image.Transpose.FLIP_TOP_BOTTOM,
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_90,
+    ][orientation - 1]
+    expected = image if transpose is None else image.transpose(transpose)
+    for mode in ("RGB", "RGBA", "L"):
+        found = load(Image.open(encoded(image.convert(mode), "PNG", exif=exif)))
+        assert found.tobytes() == load(expected.convert(mode)).tobytes()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_truncated_and_corrupt_files(format, tmp_path):
+    data = encoded(picture(size=(80, 60)), format).getvalue()
+    path = tmp_path / "image"
+    for length in (0, 5, 20, len(data) // 2):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"the image cannot be read \(\w+: .*, expected an intact image"):
+            load(path)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), 4):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            load(path)
+        except ValueError as error:
+            assert "the image " in str(error) and "expected" in str(error)
+
+
+def test_decompression_bombs(tmp_path, monkeypatch):
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    path = tmp_path / "bomb.png"
+    for side in (12_000, 50_000):  # PIL warns of the first and refuses the second
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
+        with pytest.raises(ValueError, match=f"the image is too large .*{side**2} pixels.*expected at most"):
+            load(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"too large \(1200 pixels\), expected at most 1000 pixels"):
+        load(Image.new("RGB", (40, 30)))
+    assert load(Image.new("RGB", (40, 25))).size == (40, 25)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load(Image.new("RGB", (40, 30))).size == (40, 30)
+
+
+def test_empty_images():
+    with pytest.raises(ValueError, match="0 x 5 pixels of mode RGB"):
+        load(Image.new("RGB", (0, 5)))
+
+
+def test_unknown_sources():
+    with pytest.raises(ValueError, match=r"the image cannot be read \(AttributeError"):
+        bank_images.load_image(np.zeros((4, 4, 3), np.uint8))
+    for source in ("https://localhost:1/image.png", "no such file.png", "data:image/png;base64,A"):
+        with pytest.raises(ValueError, match=r"image 3: .*expected .*\. Replace it or leave it out"):
+            image_loading.load_image(source, "image 3")
