@@ -51,6 +51,11 @@ class TinyAlignConfig(PreTrainedConfig):
         (memory_top_k x L tokens).
     memory_connector_size (`int`, *optional*):
         Hidden width of the memory connector. Defaults to the language model's hidden size.
+    memory_lexicon_size (`int`, *optional*, defaults to 0):
+        Words the memory connector can read out of latents by itself; `build_lexicon` sets it. 0 is the paper's
+        connector, a plain MLP.
+    latents_per_word (`int`, *optional*, defaults to 2):
+        Latents that hold one word, as the bank's value encoder was trained to write them.
     key_space (`str`, *optional*, defaults to `"vision"`):
         Space of the bank's keys: the vision tower's, or (the paper's) the language model's, with the text mixed in.
     query_alpha (`float`, *optional*, defaults to 0.4):
@@ -78,6 +83,8 @@ class TinyAlignConfig(PreTrainedConfig):
     latent_dim: int = 96
     memory_fusion: Literal["channel", "sequence"] = "channel"
     memory_connector_size: int | None = None
+    memory_lexicon_size: int = 0
+    latents_per_word: int = 2
     key_space: Literal["vision", "language"] = "vision"
     query_alpha: float = 0.4
     memory_bank: str | None = None

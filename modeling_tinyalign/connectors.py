@@ -5,6 +5,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_tinyalign import TinyAlignConfig
+from .lexicon import LONGEST_REST, read_words
 
 
 class Connector(nn.Module):
@@ -23,7 +24,13 @@ class Connector(nn.Module):
 
 
 class MemoryConnector(nn.Module):
-    """Turns the values of the neighbours into memory tokens (paper, section 3.3)."""
+    """
+    Turns the values of the neighbours into memory tokens (paper, section 4.1: the RAG connector).
+
+    A two-layer MLP, as in the paper. With a lexicon (`TinyAlignForConditionalGeneration.build_lexicon`) the word that
+    each latent spells is added to it, in the language model's own embedding: what the bank says can be read at once,
+    and training has to learn only what to make of it.
+    """
 
     def __init__(self, config: TinyAlignConfig):
         super().__init__()
@@ -35,15 +42,36 @@ class MemoryConnector(nn.Module):
         self.mlp = Connector(
             in_size, config.memory_connector_size or hidden_size, hidden_size, config.projector_hidden_act
         )
+        self.set_lexicon(
+            torch.zeros(config.memory_lexicon_size, config.latent_dim),
+            torch.zeros(config.memory_lexicon_size),
+            torch.full((config.latents_per_word, config.memory_lexicon_size, LONGEST_REST), -1),
+        )
 
-    def forward(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def set_lexicon(self, keys: torch.Tensor, bias: torch.Tensor, tokens: torch.LongTensor):
+        """See `read_words` for the shapes; without words the connector is the MLP alone."""
+        self.register_buffer("lexicon_keys", keys)
+        self.register_buffer("lexicon_bias", bias)
+        self.register_buffer("lexicon_tokens", tokens)
+
+    def forward(
+        self, values: torch.Tensor, mask: torch.Tensor | None = None, embeddings: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
-        `values (n, k, L, D)`, and `mask (n, k)` that is False where nothing was retrieved -> `(n, M, hidden_size)`:
-        L tokens (`"channel"`), or k x L, neighbour by neighbour (`"sequence"`).
+        `values (n, k, L, D)`, `mask (n, k)` that is False where nothing was retrieved, and the language model's input
+        embeddings (read if there is a lexicon) -> `(n, M, hidden_size)`: L tokens (`"channel"`), or k x L, neighbour
+        by neighbour (`"sequence"`).
         """
         values = values.to(self.null_latents)
         mask = torch.ones(values.shape[:2]) if mask is None else mask
-        values = torch.where(mask.to(values.device, torch.bool)[:, :, None, None], values, self.null_latents)
+        mask = mask.to(values.device, torch.bool)[:, :, None, None]
+        words = 0.0
+        if len(self.lexicon_bias):
+            with torch.no_grad():
+                words = read_words(values, self.lexicon_keys, self.lexicon_bias, self.lexicon_tokens, embeddings)
+                words = torch.where(mask, words, 0.0)
+                words = words.mean(1) if self.memory_fusion == "channel" else words
+        values = torch.where(mask, values, self.null_latents)
         if self.memory_fusion == "channel":
-            return self.mlp(values.transpose(1, 2).flatten(2)) + self.slot_embedding
-        return (self.mlp(values) + self.slot_embedding).flatten(1, 2)
+            return self.mlp(values.transpose(1, 2).flatten(2)) + self.slot_embedding + words
+        return (self.mlp(values) + self.slot_embedding + words).flatten(1, 2)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
@@ -176,7 +176,8 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
             values = torch.as_tensor(values)
             self._check_memory_values(values, len(tokens))
             mask = None if memory_ids is None else memory_ids >= 0
-            memory_tokens = self.memory_connector(values.to(tokens.device), mask)
+            embeddings = self.get_input_embeddings().weight
+            memory_tokens = self.memory_connector(values.to(tokens.device), mask, embeddings)
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
             outputs.memory_ids = memory_ids
         elif memory_ids is not None or memory_values is not None:
@@ -338,6 +339,10 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     def detach_memory_bank(self):
         """See [`TinyAlignModel.detach_memory_bank`]."""
         self.model.detach_memory_bank()
+
+    def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank):
+        """See [`TinyAlignModel.build_lexicon`]."""
+        self.model.build_lexicon(tokenizer, bank)
 
     def retrieve(self, pixel_values: torch.Tensor | None = None, **kwargs) -> TinyAlignRetrieval:
         """See [`TinyAlignModel.retrieve`]."""

@@ -3,7 +3,9 @@
 import os
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from .lexicon import lexicon_words, slot_tokens
 from .memory_bank import MemoryBank
 from .outputs import TinyAlignRetrieval
 
@@ -53,6 +55,31 @@ class RetrievalMixin:
     def detach_memory_bank(self):
         """Forgets the bank, also the one that `config.memory_bank` names."""
         self._memory_bank = self.config.memory_bank = self.config.memory_bank_revision = None
+
+    def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank):
+        """
+        Teaches the memory connector to read: the words of the bank's captions and of the tokenizer's vocabulary, as
+        the bank's value encoder spells them. A closed form, nothing is trained. Call it before training, and again
+        after a bank with new words is attached. The words are saved with the model.
+
+        Args:
+            tokenizer: The language model's.
+            bank: A bank whose value encoder was trained to spell (`tinyalign_vlm.training.train_value_encoder`).
+        """
+        encoder, connector = bank.value_encoder, self.memory_connector
+        if encoder.config.latents_per_word != self.config.latents_per_word:
+            raise ValueError(
+                f"The bank's value encoder writes {encoder.config.latents_per_word} latents a word, the model reads "
+                f"{self.config.latents_per_word}: set latents_per_word of the model's config to the bank's."
+            )
+        words = lexicon_words(tokenizer, bank.captions)
+        keys, bias = encoder.word_scores(words)
+        tokens = slot_tokens(tokenizer, words, self.config.latents_per_word)
+        if self.config.memory_lexicon_size == 0:  # the MLP starts as a correction of 0
+            torch.nn.init.zeros_(connector.mlp.linear_2.weight)
+            torch.nn.init.zeros_(connector.mlp.linear_2.bias)
+        connector.set_lexicon(keys.to(self.device), bias.to(self.device), tokens.to(self.device))
+        self.config.memory_lexicon_size = len(words)
 
     def _require_bank(self) -> MemoryBank:
         bank = self.memory_bank

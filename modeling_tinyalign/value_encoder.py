@@ -27,6 +27,9 @@ class ValueEncoderConfig(PreTrainedConfig):
     image_size, patch_size (`int`, *optional*, default to 384 and 32): Of the image, with `image_input="pixels"`.
     bytes_per_patch (`int`, *optional*, defaults to 16):
         UTF-8 bytes of a caption that are read together. A patch is one word; a longer word goes on in the next patch.
+    latents_per_word (`int`, *optional*, defaults to 2):
+        Latents that hold one word after training, so that a language model which cuts the word in two finds room for
+        both tokens. Words after the first `num_latents // latents_per_word` are not read.
     """
 
     model_type = "tinyalign_value_encoder"
@@ -46,14 +49,39 @@ class ValueEncoderConfig(PreTrainedConfig):
     image_size: int = 384
     patch_size: int = 32
     bytes_per_patch: int = 16
+    latents_per_word: int = 2
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        heads = (self.num_self_attention_heads, self.num_cross_attention_heads)
+        for name in ("qk_channels", "v_channels"):
+            if any(getattr(self, name) % number for number in heads):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected a multiple of the numbers of heads, {heads}."
+                )
+        if self.v_channels != self.latent_dim:
+            raise ValueError(
+                f"v_channels is {self.v_channels}, expected latent_dim = {self.latent_dim}: self-attention adds its "
+                "values to the latents."
+            )
+        if self.d_model % self.bytes_per_patch:
+            raise ValueError(
+                f"d_model is {self.d_model}, expected a multiple of bytes_per_patch = {self.bytes_per_patch}."
+            )
+
+    @property
+    def max_words(self) -> int:
+        """Words of a caption that are read."""
+        return self.num_latents // self.latents_per_word
 
 
 class ValueEncoder(PreTrainedModel):
     """
     Perceiver (`transformers.PerceiverModel`) over the words of a caption and the tokens of its image.
 
-    It knows no language model: captions are read as bytes, so one bank serves every language model. `ValueEncoder(config)`
-    is the untrained encoder of the reference; seed it and it can be saved and used again.
+    It knows no language model: captions are read as bytes, so one bank serves every language model. It is trained so
+    that latents `i * latents_per_word` and following spell word i of the caption through one linear layer, `spelling`.
+    `ValueEncoder(config)` is the untrained encoder of the reference; seed it and it can be saved and used again.
     """
 
     config_class = ValueEncoderConfig
@@ -62,7 +90,7 @@ class ValueEncoder(PreTrainedModel):
     def __init__(self, config: ValueEncoderConfig):
         super().__init__(config)
         self.byte_embedding = nn.Embedding(PADDING_BYTE + 1, config.d_model // config.bytes_per_patch)
-        self.word_position = nn.Embedding(config.num_latents, config.d_model)
+        self.word_position = nn.Embedding(config.max_words, config.d_model)
         if config.image_input == "pixels":
             num_tokens = (config.image_size // config.patch_size) ** 2
             self.image_projection = nn.Conv2d(3, config.d_model, config.patch_size, config.patch_size)
@@ -86,6 +114,7 @@ class ValueEncoder(PreTrainedModel):
             )
         )
         self.output_norm = nn.LayerNorm(config.latent_dim, elementwise_affine=False)
+        self.spelling = nn.Linear(config.latent_dim, config.bytes_per_patch * (PADDING_BYTE + 1))
         self.post_init()
 
     def forward(self, images: torch.Tensor, caption_bytes: torch.LongTensor) -> torch.Tensor:
@@ -112,13 +141,34 @@ class ValueEncoder(PreTrainedModel):
         return self.output_norm(latents)
 
     def tokenize(self, captions: list[str]) -> torch.LongTensor:
-        """Captions -> `(n, words, bytes_per_patch)`: a word a row, at most `num_latents` rows, the rest is not read."""
-        return caption_patches(captions, self.config.num_latents, self.config.bytes_per_patch)
+        """Captions -> `(n, words, bytes_per_patch)`: a word a row, at most `max_words` rows, the rest is not read."""
+        return caption_patches(captions, self.config.max_words, self.config.bytes_per_patch)
 
     def encode(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """Images (see [`forward`]) and their captions -> values `(n, num_latents, latent_dim)`."""
         images = images.to(self.device, self.dtype)
         return self(images, self.tokenize(captions).to(self.device))
+
+    def spell(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(..., latent_dim)` -> logits of the bytes of their word `(..., bytes_per_patch, 257)`."""
+        return self.spelling(latents).unflatten(-1, (self.config.bytes_per_patch, PADDING_BYTE + 1))
+
+    def word_scores(self, words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        How to tell words apart in latents: the log-probability of word w, up to a constant that all words share, is
+        `latent @ keys[w] + bias[w]`. An empty string is the word of latents that no word was left for.
+
+        Returns:
+            keys `(n, latent_dim)` and bias `(n,)`, float32.
+        """
+        patches = caption_patches(words, 1, self.config.bytes_per_patch)[:, 0].to(self.device)
+        weight = self.spelling.weight.detach().float().unflatten(0, (self.config.bytes_per_patch, -1))
+        bias = self.spelling.bias.detach().float().unflatten(0, (self.config.bytes_per_patch, -1))
+        position = torch.arange(self.config.bytes_per_patch, device=self.device)
+        keys = torch.zeros(len(words), self.config.latent_dim, device=self.device)
+        for place in position:  # a byte at a time: all at once takes bytes_per_patch times the memory
+            keys += weight[place, patches[:, place]]
+        return keys, bias[position, patches].sum(-1)
 
 
 def caption_patches(captions: list[str], max_words: int, bytes_per_patch: int) -> torch.LongTensor:
