@@ -8,9 +8,7 @@ import itertools
 import json
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import numpy as np
 from huggingface_hub import constants
 
 from .bank_config import CONFIG_NAME
+from .bank_folders import scratch_folder, sync
 
 try:
     import faiss
@@ -28,6 +27,7 @@ except ImportError:
 
 SHARD_BYTES = 450_000_000
 BATCH_ROWS = 1024
+SCRATCH_PREFIX = ".tmp-"
 # keys and values are never filtered on
 STATISTICS = ["id", "source_id", "caption"]
 
@@ -157,53 +157,57 @@ def write_local_files(
         ValueError: a row, a type or a sha256 is refused, or there is no row.
         OSError: the cache could not be written.
     """
-    root = cache_root()
-    scratch = root / f".tmp-{uuid.uuid4().hex}"
+    try:
+        with scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
+            num_rows, sha256 = _lay_out(batches, scratch, key_dim, value_shape, name)
+            for part, digest in sha256.items():
+                if expected is not None and digest != expected[part]:
+                    raise ValueError(
+                        f"{name}: the sha256 of the {part} is {digest}, but {CONFIG_NAME} says {expected[part]}. The "
+                        "bank was damaged or changed by hand: save or download it again."
+                    )
+            files = BankFiles.cached(sha256, num_rows)
+            for path in (files.keys, files.values, files.rows):
+                path.parent.mkdir(exist_ok=True)
+                sync(scratch / path.name)
+                os.replace(scratch / path.name, path)
+            return files
+    except OSError as error:
+        raise _cache_error(error) from error
+
+
+def _lay_out(
+    batches: Iterable[pa.RecordBatch], folder: Path, key_dim: int, value_shape: tuple[int, int], name: str
+) -> tuple[int, dict[str, str]]:
+    """See `write_local_files`; returns the number of rows, and the sha256 of keys, values and rows."""
     hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
     index = faiss.IndexFlatIP(key_dim)
     writer = None
+    with open(folder / "values.npy", "wb") as values_file, open(folder / "rows.arrow", "wb") as rows_file:
+        _write_npy_header(values_file, (0, *value_shape))
+        for batch in batches:
+            check_schema(batch.schema, key_dim, value_shape[0] * value_shape[1], name)
+            check_batch(batch, index.ntotal, name)
+            keys, values = matrix(batch, "key"), matrix(batch, "value")
+            index.add(np.ascontiguousarray(keys))
+            values_file.write(values.tobytes())
+            rows = batch.drop_columns(["key", "value"])
+            writer = writer or pa.ipc.new_file(rows_file, rows.schema)
+            writer.write_batch(rows)
+            hashes["keys"].update(keys.tobytes())
+            hashes["values"].update(values.tobytes())
+            for row in rows.to_pylist():
+                hashes["rows"].update(_row_bytes(row))
+        if index.ntotal == 0:
+            raise ValueError(f"{name} has no rows: a memory bank needs at least one.")
+        writer.close()
+        values_file.seek(0)
+        _write_npy_header(values_file, (index.ntotal, *value_shape))
     try:
-        scratch.mkdir(parents=True)
-        with open(scratch / "values.npy", "wb") as values_file, open(scratch / "rows.arrow", "wb") as rows_file:
-            _write_npy_header(values_file, (0, *value_shape))
-            for batch in batches:
-                check_schema(batch.schema, key_dim, value_shape[0] * value_shape[1], name)
-                check_batch(batch, index.ntotal, name)
-                keys, values = matrix(batch, "key"), matrix(batch, "value")
-                index.add(np.ascontiguousarray(keys))
-                values_file.write(values.tobytes())
-                rows = batch.drop_columns(["key", "value"])
-                writer = writer or pa.ipc.new_file(rows_file, rows.schema)
-                writer.write_batch(rows)
-                hashes["keys"].update(keys.tobytes())
-                hashes["values"].update(values.tobytes())
-                for row in rows.to_pylist():
-                    hashes["rows"].update(_row_bytes(row))
-            if index.ntotal == 0:
-                raise ValueError(f"{name} has no rows: a memory bank needs at least one.")
-            writer.close()
-            values_file.seek(0)
-            _write_npy_header(values_file, (index.ntotal, *value_shape))
-        try:
-            faiss.write_index(index, str(scratch / "index.faiss"))
-        except RuntimeError as error:
-            raise OSError(f"faiss could not write the index: {error}") from error
-        files = BankFiles.cached({part: digest.hexdigest() for part, digest in hashes.items()}, index.ntotal)
-        for part, digest in files.sha256.items():
-            if expected is not None and digest != expected[part]:
-                raise ValueError(
-                    f"{name}: the sha256 of the {part} is {digest}, but {CONFIG_NAME} says {expected[part]}. The bank "
-                    "was damaged or changed by hand: save or download it again."
-                )
-        for path in (files.keys, files.values, files.rows):
-            path.parent.mkdir(exist_ok=True)
-            _sync(scratch / path.name)
-            os.replace(scratch / path.name, path)
-        return files
-    except OSError as error:
-        raise _cache_error(error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        faiss.write_index(index, str(folder / "index.faiss"))
+    except RuntimeError as error:
+        raise OSError(f"faiss could not write the index: {error}") from error
+    return index.ntotal, {part: digest.hexdigest() for part, digest in hashes.items()}
 
 
 def read_shards(folder: Path, config: dict) -> Iterator[pa.RecordBatch]:
@@ -263,89 +267,43 @@ def write_shards(folder: Path, table: pa.Table, keys: np.ndarray, values: np.nda
                 writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
 
 
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder beside `target` with `write(folder)`, then put it in `target`'s place.
-
-    Whatever fails, `target` is as it was and nothing is left beside it. Files in `target` that are not a bank's (a
-    README.md, say) are kept.
-
-    Raises:
-        ValueError: `target` holds something that is not a memory bank.
-        OSError: the new folder could not be written.
-    """
-    target = Path(target).resolve()
-    kept = []
-    if target.exists():
-        if not target.is_dir():
-            raise ValueError(f"{target} is a file, expected a folder. Choose another place for the memory bank.")
-        entries = list(target.iterdir())
-        if entries and not (target / CONFIG_NAME).is_file():
-            raise ValueError(
-                f"{target} is not empty and holds no memory bank ({CONFIG_NAME} is missing). Choose an empty folder."
-            )
-        ours = {CONFIG_NAME, "data", "key_encoder.safetensors", "value_encoder"}
-        kept = [entry for entry in entries if entry.name not in ours]
-    unique = uuid.uuid4().hex[:8]
-    fresh, old = target.with_name(f".{target.name}.new-{unique}"), target.with_name(f".{target.name}.old-{unique}")
-    try:
-        fresh.mkdir(parents=True)
-        write(fresh)
-        for entry in kept:
-            copy = shutil.copytree if entry.is_dir() else shutil.copy2
-            copy(entry, fresh / entry.name)
-        for path in fresh.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(fresh, target)
-        except OSError:
-            if old.exists():
-                os.rename(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"Saving the memory bank to {target} failed: {error}. What was there before is unchanged. Free some space "
-            "or choose another folder, and save again.",
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
 class Spool:
     """Record batches put aside in a temporary file, until what is needed to finish them is known."""
 
     def __init__(self, batches: Iterable[pa.RecordBatch]):
-        self.path = cache_root() / f".tmp-{uuid.uuid4().hex}.arrow"
         self._incoming = batches
+        self._folder = scratch_folder(cache_root(), SCRATCH_PREFIX)
 
     def __enter__(self) -> Spool:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            writer = None
-            with open(self.path, "wb") as file:
-                for batch in self._incoming:
-                    writer = writer or pa.ipc.new_file(file, batch.schema)
-                    writer.write_batch(batch)
-                if writer is not None:
-                    writer.close()
+            self._path = self._folder.__enter__() / "spool.arrow"
+        except OSError as error:
+            raise _cache_error(error) from error
+        try:
+            self._write()
         except BaseException as error:
-            self.path.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            self.__exit__(None, None, None)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # others may be of the dataset's own files
                 raise _cache_error(error) from error
             raise
         return self
 
     def __exit__(self, *exception) -> None:
-        self.path.unlink(missing_ok=True)
+        self._folder.__exit__(None, None, None)
+
+    def _write(self) -> None:
+        writer = None
+        with open(self._path, "wb") as file:
+            for batch in self._incoming:
+                writer = writer or pa.ipc.new_file(file, batch.schema)
+                writer.write_batch(batch)
+            if writer is not None:
+                writer.close()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        if self.path.stat().st_size == 0:
+        if self._path.stat().st_size == 0:
             return
-        with pa.memory_map(str(self.path)) as source:
+        with pa.memory_map(str(self._path)) as source:
             reader = pa.ipc.open_file(source)
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number)
@@ -370,8 +328,3 @@ def _cache_error(error: OSError) -> OSError:
 def _write_npy_header(file, shape: tuple[int, ...]) -> None:
     # numpy pads the header so that the first axis may grow without moving the data
     np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -31,16 +31,14 @@ from .bank_builder import (
     renumbered,
 )
 from .bank_config import CONFIG_NAME, FORMAT_VERSION, check_config, check_file, file_sha256, read_json
-from .bank_images import load_image
-from .bank_index import KeyIndex
+from .bank_folders import recover_folder, replace_folder
+from .bank_rows import BankRows
 from .bank_storage import (
     BATCH_ROWS,
     SHARD_BYTES,
     BankFiles,
     Spool,
-    list_column,
     read_shards,
-    replace_folder,
     require_bank_packages,
     shard_paths,
     write_local_files,
@@ -51,21 +49,18 @@ from .value_encoder import ValueEncoder
 
 try:
     import pyarrow as pa
-    from PIL import Image
 except ImportError:
-    pa = Image = None
+    pa = None
 
 KEY_ENCODER_NAME = "key_encoder.safetensors"
 MIN_PROBE_COSINE = 0.99
 
 
-class MemoryBank:
-    """Rows of image, caption, key and value; immutable: `add` and `shuffled` return a new bank.
+class MemoryBank(BankRows):
+    """Rows of image, caption, key and value with the encoders that made them.
 
-    Keys live in an exact inner-product faiss index, values and rows in files next to it; all three are memory-mapped
-    from `HF_HOME/tinyalign/<sha256>/`, so copies and worker processes share them.
-
-    Make one with `MemoryBank.build`, `from_pretrained` or `from_dataset`.
+    Make one with `MemoryBank.build`, `from_pretrained` or `from_dataset`; look things up with the methods of
+    `BankRows`. It is immutable: `add` and `shuffled` return a new bank.
 
     Attributes:
         config: the content of bank_config.json.
@@ -85,43 +80,19 @@ class MemoryBank:
         repo_id: str | None = None,
         revision: str | None = None,
     ):
-        self.config = config
+        super().__init__(config, files)
         self.key_encoder = key_encoder.requires_grad_(False)
         self.probe_keys = probe_keys
         self.repo_id = repo_id
         self.revision = revision
-        self._files = files
         self._value_encoder = value_encoder
         self._folder = folder
-
-    def __len__(self) -> int:
-        return self.config["num_rows"]
 
     def __repr__(self) -> str:
         return (
             f"MemoryBank({len(self)} rows, keys of {self.key_dim}, values of {self.num_latents} x {self.latent_dim}, "
             f"{self.key_space} space, tower {self.config['tower']['name']})"
         )
-
-    def __getstate__(self) -> dict:
-        """Without the mapped files, which every process opens for itself."""
-        opened = ("_index", "_values", "_table", "_source_order", "captions")
-        return {name: value for name, value in self.__dict__.items() if name not in opened}
-
-    def __deepcopy__(self, memo: dict) -> MemoryBank:
-        return copy.copy(self)
-
-    @property
-    def key_dim(self) -> int:
-        return self.config["key_dim"]
-
-    @property
-    def num_latents(self) -> int:
-        return self.config["num_latents"]
-
-    @property
-    def latent_dim(self) -> int:
-        return self.config["latent_dim"]
 
     @property
     def key_space(self) -> str:
@@ -131,10 +102,6 @@ class MemoryBank:
     def skipped_rows(self) -> list[dict]:
         """`{"row": number, "reason": text}` of the dataset rows left out when the bank was built."""
         return self.config["skipped_rows"]
-
-    @cached_property
-    def captions(self) -> list[str]:
-        return self._table["caption"].to_pylist()
 
     @cached_property
     def value_encoder(self) -> ValueEncoder:
@@ -344,6 +311,7 @@ class MemoryBank:
         """
         require_bank_packages()
         folder, repo_id = Path(name_or_path), None
+        recover_folder(folder)
         if not folder.is_dir():
             folder, repo_id = _download(str(name_or_path), revision), str(name_or_path)
             revision = folder.name
@@ -380,77 +348,6 @@ class MemoryBank:
         """
         return self.key_encoder.to(vision_features.device)(vision_features, query_input_ids, query_attention_mask)
 
-    def search(
-        self,
-        queries: torch.Tensor | np.ndarray,
-        top_k: int,
-        exclude: Sequence[str | Sequence[int] | None] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[np.ndarray, np.ndarray]:
-        """Exact maximum inner product search; equal scores are ordered by id.
-
-        Args:
-            queries: `(n, key_dim)`, a tensor or an array.
-            top_k: number of neighbours, at most the size of the bank.
-            exclude: for each query None, a `source_id`, or row ids (-1 is ignored) that must not be returned.
-
-        Returns:
-            scores `(n, top_k)` float32, best first, and row ids `(n, top_k)` int64, as tensors on the queries' device
-            or as arrays, like the queries. Where exclusion leaves fewer than `top_k` rows: id -1 and score -inf.
-
-        Raises:
-            ValueError: the shape, `top_k` or `exclude` does not fit, or a query is not finite.
-            RuntimeError: in a DataLoader worker or another forked process, where faiss would hang.
-        """
-        as_array = queries.detach().float().cpu().numpy() if isinstance(queries, torch.Tensor) else queries
-        vectors = np.ascontiguousarray(as_array, dtype=np.float32)
-        if vectors.ndim != 2 or vectors.shape[1] != self.key_dim:
-            raise ValueError(f"The queries have shape {vectors.shape}, expected (n, {self.key_dim}).")
-        if not np.isfinite(vectors).all():
-            raise ValueError("The queries hold NaN or infinity, expected finite numbers: check the vision features.")
-        if not 1 <= top_k <= len(self):
-            raise ValueError(
-                f"top_k is {top_k}, but the bank has {len(self)} rows. Ask for 1 to {len(self)} neighbours, or add "
-                "rows."
-            )
-        if exclude is not None and len(exclude) != len(vectors):
-            raise ValueError(f"exclude has {len(exclude)} items for {len(vectors)} queries, expected one a query.")
-        excluded = [self._excluded_ids(item) for item in exclude] if exclude is not None else [_NO_IDS] * len(vectors)
-        scores, ids = self._index.search(vectors, top_k, excluded)
-        if isinstance(queries, torch.Tensor):
-            return torch.from_numpy(scores).to(queries.device), torch.from_numpy(ids).to(queries.device)
-        return scores, ids
-
-    def gather(self, ids: torch.Tensor | np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Values of rows: ids `(n, k)` (any shape) to `(n, k, num_latents, latent_dim)`; id -1 gives zeros."""
-        rows = self._checked_ids(ids)
-        values = torch.from_numpy(self._values[np.maximum(rows, 0)])
-        values = values.to(ids.device if isinstance(ids, torch.Tensor) else "cpu", dtype)
-        if (rows < 0).any():
-            values[torch.from_numpy(rows < 0).to(values.device)] = 0
-        return values
-
-    def rows(self, ids: torch.Tensor | np.ndarray | Sequence) -> list:
-        """`{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
-        ids = self._checked_ids(ids)
-        table = self._table.drop_columns([name for name in self._table.column_names if name == "thumbnail"])
-        found = iter(table.take(pa.array(ids[ids >= 0])).to_pylist())
-        flat = [next(found) if row >= 0 else None for row in ids.reshape(-1)]
-        for length in reversed(ids.shape[1:]):
-            flat = [flat[i : i + length] for i in range(0, len(flat), length)]
-        return flat
-
-    def thumbnail(self, row_id: int) -> Image.Image | None:
-        """The small picture kept of a row, None in a bank built without thumbnails."""
-        if "thumbnail" not in self._table.column_names:
-            return None
-        return load_image(self._table["thumbnail"][int(self._checked_ids([row_id])[0])].as_py())
-
-    def ids_of(self, source_id: str) -> np.ndarray:
-        """Ids, int64 and ascending, of the rows made from the image with this `source_id`."""
-        names, order = self._source_order
-        wanted = np.bytes_(source_id.encode())
-        return order[np.searchsorted(names, wanted, "left") : np.searchsorted(names, wanted, "right")]
-
     def check_probes(self, model: PreTrainedModel) -> None:
         """Refuse a model whose vision tower is not the one the bank's keys were made with.
 
@@ -478,67 +375,6 @@ class MemoryBank:
                 f"probe images the cosine of their keys is {cosine:.3f}, expected at least {MIN_PROBE_COSINE}. "
                 f"{advice}"
             )
-
-    # ------------------------------------------------------------------ inside
-
-    @cached_property
-    def _index(self) -> KeyIndex:
-        return KeyIndex(self._files.keys, len(self), self.key_dim)
-
-    @cached_property
-    def _values(self) -> np.ndarray:
-        values = np.load(self._files.values, mmap_mode="r", allow_pickle=False)
-        if values.shape != (len(self), self.num_latents, self.latent_dim):
-            raise ValueError(
-                f"The local file {self._files.values} is damaged. Delete {self._files.values.parent} and load the "
-                "bank again."
-            )
-        return np.asarray(values)
-
-    @cached_property
-    def _table(self) -> pa.Table:
-        """Every column but key and value."""
-        return pa.ipc.open_file(pa.memory_map(str(self._files.rows))).read_all()
-
-    @cached_property
-    def _source_order(self) -> tuple[np.ndarray, np.ndarray]:
-        """The source ids, sorted, and the rows they belong to."""
-        names = np.array(self._table["source_id"].to_pylist(), dtype="S32")
-        order = np.argsort(names, kind="stable")
-        return names[order], order
-
-    def _batches(self, keys_of: np.ndarray | None = None) -> Iterator[pa.RecordBatch]:
-        """The bank's rows with keys and values; `keys_of`: the row whose key each row gets."""
-        start = 0
-        for batch in self._table.to_batches():
-            rows = slice(start, start + len(batch))
-            keys = self._index.keys[rows if keys_of is None else keys_of[rows]]
-            values = self._values[rows].reshape(len(batch), -1)
-            columns = {name: batch.column(name) for name in batch.schema.names}
-            columns["key"], columns["value"] = list_column(keys), list_column(values)
-            yield pa.record_batch(columns)
-            start += len(batch)
-
-    def _excluded_ids(self, item: str | Sequence[int] | None) -> np.ndarray:
-        if item is None:
-            return _NO_IDS
-        if isinstance(item, str):
-            return self.ids_of(item)
-        ids = self._checked_ids(item)
-        return ids[ids >= 0]
-
-    def _checked_ids(self, ids: torch.Tensor | np.ndarray | Sequence) -> np.ndarray:
-        ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-        ids = ids.astype(np.int64, casting="same_kind") if ids.size else ids.astype(np.int64)
-        if ids.size and not -1 <= ids.min() <= ids.max() < len(self):
-            raise ValueError(
-                f"Row ids run from {ids.min()} to {ids.max()}, expected -1 (none) to {len(self) - 1}: these ids are "
-                "of another bank."
-            )
-        return ids
-
-
-_NO_IDS = np.empty(0, np.int64)
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForImageTextToText
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, ValueEncoder, ValueEncoderConfig
@@ -37,7 +38,7 @@ def build_bank(model, processor, rows: list) -> MemoryBank:
 def cache(tmp_path_factory):
     """Banks lay their files out under HF_HOME."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("home")))
         yield
 
 
