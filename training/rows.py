@@ -68,7 +68,8 @@ def with_features_and_neighbours(
     if bank is None and not config.cache_features:
         return rows, None
     folder = Path(config.output_dir)
-    features = cache_vision_features(model, processor, rows["image"], folder / "vision_features")
+    batch_size = 8 if config.device.type == "cpu" else 64
+    features = cache_vision_features(model, processor, rows["image"], folder / "vision_features", batch_size)
     if bank is not None:
         queries = None
         if bank.key_space == "language":

@@ -93,6 +93,11 @@ def test_a_bad_image_is_named(model, processor, images, tmp_path):
         cache_vision_features(model, processor, [images[0], buffer.getvalue()[:60]], tmp_path / "features")
 
 
+def test_no_images(model, processor, tmp_path):
+    with pytest.raises(ValueError, match="no images"):
+        cache_vision_features(model, processor, [], tmp_path / "features")
+
+
 def test_neighbours_leave_the_own_image_out(model, images, bank, features):
     with_own = find_neighbours(bank, model, features, 2, batch_size=5)
     assert with_own.dtype == np.int64 and with_own[:, 0].tolist() == list(range(12))
