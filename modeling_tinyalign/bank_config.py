@@ -66,6 +66,8 @@ def check_config(config: dict, path: Path) -> None:
     shape = tower.get("image_shape")
     if not (isinstance(shape, list) and len(shape) == 3 and all(type(s) is int and 1 <= s <= 4096 for s in shape)):
         refuse("tower.image_shape", shape, "[channels, height, width]")
+    if not isinstance(config.get("value_encoder"), dict):
+        refuse("value_encoder", config.get("value_encoder"), "an object with the value encoder's sizes")
     columns, thumbnail_size = config.get("columns"), config.get("thumbnail_size")
     if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
         refuse("columns", columns, "a list of names")

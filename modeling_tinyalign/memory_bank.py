@@ -108,9 +108,9 @@ class MemoryBank(BankRows):
         """The value encoder the bank was built with, loaded when first asked for."""
         if self._value_encoder is not None:
             return self._value_encoder
-        folder = self._folder / "value_encoder"
-        check_file(folder / "model.safetensors", self.config["sha256"]["value_encoder"])
-        return ValueEncoder.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        path = self._folder / "value_encoder" / "model.safetensors"
+        check_file(path, self.config["sha256"]["value_encoder"])
+        return ValueEncoder.of_bank(path, self.config["value_encoder"])
 
     # ------------------------------------------------------------------ making one
 
@@ -192,7 +192,7 @@ class MemoryBank(BankRows):
                 "alpha": model.config.query_alpha,
                 "grid": key_grid,
             },
-            "value_encoder": value_encoder.config.to_diff_dict(),
+            "value_encoder": value_encoder.config.settings,
             "columns": list(keep_columns),
             "thumbnail_size": thumbnail_size,
             "skipped_rows": encoder.skipped_rows,
@@ -380,12 +380,7 @@ class MemoryBank(BankRows):
 def _download(repo_id: str, revision: str | None) -> Path:
     """Fetch a bank's data files, and nothing else, from the Hub."""
     try:
-        patterns = [
-            KEY_ENCODER_NAME,
-            "data/*.parquet",
-            "value_encoder/*.json",
-            "value_encoder/*.safetensors",
-        ]
+        patterns = [CONFIG_NAME, KEY_ENCODER_NAME, "data/*.parquet", "value_encoder/model.safetensors"]
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns))
     except (HFValidationError, OSError) as error:
         raise OSError(

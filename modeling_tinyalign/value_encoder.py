@@ -1,13 +1,18 @@
 """The value encoder: a Perceiver that compresses an image and its caption into the latents a memory bank stores."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PerceiverConfig, PerceiverModel, PreTrainedConfig, PreTrainedModel
 
 PADDING_BYTE = 256
+MAX_SIZE = 65_536
 
 
 @strict
@@ -70,6 +75,11 @@ class ValueEncoderConfig(PreTrainedConfig):
             )
 
     @property
+    def settings(self) -> dict:
+        """The fields above, without those every config has."""
+        return {name: vars(self)[name] for name in ValueEncoderConfig.__annotations__}
+
+    @property
     def max_words(self) -> int:
         """Words of a caption that are read."""
         return self.num_latents // self.latents_per_word
@@ -116,6 +126,41 @@ class ValueEncoder(PreTrainedModel):
         self.output_norm = nn.LayerNorm(config.latent_dim, elementwise_affine=False)
         self.spelling = nn.Linear(config.latent_dim, config.bytes_per_patch * (PADDING_BYTE + 1))
         self.post_init()
+
+    @classmethod
+    def of_bank(cls, path: Path, settings: dict) -> "ValueEncoder":
+        """
+        A memory bank's value encoder, frozen.
+
+        A bank may be anybody's, and a config.json can make `from_pretrained` read other files, adapters and kernels:
+        here nothing counts but tensors and sizes.
+
+        Args:
+            path: `value_encoder/model.safetensors` of the bank.
+            settings: `value_encoder` of its bank_config.json, see [`ValueEncoderConfig.settings`].
+
+        Raises:
+            ValueError: the file is not safetensors, or does not hold an encoder of these sizes (the file is named).
+        """
+        try:
+            tensors = load_file(path)
+            settings = {name: settings[name] for name in ValueEncoderConfig.__annotations__}
+            sizes = {name: size for name, size in settings.items() if not isinstance(size, str)}
+            if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in sizes.values()):
+                raise ValueError(f"found {sizes}, expected integers between 1 and {MAX_SIZE}")
+            if settings["num_self_attends_per_block"] > len(tensors):
+                raise ValueError("more layers than tensors")
+            with torch.device("meta"):  # nothing is allocated before the sizes are known to be those of the tensors
+                encoder = cls(ValueEncoderConfig(**settings))
+            encoder.load_state_dict(tensors, assign=True)
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError("numbers that are not finite")
+        except (SafetensorError, StrictDataclassError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} does not hold this bank's value encoder ({type(error).__name__}: {error}). Save or download "
+                "the bank again."
+            ) from error
+        return encoder.requires_grad_(False).eval()
 
     def forward(self, images: torch.Tensor, caption_bytes: torch.LongTensor) -> torch.Tensor:
         """

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from torch.nn import functional as F
 
@@ -764,6 +765,7 @@ BAD_CONFIGS = [
     ({"tower": None}, "tower is None"),
     ({"tower": {"name": "x", "image_shape": [3, 10**9, 10**9]}}, "tower.image_shape"),
     ({"columns": [1]}, "columns is"),
+    ({"value_encoder": None}, "value_encoder is None, expected an object"),
     ({"thumbnail_size": -5}, "thumbnail_size is -5"),
     ({"skipped_rows": 3}, "skipped_rows is 3"),
 ]
@@ -818,6 +820,66 @@ def test_planted_files_are_not_read(saved, empty_cache):
     assert not (saved / "exploded").exists()
 
 
+def test_no_code_is_run_and_no_other_file_followed(saved, bank, empty_cache, tmp_path):
+    """Whatever a config.json of transformers can name, a bank's folder cannot."""
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'exploded')!r}).touch()\n"
+    code += "class ValueEncoder:\n    def __init__(self, *args, **kwargs): ...\n"
+    folder = saved / "value_encoder"
+    auto_map = dict.fromkeys(("AutoConfig", "AutoModel", "AutoProcessor"), "evil.ValueEncoder")
+    auto_map["AutoImageProcessor"] = "evil.ValueEncoder"
+    planted = {
+        **json.loads((folder / "config.json").read_text()),
+        "auto_map": auto_map,
+        "trust_remote_code": True,
+        "custom_pipelines": {"image-to-text": {"impl": "evil.ValueEncoder"}},
+        "transformers_weights": "other.safetensors",
+        "attn_implementation": "evil/kernel",
+        "quantization_config": {"quant_method": "gptq", "bits": 4},
+        "num_latents": 4,
+    }
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(bank.value_encoder.state_dict(), "other.safetensors")}
+    for place in (folder, saved, saved / "data"):
+        for name in ("evil.py", "modeling.py", "__init__.py", f"{saved.name}.py", "value_encoder.py"):
+            (place / name).write_text(code)
+        (place / "config.json").write_text(json.dumps(planted))
+        (place / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/model"}))
+        (place / "model.safetensors.index.json").write_text(json.dumps(index))
+        for name in ("preprocessor_config.json", "tokenizer_config.json", "processor_config.json"):
+            (place / name).write_text(json.dumps({"auto_map": auto_map}))
+    loaded = MemoryBank.from_pretrained(saved)
+    loaded.search(unit(1, 16), 3)
+    expected = bank.value_encoder.state_dict()
+    assert all(tensor.equal(expected[name]) for name, tensor in loaded.value_encoder.state_dict().items())
+    assert loaded.value_encoder.config.settings == bank.value_encoder.config.settings
+    assert not any(parameter.requires_grad for parameter in loaded.value_encoder.parameters())
+    with pytest.raises(RuntimeError, match="scripts are no longer supported"):
+        datasets.load_dataset(str(saved), cache_dir=str(tmp_path / "datasets"), trust_remote_code=True)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_latents": 10**12},
+        {"num_self_attends_per_block": 60_000},
+        {"d_model": "16"},
+        {"d_model": True},
+        {"qk_channels": 0},
+        {"latent_dim": 6, "v_channels": 6},
+        {"image_input": "../.."},
+        {"num_vision_tokens": None},
+        {"num_vision_tokens": 17},
+    ],
+)
+def test_value_encoders_of_other_sizes_are_refused(changes, saved):
+    config = json.loads((saved / "bank_config.json").read_text())
+    edit_config(saved, value_encoder={**config["value_encoder"], **changes})
+    bank = MemoryBank.from_pretrained(saved)
+    with pytest.raises(ValueError, match=r"model.safetensors does not hold this bank's value encoder \(\w+: "):
+        bank.value_encoder  # noqa: B018
+
+
 def test_fuzzed_banks_give_clean_errors(saved, empty_cache):
     """Any changed byte is either refused with a ValueError or without consequence."""
     rng = np.random.default_rng(0)
@@ -842,6 +904,33 @@ def test_no_such_bank(tmp_path, monkeypatch):
     for name in (str(tmp_path / "nothing"), "org/missing"):
         with pytest.raises(OSError, match=f"'{name}' is not a local folder.*could not be downloaded"):
             MemoryBank.from_pretrained(name)
+
+
+def test_download(saved, tmp_path, monkeypatch, bank, empty_cache):
+    """A bank of the Hub: its own files are fetched and no others, and it knows its commit."""
+    (saved / "README.md").write_text("A card.")
+    (saved / "evil.py").write_text("raise SystemExit")
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+
+    def download(repo_id, repo_type, revision, allow_patterns):
+        assert (repo_id, repo_type, revision) == ("org/bank", "dataset", "v1")
+        names = [str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(saved / name, snapshot / name)
+        return str(snapshot)
+
+    monkeypatch.setattr("tinyalign_vlm.modeling_tinyalign.memory_bank.snapshot_download", download)
+    loaded = MemoryBank.from_pretrained("org/bank", revision="v1")
+    assert (loaded.repo_id, loaded.revision) == ("org/bank", "0123abcd")
+    assert loaded.captions == bank.captions and loaded.value_encoder is not None
+    names = {path.name for path in snapshot.rglob("*") if path.is_file()}
+    assert names == {
+        "bank_config.json",
+        "train-00000-of-00001.parquet",
+        "key_encoder.safetensors",
+        "model.safetensors",
+    }
 
 
 def test_missing_packages(saved, monkeypatch):
