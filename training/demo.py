@@ -46,11 +46,12 @@ class DemoConfig:
     value_encoder_steps: int = 1500
     stage1_steps: int = 250
     stage2_steps: int = 60
+    stage2_learning_rate: float = 5e-5  # more than the default 2e-5: these are few steps
     batch_size: int = 10
     seed: int = 0
 
 
-QUICK = DemoConfig(concepts=320, value_encoder_steps=300, stage1_steps=20, stage2_steps=5)
+QUICK = DemoConfig(concepts=320, value_encoder_steps=900, stage1_steps=20, stage2_steps=5)
 
 
 @dataclass
@@ -183,7 +184,11 @@ def train_system(
     }
     stage1 = Stage1Config(output_dir=str(folder / "stage1"), max_steps=config.stage1_steps, save_steps=50, **shared)
     stage2 = Stage2Config(
-        output_dir=str(folder / "stage2"), max_steps=config.stage2_steps, save_strategy="no", **shared
+        output_dir=str(folder / "stage2"),
+        max_steps=config.stage2_steps,
+        learning_rate=config.stage2_learning_rate,
+        save_strategy="no",
+        **shared,
     )
     losses = {}
     for name, trainer in (
@@ -338,7 +343,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     example = int(pairs.heldout[0])
     pairs.twemoji.cast_column("image", datasets.Image())[example]["image"].save(image)
     answer = answer_without_package(checkpoint, out / "bank_with_heldout", image)
-    clock(f'a process without the package answers "{answer}" for {labels[example]!r}')
+    clock(f'a process without the package answers "{answer}" for {str(labels[example])!r}')
 
     nearest = {name: captions(banks[name], neighbours[name]) for name in BANKS}
     write_report(
