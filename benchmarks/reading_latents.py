@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign.lexicon import lexicon_words, read_words, slot_tokens
 from tinyalign_vlm.training.bank_preparation import CaptionSampler
-from tinyalign_vlm.training.demo import DemoConfig, load_pairs
+from tinyalign_vlm.training.demo import BANKS, DemoConfig, load_pairs
 
 
 class Reader:
@@ -98,7 +98,7 @@ def main():
     pairs = load_pairs(DemoConfig())
     rows = pairs.noto.select(pairs.heldout[: arguments.labels])
     labels = rows["label"]
-    banks = {name: MemoryBank.from_pretrained(arguments.demo / f"bank_{name}_heldout") for name in ("without", "with")}
+    banks = {name: MemoryBank.from_pretrained(arguments.demo / f"bank_{name}_heldout") for name in BANKS}
     encoder = banks["with"].value_encoder
     found = {row["caption"]: row["id"] for row in banks["with"].rows(range(len(banks["with"])))}
     latents = dict(zip(labels, banks["with"].gather([[found[label]] for label in labels])[:, 0], strict=True))
