@@ -106,9 +106,8 @@ def main():
     def report(name: str, memory: Callable[[str], torch.Tensor]):
         print("| {} | {:.2f} | {:.2f} |".format(name, *reader.repeat(memory, labels)), flush=True)
 
-    print(
-        f"Repeating {len(labels)} held-out labels\n\n| memory tokens | loss per token | token accuracy |\n|---|---|---|"
-    )
+    print(f"Repeating {len(labels)} held-out labels\n")
+    print("| memory tokens | loss per token | token accuracy |\n|---|---|---|")
     report("the label as text", lambda label: reader.embed(f" {label}"))
     for slots in (1, 2, 3):
         report(f"word vectors, {slots} a word", lambda label, slots=slots: word_vectors(reader, label, slots))
