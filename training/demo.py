@@ -51,7 +51,22 @@ class DemoConfig:
     seed: int = 0
 
 
-QUICK = DemoConfig(concepts=320, value_encoder_steps=900, stage1_steps=20, stage2_steps=5)
+QUICK = DemoConfig(concepts=160, value_encoder_steps=600, stage1_steps=15, stage2_steps=3)
+
+
+class Clock:
+    """Prints how long each step took, and adds it to what earlier, interrupted runs took, in `path`."""
+
+    def __init__(self, path: Path):
+        self.path, self.started, self.last = path, time.time(), time.time()
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def __call__(self, step: str, note: str = ""):
+        now = time.time()
+        self.seconds[step] = self.seconds.get(step, 0.0) + now - self.last
+        self.last = now
+        self.path.write_text(json.dumps(self.seconds))
+        print(f"[{now - self.started:5.0f} s] {step}{note and ': '}{note}", flush=True)
 
 
 @dataclass
@@ -250,15 +265,11 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     """
     logging.disable_progress_bar()  # of loading weights
     datasets.disable_progress_bars()
-    started, config, out = time.time(), QUICK if quick else DemoConfig(), Path(output_dir).resolve()
+    config, out = QUICK if quick else DemoConfig(), Path(output_dir).resolve()
     if quick:
         out = out / "quick"
     out.mkdir(parents=True, exist_ok=True)
-    seconds = {}
-
-    def clock(step: str):
-        seconds[step] = time.time() - started - sum(seconds.values())
-        print(f"[{time.time() - started:5.0f} s] {step}", flush=True)
+    clock = Clock(out / "seconds.json")
 
     weights_dir = Path(output_dir).resolve() / "weights"
     weights = {
@@ -266,7 +277,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
         "text": convert_smollm2(weights_dir / "smollm2-135m-instruct"),
     }
     pairs = load_pairs(config)
-    clock(f"weights converted, {len(pairs.train)} concepts to train on, {len(pairs.heldout)} held out")
+    clock("weights converted", f"{len(pairs.train)} concepts to train on, {len(pairs.heldout)} held out")
 
     model, processor = compose_with_memory(weights, config)
     features = {
@@ -343,7 +354,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     example = int(pairs.heldout[0])
     pairs.twemoji.cast_column("image", datasets.Image())[example]["image"].save(image)
     answer = answer_without_package(checkpoint, out / "bank_with_heldout", image)
-    clock(f'a process without the package answers "{answer}" for {str(labels[example])!r}')
+    clock("answered in a process without the package", f'"{answer}" for {str(labels[example])!r}')
 
     nearest = {name: captions(banks[name], neighbours[name]) for name in BANKS}
     write_report(
@@ -355,7 +366,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
         neighbour_ids=neighbours["with"],
         bank=banks["with"],
         queries=pairs.twemoji.select(pairs.heldout).cast_column("image", datasets.Image()),
-        seconds=seconds,
+        seconds=clock.seconds,
         fresh_process=(answer, str(labels[example])),
     )
     clock("report written")

@@ -135,7 +135,8 @@ def write_report(
 {len(queries)} Twemoji drawings of concepts that were never trained on are to be named. The bank holds Noto drawings
 with their labels. All systems had the same seed ({config["seed"]}), {config["stage1_steps"]} steps of stage 1 and
 {config["stage2_steps"]} of stage 2, {config["batch_size"]} drawings a step. Brackets are 95% bootstrap intervals over
-the queries; it is one training run each.
+the queries; it is one training run each. Answers come in batches of 32, from cached visual features and neighbours
+looked up beforehand; their seconds are without those two.
 
 ## The bank has the held-out concepts' Noto drawings, added after training
 
