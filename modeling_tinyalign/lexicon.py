@@ -10,7 +10,7 @@ LONGEST_REST = 4  # tokens of a word's last slot that are read
 
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The whole words that are one token: byte-level (`Ġword`) and SentencePiece (`▁word`) vocabularies."""
-    words = (token[1:] for token in tokenizer.get_vocab() if token[0] in "Ġ▁")
+    words = (token[1:] for token in tokenizer.get_vocab() if token[:1] in ("Ġ", "▁"))
     return sorted(word for word in words if word.isascii() and word.isalpha())
 
 
@@ -55,9 +55,11 @@ def read_words(
     Returns:
         `(..., L, hidden_size)`, the mean over the likeliest words.
     """
-    scores, words = (values @ keys.T + bias).topk(min(4, len(bias)))
+    with torch.autocast(values.device.type, enabled=False):  # bfloat16 would take one word for another
+        scores = values.float() @ keys.float().T + bias.float()
+    weights, words = scores.topk(min(4, len(bias)))
     slot = torch.arange(values.shape[-2], device=values.device) % len(tokens)
-    ids = tokens[slot[:, None], words]
-    is_token = (ids >= 0).unsqueeze(-1).to(values)
-    vectors = (embeddings[ids.clamp(min=0)].to(values) * is_token).sum(-2) / is_token.sum(-2).clamp(min=1)
-    return (scores.softmax(-1).unsqueeze(-1) * vectors).sum(-2)
+    ids = tokens[slot[:, None], words].long()  # loading in half precision casts integer buffers too
+    is_token = (ids >= 0).unsqueeze(-1)
+    vectors = (embeddings[ids.clamp(min=0)].float() * is_token).sum(-2) / is_token.sum(-2).clamp(min=1)
+    return (weights.softmax(-1).unsqueeze(-1) * vectors).sum(-2)
