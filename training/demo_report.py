@@ -1,5 +1,6 @@
 """The demo's report: a table, the loss curves, and what was retrieved."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -129,6 +130,8 @@ def write_report(
     record = {"config": config, "summaries": summaries, "seconds": seconds}
     (out / "results.json").write_text(json.dumps(record, indent=1))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    packages = ("torch", "transformers", "trl", "datasets", "faiss-cpu")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     steps = "\n".join(f"| {step} | {value:.0f} |" for step, value in seconds.items())
     text = f"""# TinyAlign demo{" (quick run: too short to mean anything)" if quick else ""}
 
@@ -158,15 +161,27 @@ TinyAlign has {recovered(by_bank["with"]):.0%} of text-only RAG's gain in loss o
 
 ## How it was run
 
-Command: `tinyalign demo{" --quick" if quick else ""}`. Machine: {os.cpu_count()} CPU cores ({platform.machine()}),
-peak memory of the process {memory:.1f} GB. A new process without the package answered "{fresh_process[0]}" to a
-drawing of "{fresh_process[1]}".
+Command: `tinyalign demo{" --quick" if quick else ""}`. Machine: {os.cpu_count()} cores of {processor_name()};
+peak memory of the process {memory:.1f} GB (of its last part, if it was interrupted); {versions}. A new process without
+the package answered "{fresh_process[0]}" to a drawing of "{fresh_process[1]}".
 
 | step | seconds |
 |---|---|
 {steps}
+| together | {sum(seconds.values()):.0f} |
 """
     (out / "report.md").write_text(text)
+
+
+def processor_name() -> str:
+    """The CPU's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    return names[0] if names else platform.machine()
 
 
 def _interval(form: str, summary: tuple[float, float, float]) -> str:
