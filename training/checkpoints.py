@@ -34,9 +34,18 @@ def save_connectors(model: PreTrainedModel, folder: str | os.PathLike):
 
 
 def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
-    """Reads what [`save_connectors`] wrote. Raises `RuntimeError` naming the tensors that do not fit the model."""
-    connectors = nn.ModuleDict(connectors_of(model))
-    connectors.load_state_dict(load_file(Path(folder, CONNECTORS_NAME)))
+    """
+    Reads what [`save_connectors`] wrote; the model gets the lexicon that was saved with them, or none if none was.
+
+    Raises `RuntimeError` naming the tensors that do not fit the model.
+    """
+    tensors = load_file(Path(folder, CONNECTORS_NAME))
+    if model.config.memory_top_k > 0 and "memory_connector.lexicon_bias" in tensors:
+        lexicon = [tensors[f"memory_connector.lexicon_{part}"].to(model.device) for part in ("keys", "bias", "tokens")]
+        model.base_model.memory_connector.set_lexicon(*lexicon)
+        model.config.memory_lexicon_size = len(lexicon[1])
+        model.config.latents_per_word = len(lexicon[2])
+    nn.ModuleDict(connectors_of(model)).load_state_dict(tensors)
 
 
 def last_checkpoint(output_dir: str | os.PathLike, settings: dict) -> str | None:
@@ -51,10 +60,10 @@ def last_checkpoint(output_dir: str | os.PathLike, settings: dict) -> str | None
     complete = [path for path in sort_checkpoints(str(output_dir)) if Path(path, TRAINER_STATE_NAME).is_file()]
     if complete and run.is_file():
         earlier = json.loads(run.read_text())
-        changed = [
-            f"{name}: {earlier.get(name)!r} then, {settings.get(name)!r} now"
-            for name in sorted(earlier.keys() | settings.keys())
-            if earlier.get(name) != settings.get(name)
+        changed = [  # an earlier version may have kept fewer settings
+            f"{name}: {earlier[name]!r} then, {settings[name]!r} now"
+            for name in sorted(earlier.keys() & settings.keys())
+            if earlier[name] != settings[name]
         ]
         if changed:
             raise ValueError(

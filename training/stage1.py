@@ -11,7 +11,7 @@ from .arguments import RunArguments
 from .checkpoints import connectors_of, load_connectors, save_connectors
 from .data import TrainingCollator
 from .precision import bfloat16_language_model
-from .trainer import SupervisedTrainer, train, training_rows
+from .trainer import SupervisedTrainer, evaluation_rows, train, training_rows
 
 
 @dataclass
@@ -73,7 +73,7 @@ def train_stage1(
         bank: The memory bank that `memory_ids` are of; None for a model without memory.
         vision_features: What [`cache_vision_features`] returned, for the rows of `dataset` in order, or at the rows'
             `feature_index`.
-        eval_dataset: The same, for `config.eval_strategy`.
+        eval_dataset: The same, for `config.eval_strategy`; with `vision_features` it needs `feature_index`.
 
     Returns:
         The trainer; losses are in its `state.log_history`. The frozen weights are the same bit for bit.
@@ -90,7 +90,7 @@ def train_stage1(
             config,
             data_collator=TrainingCollator(processor, vision_features, bank),
             train_dataset=training_rows(model, dataset, bank, vision_features),
-            eval_dataset=eval_dataset and training_rows(model, eval_dataset, bank, vision_features),
+            eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
         )
         train(trainer, bank)
     trainer.save_model()

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
 from .data import TrainingCollator
-from .trainer import SupervisedTrainer, train, training_rows
+from .trainer import SupervisedTrainer, evaluation_rows, train, training_rows
 
 
 @dataclass
@@ -83,7 +83,7 @@ def train_stage2(
         config,
         data_collator=TrainingCollator(processor, vision_features, bank),
         train_dataset=training_rows(model, dataset, bank, vision_features),
-        eval_dataset=eval_dataset and training_rows(model, eval_dataset, bank, vision_features),
+        eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
         processing_class=processor,
     )
     train(trainer, bank)

@@ -1,9 +1,14 @@
 """What training has in common in both stages."""
 
+import hashlib
+import json
+import os
+
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .checkpoints import last_checkpoint
@@ -12,6 +17,10 @@ from .checkpoints import last_checkpoint
 TRAJECTORY = (
     "learning_rate connector_lr memory_connector_lr lr_scheduler_type warmup_steps weight_decay optim max_grad_norm "
     "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16"
+).split()
+
+MODEL_TRAJECTORY = (
+    "memory_top_k memory_fusion num_latents latent_dim latents_per_word memory_lexicon_size image_seq_length key_space"
 ).split()
 
 
@@ -51,9 +60,12 @@ def training_rows(
 ) -> datasets.Dataset:
     """
     The columns the collator reads, with `feature_index` added where the features are those of the rows, in order.
+    Images stay as they are stored: the collator decodes them, and names the one that it cannot.
 
-    Raises `ValueError` when a column or the bank is missing, or the features or neighbours do not fit.
+    Raises `ValueError` when rows, a column or the bank are missing, or the features or neighbours do not fit.
     """
+    if len(dataset) == 0:
+        raise ValueError("The data set has no rows, expected at least one.")
     top_k = model.config.memory_top_k
     if (top_k > 0) != (bank is not None):
         raise ValueError(
@@ -81,6 +93,8 @@ def training_rows(
     rows = dataset.select_columns(columns)
     if index is not None:
         rows = rows.add_column("feature_index", index)
+    if "image" in columns and isinstance(rows.features["image"], datasets.Image):
+        rows = rows.cast_column("image", datasets.Image(decode=False))
     if bank is not None and len(rows[0]["memory_ids"]) != top_k:
         raise ValueError(
             f"A row has {len(rows[0]['memory_ids'])} memory_ids, expected memory_top_k = {top_k}: look them up with "
@@ -89,23 +103,70 @@ def training_rows(
     return rows
 
 
+def evaluation_rows(
+    model: PreTrainedModel,
+    dataset: datasets.Dataset | None,
+    bank: MemoryBank | None,
+    vision_features: np.ndarray | None,
+) -> datasets.Dataset | None:
+    """[`training_rows`] of an `eval_dataset`. The features are those of the training rows: it must say which are its."""
+    if dataset is None:
+        return None
+    if vision_features is not None and "feature_index" not in dataset.column_names:
+        raise ValueError(
+            f"eval_dataset has the columns {dataset.column_names}, expected feature_index as well: vision_features are "
+            "one array for both data sets. Append the features of the evaluation rows to those of the training rows "
+            "and give both data sets a column feature_index with the rows' positions in it."
+        )
+    return training_rows(model, dataset, bank, vision_features)
+
+
+def content_hash(rows: datasets.Dataset) -> str:
+    """Of chats and neighbours; the same in every run, where `Dataset._fingerprint` may be random."""
+    digest = hashlib.sha256()
+    columns = [column for column in rows.column_names if column != "image"]
+    for batch in rows.select_columns(columns).with_format(None).iter(1000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]
+
+
 def train(trainer: Trainer, bank: MemoryBank | None):
     """
     Trains, from the last checkpoint in `output_dir` on if there is one; leaves the model in evaluation mode and free
-    of what accelerate and TRL put around its forward. Raises `ValueError` when the checkpoints are of another run.
+    of what accelerate and TRL put around its forward. A run that is finished is loaded and not trained. Raises
+    `ValueError` when the checkpoints are of another run.
     """
     model, args = trainer.model, trainer.args
     settings = {name: vars(args)[name] for name in TRAJECTORY}
     settings["rows"] = len(trainer.train_dataset)
+    settings["rows_hash"] = content_hash(trainer.train_dataset)
     settings["world_size"] = args.world_size
     settings["memory_bank"] = (
         None if bank is None else {name: bank.config["sha256"][name] for name in ("keys", "values")}
     )
-    for name in ("memory_top_k", "memory_fusion", "num_latents", "latent_dim", "image_seq_length"):
+    for name in MODEL_TRAJECTORY:
         settings[name] = vars(model.config)[name]
+    checkpoint = last_checkpoint(args.output_dir, settings)
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir, settings))
+        if checkpoint is None or not _load_finished(trainer, checkpoint):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         for name in ("forward", "_original_forward"):
             vars(model).pop(name, None)
         model.eval()
+
+
+def _load_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """
+    Loads weights and state if the checkpoint is of the last step, and says whether it is. `Trainer` itself would do
+    one more step when `max_steps` ends within an epoch.
+    """
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    if not 0 < state.max_steps <= state.global_step:
+        return False
+    trainer.state = state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    else:
+        trainer._load_from_checkpoint(checkpoint)
+    return True

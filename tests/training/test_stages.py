@@ -1,11 +1,12 @@
 """Both stages: what trains, the loss, accumulation, resuming."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from tinyalign_vlm.training.checkpoints import load_connectors
+from tinyalign_vlm.training.checkpoints import load_connectors, save_connectors
 from tinyalign_vlm.training.data import TrainingCollator
 from tinyalign_vlm.training.features import cache_vision_features
 from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
@@ -106,6 +107,29 @@ def test_resuming_gives_the_uninterrupted_trajectory(stage, make_model, processo
 
 
 @pytest.mark.parametrize("stage", [1, 2])
+def test_a_finished_run_is_loaded_and_not_trained(stage, make_model, processor, dataset, bank, features, tmp_path):
+    """4 steps end within the second epoch of 3: `Trainer` would do a fifth."""
+    first, again = make_model(), make_model()
+    trainer = run(stage, first, processor, dataset, bank, tmp_path, features)
+    loaded = run(stage, again, processor, dataset, bank, tmp_path, features)
+    assert loaded.state.global_step == 4 and losses(loaded) == losses(trainer)
+    assert not changed_parts(weights(first), weights(again))
+    assert not again.training and "forward" not in vars(again)
+
+
+def test_other_rows_or_another_lexicon_are_another_run(make_model, processor, dataset, bank, features, tmp_path):
+    run(1, make_model(), processor, dataset, bank, tmp_path, features, max_steps=1)
+    copy = datasets.Dataset.from_list(list(dataset))  # its fingerprint is random
+    run(1, make_model(), processor, copy, bank, tmp_path, features, max_steps=1)
+    other = dataset.select(range(11, -1, -1))
+    with pytest.raises(ValueError, match="rows_hash: "):
+        run(1, make_model(), processor, other, bank, tmp_path, features, max_steps=1)
+    model = make_model(latents_per_word=1)
+    with pytest.raises(ValueError, match="latents_per_word: 2 then, 1 now"):
+        run(1, model, processor, dataset, bank, tmp_path, features, max_steps=1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
 def test_accumulation_equals_a_large_batch(stage, make_model, processor, dataset, bank, features, tmp_path):
     """Rows of different lengths: a mean of the small batches' means would differ."""
     large, small = make_model(), make_model()
@@ -164,6 +188,19 @@ def test_connectors_alone_are_saved_and_loaded(make_model, processor, dataset, b
         load_connectors(make_model(memory_top_k=0), tmp_path)
 
 
+def test_connectors_bring_their_lexicon(make_model, processor, bank, tmp_path):
+    trained, other = make_model(), make_model(latents_per_word=1)
+    trained.build_lexicon(processor.tokenizer, bank)
+    save_connectors(trained, tmp_path)
+    load_connectors(other, tmp_path)
+    assert other.config.memory_lexicon_size == trained.config.memory_lexicon_size > 0
+    assert other.config.latents_per_word == 2
+    assert not changed_parts(weights(trained), weights(other))
+    save_connectors(make_model(), tmp_path)
+    load_connectors(other, tmp_path)
+    assert other.config.memory_lexicon_size == 0
+
+
 def test_a_random_bank_trains_as_well_and_differently(
     make_model, model, processor, images, dataset, bank, features, tmp_path
 ):
@@ -195,8 +232,11 @@ def test_evaluation_during_training(make_model, processor, dataset, bank, featur
     config = Stage1Config(
         str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, bf16=False, disable_tqdm=True
     )
-    trainer = train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=dataset)
+    indexed = dataset.add_column("feature_index", list(range(12)))
+    trainer = train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=indexed)
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
+    with pytest.raises(ValueError, match="eval_dataset has the columns .* expected feature_index"):
+        train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=dataset)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +245,7 @@ def test_evaluation_during_training(make_model, processor, dataset, bank, featur
         ({"bank": None}, "memory_top_k = 2, but no bank was given"),
         ({"model": {"memory_top_k": 0}}, "memory_top_k = 0, but a bank was given"),
         ({"drop": "memory_ids"}, "no memory_ids, its columns are"),
+        ({"rows": 0}, "The data set has no rows"),
         ({"features": 3}, "3 vision_features for 12 rows"),
         ({"model": {"memory_top_k": 3}}, "2 memory_ids, expected memory_top_k = 3"),
     ],
@@ -212,6 +253,7 @@ def test_evaluation_during_training(make_model, processor, dataset, bank, featur
 def test_bad_input(change, message, make_model, processor, dataset, bank, features, tmp_path):
     model = make_model(**change.get("model", {}))
     dataset = dataset.remove_columns(change["drop"]) if "drop" in change else dataset
+    dataset = dataset.select(range(change.get("rows", 12)))
     with pytest.raises(ValueError, match=message):
         run(1, model, processor, dataset, change.get("bank", bank), tmp_path, features[: change.get("features", 12)])
 
