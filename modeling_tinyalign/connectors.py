@@ -54,6 +54,11 @@ class MemoryConnector(nn.Module):
         self.register_buffer("lexicon_bias", bias)
         self.register_buffer("lexicon_tokens", tokens)
 
+    def _apply(self, fn, recurse: bool = True):
+        """Loading in half precision makes the token ids float32: as bfloat16 they would become other tokens."""
+        self.lexicon_tokens = self.lexicon_tokens.long()
+        return super()._apply(fn, recurse)
+
     def forward(
         self, values: torch.Tensor, mask: torch.Tensor | None = None, embeddings: torch.Tensor | None = None
     ) -> torch.Tensor:

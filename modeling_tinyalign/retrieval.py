@@ -4,10 +4,14 @@ import os
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from .bank_builder import check_latents
 from .lexicon import lexicon_words, slot_tokens
 from .memory_bank import MemoryBank
 from .outputs import TinyAlignRetrieval
+
+logger = logging.get_logger(__name__)
 
 
 class RetrievalMixin:
@@ -62,11 +66,21 @@ class RetrievalMixin:
         the bank's value encoder spells them. A closed form, nothing is trained. Call it before training, and again
         after a bank with new words is attached. The words are saved with the model.
 
+        The first lexicon of a model sets the output layer of the memory connector's MLP to zero, so that the MLP starts
+        as a correction of the words; what a model that was trained without a lexicon had learned there is lost, and a
+        warning says so.
+
         Args:
             tokenizer: The language model's.
             bank: A bank whose value encoder was trained to spell (`tinyalign_vlm.training.train_value_encoder`).
+
+        Raises:
+            ValueError: The model has no memory, or the bank's latents are not those that it reads.
         """
+        if self.config.memory_top_k == 0:
+            raise ValueError("memory_top_k is 0, a model without memory: it reads no bank and needs no lexicon.")
         encoder, connector = bank.value_encoder, self.memory_connector
+        check_latents(encoder, self)
         if encoder.config.latents_per_word != self.config.latents_per_word:
             raise ValueError(
                 f"The bank's value encoder writes {encoder.config.latents_per_word} latents a word, the model reads "
@@ -78,7 +92,12 @@ class RetrievalMixin:
         if self.config.memory_lexicon_size == 0:  # the MLP starts as a correction of 0
             torch.nn.init.zeros_(connector.mlp.linear_2.weight)
             torch.nn.init.zeros_(connector.mlp.linear_2.bias)
-        connector.set_lexicon(keys.to(self.device), bias.to(self.device), tokens.to(self.device))
+            logger.warning(
+                "This is the model's first lexicon: the output layer of its memory connector was set to zero, to be "
+                "trained from there. If it was trained before, that is lost."
+            )
+        device = connector.null_latents.device
+        connector.set_lexicon(keys.to(device), bias.to(device), tokens.to(device))
         self.config.memory_lexicon_size = len(words)
 
     def _require_bank(self) -> MemoryBank:

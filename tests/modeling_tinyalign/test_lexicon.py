@@ -1,5 +1,7 @@
 """The lexicon: what latents spell, read in the language model's embeddings."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -7,6 +9,11 @@ from tinyalign_vlm import ValueEncoder, ValueEncoderConfig
 from tinyalign_vlm.modeling_tinyalign.lexicon import lexicon_words, read_words, slot_tokens, vocabulary_words
 
 WORDS = ["", "red", "square", "white", "raccoonish"]
+
+
+class FakeBank(NamedTuple):
+    value_encoder: ValueEncoder
+    captions: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +74,10 @@ def test_read_words_gives_the_embeddings_of_the_likeliest_word(tokenizer):
 
 
 def test_lexicon_is_saved_and_changes_nothing_on_reload(make_model, tokenizer, encoder, tmp_path):
-    class Bank:
-        value_encoder, captions = encoder, ["a red square", "white"]
-
+    bank = FakeBank(encoder, ["a red square", "white"])
     for fusion in ("sequence", "channel"):
         model = make_model(num_latents=4, latent_dim=96, memory_fusion=fusion)
-        model.build_lexicon(tokenizer, Bank)
+        model.build_lexicon(tokenizer, bank)
         connector = model.model.memory_connector
         assert model.config.memory_lexicon_size == len(connector.lexicon_bias) > 4
         values = torch.randn(2, 2, 4, 96)
@@ -87,14 +92,57 @@ def test_lexicon_is_saved_and_changes_nothing_on_reload(make_model, tokenizer, e
         torch.testing.assert_close(absent, connector(-values, torch.zeros(2, 2, dtype=torch.bool), embeddings))
 
 
+@pytest.mark.parametrize("fully", [False, True])
+def test_lexicon_in_half_precision(make_model, tokenizer, encoder, tmp_path, fully):
+    """Token ids are exact whatever the checkpoint's dtype; 299 would be 300 as bfloat16."""
+    model = make_model(num_latents=4, latent_dim=96)
+    if fully:
+        model.to(torch.bfloat16)
+    model.build_lexicon(tokenizer, FakeBank(encoder, ["a red square", "white"]))
+    connector = model.model.memory_connector
+    connector.lexicon_tokens[:, 1:, 0] = 299
+    tokens = connector.lexicon_tokens.clone()
+    values, embeddings = torch.randn(2, 2, 4, 96).bfloat16(), model.get_input_embeddings().weight
+    expected = connector(values, None, embeddings)
+    assert (
+        expected.isfinite().all()
+        and model.get_image_features(torch.zeros(2, 3, 32, 32), memory_values=values).pooler_output[0].isfinite().all()
+    )
+    model.save_pretrained(tmp_path)
+    for settings in ({"dtype": torch.bfloat16}, {}):
+        again = type(model).from_pretrained(tmp_path, **settings)
+        loaded = again.model.memory_connector
+        assert loaded.lexicon_tokens.long().equal(tokens)
+        read = loaded(values, None, again.get_input_embeddings().weight)
+        torch.testing.assert_close(read.float(), expected.float(), atol=0.02, rtol=0.02)
+        again.to(torch.bfloat16)
+        assert loaded.lexicon_tokens.equal(tokens)
+
+
+def test_first_lexicon_warns_that_the_output_layer_is_zeroed(make_model, tokenizer, encoder, caplog):
+    model, bank = make_model(num_latents=4, latent_dim=96), FakeBank(encoder, ["red"])
+    layer = model.model.memory_connector.mlp.linear_2
+    model.build_lexicon(tokenizer, bank)
+    assert "was set to zero" in caplog.text and not layer.weight.any() and not layer.bias.any()
+    caplog.clear()
+    torch.nn.init.ones_(layer.weight)
+    model.build_lexicon(tokenizer, bank)
+    assert not caplog.text and layer.weight.all()
+
+
+def test_a_lexicon_needs_a_memory_and_its_latents(make_model, tokenizer, encoder):
+    bank = FakeBank(encoder, ["red"])
+    with pytest.raises(ValueError, match="memory_top_k is 0"):
+        make_model(num_latents=4, latent_dim=96, memory_top_k=0).build_lexicon(tokenizer, bank)
+    with pytest.raises(ValueError, match=r"shape \(4, 96\), but the model expects \(3, 96\)"):
+        make_model(num_latents=3, latent_dim=96).build_lexicon(tokenizer, bank)
+
+
 def test_latents_per_word_must_agree(make_model, tokenizer):
     config = ValueEncoderConfig(num_latents=4, latents_per_word=1, num_self_attends_per_block=1)
-
-    class Bank:
-        value_encoder, captions = ValueEncoder(config), ["red"]
-
+    bank = FakeBank(ValueEncoder(config), ["red"])
     with pytest.raises(ValueError, match="writes 1 latents a word, the model reads 2"):
-        make_model(num_latents=4, latent_dim=96).build_lexicon(tokenizer, Bank)
+        make_model(num_latents=4, latent_dim=96).build_lexicon(tokenizer, bank)
 
 
 @pytest.mark.parametrize(
