@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
@@ -13,11 +14,48 @@ from ..modeling_tinyalign.memory_bank import MemoryBank
 
 
 def to_messages(prompt: str, answer: str) -> list[dict]:
-    """One question about an image and its answer, as a chat."""
+    """One question about an image and its answer, as a chat. Raises `ValueError` when one of them is no text."""
+    for name, text in (("prompt", prompt), ("answer", answer)):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"the {name} is {text!r}, expected text that is not blank: fill it in or remove the row (a number "
+                'is written as text, "3")'
+            )
     return [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": prompt}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
+
+
+def check_messages(messages: list[dict]):
+    """Raises `ValueError`, saying what was found, unless this is a chat in which the assistant says something."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"the chat is {str(messages)[:200]}, expected a list of {{'role': ..., 'content': ...}}")
+    spoken = False
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError(
+                f"a turn of {message.get('role')!r} has the content {str(content)[:200]}, expected text or a list of "
+                '{"type": "image"} and {"type": "text", "text": ...}'
+            )
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"a turn of {message.get('role')!r} has the text {text!r}, expected a string: fill it in or "
+                    f"remove the row. The chat: {str(messages)[:200]}"
+                )
+        if message.get("role") == "assistant":
+            spoken = True
+            if not "".join(texts).strip():
+                raise ValueError(
+                    "an assistant turn is empty, expected text that is not blank: fill it in or remove the row. "
+                    f"The chat: {str(messages)[:200]}"
+                )
+    if not spoken:
+        raise ValueError(f"no token to learn: expected an assistant turn. The chat: {str(messages)[:200]}")
 
 
 def encode_chat(
@@ -74,11 +112,18 @@ class TrainingCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids, labels = [], []
         for row in rows:
-            row_ids, assistant = encode_chat(self.processor, row["messages"])
+            messages = _column(row, "messages")
+            try:
+                check_messages(messages)
+                row_ids, assistant = encode_chat(self.processor, messages)
+            except ValueError as error:
+                index = row.get("feature_index")
+                name = "A row" if index is None else f"The row with feature_index {index}"
+                raise ValueError(f"{name} cannot be trained on: {error}") from error
             if not any(assistant):
                 raise ValueError(
-                    "A chat has no token to learn: expected an assistant turn that is not empty, and a chat template "
-                    f"that marks it with {{% generation %}}. The chat: {str(row['messages'])[:200]}"
+                    "A chat has no token to learn: expected a chat template that marks what the assistant says with "
+                    f"{{% generation %}}. The chat: {str(messages)[:200]}"
                 )
             ids.append(torch.tensor(row_ids))
             labels.append(torch.tensor(row_ids).masked_fill(torch.tensor(assistant) == 0, -100))
@@ -96,7 +141,7 @@ class TrainingCollator:
             index = np.array([_column(row, "feature_index") for row in rows])
             inputs["vision_features"] = torch.from_numpy(self.vision_features[index])
         else:
-            images = [load_image(_column(row, "image")) for row in rows]
+            images = [_image_of(row) for row in rows]
             inputs.update(self.processor.image_processor(images=images, return_tensors="pt"))
         if self.bank is not None:
             inputs["memory_ids"] = torch.tensor([_column(row, "memory_ids") for row in rows])
@@ -115,6 +160,18 @@ class TrainingCollator:
         self.__dict__.update(state)
         if isinstance(self.vision_features, str):
             self.vision_features = np.load(self.vision_features, mmap_mode="r", allow_pickle=False)
+
+
+def _image_of(row: dict[str, Any]) -> Image.Image:
+    image = _column(row, "image")
+    try:
+        return load_image(image)
+    except ValueError as error:
+        path = image["path"] if isinstance(image, dict) else None
+        raise ValueError(
+            f"The image{'' if path is None else f' {path}'} of a row cannot be used: {error}. Repair it or remove the "
+            f"row. The row's chat: {str(row['messages'])[:200]}"
+        ) from error
 
 
 def _column(row: dict[str, Any], name: str) -> Any:

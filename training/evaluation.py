@@ -102,8 +102,8 @@ def evaluate_answers(
     model.eval()
     for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        references += [reference_of(row["messages"]) for row in batch]
         inputs = {name: tensor.to(model.device) for name, tensor in collator(batch).items()}
+        references += [reference_of(row["messages"]) for row in batch]
         loss, correct, counts = _score(model, inputs)
         for row_loss, row_correct in zip(loss.split(counts), correct.split(counts), strict=True):
             losses.append(row_loss.sum().item())

@@ -1,6 +1,8 @@
 """From the files people have to the rows both stages train on."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
-from .data import to_messages
+from .data import check_messages, to_messages
 from .features import cache_vision_features
 from .neighbours import find_neighbours, source_ids_of
 
@@ -20,7 +22,8 @@ def read_rows(config: RunArguments) -> datasets.Dataset:
     """
     The data set of a config with its columns as `image` and `messages`, nothing else.
 
-    Paths of images in a file are relative to that file. Raises `ValueError` when the data or a column is missing.
+    Paths of images in a file are relative to that file. Raises `ValueError` when the data or a column is missing, or
+    when a row has no answer (it is named).
     """
     if config.dataset is None:
         raise ValueError("No data set: set `dataset` in the YAML file, or pass --dataset FILE_OR_REPOSITORY.")
@@ -38,8 +41,14 @@ def read_rows(config: RunArguments) -> datasets.Dataset:
     messages = None
     if config.messages_column in rows.column_names:
         columns[config.messages_column] = "messages"
+        for number, chat in enumerate(rows[config.messages_column]):
+            with naming_row(config.dataset, number):
+                check_messages(chat)
     elif config.prompt is not None and config.answer_column in rows.column_names:
-        messages = [to_messages(config.prompt, answer) for answer in rows[config.answer_column]]
+        messages = []
+        for number, answer in enumerate(rows[config.answer_column]):
+            with naming_row(config.dataset, number):
+                messages.append(to_messages(config.prompt, answer))
     else:
         raise ValueError(
             f"{config.dataset} has the columns {rows.column_names}: name the one with chats with messages_column, or "
@@ -52,6 +61,15 @@ def read_rows(config: RunArguments) -> datasets.Dataset:
         rows = rows.map(lambda row: {"image": os.path.join(folder, row["image"])}, desc="Paths of images")
     rows = rows.cast_column("image", datasets.Image())
     return rows if messages is None else rows.add_column("messages", messages)
+
+
+@contextmanager
+def naming_row(dataset: str, number: int) -> Iterator[None]:
+    """Puts the row, counted from 0, before the message of a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Row {number} of {dataset} (the first is 0): {error}") from error
 
 
 def with_features_and_neighbours(

@@ -109,14 +109,14 @@ def evaluation_rows(
     bank: MemoryBank | None,
     vision_features: np.ndarray | None,
 ) -> datasets.Dataset | None:
-    """[`training_rows`] of an `eval_dataset`. The features are those of the training rows: it must say which are its."""
+    """[`training_rows`] of an `eval_dataset`, which has to say which of the training rows' features are its own."""
     if dataset is None:
         return None
     if vision_features is not None and "feature_index" not in dataset.column_names:
         raise ValueError(
-            f"eval_dataset has the columns {dataset.column_names}, expected feature_index as well: vision_features are "
-            "one array for both data sets. Append the features of the evaluation rows to those of the training rows "
-            "and give both data sets a column feature_index with the rows' positions in it."
+            f"eval_dataset has the columns {dataset.column_names}, expected feature_index as well: vision_features "
+            "are one array for both data sets. Append the features of the evaluation rows to those of the training "
+            "rows and give both data sets a column feature_index with the rows' positions in it."
         )
     return training_rows(model, dataset, bank, vision_features)
 

@@ -117,6 +117,24 @@ def test_mistakes_in_the_file(change, message, files, monkeypatch):
         cli.main(["train", "changed.yaml"])
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["blue", None], "Row 1 of rows.json .the first is 0.: the answer is None, expected text that is not blank"),
+        (["blue", " "], "Row 1 .*: the answer is ' '"),
+        ([7, 8], "Row 0 .*: the answer is 7, expected text"),
+        ([{"role": "user", "content": "?"}], "Row 0 .*: no token to learn: expected an assistant turn"),
+    ],
+)
+def test_rows_without_an_answer_are_named(labels, message, files, monkeypatch):
+    monkeypatch.chdir(files)
+    column = "messages" if isinstance(labels[0], dict) else "label"
+    rows = [{"image": "0.png", column: [label] if column == "messages" else label} for label in labels]
+    (files / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["train", "stage1.yaml", "--dataset", "rows.json"])
+
+
 def test_an_unknown_field_is_refused(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
     with pytest.raises(SystemExit, match="2|learning_rat"):

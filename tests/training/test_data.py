@@ -1,13 +1,16 @@
 """Chats as batches."""
 
 import pickle
+import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
 from tinyalign_vlm.training.data import TrainingCollator, encode_chat, to_messages
 from tinyalign_vlm.training.features import cache_vision_features
+from tinyalign_vlm.training.trainer import training_rows
 
 
 @pytest.mark.parametrize("text", ["llama", "phi"])
@@ -73,11 +76,35 @@ def test_values_of_the_neighbours(processor, features, bank, dataset):
         ({"messages": to_messages("<image> what?", "blue")}, "has 2 images, expected 1"),
         ({"messages": [{"role": "assistant", "content": "blue"}]}, "has 0 images, expected 1"),
         ({"messages": to_messages("what?", "blue"), "feature_index": None}, "no 'feature_index'"),
+        ({"messages": None}, "no 'messages'"),
+        (
+            {"messages": "blue"},
+            "The row with feature_index 0 cannot be trained on: the chat is blue, expected a list",
+        ),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "an assistant turn is empty"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "'assistant' has the text None, expected a string"),
+        ({"messages": [{"role": "user", "content": ["what?"]}]}, "the content \\['what\\?'\\], expected text or"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "'user' has the text 3"),
     ],
 )
 def test_bad_rows(row, message, processor, features):
     with pytest.raises(ValueError, match=message):
         TrainingCollator(processor, features)([{"feature_index": 0, **row}])
+
+
+@pytest.mark.parametrize("answer", [None, 3, "", " \n"])
+def test_an_answer_is_text(answer):
+    with pytest.raises(ValueError, match=f"the answer is {re.escape(repr(answer))}, expected text that is not blank"):
+        to_messages("what?", answer)
+
+
+def test_a_broken_image_is_named(make_model, processor, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows = {"image": [str(tmp_path / "broken.png")], "messages": [to_messages("what?", "blue")]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    (row,) = training_rows(make_model(memory_top_k=0), dataset, None, None)
+    with pytest.raises(ValueError, match="broken.png of a row cannot be used: .*The row's chat: .*blue"):
+        TrainingCollator(processor)([row])
 
 
 def test_a_worker_maps_the_features_itself(model, processor, images, dataset, tmp_path):
