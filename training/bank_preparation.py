@@ -23,7 +23,8 @@ class ValueEncoderTrainingConfig:
     invented_share (`float`, *optional*, defaults to 0.5):
         Share of words in made-up captions that are random letters, so that words never seen can be spelled.
     vision_weight (`float`, *optional*, defaults to 0.1):
-        Weight of predicting the mean visual feature (cosine) from the mean latent.
+        Weight of predicting the mean visual feature (cosine) from the mean latent. Without effect if the encoder reads
+        pixels (`image_input="pixels"`): there is no feature to predict.
     seed (`int`, *optional*, defaults to 0): Of the data.
     """
 
@@ -36,10 +37,24 @@ class ValueEncoderTrainingConfig:
 
 
 class CaptionSampler:
-    """Captions to practise reading on: half are `captions`, half are made up of known and other words."""
+    """
+    Captions to practise reading on: half are `captions`, half are made up of known and other words.
+
+    Raises `ValueError` when a caption is no text, or all are blank.
+    """
 
     def __init__(self, captions: Sequence[str], other_words: Sequence[str], other_share: float, seed: int):
+        for number, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(
+                    f"Caption {number} (the first is 0) is {caption!r}, expected text: fill it in or leave it out."
+                )
         self.captions = [caption for caption in captions if caption.strip()]
+        if not self.captions:
+            raise ValueError(
+                f"Found {len(captions)} captions and none with a word in it, expected at least one: pass the captions "
+                "of the training images."
+            )
         self.words = sorted({word for caption in self.captions for word in caption.split()})
         self.other_words, self.other_share = other_words, other_share
         self.rng = random.Random(seed)
@@ -97,10 +112,16 @@ def train_value_encoder(
 
     Returns:
         A row every 50 steps: `step`, `loss` (nats a byte) and `words_right` (share of words spelled without a fault).
+
+    Raises:
+        ValueError: There is no image, no caption with a word in it, or a caption is no text (its number is named).
     """
     config = config or ValueEncoderTrainingConfig()
+    if len(images) == 0:
+        raise ValueError("Found 0 images, expected at least one: pass the training images' features or pixels.")
     sampler = CaptionSampler(captions, (), config.invented_share, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
+    sees_features = encoder.config.image_input == "features"
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         look = nn.Linear(encoder.config.latent_dim, encoder.config.vision_feature_size).to(encoder.device)
@@ -117,7 +138,7 @@ def train_value_encoder(
         latents = encoder(batch, caption_bytes)
         loss, words_right = spelling_loss(encoder, latents, caption_bytes)
         total = loss
-        if config.vision_weight:
+        if config.vision_weight and sees_features:
             seen = F.cosine_similarity(look(latents.mean(1)), batch.mean(1)).mean()
             total = loss + config.vision_weight * (1 - seen)
         optimizer.zero_grad()

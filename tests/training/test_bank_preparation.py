@@ -1,6 +1,7 @@
 """The value encoder learns to spell."""
 
 import numpy as np
+import pytest
 import torch
 
 from tinyalign_vlm import ValueEncoder, ValueEncoderConfig
@@ -54,9 +55,7 @@ def test_latents_without_a_word_count_a_tenth():
 def test_pixels_are_an_option():
     encoder = new_encoder(image_input="pixels", image_size=64, patch_size=32)
     images = np.zeros((3, 3, 64, 64), np.float32)
-    history = train_value_encoder(
-        encoder, images, CAPTIONS, ValueEncoderTrainingConfig(steps=2, batch_size=2, vision_weight=0.0)
-    )
+    history = train_value_encoder(encoder, images, CAPTIONS, ValueEncoderTrainingConfig(steps=2, batch_size=2))
     assert len(history) == 1
     assert encoder.encode(torch.zeros(2, 3, 64, 64), CAPTIONS[:2]).shape == (2, 4, 96)
 
@@ -67,3 +66,18 @@ def test_sampler():
     assert set(CAPTIONS) <= set(samples)
     assert max(len(sample.split()) for sample in samples) == 3
     assert samples == CaptionSampler(CAPTIONS, (), 1.0, seed=0).sample(200, 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "message"),
+    [
+        (3, [], "Found 0 captions and none with a word"),
+        (3, ["", " "], "Found 2 captions and none with a word"),
+        (3, ["blue", None], r"Caption 1 \(the first is 0\) is None, expected text"),
+        (3, [7], "Caption 0 .* is 7, expected text"),
+        (0, CAPTIONS, "Found 0 images"),
+    ],
+)
+def test_bad_input(images, captions, message):
+    with pytest.raises(ValueError, match=message):
+        train_value_encoder(new_encoder(), np.zeros((images, 2, 8), np.float16), captions)
