@@ -54,6 +54,7 @@ except ImportError:
 
 KEY_ENCODER_NAME = "key_encoder.safetensors"
 MIN_PROBE_COSINE = 0.99
+MAX_PROBE_DIFFERENCE = 1e-3
 
 
 class MemoryBank(BankRows):
@@ -351,7 +352,8 @@ class MemoryBank(BankRows):
     def check_probes(self, model: PreTrainedModel) -> None:
         """Refuse a model whose vision tower is not the one the bank's keys were made with.
 
-        The keys of four fixed synthetic images are made anew and compared, centred, with those of the building tower.
+        The keys of four fixed synthetic images are made anew and compared with those of the building tower: they are
+        the same, or their cosine, centred, is near 1.
 
         Raises:
             ValueError: naming both towers and the cosine, or the widths of their features.
@@ -368,6 +370,10 @@ class MemoryBank(BankRows):
             )
         self.key_encoder.to(features.device)
         raw, mean = self.key_encoder.raw_keys(features).cpu(), self.key_encoder.mean.cpu()
+        # a nearly constant tower, an untrained one say, leaves nothing to take a cosine of; squares need float64
+        probes = self.probe_keys.double()
+        if ((raw - probes).norm(dim=-1) <= MAX_PROBE_DIFFERENCE * probes.norm(dim=-1)).all():
+            return
         cosine = F.cosine_similarity(raw - mean, self.probe_keys - mean).min().item()
         if not cosine >= MIN_PROBE_COSINE:
             raise ValueError(

@@ -66,8 +66,8 @@ class RetrievalMixin:
         the bank's value encoder spells them. A closed form, nothing is trained. Call it before training, and again
         after a bank with new words is attached. The words are saved with the model.
 
-        The first lexicon of a model sets the output layer of the memory connector's MLP to zero, so that the MLP starts
-        as a correction of the words; what a model that was trained without a lexicon had learned there is lost, and a
+        The first lexicon of a model sets the output layer of the memory connector's MLP to zero: it starts as a
+        correction of the words. What a model that was trained without a lexicon had learned there is lost, and a
         warning says so.
 
         Args:

@@ -17,7 +17,7 @@ def rows(images) -> list[dict]:
     return [{"image": image, "caption": caption} for image, caption in zip(images, CAPTIONS, strict=True)]
 
 
-def build_bank(model, processor, rows: list) -> MemoryBank:
+def build_bank(model, processor, rows: list, num_vision_tokens: int = 16) -> MemoryBank:
     torch.manual_seed(0)
     config = ValueEncoderConfig(
         num_latents=model.config.num_latents,
@@ -29,7 +29,7 @@ def build_bank(model, processor, rows: list) -> MemoryBank:
         qk_channels=8,
         v_channels=model.config.latent_dim,
         vision_feature_size=model.config.vision_feature_size,
-        num_vision_tokens=16,
+        num_vision_tokens=num_vision_tokens,
     )
     return MemoryBank.build(rows, model, processor, ValueEncoder(config))
 
@@ -181,6 +181,25 @@ def test_language_keys_read_the_question_but_never_the_answer(make_model, make_p
     asked = retrieve("yellow", "red")
     assert asked.equal(retrieve("yellow", "green, and a long answer"))
     assert not asked.equal(retrieve("is it black or white?", "red"))
+
+
+def test_a_nearly_constant_tower_knows_its_bank(checkpoints, make_processor, rows):
+    """An untrained EfficientNet makes features near 1e-21."""
+
+    def compose() -> TinyAlignForConditionalGeneration:
+        return TinyAlignForConditionalGeneration.from_vision_text_pretrained(
+            checkpoints["efficientnet"], checkpoints["llama"], num_latents=3, latent_dim=5, vision_pool_size=4
+        )
+
+    model = compose()
+    bank = build_bank(model, make_processor(model, "efficientnet"), rows, num_vision_tokens=64)
+    compose().attach_memory_bank(bank)
+    other = compose()
+    for parameter in other.model.vision_tower.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    with pytest.raises(ValueError, match="cosine"):
+        other.attach_memory_bank(bank)
 
 
 class TestBadBanks:
