@@ -1,5 +1,8 @@
 """Composing a TinyAlign model from a vision checkpoint and a language-model checkpoint."""
 
+from dataclasses import fields
+from difflib import get_close_matches
+
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -24,6 +27,7 @@ def compose(
     config_kwargs: dict,
 ) -> PreTrainedModel:
     """See `TinyAlignForConditionalGeneration.from_vision_text_pretrained`."""
+    _check_names(config_kwargs)
     vision_tower, vision_report = _load_vision_tower(vision_name_or_path, vision_kwargs or {})
     language_model, image_token_id, text_report = _load_language_model(
         text_name_or_path, image_token, text_kwargs or {}
@@ -59,6 +63,18 @@ def compose(
     model.generation_config.suppress_tokens = [image_token_id]
     logger.warning(f"Not from a checkpoint, train before use: {', '.join(new)} (random){text_report}{vision_report}.")
     return model.eval()
+
+
+def _check_names(config: dict):
+    """A config keeps whatever it is given: a mistyped field would be the default, unnoticed. Raises `ValueError`."""
+    known = [field.name for field in fields(TinyAlignConfig)] + ["top_k", "attn_implementation"]
+    for name in config:
+        if name not in known:
+            close = get_close_matches(name, known)
+            raise ValueError(
+                f"{name} is no field of TinyAlignConfig{f', did you mean {close[0]}?' if close else '.'} What is meant "
+                "for from_pretrained of the two models goes into vision_kwargs and text_kwargs."
+            )
 
 
 def _load_vision_tower(name_or_path: str, kwargs: dict) -> tuple[PreTrainedModel, str]:

@@ -105,6 +105,9 @@ class TinyAlignConfig(PreTrainedConfig):
         self.memory_top_k = 5 if top_k is None else top_k
         if self.memory_top_k < 0:
             raise ValueError(f"memory_top_k is {self.memory_top_k}, expected 0 (no memory) or more.")
+        for name in ("image_seq_length", "num_latents", "latent_dim", "latents_per_word"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} is {vars(self)[name]}, expected 1 or more.")
         if self.vision_feature_size is None:
             width = self.vision_config.to_dict().get("hidden_size")
             if width is None:
@@ -115,6 +118,13 @@ class TinyAlignConfig(PreTrainedConfig):
             layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
             self.vision_feature_size = width * layers
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Takes `top_k` for `memory_top_k`, so that `from_pretrained(folder, top_k=0)` does."""
+        if "top_k" in kwargs:
+            kwargs["memory_top_k"] = kwargs.pop("top_k")
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_memory_tokens(self) -> int:

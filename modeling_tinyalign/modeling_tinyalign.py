@@ -300,6 +300,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         text_name_or_path: str,
         *,
         image_token: str = "<image>",
+        dtype: torch.dtype | str | None = None,
         vision_kwargs: dict | None = None,
         text_kwargs: dict | None = None,
         **config,
@@ -311,9 +312,16 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             vision_name_or_path (`str`): A vision tower, or a dual tower (SigLIP, CLIP) whose vision half is taken.
             text_name_or_path (`str`): A causal language model with its tokenizer.
             image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, added if the tokenizer lacks it.
+            dtype (`torch.dtype`, *optional*): Of both models; the connectors are float32 in any case.
             vision_kwargs, text_kwargs (`dict`, *optional*): For the two `from_pretrained` (`dtype`, `revision`, ...).
             config: Fields of [`TinyAlignConfig`].
+
+        Raises:
+            ValueError: `config` has a name that is none of its fields.
         """
+        if dtype is not None:
+            vision_kwargs = {"dtype": dtype, **(vision_kwargs or {})}
+            text_kwargs = {"dtype": dtype, **(text_kwargs or {})}
         return compose(cls, vision_name_or_path, text_name_or_path, image_token, vision_kwargs, text_kwargs, config)
 
     def get_output_embeddings(self) -> nn.Module:

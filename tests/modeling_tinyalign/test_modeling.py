@@ -205,6 +205,24 @@ def test_composition_reports_what_is_random(checkpoints, caplog, tmp_path):
         assert part in report
 
 
+def test_composition_in_half_precision(checkpoints):
+    """Both models, but not the connectors; what is given for one of them counts more."""
+    compose = TinyAlignForConditionalGeneration.from_vision_text_pretrained
+    names = (checkpoints["siglip"], checkpoints["llama"])
+    model = compose(*names, dtype=torch.bfloat16)
+    assert {p.dtype for name, p in model.named_parameters() if "connector" not in name} == {torch.bfloat16}
+    assert model.model.connector.linear_1.weight.dtype == torch.float32
+    mixed = compose(*names, dtype="bfloat16", vision_kwargs={"dtype": torch.float32}).model
+    assert (mixed.vision_tower.dtype, mixed.language_model.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_composition_refuses_unknown_names(checkpoints):
+    compose = TinyAlignForConditionalGeneration.from_vision_text_pretrained
+    for name, message in (("memory_topk", "did you mean memory_top_k"), ("revision", "vision_kwargs")):
+        with pytest.raises(ValueError, match=f"{name} is no field of TinyAlignConfig.*{message}"):
+            compose(checkpoints["siglip"], checkpoints["llama"], **{name: 3})
+
+
 def test_batch_equals_singles(model, processor, ragged):
     chats, batch = ragged
     for side in ("left", "right"):
@@ -422,6 +440,9 @@ def test_config_round_trip(model, tmp_path):
         TinyAlignConfig(top_k=-1)
     with pytest.raises(ValueError, match="Found top_k=3 and memory_top_k=5, two names"):
         TinyAlignConfig(top_k=3, memory_top_k=5)
+    for name in ("num_latents", "latent_dim", "latents_per_word", "image_seq_length"):
+        with pytest.raises(ValueError, match=f"{name} is 0, expected 1 or more"):
+            TinyAlignConfig(**{name: 0})
     with pytest.raises(StrictDataclassFieldValidationError, match="memory_top_k"):
         TinyAlignConfig(top_k="3")
 
@@ -440,6 +461,10 @@ def test_top_k_is_another_name_of_memory_top_k(checkpoints, tmp_path):
     model.save_pretrained(tmp_path / "model")
     loaded = TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "model")
     assert loaded.config.memory_top_k == 3 and loaded.generation_config.top_k == model.generation_config.top_k
+    for name in ("top_k", "memory_top_k"):
+        loaded = TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "model", **{name: 0})
+        assert loaded.config.memory_top_k == 0 and not any("memory" in key for key in loaded.state_dict())
+        assert TinyAlignConfig.from_pretrained(tmp_path / "config", **{name: 4}).memory_top_k == 4
     with pytest.raises(ValueError, match="efficientnet config has no hidden_size"):
         TinyAlignConfig(vision_config={"model_type": "efficientnet"})
 
