@@ -21,6 +21,8 @@ class RunArguments:
         vision_model, language_model (`str`, *optional*): of the two to compose a new one from, and
         model_kwargs (`dict`, *optional*): the fields of [`TinyAlignConfig`] to set in it.
         memory_bank (`str`, *optional*): Folder or repository of the bank. Needed unless `memory_top_k` is 0.
+        lexicon (`bool`, *optional*, defaults to `True`): Let the memory connector of a newly composed model read the
+            words of the bank, see docs/value_encoder.md. `False` for a bank whose value encoder was not trained.
         dataset (`str`, *optional*): A Parquet, JSON or JSON-lines file, a folder, or a dataset repository.
         dataset_split (`str`, *optional*, defaults to `"train"`): The split to train on.
         image_column (`str`, *optional*, defaults to `"image"`): Images, or their paths.
@@ -43,6 +45,12 @@ class RunArguments:
     )
     memory_bank: str | None = field(
         default=None, metadata={"help": "Memory bank: folder or Hub repository. Not needed if memory_top_k is 0."}
+    )
+    lexicon: bool = field(
+        default=True,
+        metadata={
+            "help": "New models: let the memory connector read the words of the bank, see docs/value_encoder.md."
+        },
     )
     dataset: str | None = field(
         default=None, metadata={"help": "Parquet, JSON or JSON-lines file, folder, or Hub dataset."}

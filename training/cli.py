@@ -2,7 +2,12 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 TRAIN_HELP = """
 Train one stage, as a YAML file says. A rerun goes on where the last one stopped.
@@ -19,6 +24,7 @@ A file, complete:
   language_model: HuggingFaceTB/SmolLM2-135M-Instruct
   model_kwargs: {memory_top_k: 5}                      # fields of TinyAlignConfig; 0 is the baseline without memory
   memory_bank: bank                                    # folder or Hub repository (MemoryBank.build makes one)
+  lexicon: true                                        # a new model reads the bank's words, see docs/value_encoder.md
   dataset: pairs.parquet                               # or JSON, JSON lines, a folder, a Hub repository
   answer_column: caption                               # or a column `messages` with chats
   prompt: Describe the image briefly.
@@ -52,16 +58,24 @@ def main(argv: list[str] | None = None):
     if arguments.command == "demo":
         if fields:
             parser.error(f"unknown arguments: {' '.join(fields)}")
-        from .demo import run_demo
+        with plain_errors():
+            from .demo import run_demo
 
-        run_demo(arguments.output, arguments.quick)
+            run_demo(arguments.output, arguments.quick)
     elif arguments.config is None:
         train.print_help()
         sys.exit(0 if {"-h", "--help"} & set(fields) else 2)
     else:
-        from .run import train_from_file
+        with plain_errors():
+            from .run import train_from_file
 
-        try:
             train_from_file(arguments.config, fields)
-        except (ValueError, OSError) as error:
-            sys.exit(f"tinyalign: {error}")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A mistake in files, settings, data or the installation ends the program with a message, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, StrictDataclassError, yaml.YAMLError) as error:
+        sys.exit(f"tinyalign: {error}")

@@ -28,10 +28,16 @@ def read_rows(config: RunArguments) -> datasets.Dataset:
     if config.dataset is None:
         raise ValueError("No data set: set `dataset` in the YAML file, or pass --dataset FILE_OR_REPOSITORY.")
     path = Path(config.dataset)
-    if path.is_file() and path.suffix in READERS:
-        rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    else:
-        rows = datasets.load_dataset(config.dataset, split=config.dataset_split)
+    try:
+        if path.is_file() and path.suffix in READERS:
+            rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        else:
+            rows = datasets.load_dataset(config.dataset, split=config.dataset_split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(
+            f"{config.dataset} cannot be read ({error.__cause__ or error}), expected a Parquet, JSON or JSON-lines "
+            "file, a folder, or a dataset repository."
+        ) from error
     if config.image_column not in rows.column_names:
         raise ValueError(
             f"{config.dataset} has no column {config.image_column!r} with images, its columns are "

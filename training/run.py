@@ -26,9 +26,10 @@ def train_from_file(path: str | os.PathLike, fields: list[str]):
     """
     config = read_config(path, fields)
     set_seed(config.seed)
-    model, processor = load_model(config)
+    bank = read_bank(config)
+    model, processor = load_model(config, bank)
     model.to(config.device)
-    bank = load_bank(config, model)
+    bank = attach_bank(config, model, processor, bank)
     with PartialState().main_process_first():
         rows, features = with_features_and_neighbours(config, model, processor, read_rows(config), bank)
     train = STAGES[config.stage][1]
@@ -52,8 +53,15 @@ def read_config(path: str | os.PathLike, fields: list[str]) -> RunArguments:
     return config
 
 
-def load_model(config: RunArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model of a config and its processor, loaded or composed."""
+def read_bank(config: RunArguments) -> MemoryBank | None:
+    """The bank that a config names, or None if it names none or is of the baseline."""
+    if config.memory_bank is None or (config.model_kwargs or {}).get("memory_top_k") == 0:
+        return None
+    return MemoryBank.from_pretrained(config.memory_bank)
+
+
+def load_model(config: RunArguments, bank: MemoryBank | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model of a config and its processor, loaded or composed; a composed one reads the words of this bank."""
     if config.model is not None:
         model = TinyAlignForConditionalGeneration.from_pretrained(config.model, **(config.model_kwargs or {}))
         return model, TinyAlignProcessor.from_pretrained(config.model)
@@ -61,8 +69,9 @@ def load_model(config: RunArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
         raise ValueError(
             "No model: set `model` (a TinyAlign checkpoint), or `vision_model` and `language_model` to compose one."
         )
+    fields = {} if bank is None else {"latents_per_word": bank.config["value_encoder"]["latents_per_word"]}
     model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
-        config.vision_model, config.language_model, **(config.model_kwargs or {})
+        config.vision_model, config.language_model, **{**fields, **(config.model_kwargs or {})}
     )
     processor = TinyAlignProcessor.from_vision_text_pretrained(
         config.vision_model, config.language_model, model.config
@@ -70,14 +79,18 @@ def load_model(config: RunArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
     return model, processor
 
 
-def load_bank(config: RunArguments, model: PreTrainedModel) -> MemoryBank | None:
-    """The bank of a config, attached to the model, or None for a model without memory."""
+def attach_bank(
+    config: RunArguments, model: PreTrainedModel, processor: ProcessorMixin, bank: MemoryBank | None
+) -> MemoryBank | None:
+    """The bank, attached to the model and in its lexicon if the model is new, or None for a model without memory."""
     if model.config.memory_top_k == 0:
         return None
-    if config.memory_bank is None:
+    if bank is None:
         raise ValueError(
             f"The model retrieves {model.config.memory_top_k} neighbours an image, but there is no bank: set "
             "`memory_bank`, or `model_kwargs: {memory_top_k: 0}` for the baseline."
         )
-    model.attach_memory_bank(config.memory_bank)
-    return model.memory_bank
+    model.attach_memory_bank(bank)
+    if config.lexicon and config.model is None and model.config.memory_lexicon_size == 0:
+        model.build_lexicon(processor.tokenizer, bank)
+    return bank

@@ -10,9 +10,17 @@ import torch
 import yaml
 from huggingface_hub import constants
 
-from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
-from tinyalign_vlm.training import cli
+from tinyalign_vlm import (
+    MemoryBank,
+    TinyAlignForConditionalGeneration,
+    TinyAlignProcessor,
+    ValueEncoder,
+    ValueEncoderConfig,
+)
+from tinyalign_vlm.training import cli, demo
 from tinyalign_vlm.training.run import read_config
+
+SMALL = {"num_latents": 3, "latent_dim": 5, "memory_top_k": 2}
 
 
 def tinyalign(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -94,6 +102,25 @@ def test_the_baseline_is_composed_and_trained(files, monkeypatch):
     assert model.config.memory_top_k == 0 and not list(files.rglob("vision_features-*"))
 
 
+def test_a_composed_model_reads_the_banks_words(files, checkpoints, dataset, captions, value_encoder, monkeypatch):
+    monkeypatch.chdir(files)
+    towers = checkpoints["siglip"], checkpoints["llama"]
+    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(*towers, **SMALL)
+    processor = TinyAlignProcessor.from_vision_text_pretrained(*towers, model.config)
+    encoder = ValueEncoder(ValueEncoderConfig(**{**value_encoder.config.settings, "latents_per_word": 1}))
+    rows = dataset.select_columns(["image"]).add_column("caption", captions)
+    MemoryBank.build(rows, model, processor, encoder).save_pretrained("bank")
+    settings = yaml.safe_load((files / "baseline.yaml").read_text())
+    settings |= {"model_kwargs": SMALL, "memory_bank": "bank"}
+    (files / "composed.yaml").write_text(yaml.safe_dump(settings))
+    for name in ("True", "False"):
+        cli.main(["train", "composed.yaml", "--output_dir", name, "--lexicon", name])
+        config = TinyAlignForConditionalGeneration.from_pretrained(name).config
+        assert config.latents_per_word == 1 and (config.memory_lexicon_size > 0) == (name == "True")
+    with pytest.raises(SystemExit, match="1 latents a word, the model reads 2"):
+        cli.main(["train", "composed.yaml", "--model_kwargs", json.dumps({**SMALL, "latents_per_word": 2})])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -104,6 +131,7 @@ def test_the_baseline_is_composed_and_trained(files, monkeypatch):
         ({"model": None}, "No model: set `model`"),
         ({"dataset": None}, "No data set"),
         ({"answer_column": "tags"}, "found 'tags'"),
+        ({"dataset": "changed.json"}, "changed.json cannot be read"),
         ({"image_column": "picture"}, "has no column 'picture' with images"),
     ],
 )
@@ -113,8 +141,25 @@ def test_mistakes_in_the_file(change, message, files, monkeypatch):
     (files / "changed.yaml").write_text(
         yaml.safe_dump({name: value for name, value in settings.items() if value is not None})
     )
+    (files / "changed.json").write_text("no JSON")
     with pytest.raises(SystemExit, match=message):
         cli.main(["train", "changed.yaml"])
+
+
+def test_what_is_wrong_is_told_without_a_traceback(files, checkpoints, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "broken.yaml").write_text("stage: [1")
+    with pytest.raises(SystemExit, match="tinyalign: while parsing"):
+        cli.main(["train", "broken.yaml"])
+    with pytest.raises(SystemExit, match="tinyalign: .*memory_top_k"):
+        cli.main(["train", "baseline.yaml", "--model_kwargs", '{"memory_top_k": "two"}'])
+
+    def uninstalled(*arguments):
+        raise ImportError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(demo, "run_demo", uninstalled)
+    with pytest.raises(SystemExit, match="tinyalign: No module named 'matplotlib'"):
+        cli.main(["demo"])
 
 
 @pytest.mark.parametrize(
