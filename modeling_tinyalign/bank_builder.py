@@ -118,6 +118,11 @@ class RowEncoder:
     def _checked_rows(self, dataset: Iterable[dict]) -> Iterator[dict]:
         """Rows with a decoded image and a caption; the others raise, or are listed."""
         total = len(dataset) if isinstance(dataset, Sized) else None
+        if self.vision_features is not None and len(self.vision_features) < (total or 0):
+            raise ValueError(
+                f"vision_features has {len(self.vision_features)} rows, but the dataset has {total}: pass one row for "
+                "each, in the dataset's order."
+            )
         for number, row in enumerate(tqdm(_undecoded(dataset, self.image_column), "Encoding the bank", total)):
             self._check_columns(number, row)
             try:

@@ -67,14 +67,15 @@ class BankRows:
         self,
         queries: torch.Tensor | np.ndarray,
         top_k: int,
-        exclude: Sequence[str | Sequence[int] | None] | None = None,
+        exclude: Sequence[str | Sequence[int | str] | None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[np.ndarray, np.ndarray]:
         """Exact maximum inner product search; equal scores are ordered by id.
 
         Args:
             queries: `(n, key_dim)`, a tensor or an array.
             top_k: number of neighbours, at most the size of the bank.
-            exclude: for each query None, a `source_id`, or row ids (-1 is ignored) that must not be returned.
+            exclude: for each query None, a `source_id`, or several of them or of row ids (-1 is ignored), that must
+                not be returned.
 
         Returns:
             scores `(n, top_k)` float32, best first, and row ids `(n, top_k)` int64, as tensors on the queries' device
@@ -172,11 +173,13 @@ class BankRows:
             yield pa.record_batch(columns)
             start += len(batch)
 
-    def _excluded_ids(self, item: str | Sequence[int] | None) -> np.ndarray:
+    def _excluded_ids(self, item: str | Sequence[int | str] | None) -> np.ndarray:
         if item is None:
             return NO_IDS
         if isinstance(item, str):
             return self.ids_of(item)
+        if any(isinstance(entry, str) for entry in item):
+            return np.concatenate([self._excluded_ids(entry if isinstance(entry, str) else [entry]) for entry in item])
         ids = self._checked_ids(item)
         return ids[ids >= 0]
 

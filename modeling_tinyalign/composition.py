@@ -70,10 +70,10 @@ def _check_names(config: dict):
     known = [field.name for field in fields(TinyAlignConfig)] + ["top_k", "attn_implementation"]
     for name in config:
         if name not in known:
-            close = get_close_matches(name, known)
+            close = " or ".join(get_close_matches(name, known)) or "a setting of one of the models"
             raise ValueError(
-                f"{name} is no field of TinyAlignConfig{f', did you mean {close[0]}?' if close else '.'} What is meant "
-                "for from_pretrained of the two models goes into vision_kwargs and text_kwargs."
+                f"{name} is no field of TinyAlignConfig, did you mean {close}? What is meant for from_pretrained of the "
+                "two models goes into vision_kwargs and text_kwargs."
             )
 
 

@@ -82,8 +82,10 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
                 "set config.memory_bank to its repository, or attach it again after loading."
             )
             self.config.memory_bank = None
-        super().save_pretrained(save_directory, **kwargs)
-        self.config.memory_bank = memory_bank
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.memory_bank = memory_bank
 
 
 class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
@@ -98,6 +100,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         hidden_size = config.text_config.hidden_size
         self.connector = Connector(config.vision_feature_size, hidden_size, hidden_size, config.projector_hidden_act)
+        self._built_top_k = config.memory_top_k
         if config.memory_top_k > 0:
             self.memory_connector = MemoryConnector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -142,7 +145,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
             memory_ids (`torch.LongTensor` of shape `(n, top_k)`, *optional*):
                 Rows of the attached bank to use; -1 marks an empty slot. Nothing is retrieved.
             exclude_ids (`list`, *optional*):
-                For each image what not to retrieve: `None`, a `source_id`, or row ids.
+                For each image what not to retrieve: `None`, a `source_id`, or a list of them or of row ids.
             memory (`str`, *optional*, defaults to `"on"`): `"off"` fills all slots with "nothing retrieved".
         """
         if (pixel_values is None) == (vision_features is None):
@@ -161,6 +164,8 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         tokens = self.connector(visual_tokens)
         outputs = TinyAlignImageFeatures(last_hidden_state=vision_features)
         if self.config.memory_top_k > 0:
+            self._check_top_k()
+            memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
             values = memory_values
             if memory == "off":
                 memory_ids = torch.full((len(tokens), self.config.memory_top_k), -1)
@@ -193,6 +198,8 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         """`(batch, sequence)`, True where an image token goes."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
+        if inputs_embeds is None:
+            raise ValueError("Pass input_ids or inputs_embeds, the prompt made by the processor, with the images.")
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
 

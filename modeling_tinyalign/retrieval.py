@@ -18,6 +18,7 @@ class RetrievalMixin:
     """What a model needs to retrieve: a bank, kept outside the weights, and `get_vision_features`."""
 
     _memory_bank: MemoryBank | None = None
+    _built_top_k: int
 
     @property
     def memory_bank(self) -> MemoryBank | None:
@@ -121,6 +122,8 @@ class RetrievalMixin:
         exclude_ids: list | None = None,
     ) -> TinyAlignRetrieval:
         """The `top_k` (default: `config.memory_top_k`) neighbours of each image; inputs as [`get_image_features`]."""
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Pass exactly one of pixel_values and vision_features.")
         if vision_features is None:
             vision_features = self.get_vision_features(pixel_values)
         top_k = self.config.memory_top_k if top_k is None else top_k
@@ -134,6 +137,15 @@ class RetrievalMixin:
             captions=[[neighbour["caption"] for neighbour in row] for row in rows],
             source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
         )
+
+    def _check_top_k(self):
+        config = self.config
+        if config.memory_top_k != self._built_top_k and (config.memory_fusion == "channel" or self._built_top_k == 0):
+            raise ValueError(
+                f"config.memory_top_k is {config.memory_top_k}, but the model was made for {self._built_top_k} "
+                "neighbours, and only memory_fusion='sequence' reads another number of them: set it back, or make and "
+                "train a model with the new number."
+            )
 
     def _check_memory_values(self, values: torch.Tensor, n: int):
         config = self.config

@@ -5,6 +5,7 @@ import os
 import warnings
 from io import BytesIO
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,21 @@ from PIL import Image, ImageOps
 
 def load_image(image: Any, name: str = "image") -> Any:
     """
-    A PIL image, path, URL or base64 string, as `decode_image` reads it. Arrays and tensors pass as they are.
+    A PIL image, path, URL, base64 string or the bytes of a file, as `decode_image` reads it. Arrays and tensors pass
+    as they are.
 
     Raises `ValueError`, naming `name`, for what cannot be found or decoded.
     """
-    if not isinstance(image, (str, os.PathLike, Image.Image)):
+    if not isinstance(image, (str, os.PathLike, bytes, Image.Image, NoneType)):
         return image
     try:
-        return decode_image(image if isinstance(image, Image.Image) else _source(os.fspath(image)))
+        if image is None:
+            raise ValueError("there is no image, expected a PIL image, bytes or a path")
+        if isinstance(image, bytes):
+            image = BytesIO(image)
+        elif not isinstance(image, Image.Image):
+            image = _source(os.fspath(image))
+        return decode_image(image)
     except ValueError as error:
         raise ValueError(f"{name}: {error}. Replace it or leave it out.") from error
 

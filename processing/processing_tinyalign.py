@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the shortcut needs torchvision in 5.17
 from transformers.processing_utils import MultiModalData
+from transformers.utils import is_numpy_array, is_torch_tensor
 
 from .chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from .image_loading import load_image
@@ -92,7 +93,7 @@ class TinyAlignProcessor(ProcessorMixin):
 
         Args:
             images: One image, a list of images, or a list with a list of images for each text: PIL images, paths,
-                URLs, base64 strings, arrays or tensors.
+                URLs, base64 strings, bytes of files, arrays or tensors (of four dimensions: a batch).
             text: Prompts. `<rag>` is dropped: the memory tokens follow the visual tokens of the image before it.
             query_text: What to retrieve with beside the image, one for each text. Never put an answer in it. It is
                 used only with `key_space="language"`.
@@ -161,6 +162,8 @@ class TinyAlignProcessor(ProcessorMixin):
         counts = None if texts is None else [sample.count(self.image_token) for sample in texts]
         if images is None:
             images = []
+        elif (is_numpy_array(images) or is_torch_tensor(images)) and images.ndim == 4:
+            images = list(images)
         elif not isinstance(images, (list, tuple)):
             images = [images]
         if images and all(isinstance(row, (list, tuple)) for row in images):

@@ -151,6 +151,8 @@ def test_build_from_hub_dataset_and_cached_features(bank, dataset, model, proces
     )
     torch.testing.assert_close(other.encode_queries(features), bank.encode_queries(features), atol=1e-4, rtol=0)
     assert other.thumbnail(0) is None
+    with pytest.raises(ValueError, match=f"vision_features has {NUM_ROWS - 1} rows, but the dataset has {NUM_ROWS}"):
+        MemoryBank.build(dataset, model, processor, value_encoder, vision_features=features[1:])
 
 
 def test_build_leaves_the_models_alone(model, processor, value_encoder, dataset):

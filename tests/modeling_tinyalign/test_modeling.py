@@ -504,6 +504,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match="memory is 'none', expected 'on' or 'off'"):
             model(**inputs, memory="none")
 
+    @pytest.mark.parametrize("made, changed", [(2, 3), (0, 2)])
+    def test_another_top_k(self, make_model, made, changed):
+        model = make_model(memory_top_k=made)
+        model.config.memory_top_k = changed
+        with pytest.raises(ValueError, match=f"memory_top_k is {changed}, but the model was made for {made} neighb"):
+            model.get_image_features(torch.zeros(1, 3, 32, 32), memory="off")
+
+    def test_nothing_given(self, model):
+        with pytest.raises(ValueError, match="Pass input_ids or inputs_embeds"):
+            model.generate(pixel_values=torch.zeros(1, 3, 32, 32), memory="off")
+        for images in ({}, {"pixel_values": 0, "vision_features": 0}):
+            with pytest.raises(ValueError, match="exactly one of pixel_values and vision_features"):
+                model.retrieve(**images)
+
     def test_visual_tokens(self, model, processor, images):
         with pytest.raises(ValueError, match="9 visual tokens, expected config.image_seq_length = 16"):
             model.get_image_features(vision_features=torch.zeros(1, 9, 16), memory="off")
@@ -543,3 +557,11 @@ def test_a_local_bank_is_not_saved(make_model, tmp_path, caplog):
     model.save_pretrained(tmp_path / "model")
     assert "local path" in caplog.text and model.config.memory_bank == str(tmp_path)
     assert TinyAlignConfig.from_pretrained(tmp_path / "model").memory_bank is None
+
+
+def test_a_local_bank_outlives_a_save_that_fails(make_model, tmp_path):
+    model = make_model()
+    model.config.memory_bank = str(tmp_path)
+    with pytest.raises(TypeError):
+        model.save_pretrained(tmp_path / "model", max_shard_size=object())
+    assert model.config.memory_bank == str(tmp_path)

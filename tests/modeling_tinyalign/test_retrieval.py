@@ -89,6 +89,9 @@ def test_exclusion_leaves_empty_slots(with_bank, inputs, bank):
     found = with_bank.retrieve(inputs["pixel_values"], exclude_ids=exclude)
     assert 0 not in found.ids[0] and found.ids[1].tolist() == [4, -1] and found.ids[2, 0] == 2
     assert found.captions[1] == ["black"]
+    several = [[row["source_id"] for row in bank.rows([0, 1])], [bank.rows([0])[0]["source_id"], 1, 2, 3, 5, -1], None]
+    again = with_bank.retrieve(inputs["pixel_values"], exclude_ids=several)
+    assert not {0, 1} & set(again.ids[0].tolist()) and again.ids[1:].equal(found.ids[1:])
     features = with_bank.get_image_features(inputs["pixel_values"], exclude_ids=exclude)
     assert features.memory_ids.equal(found.ids)
 
@@ -101,6 +104,7 @@ def test_all_ways_to_the_same_memory(with_bank, inputs, bank):
     cached = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"vision_features": features}
     for other in (
         {**inputs, "memory_ids": ids},
+        {**inputs, "memory_ids": ids.tolist()},
         {**inputs, "memory_values": bank.gather(ids)},
         {**cached, "memory_values": bank.gather(ids), "memory_ids": ids},
         cached,

@@ -184,3 +184,11 @@ def test_unknown_sources():
     for source in ("https://localhost:1/image.png", "no such file.png", "data:image/png;base64,A"):
         with pytest.raises(ValueError, match=r"image 3: .*expected .*\. Replace it or leave it out"):
             image_loading.load_image(source, "image 3")
+
+
+def test_bytes_and_nothing():
+    data = encoded(picture(), "PNG").getvalue()
+    assert load(data).tobytes() == picture().tobytes()
+    for nothing, message in ((b"", "cannot be read"), (None, "there is no image, expected a PIL image")):
+        with pytest.raises(ValueError, match=message):
+            load(nothing)

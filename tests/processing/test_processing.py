@@ -55,6 +55,20 @@ def test_an_image_becomes_its_placeholders(processor, images):
     assert processor(text="only text")["input_ids"] == [processor.tokenizer("only text")["input_ids"]]
 
 
+def test_an_array_of_four_dimensions_is_a_batch(processor):
+    batch = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+    expected = processor(images=list(batch), text=["<image>", "<image>"], return_tensors="pt")["pixel_values"]
+    assert expected.shape == (2, 3, 32, 32)
+    for images in (batch, torch.from_numpy(batch)):
+        found = processor(images=images, text=["<image>", "<image>"], return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_missing_image_is_named(processor, images):
+    with pytest.raises(ValueError, match="image 1: there is no image"):
+        processor(images=[images[0], None], text="<image><image>")
+
+
 def test_rag_is_folded_into_the_image_before_it(processor, images):
     plain = processor(images=images[:1], text="<image>\nwhat is it?")
     for text in ("<image>\n<rag>\nwhat is it?", "<image><rag>\nwhat is it?"):
