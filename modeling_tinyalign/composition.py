@@ -72,8 +72,8 @@ def _check_names(config: dict):
         if name not in known:
             close = " or ".join(get_close_matches(name, known)) or "a setting of one of the models"
             raise ValueError(
-                f"{name} is no field of TinyAlignConfig, did you mean {close}? What is meant for from_pretrained of the "
-                "two models goes into vision_kwargs and text_kwargs."
+                f"{name} is no field of TinyAlignConfig, did you mean {close}? What is meant for from_pretrained of "
+                "the two models goes into vision_kwargs and text_kwargs."
             )
 
 
