@@ -167,7 +167,7 @@ def _image_of(row: dict[str, Any]) -> Image.Image:
     try:
         return load_image(image)
     except ValueError as error:
-        path = image["path"] if isinstance(image, dict) else None
+        path = image.get("path") if isinstance(image, dict) else None
         raise ValueError(
             f"The image{'' if path is None else f' {path}'} of a row cannot be used: {error}. Repair it or remove the "
             f"row. The row's chat: {str(row['messages'])[:200]}"
