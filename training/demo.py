@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -73,17 +74,20 @@ def check_settings(path: Path, config: "DemoConfig") -> None:
 
 
 class Clock:
-    """Prints how long each step took, and adds it to what earlier, interrupted runs took, in `path`."""
+    """Prints how long each step took; keeps it in `path`, with what earlier, interrupted runs took and their memory."""
 
     def __init__(self, path: Path):
         self.path, self.started, self.last = path, time.time(), time.time()
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.record = json.loads(path.read_text()) if path.exists() else {"seconds": {}, "peak_memory_gb": 0.0}
 
     def __call__(self, step: str, note: str = ""):
         now = time.time()
-        self.seconds[step] = self.seconds.get(step, 0.0) + now - self.last
+        seconds = self.record["seconds"]
+        seconds[step] = seconds.get(step, 0.0) + now - self.last
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.record["peak_memory_gb"] = max(self.record["peak_memory_gb"], peak)
         self.last = now
-        write_json(self.path, self.seconds)
+        write_json(self.path, self.record)
         print(f"[{now - self.started:5.0f} s] {step}{note and ': '}{note}", flush=True)
 
 
@@ -287,7 +291,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
         out = out / "quick"
     out.mkdir(parents=True, exist_ok=True)
     check_settings(out / "config.json", config)
-    clock = Clock(out / "seconds.json")
+    clock = Clock(out / "clock.json")
 
     weights_dir = Path(output_dir).resolve() / "weights"
     weights = {
@@ -370,7 +374,8 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
     image = out / "query.png"
-    example = int(pairs.heldout[0])
+    shown = np.random.default_rng(config.seed).choice(len(pairs.heldout), min(8, len(pairs.heldout)), replace=False)
+    example = int(pairs.heldout[shown[0]])
     pairs.twemoji.cast_column("image", datasets.Image())[example]["image"].save(image)
     print("A new process without the package loads the checkpoint (10 seconds or so)", flush=True)
     answer = answer_without_package(checkpoint, out / "bank_with_heldout", image)
@@ -386,7 +391,8 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
         neighbour_ids=neighbours["with"],
         bank=banks["with"],
         queries=pairs.twemoji.select(pairs.heldout).cast_column("image", datasets.Image()),
-        seconds=clock.seconds,
+        **clock.record,
+        shown=shown.tolist(),
         fresh_process=(answer, str(labels[example])),
     )
     clock("report written")

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 from pathlib import Path
 
 import datasets
@@ -116,20 +115,20 @@ def write_report(
     neighbour_ids: np.ndarray,
     bank: MemoryBank,
     queries: datasets.Dataset,
+    shown: list[int],
     seconds: dict[str, float],
+    peak_memory_gb: float,
     fresh_process: tuple[str, str],
 ):
     """Writes `report.md`, `results.json`, `loss.png` and `neighbours.png` into `out`."""
     by_bank = {name: {system: banks[name] for system, banks in results.items()} for name in ("without", "with")}
     plot_losses(out)
-    rows = np.random.default_rng(0).choice(len(queries), min(8, len(queries)), replace=False)
-    plot_neighbours(out, bank, neighbour_ids, queries, by_bank["with"], [int(row) for row in rows])
+    plot_neighbours(out, bank, neighbour_ids, queries, by_bank["with"], shown)
     summaries = {
         name: {system: result.summary() for system, result in systems.items()} for name, systems in by_bank.items()
     }
     record = {"config": config, "summaries": summaries, "seconds": seconds}
     (out / "results.json").write_text(json.dumps(record, indent=1))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     packages = ("torch", "transformers", "trl", "datasets", "faiss-cpu")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     steps = "\n".join(f"| {step} | {value:.0f} |" for step, value in seconds.items())
@@ -162,8 +161,10 @@ TinyAlign has {recovered(by_bank["with"]):.0%} of text-only RAG's gain in loss o
 ## How it was run
 
 Command: `tinyalign demo{" --quick" if quick else ""}`. Machine: {os.cpu_count()} cores of {processor_name()};
-peak memory of the process {memory:.1f} GB (of its last part, if it was interrupted); {versions}. A new process without
-the package answered "{fresh_process[0]}" to a drawing of "{fresh_process[1]}".
+peak memory of the process {peak_memory_gb:.1f} GB; {versions}.
+
+A new process without the package answered "{fresh_process[0]}" to the first query above, a drawing of
+"{fresh_process[1]}".
 
 | step | seconds |
 |---|---|
