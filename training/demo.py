@@ -74,7 +74,7 @@ def check_settings(path: Path, config: "DemoConfig") -> None:
 
 
 class Clock:
-    """Prints how long each step took; keeps it in `path`, with what earlier, interrupted runs took and their memory."""
+    """Prints how long each step took, and adds it in `path` to what earlier, interrupted runs took."""
 
     def __init__(self, path: Path):
         self.path, self.started, self.last = path, time.time(), time.time()

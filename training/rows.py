@@ -33,7 +33,7 @@ def read_rows(config: RunArguments) -> datasets.Dataset:
             rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
         else:
             rows = datasets.load_dataset(config.dataset, split=config.dataset_split)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise ValueError(
             f"{config.dataset} cannot be read ({error.__cause__ or error}), expected a Parquet, JSON or JSON-lines "
             "file, a folder, or a dataset repository."
