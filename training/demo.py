@@ -215,14 +215,20 @@ def train_system(
     shared = {
         "per_device_train_batch_size": config.batch_size,
         "seed": config.seed,
-        "logging_steps": 5,
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": False,
     }
-    stage1 = Stage1Config(output_dir=str(folder / "stage1"), max_steps=config.stage1_steps, save_steps=50, **shared)
+    stage1 = Stage1Config(
+        output_dir=str(folder / "stage1"),
+        max_steps=config.stage1_steps,
+        logging_steps=max(1, min(5, config.stage1_steps // 10)),
+        save_steps=50,
+        **shared,
+    )
     stage2 = Stage2Config(
         output_dir=str(folder / "stage2"),
         max_steps=config.stage2_steps,
+        logging_steps=max(1, min(5, config.stage2_steps // 10)),
         learning_rate=config.stage2_learning_rate,
         save_strategy="no",
         **shared,
