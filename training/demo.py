@@ -36,6 +36,7 @@ from .stage2 import Stage2Config, train_stage2
 PAIRS = Path(__file__).parents[1] / "examples" / "data" / "emoji_pairs.parquet"
 PROMPT = "What is this?"
 TOP_K, NUM_LATENTS = 4, 8  # 32 memory tokens; 8 latents hold four words, as many as 97% of the labels have
+ANSWER_TOKENS = 12  # the longest label has 10, and its end
 BANKS = ("without", "with")  # the drawings of the held-out concepts
 
 
@@ -261,7 +262,7 @@ def evaluate_system(
     use_bf16 = bfloat16_is_fast(use_cpu=not torch.cuda.is_available())
     with bfloat16_language_model(model, enabled=use_bf16):
         result = evaluate_answers(
-            model, processor, rows, bank, features, batch_size=32, max_new_tokens=16, desc=path.stem
+            model, processor, rows, bank, features, batch_size=32, max_new_tokens=ANSWER_TOKENS, desc=path.stem
         )
     write_json(path, asdict(result))
     return result
