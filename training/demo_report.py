@@ -7,14 +7,11 @@ import platform
 from pathlib import Path
 
 import datasets
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .evaluation import Evaluation, bootstrap_interval
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 SYSTEMS = {
     "baseline": "Baseline (no memory)",
@@ -55,7 +52,8 @@ def recovered(results: dict[str, Evaluation]) -> float:
 
 def plot_losses(out: Path):
     """Training losses of the three systems in both stages, to loss.png."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    figure = Figure(figsize=(10, 3.6))
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, stage, title in zip(
         axes, ("stage1", "stage2"), ("Stage 1: alignment", "Stage 2: instruction"), strict=True
     ):
@@ -72,7 +70,6 @@ def plot_losses(out: Path):
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(out / "loss.png", dpi=110)
-    plt.close(figure)
 
 
 def plot_neighbours(
@@ -84,7 +81,8 @@ def plot_neighbours(
     rows: list[int],
 ):
     """Queries with their three nearest bank rows and both models' answers, to neighbours.png."""
-    figure, axes = plt.subplots(len(rows), 5, figsize=(11, 1.35 * len(rows)), width_ratios=[1, 1, 1, 1, 2.6])
+    figure = Figure(figsize=(11, 1.35 * len(rows)))
+    axes = figure.subplots(len(rows), 5, width_ratios=[1, 1, 1, 1, 2.6])
     for line, row in zip(axes, rows, strict=True):
         pictures = [queries[row]["image"], *(bank.thumbnail(int(index)) for index in ids[row][:3])]
         names = ["query", *(bank.rows([int(index)])[0]["caption"] for index in ids[row][:3])]
@@ -103,7 +101,6 @@ def plot_neighbours(
             line[4].text(0, height, f"{title}: {answer[:44]}", color=color, fontsize=9, va="center")
     figure.tight_layout()
     figure.savefig(out / "neighbours.png", dpi=110)
-    plt.close(figure)
 
 
 def write_report(
