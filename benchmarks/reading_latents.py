@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import trange
@@ -74,7 +75,7 @@ def teach_mlp(reader, encoder, features, captions, words, width: int, steps: int
     for _ in trange(steps, desc=f"MLP of {width}"):
         texts = sampler.sample(64, encoder.config.max_words)
         with torch.no_grad():
-            latents = encoder.encode(features[torch.randint(len(features), (64,)).numpy()], texts)
+            latents = encoder.encode(features[torch.randint(len(features), (64,))], texts)
         targets = blank.expand(64, latents.shape[1], -1).clone()
         for row, text in enumerate(texts):
             vectors = word_vectors(reader, text, 2)[: latents.shape[1]]
@@ -123,7 +124,8 @@ def main():
     captions = banks["without"].captions
     vocabulary = lexicon_words(reader.tokenizer, ())[1:]
     if arguments.mlp_steps:
-        features = torch.randn(64, encoder.config.num_vision_tokens, encoder.config.vision_feature_size).abs()
+        (path,) = (arguments.demo / "features").glob("noto-*.npy")
+        features = torch.from_numpy(np.load(path, allow_pickle=False)[pairs.train])
         mlp = teach_mlp(reader, encoder, features, captions, vocabulary, 2304, arguments.mlp_steps)
         report(f"latents, an MLP of 2304 taught for {arguments.mlp_steps} steps", lambda label: mlp(latents[label]))
     for name, bank in banks.items():
