@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 try:
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageFile, ImageOps
 except ImportError:
-    Image = ImageOps = None
+    Image = ImageFile = ImageOps = None
 
 
 def load_image(image: Image.Image | dict | bytes | str | Path) -> Image.Image:
@@ -33,22 +34,22 @@ def load_image(image: Image.Image | dict | bytes | str | Path) -> Image.Image:
     return decode_image(image)
 
 
-def decode_image(image: Image.Image | BytesIO | str | Path) -> Image.Image:
-    """An image file or a PIL image as upright RGB; transparency becomes white, 16 bits become 8.
+def decode_image(image: Image.Image | BytesIO | str | Path, formats: Sequence[str] | None = None) -> Image.Image:
+    """An image file, in one of PIL's `formats`, or a PIL image as upright RGB; transparency becomes white, 16 bits 8.
 
     bank_images.py and image_loading.py both hold this function, word for word: model and processor travel apart, and
     must see the same pixels.
 
     Raises:
-        ValueError: it is corrupt, truncated, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: it is corrupt, truncated, or a file of more than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(image, Image.Image):
-                image = Image.open(image)
+                image = Image.open(image, formats=formats)
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-            if limit is not None and pixels > limit:
+            if isinstance(image, ImageFile.ImageFile) and limit is not None and pixels > limit:
                 raise Image.DecompressionBombError(f"{pixels} pixels")
             image.load()
         if pixels == 0 or image.mode in ("F", "LAB"):

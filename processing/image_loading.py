@@ -3,14 +3,19 @@
 import base64
 import os
 import warnings
+from collections.abc import Collection, Sequence
 from io import BytesIO
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import numpy as np
-from huggingface_hub import get_session
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
+
+from .image_fetching import download, fetch
+
+# What a stranger may send: PIL hands some formats, EPS say, to other programs.
+REQUEST_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def load_image(image: Any, name: str = "image") -> Any:
@@ -34,22 +39,46 @@ def load_image(image: Any, name: str = "image") -> Any:
         raise ValueError(f"{name}: {error}. Replace it or leave it out.") from error
 
 
-def decode_image(image: Image.Image | BytesIO | str | Path) -> Image.Image:
-    """An image file or a PIL image as upright RGB; transparency becomes white, 16 bits become 8.
+def load_request_image(url: str, allowed_hosts: Collection[str] = ()) -> Image.Image:
+    """
+    An image that a stranger names in a request to a server: no file of this machine is read, and nothing is fetched
+    but from a host that was allowed.
+
+    Args:
+        url: A `data:image/...;base64,` URL, or one with http or https.
+        allowed_hosts: See [`fetch`].
+
+    Raises:
+        ValueError: it is neither, the host is not allowed, or `decode_image` refuses what is there.
+    """
+    if isinstance(url, str) and url.startswith(("http://", "https://")):
+        data = fetch(url, allowed_hosts)
+    elif isinstance(url, str) and url.startswith("data:image/"):
+        try:
+            data = base64.b64decode(url.partition(";base64,")[2], validate=True)
+        except ValueError as error:
+            raise ValueError(f"found {url[:100]!r}, expected base64 after `;base64,` ({error})") from error
+    else:
+        raise ValueError(f"found {str(url)[:100]!r}, expected a data:image/...;base64, URL")
+    return decode_image(BytesIO(data), REQUEST_FORMATS)
+
+
+def decode_image(image: Image.Image | BytesIO | str | Path, formats: Sequence[str] | None = None) -> Image.Image:
+    """An image file, in one of PIL's `formats`, or a PIL image as upright RGB; transparency becomes white, 16 bits 8.
 
     bank_images.py and image_loading.py both hold this function, word for word: model and processor travel apart, and
     must see the same pixels.
 
     Raises:
-        ValueError: it is corrupt, truncated, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: it is corrupt, truncated, or a file of more than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(image, Image.Image):
-                image = Image.open(image)
+                image = Image.open(image, formats=formats)
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-            if limit is not None and pixels > limit:
+            if isinstance(image, ImageFile.ImageFile) and limit is not None and pixels > limit:
                 raise Image.DecompressionBombError(f"{pixels} pixels")
             image.load()
         if pixels == 0 or image.mode in ("F", "LAB"):
@@ -80,12 +109,7 @@ def decode_image(image: Image.Image | BytesIO | str | Path) -> Image.Image:
 def _source(image: str) -> str | BytesIO:
     """What `decode_image` reads; raises `ValueError` when there is nothing behind a URL or a name."""
     if image.startswith(("http://", "https://")):
-        try:
-            response = get_session().get(image)
-            response.raise_for_status()
-        except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
-            raise ValueError(f"{image} cannot be downloaded ({error}), expected the URL of an image") from error
-        return BytesIO(response.content)
+        return BytesIO(download(image))
     if os.path.exists(image):
         return image
     is_data_url = image.startswith("data:image/")

@@ -166,11 +166,15 @@ def test_decompression_bombs(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"the image is too large .*{side**2} pixels.*expected at most"):
             load(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    files = {side: encoded(Image.new("RGB", (40, side)), "PNG") for side in (25, 30)}
+    with pytest.warns(Image.DecompressionBombWarning):
+        opened = Image.open(files[30])
     with pytest.raises(ValueError, match=r"too large \(1200 pixels\), expected at most 1000 pixels"):
-        load(Image.new("RGB", (40, 30)))
-    assert load(Image.new("RGB", (40, 25))).size == (40, 25)
+        load(opened)
+    assert load(Image.open(files[25])).size == (40, 25)
+    assert load(Image.new("RGB", (40, 30))).size == (40, 30)  # it is in memory already (vLLM profiles with such)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert load(Image.new("RGB", (40, 30))).size == (40, 30)
+    assert load(Image.open(files[30])).size == (40, 30)
 
 
 def test_empty_images():

@@ -1,0 +1,120 @@
+"""Images behind URLs: the user's own, and those that a stranger names in a request to a server."""
+
+import contextlib
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Collection, Iterable
+from urllib.parse import SplitResult, urlsplit
+
+from huggingface_hub import get_session
+
+MAX_IMAGE_BYTES = 32 * 2**20
+MAX_SECONDS = 20.0
+CHUNK_BYTES = 2**16
+# Where the public addresses of IPv6 are, but for those of 6to4, which hold an address of IPv4.
+GLOBAL_IPV6, SIX_TO_FOUR = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("2002::/16")
+
+
+def download(url: str) -> bytes:
+    """
+    What is behind a URL of the user's own: redirects and proxies are followed.
+
+    Raises `ValueError`: it cannot be had, not in `MAX_SECONDS`, or is larger than `MAX_IMAGE_BYTES`.
+    """
+    deadline = time.monotonic() + MAX_SECONDS
+    try:
+        with get_session().stream("GET", url, timeout=MAX_SECONDS) as response:
+            response.raise_for_status()
+            return _collect(response.iter_bytes(CHUNK_BYTES), deadline)
+    except Exception as error:  # of httpx or of its successor, by the version of huggingface_hub
+        raise ValueError(f"{url} cannot be downloaded ({error}), expected the URL of an image") from error
+
+
+def fetch(url: str, allowed_hosts: Collection[str]) -> bytes:
+    """
+    What is behind a URL that a stranger named, on a host that was allowed.
+
+    The name is looked up once, all its addresses must be public, and the connection goes to one of these: a name that
+    changes its address between check and use (DNS rebinding) gains nothing. Redirects and proxies are not followed.
+
+    Args:
+        url: With http or https.
+        allowed_hosts: Names, exactly; with a port (`"images.example:8080"`) unless it is the scheme's own.
+
+    Raises:
+        ValueError: the host is not allowed or not public, or what [`download`] raises it for.
+    """
+    try:
+        parts = urlsplit(url)
+        secure = parts.scheme == "https"
+        port = parts.port or (443 if secure else 80)
+    except ValueError as error:
+        raise ValueError(f"found {url[:200]!r}, expected a URL ({error})") from error
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"found {url[:200]!r}, expected a URL with http or https")
+    host = (parts.hostname or "").lower()
+    name = host if port == (443 if secure else 80) else f"{host}:{port}"
+    if parts.username is not None or name not in {allowed.lower() for allowed in allowed_hosts}:
+        raise ValueError(
+            f"the host {name!r} of {url[:200]} is not allowed, expected "
+            + (f"one of {sorted(allowed_hosts)}" if allowed_hosts else "the image itself, as a data: URL")
+        )
+    try:
+        with socket.create_connection((_public_address(host, port), port), timeout=MAX_SECONDS) as connection:
+            return _request(connection, parts, name, ssl.create_default_context() if secure else None)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ValueError(f"{url[:200]!r} cannot be fetched ({error}), expected the URL of an image") from error
+
+
+def _public_address(host: str, port: int) -> str:
+    """An address of a name. Raises `ValueError` unless all that it has are public."""
+    found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    for text in sorted(found):
+        address = ipaddress.ip_address(text)
+        if address.version == 6:
+            address = address.ipv4_mapped or address
+        public = address.is_global and not address.is_multicast
+        if address.version == 6:
+            public = public and address in GLOBAL_IPV6 and address not in SIX_TO_FOUR
+        if not public:
+            raise ValueError(f"{host} has the address {text}, which is not public")
+    return sorted(found)[0]
+
+
+def _request(connection: socket.socket, parts: SplitResult, name: str, tls: ssl.SSLContext | None) -> bytes:
+    """GET over a connection that is there already, ended after `MAX_SECONDS` whatever the server does."""
+    deadline = time.monotonic() + MAX_SECONDS
+    with connection.dup() as guard:  # a server that sends a byte now and then never makes the socket time out
+        watch = threading.Timer(MAX_SECONDS, guard.shutdown, [socket.SHUT_RDWR])
+        watch.daemon = True
+        watch.start()
+        try:
+            with contextlib.closing(http.client.HTTPConnection(parts.hostname)) as client:
+                client.sock = tls.wrap_socket(connection, server_hostname=parts.hostname) if tls else connection
+                target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+                client.request("GET", target, headers={"Host": name, "Accept": "image/*"})
+                response = client.getresponse()
+                if response.status != 200:
+                    note = ", and redirects are not followed" if 300 <= response.status < 400 else ""
+                    raise ValueError(f"the server answers {response.status}{note}")
+                return _collect(iter(lambda: response.read(CHUNK_BYTES), b""), deadline)
+        finally:
+            watch.cancel()
+
+
+def _collect(chunks: Iterable[bytes], deadline: float) -> bytes:
+    """The chunks in one. Raises `ValueError` when they are too many or come too late."""
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) > MAX_IMAGE_BYTES:
+            raise ValueError(f"more than {MAX_IMAGE_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise ValueError(f"not complete after {MAX_SECONDS} seconds")
+    if time.monotonic() > deadline:  # the end may be that of the connection
+        raise ValueError(f"not complete after {MAX_SECONDS} seconds")
+    return bytes(data)
