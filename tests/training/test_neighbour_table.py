@@ -1,0 +1,190 @@
+"""The table of neighbours: what is in it, who finds it again, and what a kill leaves."""
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+
+from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.training import neighbour_table as module
+from tinyalign_vlm.training.neighbour_table import neighbour_table, read_neighbours
+from tinyalign_vlm.training.neighbours import source_ids_of
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(module, "PART_IMAGES", 5)
+
+
+def columns(path) -> dict[str, np.ndarray]:
+    table = pq.read_table(path)
+    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+
+
+def test_it_is_the_search_without_own_rows(bank, model, processor, images, features, small_parts, tmp_path):
+    path = neighbour_table(bank, model, processor, images, 3, folder=tmp_path, batch_size=2)
+    table = columns(path)
+    own = source_ids_of(images)
+    assert table["source_id"].tolist() == own and (table["own_rows"] == 1).all()
+    full = torch.from_numpy(features).float()
+    scores, ids = bank.search(bank.encode_queries(full), 3, exclude=own)
+    assert (table["memory_ids"] == ids.numpy()).all()
+    np.testing.assert_allclose(table["memory_scores"], scores.numpy(), atol=1e-2)
+    rows = read_neighbours(path)
+    assert rows[0]["memory_ids"] == ids[0].tolist() and len(rows) == len(images)
+    # cached features and workers give the same neighbours
+    again = neighbour_table(
+        bank, model, processor, images, 3, folder=tmp_path / "2", vision_features=features, num_workers=2
+    )
+    assert (columns(again)["memory_ids"] == table["memory_ids"]).all()
+
+
+def test_it_is_found_again_and_only_by_its_own_data_and_bank(
+    bank, model, processor, images, small_parts, monkeypatch, tmp_path
+):
+    first = neighbour_table(bank, model, processor, images, 3, folder=tmp_path)
+    assert not list(tmp_path.glob("*.parts"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module.NeighbourSearch, "write_parts", None)  # nothing is computed
+        assert neighbour_table(bank, model, processor, list(images), 3, folder=tmp_path) == first
+        assert neighbour_table(bank, model, processor, images, 2, folder=tmp_path) == first  # deep enough
+    others = [
+        neighbour_table(bank, model, processor, images, 4, folder=tmp_path),
+        neighbour_table(bank.shuffled(), model, processor, images, 3, folder=tmp_path),
+        neighbour_table(bank, model, processor, images[:-1], 3, folder=tmp_path),
+        neighbour_table(bank, model, processor, [*images[:-1], images[0]], 3, folder=tmp_path),
+    ]
+    assert len({first, *others}) == 5
+    whole = neighbour_table(bank, model, processor, images, 99, folder=tmp_path)
+    table = columns(whole)
+    assert table["memory_ids"].shape == (12, 12)  # a bank of 12 rows, one of them the image's own
+    assert (table["memory_ids"][:, -1] == -1).all() and (table["memory_scores"][:, -1] == -np.inf).all()
+
+
+def test_questions_count_in_language_space(make_model, make_processor, images, captions, value_encoder, tmp_path):
+    model = make_model(key_space="language")
+    processor = make_processor(model)
+    rows = [{"image": image, "caption": caption} for image, caption in zip(images, captions, strict=True)]
+    bank = MemoryBank.build(rows, model, processor, value_encoder)
+    paths = [
+        neighbour_table(bank, model, processor, images, 3, queries=[text] * 12, folder=tmp_path)
+        for text in ("a red square", "what is in the image? a blue circle.")
+    ]
+    scores = [columns(path)["memory_scores"] for path in paths]
+    assert paths[0] != paths[1] and not np.allclose(*scores)
+    with pytest.raises(ValueError, match="Found 2 queries for 12 images"):
+        neighbour_table(bank, model, processor, images, 3, queries=["a", "b"], folder=tmp_path)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_bad_images_are_named(num_proc, bank, model, processor, images, small_parts, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="^Image 7: the image cannot be read"):
+        neighbour_table(bank, model, processor, [*images[:7], str(broken)], 3, folder=tmp_path, num_proc=num_proc)
+    with pytest.raises(ValueError, match="There are no images"):
+        neighbour_table(bank, model, processor, [], 3, folder=tmp_path)
+
+
+SCRIPT = """
+import pickle, sys
+from pathlib import Path
+from tinyalign_vlm import TinyAlignForConditionalGeneration
+from tinyalign_vlm.training import neighbour_table as module
+
+if __name__ == "__main__":
+    module.PART_IMAGES = 5
+    bank, processor, images = pickle.loads(Path("inputs.pkl").read_bytes())
+    model = TinyAlignForConditionalGeneration.from_pretrained("model")
+    print("ready", flush=True)
+    folder, num_proc = sys.argv[1:]
+    module.neighbour_table(bank, model, processor, images, 3, folder=folder, batch_size=2, num_proc=int(num_proc))
+"""
+
+
+@pytest.fixture
+def script(bank, model, processor, tmp_path, small_parts):
+    """`script(arguments, launcher)`: starts a process that makes the table of 150 images and says when it begins."""
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (9, 8, 3), dtype=np.uint8)) for _ in range(150)]
+    (tmp_path / "inputs.pkl").write_bytes(pickle.dumps((bank, processor, images)))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+        command = [sys.executable, *launcher, "script.py", *arguments]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+
+    start.images = images
+    return start
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(script, bank, model, processor, tmp_path):
+    whole = neighbour_table(bank, model, processor, script.images, 3, folder=tmp_path / "whole", batch_size=2)
+    moments, kills = random.Random(0), 0
+    for _ in range(3):
+        process = script("killed", "1")
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(moments.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills
+    path = neighbour_table(bank, model, processor, script.images, 3, folder=tmp_path / "killed", batch_size=2)
+    assert path.name == whole.name and path.read_bytes() == whole.read_bytes()
+    assert {entry.suffix for entry in path.parent.iterdir()} == {".parquet", ".lock"}
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_several_processes_make_the_same_table(launched, script, bank, model, processor, tmp_path):
+    whole = neighbour_table(bank, model, processor, script.images, 3, folder=tmp_path / "whole", batch_size=2)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2") if launched else ()
+    assert script("several", "1" if launched else "2", launcher=launcher).wait(120) == 0
+    (path,) = (tmp_path / "several").glob("*.parquet")
+    assert path.name == whole.name
+    several = columns(path)
+    for name, column in columns(whole).items():
+        np.testing.assert_allclose(column, several[name], atol=1e-5) if name == "memory_scores" else None
+        assert name == "memory_scores" or (column == several[name]).all()
+
+
+def test_processes_end_with_the_one_that_started_them(script):
+    process = script("orphans", "2")
+    children = []
+    while len(children) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+        children = [pid for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == process.pid]
+        children = [pid for pid in children if b"spawn_main" in command_of(pid)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.time() + 60
+    while any(b"spawn_main" in command_of(pid) for pid in children):
+        assert time.time() < deadline
+        time.sleep(0.1)
+
+
+def parent_of(pid: str) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except FileNotFoundError:
+        return None
+
+
+def command_of(pid: str) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
