@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,18 @@ from .bank_folders import scratch_folder, sync
 try:
     import faiss
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 except ImportError:
-    faiss = pa = pq = None
+    faiss = pa = pc = pq = None
 
 SHARD_BYTES = 450_000_000
 BATCH_ROWS = 1024
+# Rows are read in batches of about this size; no column of one may be larger.
+BATCH_BYTES = 2**26
+MAX_COLUMN_BYTES = 2**29
+# Keys are of length 1, as far as float32 can tell.
+MAX_KEY_NORM = 1.001
 SCRATCH_PREFIX = ".tmp-"
 # keys and values are never filtered on
 STATISTICS = ["id", "source_id", "caption"]
@@ -41,8 +48,11 @@ def require_bank_packages() -> None:
         )
 
 
-def row_schema(key_dim: int, value_size: int, thumbnails: bool, extra: Iterable[pa.Field]) -> pa.Schema:
-    """Columns of a bank: the fixed ones, typed, then what was kept of the source. `load_dataset` reads it as it is."""
+def row_schema(key_dim: int, value_size: int, thumbnails: bool, kept: Iterable[str]) -> pa.Schema:
+    """Columns of a bank: the fixed ones, typed, then what was `kept` of the source, as text.
+
+    `load_dataset` reads it as it is.
+    """
     fields = [
         pa.field("id", pa.int64()),
         pa.field("source_id", pa.string()),
@@ -54,7 +64,13 @@ def row_schema(key_dim: int, value_size: int, thumbnails: bool, extra: Iterable[
     if thumbnails:
         fields.append(pa.field("thumbnail", pa.struct({"bytes": pa.binary(), "path": pa.string()})))
         metadata = {"huggingface": json.dumps({"info": {"features": {"thumbnail": {"_type": "Image"}}}})}
-    return pa.schema([*fields, *extra], metadata=metadata)
+    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in kept)], metadata=metadata)
+
+
+def config_schema(config: dict) -> pa.Schema:
+    """The columns that bank_config.json declares."""
+    value_size = config["num_latents"] * config["latent_dim"]
+    return row_schema(config["key_dim"], value_size, config["thumbnail_size"] is not None, config["columns"])
 
 
 def matrix(batch: pa.RecordBatch, column: str) -> np.ndarray:
@@ -68,14 +84,16 @@ def list_column(array: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
 
 
-def check_schema(schema: pa.Schema, key_dim: int, value_size: int, name: str) -> None:
-    """Refuse columns that are not those of a bank of these sizes (ValueError naming `name` and the column)."""
-    for field in row_schema(key_dim, value_size, "thumbnail" in schema.names, ()):
-        found = schema.field(field.name).type if schema.names.count(field.name) == 1 else None
-        if found != field.type:
+def check_schema(found: pa.Schema, expected: pa.Schema, name: str) -> None:
+    """Refuse columns other than the expected ones (ValueError naming `name` and the column)."""
+    for column in [*expected.names, *found.names]:
+        types = [
+            schema.field(column).type if schema.names.count(column) == 1 else "missing or there twice"
+            for schema in (found, expected)
+        ]
+        if types[0] != types[1]:
             raise ValueError(
-                f"{name}: column {field.name!r} is {found or 'missing'}, expected {field.type}. "
-                "Save or download the bank again."
+                f"{name}: column {column!r} is {types[0]}, expected {types[1]}. Save or download the bank again."
             )
 
 
@@ -90,13 +108,13 @@ class BankFiles:
     num_rows: int
 
     @classmethod
-    def cached(cls, sha256: dict[str, str], num_rows: int) -> BankFiles:
-        """Where the files of these hashes are, or will be."""
+    def cached(cls, sha256: dict[str, str], num_rows: int, key_dim: int, value_shape: tuple[int, int]) -> BankFiles:
+        """Where the files of these hashes are, or will be; the hashes of keys and values don't cover their shapes."""
         root = cache_root()
         return cls(
-            keys=root / sha256["keys"] / "index.faiss",
-            values=root / sha256["values"] / "values.npy",
-            rows=root / sha256["rows"] / "rows.arrow",
+            keys=root / f"{sha256['keys']}-{num_rows}x{key_dim}" / "index.faiss",
+            values=root / f"{sha256['values']}-{num_rows}x{value_shape[0]}x{value_shape[1]}" / "values.npy",
+            rows=root / f"{sha256['rows']}-{num_rows}" / "rows.arrow",
             sha256=sha256,
             num_rows=num_rows,
         )
@@ -110,35 +128,41 @@ def cache_root() -> Path:
 
 
 def check_batch(batch: pa.RecordBatch, start: int, name: str) -> None:
-    """Refuse nulls, non-finite numbers and malformed ids in the rows `start, start + 1, ...` of the bank."""
+    """Refuse nulls, numbers that are not finite, long keys and malformed ids in the rows `start, start + 1, ...`."""
 
-    def refuse(row: int, column: str, found: object, expected: str) -> None:
-        raise ValueError(
-            f"{name}: row {start + row} has {column} {found!r}, expected {expected}. Save or download the bank again."
-        )
+    def refuse(wrong: Sequence[bool], column: str, found: object, expected: str) -> None:
+        if np.any(wrong):
+            raise ValueError(
+                f"{name}: row {start + int(np.argmax(wrong))} has {column} {found}, expected {expected}. Save or "
+                "download the bank again."
+            )
 
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        raise ValueError(f"{name}: the rows from {start} on are malformed ({error}).") from error
     for column in ("id", "source_id", "caption", "key", "value"):
-        values = batch.column(column)
-        if column in ("key", "value"):
-            if values.null_count or values.flatten().null_count:
-                refuse(0, column, None, "no nulls from here on")
-            finite = np.isfinite(matrix(batch, column)).all(axis=1)
-            if not finite.all():
-                refuse(int(finite.argmin()), column, "NaN or infinity", "finite numbers")
-        elif values.null_count:
-            refuse(values.is_null().to_pylist().index(True), column, None, "a value")
+        refuse(batch.column(column).is_null().to_numpy(False), column, "null", "a value")
+    for column in ("key", "value"):
+        if batch.column(column).flatten().null_count:
+            raise ValueError(f"{name}: {column} has nulls from row {start} on, expected numbers. Save the bank again.")
+        refuse(~np.isfinite(matrix(batch, column)).all(axis=1), column, "'NaN or infinity'", "finite numbers")
+    norms = np.linalg.norm(matrix(batch, "key").astype(np.float64), axis=1)
+    refuse(norms > MAX_KEY_NORM, "key", f"of length {norms.max():.3g}", "at most 1, or it would win every search")
     ids = batch.column("id").to_numpy()
     wrong = ids != np.arange(start, start + len(batch))
-    if wrong.any():
-        refuse(int(wrong.argmax()), "id", int(ids[wrong.argmax()]), "the row's number")
-    for row, source_id in enumerate(batch.column("source_id").to_pylist()):
-        if not re.fullmatch("[0-9a-f]{32}", source_id):
-            refuse(row, "source_id", source_id[:80], "32 hex digits")
+    refuse(wrong, "id", ids[wrong.argmax()], "the row's number")
+    names = batch.column("source_id").to_pylist()
+    wrong = [not re.fullmatch("[0-9a-f]{32}", source_id) for source_id in names]
+    refuse(wrong, "source_id", repr(names[np.argmax(wrong)][:80]), "32 hex digits")
+    if "thumbnail" in batch.schema.names:
+        paths = batch.column("thumbnail").field("path")
+        refuse(paths.is_valid().to_numpy(False), "thumbnail", "with a path", "pictures inside the bank")
 
 
 def write_local_files(
     batches: Iterable[pa.RecordBatch],
-    key_dim: int,
+    schema: pa.Schema,
     value_shape: tuple[int, int],
     name: str,
     expected: dict[str, str] | None = None,
@@ -149,7 +173,9 @@ def write_local_files(
     leaves nothing behind that could be taken for a bank, and processes that do the same work at once do no harm.
 
     Args:
-        batches: record batches of `row_schema`, in the order of the bank.
+        batches: record batches of this schema, in the order of the bank.
+        schema: of `row_schema`.
+        value_shape: what a value is.
         name: what the errors call the source of the rows.
         expected: the sha256 of keys, values and rows, where they are known.
 
@@ -159,14 +185,14 @@ def write_local_files(
     """
     try:
         with scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
-            num_rows, sha256 = _lay_out(batches, scratch, key_dim, value_shape, name)
+            num_rows, sha256 = _lay_out(batches, scratch, schema, value_shape, name)
             for part, digest in sha256.items():
                 if expected is not None and digest != expected[part]:
                     raise ValueError(
                         f"{name}: the sha256 of the {part} is {digest}, but {CONFIG_NAME} says {expected[part]}. The "
                         "bank was damaged or changed by hand: save or download it again."
                     )
-            files = BankFiles.cached(sha256, num_rows)
+            files = BankFiles.cached(sha256, num_rows, schema.field("key").type.list_size, value_shape)
             for path in (files.keys, files.values, files.rows):
                 path.parent.mkdir(exist_ok=True)
                 sync(scratch / path.name)
@@ -177,16 +203,17 @@ def write_local_files(
 
 
 def _lay_out(
-    batches: Iterable[pa.RecordBatch], folder: Path, key_dim: int, value_shape: tuple[int, int], name: str
+    batches: Iterable[pa.RecordBatch], folder: Path, schema: pa.Schema, value_shape: tuple[int, int], name: str
 ) -> tuple[int, dict[str, str]]:
     """See `write_local_files`; returns the number of rows, and the sha256 of keys, values and rows."""
     hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
-    index = faiss.IndexFlatIP(key_dim)
+    index = faiss.IndexFlatIP(schema.field("key").type.list_size)
     writer = None
     with open(folder / "values.npy", "wb") as values_file, open(folder / "rows.arrow", "wb") as rows_file:
         _write_npy_header(values_file, (0, *value_shape))
         for batch in batches:
-            check_schema(batch.schema, key_dim, value_shape[0] * value_shape[1], name)
+            check_schema(batch.schema, schema, name)
+            batch = pa.record_batch([batch.column(column) for column in schema.names], schema=schema)
             check_batch(batch, index.ntotal, name)
             keys, values = matrix(batch, "key"), matrix(batch, "value")
             index.add(np.ascontiguousarray(keys))
@@ -214,57 +241,122 @@ def read_shards(folder: Path, config: dict) -> Iterator[pa.RecordBatch]:
     """The rows of a saved bank, shard by shard.
 
     Raises:
-        ValueError: a shard is missing, is not Parquet, has other columns or another number of rows than declared.
+        ValueError: a shard is missing, is not Parquet, has other columns or more data than declared, or is a bomb.
     """
-    value_size = config["num_latents"] * config["latent_dim"]
-    count = 0
-    for path in shard_paths(folder, config["num_shards"]):
-        try:
-            with pq.ParquetFile(path) as shard:
-                check_schema(shard.schema_arrow, config["key_dim"], value_size, str(path))
-                for batch in shard.iter_batches(batch_size=BATCH_ROWS):
-                    batch.validate(full=True)
-                    count += len(batch)
-                    yield batch
-        # pyarrow raises the last three on footers that were tampered with
-        except (pa.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
-            raise ValueError(
-                f"{path} cannot be read as Parquet ({error}). Save or download the bank again."
-            ) from error
+    schema = config_schema(config)
+    paths = shard_paths(folder, config["num_shards"])
+    count = size = 0
+    for path in paths:
+        with _readable(path), pq.ParquetFile(path) as shard:
+            check_schema(shard.schema_arrow, schema, str(path))
+            size += unpacked_size(shard.metadata, schema, path)
+            count += shard.metadata.num_rows
     if count != config["num_rows"]:
         raise ValueError(
             f"{folder / CONFIG_NAME} declares {config['num_rows']} rows, but the shards hold {count}. "
             "Save or download the bank again."
         )
+    text = [*config["columns"], "source_id", "caption", "thumbnail.bytes", "thumbnail.path"]
+    row_bytes = size // count + 4 * sum(schema.field(name).type.list_size for name in ("key", "value"))
+    batch_size = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
+    for path in paths:
+        with _readable(path), pq.ParquetFile(path, read_dictionary=text) as shard:
+            for batch in shard.iter_batches(batch_size=batch_size):
+                yield pa.record_batch([_plain(column, path) for column in batch.columns], names=batch.schema.names)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    # pyarrow raises the last three on footers that were tampered with
+    except (pa.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet ({error}). Save or download the bank again.") from error
+
+
+def unpacked_size(footer: pq.FileMetaData, schema: pa.Schema, path: Path) -> int:
+    """Bytes of a shard's columns in memory; ValueError, naming it, if that is more than a shard holds."""
+    size = 0
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            name = column.path_in_schema.split(".")[0]
+            expected = group.num_rows * (schema.field(name).type.list_size if name in ("key", "value") else 1)
+            if not 0 <= column.num_values <= expected:
+                raise ValueError(
+                    f"{path}: column {name!r} declares {column.num_values} values for {group.num_rows} rows, expected "
+                    f"{expected}. Save or download the bank again."
+                )
+            size += max(0, column.total_uncompressed_size)
+    if size > 2 * SHARD_BYTES:
+        raise ValueError(f"{path} unpacks to {size} bytes, expected at most {2 * SHARD_BYTES}. Save the bank again.")
+    return size
+
+
+def _plain(column: pa.Array, path: Path) -> pa.Array:
+    """A column without its dictionary. Of one long text, a dictionary makes a thousand in a few bytes."""
+    if pa.types.is_struct(column.type):
+        parts = [_plain(part, path) for part in column.flatten()]
+        return pa.StructArray.from_arrays(parts, names=[field.name for field in column.type], mask=column.is_null())
+    if not pa.types.is_dictionary(column.type):
+        return column
+    size = pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    if size > MAX_COLUMN_BYTES:
+        raise ValueError(
+            f"{path}: {len(column)} rows hold {size} bytes of text or pictures, expected at most {MAX_COLUMN_BYTES}. "
+            "Save or download the bank again."
+        )
+    return column.dictionary_decode()
+
+
+def shard_names(num_shards: int) -> list[str]:
+    """The Parquet shards of a bank's folder, as the Hub and `load_dataset` expect them."""
+    return [f"data/train-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
 
 
 def shard_paths(folder: Path, num_shards: int) -> list[Path]:
     """The Parquet shards, or ValueError naming the first that is missing."""
-    paths = [folder / "data" / f"train-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
+    paths = [folder / name for name in shard_names(num_shards)]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} is missing. Save or download the bank again.")
     return paths
 
 
-def write_shards(folder: Path, table: pa.Table, keys: np.ndarray, values: np.ndarray, config: dict) -> None:
-    """Write `data/train-*.parquet` under `folder`; `table` holds every column but `key` and `value`."""
-    num_rows, num_shards = config["num_rows"], config["num_shards"]
+def write_shards(folder: Path, table: pa.Table, keys: np.ndarray, values: np.ndarray) -> int:
+    """Write `data/train-*.parquet` under `folder`; `table` holds every column but `key` and `value`.
+
+    Returns:
+        the number of shards, none of which exceeds `SHARD_BYTES` (unless `BATCH_ROWS` rows do).
+    """
     key_dim, value_size = keys.shape[1], values[0].size
     (folder / "data").mkdir()
     fixed = ("id", "source_id", "caption", "thumbnail")
-    extra = [field for field in table.schema if field.name not in fixed]
-    schema = row_schema(key_dim, value_size, "thumbnail" in table.column_names, extra)
-    bounds = [num_rows * i // num_shards for i in range(num_shards + 1)]
-    for shard, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        path = folder / "data" / f"train-{shard:05d}-of-{num_shards:05d}.parquet"
-        with pq.ParquetWriter(path, schema, use_dictionary=False, write_statistics=STATISTICS) as writer:
+    kept = [name for name in table.column_names if name not in fixed]
+    schema = row_schema(key_dim, value_size, "thumbnail" in table.column_names, kept)
+    bounds = _shard_bounds(table, 4 * key_dim + 2 * value_size)
+    names = shard_names(len(bounds) - 1)
+    for name, (start, stop) in zip(names, itertools.pairwise(bounds), strict=True):
+        with pq.ParquetWriter(folder / name, schema, use_dictionary=False, write_statistics=STATISTICS) as writer:
             for begin in range(start, stop, BATCH_ROWS):
                 end = min(begin + BATCH_ROWS, stop)
                 columns = {column: table[column][begin:end] for column in table.column_names}
                 columns["key"] = list_column(keys[begin:end])
                 columns["value"] = list_column(values[begin:end].reshape(end - begin, -1))
                 writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
+    return len(names)
+
+
+def _shard_bounds(table: pa.Table, row_bytes: int) -> list[int]:
+    """First rows of the shards and the end; `row_bytes` is what every row has beside its part of the table."""
+    bounds, size = [0], 0
+    for start in range(0, len(table), BATCH_ROWS):
+        batch = table[start : start + BATCH_ROWS]
+        added = batch.nbytes + row_bytes * len(batch)
+        if size and size + added > SHARD_BYTES:
+            bounds.append(start)
+            size = 0
+        size += added
+    return [*bounds, len(table)]
 
 
 class Spool:

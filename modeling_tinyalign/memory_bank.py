@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitInfo, DatasetCard
 from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin, __version__
@@ -30,16 +29,20 @@ from .bank_builder import (
     probe_pixels,
     renumbered,
 )
-from .bank_config import CONFIG_NAME, FORMAT_VERSION, check_config, check_file, file_sha256, read_json
-from .bank_folders import recover_folder, replace_folder
+from .bank_config import CONFIG_NAME, FORMAT_VERSION, check_config, check_file, file_sha256, read_json, write_config
+from .bank_folders import recover_folder, replace_folder, scratch_folder
+from .bank_hub import fetch, forgetting, hub_origin, push_folder
 from .bank_rows import BankRows
 from .bank_storage import (
     BATCH_ROWS,
-    SHARD_BYTES,
+    SCRATCH_PREFIX,
     BankFiles,
     Spool,
+    cache_root,
+    config_schema,
     read_shards,
     require_bank_packages,
+    shard_names,
     shard_paths,
     write_local_files,
     write_shards,
@@ -53,6 +56,7 @@ except ImportError:
     pa = None
 
 KEY_ENCODER_NAME = "key_encoder.safetensors"
+VALUE_ENCODER_NAME = "value_encoder/model.safetensors"
 MIN_PROBE_COSINE = 0.99
 MAX_PROBE_DIFFERENCE = 1e-3
 
@@ -61,7 +65,7 @@ class MemoryBank(BankRows):
     """Rows of image, caption, key and value with the encoders that made them.
 
     Make one with `MemoryBank.build`, `from_pretrained` or `from_dataset`; look things up with the methods of
-    `BankRows`. It is immutable: `add` and `shuffled` return a new bank.
+    `BankRows`. It is immutable: `add`, `remove` and `shuffled` return a new bank.
 
     Attributes:
         config: the content of bank_config.json.
@@ -109,8 +113,9 @@ class MemoryBank(BankRows):
         """The value encoder the bank was built with, loaded when first asked for."""
         if self._value_encoder is not None:
             return self._value_encoder
-        path = self._folder / "value_encoder" / "model.safetensors"
-        check_file(path, self.config["sha256"]["value_encoder"])
+        path = self._folder / VALUE_ENCODER_NAME
+        with forgetting([path] if self.repo_id else []):
+            check_file(path, self.config["sha256"]["value_encoder"])
         return ValueEncoder.of_bank(path, self.config["value_encoder"])
 
     # ------------------------------------------------------------------ making one
@@ -242,6 +247,30 @@ class MemoryBank(BankRows):
                     itertools.chain(self._batches(), added), self.skipped_rows + encoder.skipped_rows
                 )
 
+    def remove(self, rows: int | str | Sequence[int | str]) -> MemoryBank:
+        """A new bank without some rows, the others numbered anew; this bank is unchanged.
+
+        Args:
+            rows: the id of a row, a `source_id` (all rows of that image), or several of them.
+
+        Raises:
+            ValueError: there is no such row, or none would be left.
+        """
+        rows = [rows] if isinstance(rows, (int, str)) else list(rows)
+        for row in rows:
+            if not (len(self.ids_of(row)) if isinstance(row, str) else 0 <= row < len(self)):
+                raise ValueError(
+                    f"The bank has no row {row!r}, expected a source_id of bank.rows(ids) or an id from 0 to "
+                    f"{len(self) - 1}."
+                )
+        keep = np.ones(len(self), dtype=bool)
+        keep[self._excluded_ids(rows)] = False
+        if not keep.any():
+            raise ValueError(f"All {len(self)} rows would be removed, but a memory bank needs at least one.")
+        tables = (pa.Table.from_batches([batch]) for batch in self._batches())
+        kept = (table.filter(pa.array(keep[table["id"].to_numpy()])) for table in tables)
+        return self._with_rows(renumbered(kept), self.skipped_rows)
+
     def shuffled(self, seed: int = 0) -> MemoryBank:
         """The control: the same rows, but every key leads to another row's value and caption."""
         order = np.random.default_rng(seed).permutation(len(self))
@@ -251,18 +280,32 @@ class MemoryBank(BankRows):
         return self._with_rows(self._batches(keys_of), self.skipped_rows)
 
     @classmethod
-    def from_dataset(cls, dataset: Iterable[dict], like: MemoryBank) -> MemoryBank:
+    def from_dataset(
+        cls, dataset: Iterable[dict], like: MemoryBank | str | os.PathLike | None = None, revision: str | None = None
+    ) -> MemoryBank:
         """A bank from the rows of a bank, loaded with `datasets` and filtered or concatenated; they are numbered anew.
 
         Args:
-            dataset: a `datasets.Dataset` with a bank's columns.
-            like: the bank whose encoders made the rows.
+            dataset: a `datasets.Dataset` or, streamed, an `IterableDataset` with a bank's columns.
+            like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which
+                no rows are downloaded. By default the repository that a `Dataset` was loaded from.
+
+        Raises:
+            ValueError: a column is missing or of another type, there is no row, or `like` is needed.
+            OSError: the encoders can't be downloaded.
         """
+        if isinstance(dataset, dict):
+            raise ValueError(f"The dataset has the splits {list(dataset)}: pass one of them, dataset['train'] say.")
+        if like is None:
+            like, revision = hub_origin(dataset)
+        if not isinstance(like, MemoryBank):
+            like = cls._open(like, revision)
         return like._with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), [])
 
     def _with_rows(self, batches: Iterable[pa.RecordBatch], skipped_rows: list[dict]) -> MemoryBank:
         """This bank's encoders over other rows."""
-        files = write_local_files(batches, self.key_dim, (self.num_latents, self.latent_dim), "The new memory bank")
+        value_shape = (self.num_latents, self.latent_dim)
+        files = write_local_files(batches, config_schema(self.config), value_shape, "The new memory bank")
         changed = {"num_rows": files.num_rows, "sha256": files.sha256, "skipped_rows": skipped_rows}
         return MemoryBank(
             {**self.config, **changed}, copy.deepcopy(self.key_encoder), self.probe_keys, files, self.value_encoder
@@ -283,51 +326,117 @@ class MemoryBank(BankRows):
         replace_folder(Path(save_directory), self._write)
 
     def _write(self, folder: Path) -> None:
-        row_bytes = 4 * self.key_dim + 2 * self.num_latents * self.latent_dim + self._table.nbytes // len(self)
-        config = {**self.config, "num_shards": -(-row_bytes * len(self) // SHARD_BYTES)}
-        write_shards(folder, self._table, self._index.keys, self._values, config)
+        num_shards = write_shards(folder, self._table, self._index.keys, self._values)
         try:
             self.key_encoder.save(folder / KEY_ENCODER_NAME, self.probe_keys)
             self.value_encoder.save_pretrained(folder / "value_encoder")
         except SafetensorError as error:
             raise OSError(f"safetensors could not write the encoders: {error}") from error
-        config["sha256"] = {
+        sha256 = {
             **self._files.sha256,
             "key_encoder": file_sha256(folder / KEY_ENCODER_NAME),
-            "value_encoder": file_sha256(folder / "value_encoder" / "model.safetensors"),
+            "value_encoder": file_sha256(folder / VALUE_ENCODER_NAME),
         }
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        config = {**self.config, "num_shards": num_shards, "sha256": sha256}
+        write_config(config, folder / CONFIG_NAME)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload memory bank",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        card: DatasetCard | str | None = None,
+    ) -> CommitInfo:
+        """Upload the bank to a dataset repository, in one commit; shards of an earlier version are deleted.
+
+        `repo_id` and `revision` of this bank become those of the commit: a model that it is attached to names them
+        in its config.
+
+        Args:
+            repo_id: "org/name"; it is created if it does not exist.
+            private: whether a new repository is private.
+            token: of the Hub; by default the one that you are logged in with.
+            revision: the branch to push to, created if it does not exist. By default main.
+            create_pr: open a pull request with the commit instead.
+            card: README.md of the repository (`hub_cards` makes one). By default the one that is there, else a short
+                one.
+
+        Returns:
+            the commit; its hash is `.oid`.
+
+        Raises:
+            OSError: it could not be uploaded, or not be written to the disk before.
+        """
+        with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
+            self._write(folder)
+            card = None if card is None else str(card)
+            self.repo_id, commit = push_folder(
+                folder, repo_id, self.config, card, commit_message, private, token, revision, create_pr
+            )
+        self.revision = commit.oid
+        return commit
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, revision: str | None = None) -> MemoryBank:
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+    ) -> MemoryBank:
         """Load a bank from a folder or from a dataset repository of the Hub.
 
         The first load checks every row and lays the bank out under `HF_HOME/tinyalign/`; later ones only map it.
         Nothing but JSON, Parquet and safetensors is read from the folder.
 
+        Args:
+            revision: branch, tag or commit of the repository. A name with a revision is never taken for a folder.
+            token: of the Hub; by default the one that you are logged in with.
+
         Raises:
             ImportError: faiss or pyarrow is missing (what to install is named).
-            ValueError: a file is missing, broken, or not what bank_config.json says (the file is named).
+            ValueError: a file is missing, broken, or not what bank_config.json says (the file is named). Files that
+                were downloaded are taken out of the cache.
             OSError: the bank can't be downloaded, or the local files can't be written.
         """
+        bank = cls._open(name_or_path, revision, token)
+        config, folder, fetched = bank.config, bank._folder, []
+        if bank.repo_id is None:
+            shard_paths(folder, config["num_shards"])
+        if not bank._files.exist():
+            if bank.repo_id is not None:
+                names = (CONFIG_NAME, *shard_names(config["num_shards"]))
+                fetched = [fetch(bank.repo_id, name, bank.revision, token) for name in names]
+            with forgetting(fetched):
+                value_shape = (config["num_latents"], config["latent_dim"])
+                rows = read_shards(folder, config)
+                write_local_files(rows, config_schema(config), value_shape, str(folder / "data"), config["sha256"])
+        return bank
+
+    @classmethod
+    def _open(
+        cls, name_or_path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+    ) -> MemoryBank:
+        """A bank with its encoders; its rows may not be there yet."""
         require_bank_packages()
         folder, repo_id = Path(name_or_path), None
         recover_folder(folder)
-        if not folder.is_dir():
-            folder, repo_id = _download(str(name_or_path), revision), str(name_or_path)
+        if revision is not None or not folder.is_dir():
+            repo_id = str(name_or_path)
+            folder = fetch(repo_id, CONFIG_NAME, revision, token).parent
             revision = folder.name
-        config_path = folder / CONFIG_NAME
-        config = read_json(config_path)
-        check_config(config, config_path)
-        shard_paths(folder, config["num_shards"])
-        check_file(folder / KEY_ENCODER_NAME, config["sha256"]["key_encoder"])
-        key_encoder, probe_keys = KeyEncoder.load(folder / KEY_ENCODER_NAME, config["key_encoder"], config["key_dim"])
-        files = BankFiles.cached(config["sha256"], config["num_rows"])
-        if not files.exist():
-            value_shape = (config["num_latents"], config["latent_dim"])
-            rows = read_shards(folder, config)
-            write_local_files(rows, config["key_dim"], value_shape, str(folder / "data"), config["sha256"])
-        revision = revision if repo_id else None
+        config_path, encoder_path = folder / CONFIG_NAME, folder / KEY_ENCODER_NAME
+        with forgetting([config_path] if repo_id else []):
+            config = read_json(config_path)
+            check_config(config, config_path)
+        if repo_id is not None:
+            for name in (KEY_ENCODER_NAME, VALUE_ENCODER_NAME):
+                fetch(repo_id, name, revision, token)
+        with forgetting([config_path, encoder_path] if repo_id else []):
+            check_file(encoder_path, config["sha256"]["key_encoder"])
+            key_encoder, probe_keys = KeyEncoder.load(encoder_path, config["key_encoder"], config["key_dim"])
+        value_shape = (config["num_latents"], config["latent_dim"])
+        files = BankFiles.cached(config["sha256"], config["num_rows"], config["key_dim"], value_shape)
         return cls(config, key_encoder, probe_keys, files, folder=folder, repo_id=repo_id, revision=revision)
 
     # ------------------------------------------------------------------ using it
@@ -381,15 +490,3 @@ class MemoryBank(BankRows):
                 f"probe images the cosine of their keys is {cosine:.3f}, expected at least {MIN_PROBE_COSINE}. "
                 f"{advice}"
             )
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    """Fetch a bank's data files, and nothing else, from the Hub."""
-    try:
-        patterns = [CONFIG_NAME, KEY_ENCODER_NAME, "data/*.parquet", "value_encoder/model.safetensors"]
-        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns))
-    except (HFValidationError, OSError) as error:
-        raise OSError(
-            f"{repo_id!r} is not a local folder, and as a dataset repository of the Hub it could not be downloaded "
-            f"({error}). Check the name, the revision, the connection and the token."
-        ) from error

@@ -1,0 +1,134 @@
+"""Memory banks on the Hub: fetched file by file, pushed in one commit."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+
+CARD_NAME = "README.md"
+SHARDS = "data/train-*.parquet"
+# Without it the Hub's viewer and `load_dataset` would have to guess what the files are.
+CARD = """---
+tags:
+- tinyalign
+- memory-bank
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: {shards}
+---
+
+# {name}
+
+A memory bank of {num_rows} rows for [TinyAlign](https://arxiv.org/abs/2505.12884) models whose vision tower is
+{tower}. Its rows are a dataset, `load_dataset("{repo_id}", split="train")`; a model retrieves from them after
+`model.attach_memory_bank("{repo_id}")`.
+"""
+
+
+def fetch(repo_id: str, filename: str, revision: str | None, token: str | bool | None) -> Path:
+    """A file of a bank in the local cache, downloaded if it is not there; its folder is named after the commit.
+
+    Raises:
+        OSError: it could not be had. The cache is as it was.
+    """
+    try:
+        return Path(hf_hub_download(repo_id, filename, repo_type="dataset", revision=revision, token=token))
+    # huggingface_hub raises errors of its own, and those of an HTTP library that changes from version to version
+    except Exception as error:
+        raise OSError(
+            f"{filename} of the memory bank {repo_id!r} at revision {revision or 'main'} could not be downloaded from "
+            f"the Hub ({type(error).__name__}: {error}). Check the name (it is no local folder, or a revision was "
+            "given), the revision, the connection and the token."
+        ) from error
+
+
+@contextlib.contextmanager
+def forgetting(downloaded: list[Path]) -> Iterator[None]:
+    """On a ValueError, take these files out of the cache, links and all, so that they are downloaded anew."""
+    try:
+        yield
+    except ValueError:
+        for path in downloaded:
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        raise
+
+
+def hub_origin(dataset: Iterable[dict]) -> tuple[str, str]:
+    """Repository and commit that a `datasets.Dataset` was loaded from, which `datasets` puts into its files' names.
+
+    Raises `ValueError`: it was not loaded from the Hub, or is streamed.
+    """
+    try:
+        from datasets import Dataset
+    except ImportError:
+        Dataset = ()
+    files = [file["filename"] for file in dataset.cache_files] if isinstance(dataset, Dataset) else []
+    pattern = r"/([^/]+?)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/[^/]+$"
+    origins = {match.groups() for file in files if (match := re.search(pattern, Path(file).as_posix()))}
+    if len(origins) != 1:
+        raise ValueError(
+            f"The dataset was loaded from {len(origins)} repositories of the Hub as far as its files tell, expected "
+            "one. Pass like=, the bank (or its repository or folder) whose encoders made the rows."
+        )
+    ((namespace, name, commit),) = origins
+    return f"{namespace}/{name}", commit
+
+
+def resolve_commit(repo_id: str, revision: str | None, token: str | bool | None = None) -> str:
+    """The commit hash of a bank's revision; the Hub is asked unless it is one already.
+
+    Raises `OSError`: the Hub has no such dataset or revision, or can't be reached.
+    """
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    try:
+        return HfApi().dataset_info(repo_id, revision=revision, token=token).sha
+    except OSError as error:
+        raise OSError(
+            f"The commit of the memory bank {repo_id!r} at revision {revision or 'main'} could not be found "
+            f"({error}). Push the bank first (bank.push_to_hub), or detach it (model.detach_memory_bank)."
+        ) from error
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    config: dict,
+    card: str | None,
+    commit_message: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+) -> tuple[str, CommitInfo]:
+    """Make a dataset repository hold a bank's folder, in one commit; see `MemoryBank.push_to_hub`.
+
+    Shards that the bank no longer has are deleted, other files of the repository are left alone.
+
+    Returns:
+        the full name of the repository, and the commit.
+    """
+    api, where = HfApi(token=token), {"repo_type": "dataset", "revision": revision}
+    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
+    present = set(api.list_repo_files(repo_id, **where))
+    new = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    if card is None and CARD_NAME not in present:
+        facts = {"num_rows": config["num_rows"], "tower": config["tower"]["name"]}
+        card = CARD.format(shards=SHARDS, name=repo_id.split("/")[-1], repo_id=repo_id, **facts)
+    if card is not None:
+        new[CARD_NAME] = card.encode()
+    operations = [CommitOperationAdd(name, content) for name, content in sorted(new.items())]
+    stale = sorted(name for name in present - set(new) if fnmatch(name, SHARDS))
+    operations += [CommitOperationDelete(name) for name in stale]
+    commit = api.create_commit(repo_id, operations, commit_message=commit_message, create_pr=create_pr, **where)
+    return repo_id, commit
