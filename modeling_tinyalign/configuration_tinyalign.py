@@ -38,10 +38,10 @@ class TinyAlignConfig(PreTrainedConfig):
         Average-pools the square grid of visual tokens to this many rows and columns. `None` keeps all tokens.
     projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
         Activation of both connectors.
-
-    > The memory
     connector_size (`int`, *optional*):
         Hidden width of the connector. Defaults to the language model's hidden size.
+
+    > The memory
 
     memory_top_k (`int`, *optional*, defaults to 5):
         Neighbours per image. 0 is the plain baseline, without memory connector. `top_k` is accepted as another name;
@@ -62,8 +62,6 @@ class TinyAlignConfig(PreTrainedConfig):
         Space of the bank's keys: the vision tower's, or (the paper's) the language model's, with the text mixed in.
     query_alpha (`float`, *optional*, defaults to 0.4):
         Weight of the image in a key of the language space (paper, equation 4).
-    memory_bank, memory_bank_revision (`str`, *optional*):
-        Hub repository and revision of the bank, loaded at the first retrieval.
     retrieval_threshold (`float`, *optional*):
         Similarity (the inner product of unit keys, -1 to 1) below which a neighbour is not used: its slot gets the
         learned "nothing retrieved". `None` uses all neighbours. `tinyalign bank calibrate` chooses one.
@@ -71,6 +69,8 @@ class TinyAlignConfig(PreTrainedConfig):
         Whether the memory connector is told the similarity of each neighbour.
     prompt_captions (`int`, *optional*, defaults to 0):
         Neighbours whose captions are written into the prompt. More than 0, with `memory_top_k=0`, is text-only RAG.
+    memory_bank, memory_bank_revision (`str`, *optional*):
+        Hub repository and revision of the bank, loaded at the first retrieval.
     """
 
     _auto_class = "AutoConfig"
@@ -87,9 +87,9 @@ class TinyAlignConfig(PreTrainedConfig):
     vision_feature_size: int | None = None
     vision_pool_size: int | None = None
     projector_hidden_act: str = "gelu"
+    connector_size: int | None = None
     memory_top_k: int | None = None
     num_latents: int = 32
-    connector_size: int | None = None
     latent_dim: int = 96
     memory_fusion: Literal["channel", "sequence"] = "channel"
     memory_connector_size: int | None = None
@@ -97,11 +97,11 @@ class TinyAlignConfig(PreTrainedConfig):
     latents_per_word: int = 2
     key_space: Literal["vision", "language"] = "vision"
     query_alpha: float = 0.4
-    memory_bank: str | None = None
-    memory_bank_revision: str | None = None
     retrieval_threshold: float | None = None
     memory_scores: bool = False
     prompt_captions: int = 0
+    memory_bank: str | None = None
+    memory_bank_revision: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
