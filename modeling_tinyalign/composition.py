@@ -51,7 +51,7 @@ def compose(
     model.lm_head = lm_head
     hidden_size = config.text_config.hidden_size
     model.model.connector = Connector(
-        config.vision_feature_size, hidden_size, hidden_size, config.projector_hidden_act
+        config.vision_feature_size, config.connector_size or hidden_size, hidden_size, config.projector_hidden_act
     )
     model.model.connector.apply(model._init_weights)
     new = ["connector"]

@@ -118,6 +118,11 @@ class TinyAlignConfig(PreTrainedConfig):
         self.memory_top_k = 5 if top_k is None else top_k
         if self.memory_top_k < 0:
             raise ValueError(f"memory_top_k is {self.memory_top_k}, expected 0 (no memory) or more.")
+        if self.memory_top_k and self.prompt_captions:
+            raise ValueError(
+                f"memory_top_k is {self.memory_top_k} and prompt_captions {self.prompt_captions}, expected one of them "
+                "to be 0: neighbours are read as latents or as captions."
+            )
         for name in ("image_seq_length", "num_latents", "latent_dim", "latents_per_word"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} is {vars(self)[name]}, expected 1 or more.")
@@ -138,6 +143,11 @@ class TinyAlignConfig(PreTrainedConfig):
         if "top_k" in kwargs:
             kwargs["memory_top_k"] = kwargs.pop("top_k")
         return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def num_neighbours(self) -> int:
+        """Neighbours of one image that are read, as latents or as captions (k)."""
+        return self.memory_top_k or self.prompt_captions
 
     @property
     def num_memory_tokens(self) -> int:

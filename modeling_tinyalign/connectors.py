@@ -36,7 +36,9 @@ class MemoryConnector(nn.Module):
         super().__init__()
         self.memory_fusion = config.memory_fusion
         hidden_size = config.text_config.hidden_size
-        in_size = config.latent_dim * (config.memory_top_k if config.memory_fusion == "channel" else 1)
+        self.memory_scores = config.memory_scores
+        width = config.latent_dim + (1 if config.memory_scores else 0)
+        in_size = width * (config.memory_top_k if config.memory_fusion == "channel" else 1)
         self.null_latents = nn.Parameter(torch.zeros(config.num_latents, config.latent_dim))
         self.slot_embedding = nn.Parameter(torch.zeros(config.num_latents, hidden_size))
         self.mlp = Connector(
@@ -60,12 +62,17 @@ class MemoryConnector(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(
-        self, values: torch.Tensor, mask: torch.Tensor | None = None, embeddings: torch.Tensor | None = None
+        self,
+        values: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        embeddings: torch.Tensor | None = None,
+        scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        `values (n, k, L, D)`, `mask (n, k)` that is False where nothing was retrieved, and the language model's input
-        embeddings (read if there is a lexicon) -> `(n, M, hidden_size)`: L tokens (`"channel"`), or k x L, neighbour
-        by neighbour (`"sequence"`).
+        `values (n, k, L, D)`, `mask (n, k)` that is False where nothing was retrieved, the language model's input
+        embeddings (read if there is a lexicon) and the neighbours' similarities `(n, k)` (read with
+        `config.memory_scores`) -> `(n, M, hidden_size)`: L tokens (`"channel"`), or k x L, neighbour by neighbour
+        (`"sequence"`). Raises `ValueError` when the similarities are wanted and missing.
         """
         values = values.to(self.null_latents)
         mask = torch.ones(values.shape[:2]) if mask is None else mask
@@ -77,6 +84,14 @@ class MemoryConnector(nn.Module):
                 words = torch.where(mask, words, 0.0)
                 words = words.mean(1) if self.memory_fusion == "channel" else words
         values = torch.where(mask, values, self.null_latents)
+        if self.memory_scores:
+            if scores is None:
+                raise ValueError(
+                    "config.memory_scores: this model is told the similarity of each neighbour. Pass memory_scores "
+                    "(images, top_k) with memory_ids or memory_values, or let the model retrieve."
+                )
+            scores = torch.where(mask, scores.to(values)[:, :, None, None], 0.0)
+            values = torch.cat([values, scores.expand(*values.shape[:3], 1)], dim=-1)
         if self.memory_fusion == "channel":
             return self.mlp(values.transpose(1, 2).flatten(2)) + self.slot_embedding + words
         return (self.mlp(values) + self.slot_embedding + words).flatten(1, 2)

@@ -49,9 +49,9 @@ class RetrievalMixin:
                 f"The bank has (num_latents, latent_dim, key_space) = {found}, the model expects {expected}. Build a "
                 "bank for this model, or use the model the bank was built for."
             )
-        if len(bank) < config.memory_top_k:
+        if len(bank) < config.num_neighbours:
             raise ValueError(
-                f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.memory_top_k}: add rows."
+                f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.num_neighbours}: add rows."
             )
         bank.check_probes(self)
         self._memory_bank = bank
@@ -105,7 +105,7 @@ class RetrievalMixin:
         bank = self.memory_bank
         if bank is None:
             raise ValueError(
-                f"This model uses {self.config.memory_top_k} neighbours an image, but no memory bank is attached and "
+                f"This model uses {self.config.num_neighbours} neighbours an image, but no memory bank is attached and "
                 "no memory_values were given. Call model.attach_memory_bank(folder_or_repository), or pass "
                 "memory='off' to do without."
             )
@@ -121,15 +121,19 @@ class RetrievalMixin:
         top_k: int | None = None,
         exclude_ids: list | None = None,
     ) -> TinyAlignRetrieval:
-        """The `top_k` (default: `config.memory_top_k`) neighbours of each image; inputs as [`get_image_features`]."""
+        """
+        The `top_k` (default: as many as the model uses) neighbours of each image; inputs as [`get_image_features`].
+        Those below `config.retrieval_threshold` have id -1, and neither caption nor source.
+        """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features.")
         if vision_features is None:
             vision_features = self.get_vision_features(pixel_values)
-        top_k = self.config.memory_top_k if top_k is None else top_k
+        top_k = self.config.num_neighbours if top_k is None else top_k
         bank = self._require_bank()
         keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
         scores, ids = bank.search(keys, top_k, exclude=exclude_ids)
+        ids, _ = self._used_slots(ids, scores)
         rows = [[neighbour for neighbour in row if neighbour is not None] for row in bank.rows(ids)]
         return TinyAlignRetrieval(
             scores=scores,
@@ -137,6 +141,18 @@ class RetrievalMixin:
             captions=[[neighbour["caption"] for neighbour in row] for row in rows],
             source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
         )
+
+    def _used_slots(
+        self, ids: torch.LongTensor | None, scores: torch.Tensor | None
+    ) -> tuple[torch.LongTensor | None, torch.Tensor | None]:
+        """Of `(n, k)` neighbours: the ids, -1 in slots that are empty or below the threshold, and False in these."""
+        used = None if ids is None else ids >= 0
+        threshold = self.config.retrieval_threshold
+        if scores is not None and threshold is not None:
+            above = torch.as_tensor(scores, device=None if ids is None else ids.device) >= threshold
+            used = above if ids is None else used & above
+            ids = None if ids is None else ids.masked_fill(~used, -1)
+        return ids, used
 
     def _check_top_k(self):
         config = self.config
