@@ -72,7 +72,10 @@ class MemoryBank(BankRows):
         key_encoder: the frozen `KeyEncoder`.
         probe_keys: `(4, raw_dim)`, raw keys of four fixed synthetic images.
         repo_id, revision: the Hub repository and commit it came from, or None.
+        any_tower: see `for_any_tower`.
     """
+
+    any_tower = False
 
     def __init__(
         self,
@@ -456,7 +459,18 @@ class MemoryBank(BankRows):
         Returns:
             `(n, key_dim)` float32, unit length, on the features' device.
         """
+        if self.any_tower:
+            vision_features = F.pad(vision_features, (0, self.key_encoder.feature_dim - vision_features.shape[-1]))
         return self.key_encoder.to(vision_features.device)(vision_features, query_input_ids, query_attention_mask)
+
+    def for_any_tower(self) -> MemoryBank:
+        """This bank, to be used with a vision tower it was not built with: an ablation (the paper's Table 7).
+
+        Features of another width are cut, or filled up with zeros. What is retrieved has little to do with the image.
+        """
+        bank = copy.copy(self)
+        bank.any_tower = True
+        return bank
 
     def check_probes(self, model: PreTrainedModel) -> None:
         """Refuse a model whose vision tower is not the one the bank's keys were made with.

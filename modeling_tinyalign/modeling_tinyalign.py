@@ -347,9 +347,9 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         """See [`TinyAlignModel.memory_bank`]."""
         return self.model.memory_bank
 
-    def attach_memory_bank(self, bank: MemoryBank | str | os.PathLike, revision: str | None = None):
+    def attach_memory_bank(self, bank: MemoryBank | str | os.PathLike, revision: str | None = None, **kwargs):
         """See [`TinyAlignModel.attach_memory_bank`]."""
-        self.model.attach_memory_bank(bank, revision)
+        self.model.attach_memory_bank(bank, revision, **kwargs)
 
     def detach_memory_bank(self):
         """See [`TinyAlignModel.detach_memory_bank`]."""

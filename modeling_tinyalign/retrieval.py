@@ -27,7 +27,9 @@ class RetrievalMixin:
             self.attach_memory_bank(self.config.memory_bank, self.config.memory_bank_revision)
         return self._memory_bank
 
-    def attach_memory_bank(self, bank: MemoryBank | str | os.PathLike, revision: str | None = None):
+    def attach_memory_bank(
+        self, bank: MemoryBank | str | os.PathLike, revision: str | None = None, check_probes: bool = True
+    ):
         """
         Retrieve from this bank from now on. It is no part of the weights; its Hub repository, if any, goes into the
         config.
@@ -35,6 +37,8 @@ class RetrievalMixin:
         Args:
             bank (`MemoryBank` or `str`): A bank, or the folder or dataset repository of one.
             revision (`str`, *optional*): Revision of the repository.
+            check_probes (`bool`, *optional*, defaults to `True`): `False` takes a bank of another vision tower too, as
+                [`MemoryBank.for_any_tower`].
 
         Raises:
             ValueError: The bank has other latents or keys than the model, is too small, or is of another vision tower.
@@ -53,7 +57,10 @@ class RetrievalMixin:
             raise ValueError(
                 f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.num_neighbours}: add rows."
             )
-        bank.check_probes(self)
+        if check_probes and not bank.any_tower:
+            bank.check_probes(self)
+        elif not bank.any_tower:
+            bank = bank.for_any_tower()
         self._memory_bank = bank
         config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
 

@@ -84,7 +84,8 @@ def neighbour_table(
     for name, column in (("queries", queries), ("vision_features", vision_features)):
         if column is not None and len(column) != len(images):
             raise ValueError(f"Found {len(column)} {name} for {len(images)} images, expected one for each.")
-    bank.check_probes(model)
+    if not bank.any_tower:
+        bank.check_probes(model)
     depth = min(depth, len(bank))
     state = PartialState()
     names = [_name(bank, model, processor, images, queries) if state.is_main_process else None]

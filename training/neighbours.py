@@ -46,7 +46,8 @@ def find_neighbours(
     for name, column in (("source_ids", source_ids), ("queries", queries)):
         if column is not None and len(column) != n:
             raise ValueError(f"Found {len(column)} {name} for {n} vision_features, expected one for each.")
-    bank.check_probes(model)
+    if not bank.any_tower:
+        bank.check_probes(model)
     neighbours = np.empty((n, top_k), np.int64)
     for start in tqdm(range(0, n, batch_size), desc, unit="batch"):
         rows = slice(start, start + batch_size)
