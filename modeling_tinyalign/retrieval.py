@@ -57,10 +57,10 @@ class RetrievalMixin:
             raise ValueError(
                 f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.num_neighbours}: add rows."
             )
-        if check_probes and not bank.any_tower:
-            bank.check_probes(self)
-        elif not bank.any_tower:
+        if not check_probes:
             bank = bank.for_any_tower()
+        if not bank.any_tower:
+            bank.check_probes(self)
         self._memory_bank = bank
         config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
 
