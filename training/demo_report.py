@@ -1,9 +1,6 @@
 """The demo's report: a table, the loss curves, and what was retrieved."""
 
-import importlib.metadata
 import json
-import os
-import platform
 from pathlib import Path
 
 import datasets
@@ -12,6 +9,7 @@ from matplotlib.figure import Figure
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .evaluation import Evaluation, bootstrap_interval
+from .run_facts import hardware, read_records, versions
 
 SYSTEMS = {
     "baseline": "Baseline (no memory)",
@@ -37,11 +35,15 @@ def table(results: dict[str, Evaluation], nearest: list[list[str]]) -> str:
             form.format(summary[metric][0]) + _interval(form, summary[metric]) for metric, (_, form) in METRICS.items()
         ]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    references = results["baseline"].references
-    copied = np.array([row[0] == reference for row, reference in zip(nearest, references, strict=True)])
-    summary = (copied.mean(), *bootstrap_interval(copied))
+    summary = copied(results["baseline"].references, nearest)
     lines.append(f"| Copy the nearest label, no LM | - | - | {summary[0]:.3f}{_interval('{:.3f}', summary)} | - |")
     return "\n".join(lines)
+
+
+def copied(references: list[str], nearest: list[list[str]]) -> tuple[float, float, float]:
+    """Exact match of the nearest row's caption, without a language model, and its interval."""
+    right = np.array([row[0] == reference for row, reference in zip(nearest, references, strict=True)])
+    return (right.mean(), *bootstrap_interval(right))
 
 
 def recovered(results: dict[str, Evaluation]) -> float:
@@ -54,17 +56,15 @@ def plot_losses(out: Path):
     """Training losses of the three systems in both stages, to loss.png."""
     figure = Figure(figsize=(10, 3.6))
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, stage, title in zip(
-        axes, ("stage1", "stage2"), ("Stage 1: alignment", "Stage 2: instruction"), strict=True
-    ):
+    records = {system: read_records(out / system / "model") for system in COLORS}
+    for stage, axis in enumerate(axes):
         for system, color in COLORS.items():
-            losses = json.loads((out / system / "model" / "losses.json").read_text())[stage]
-            steps, values = np.array(losses).T
+            steps, values = np.array(records[system][stage].losses).T
             axis.plot(steps, values, color=color, alpha=0.25)
             width = min(5, len(values))
             smooth = np.convolve(np.pad(values, (width - 1, 0), "edge"), np.ones(width) / width, "valid")
             axis.plot(steps, smooth, color=color, label=SYSTEMS[system].strip("*"))
-        axis.set(title=title, xlabel="step")
+        axis.set(title=records[system][stage].name, xlabel="step")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("training loss per token")
     axes[0].legend()
@@ -126,8 +126,7 @@ def write_report(
     }
     record = {"config": config, "summaries": summaries, "seconds": seconds}
     (out / "results.json").write_text(json.dumps(record, indent=1))
-    packages = ("torch", "transformers", "trl", "datasets", "faiss-cpu")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     steps = "\n".join(f"| {step} | {value:.0f} |" for step, value in seconds.items())
     text = f"""# TinyAlign demo{" (quick run: too short to mean anything)" if quick else ""}
 
@@ -157,8 +156,8 @@ TinyAlign has {recovered(by_bank["with"]):.0%} of text-only RAG's gain in loss o
 
 ## How it was run
 
-Command: `tinyalign demo{" --quick" if quick else ""}`. Machine: {os.cpu_count()} cores of {processor_name()};
-peak memory of the process {peak_memory_gb:.1f} GB; {versions}.
+Command: `tinyalign demo{" --quick" if quick else ""}`. Machine: {hardware()};
+peak memory of the process {peak_memory_gb:.1f} GB; {packages}.
 
 A new process without the package answered "{fresh_process[0]}" to the first query above, a drawing of
 "{fresh_process[1]}".
@@ -169,17 +168,6 @@ A new process without the package answered "{fresh_process[0]}" to the first que
 | together | {sum(seconds.values()):.0f} |
 """
     (out / "report.md").write_text(text)
-
-
-def processor_name() -> str:
-    """The CPU's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
-    return names[0] if names else platform.machine()
 
 
 def _interval(form: str, summary: tuple[float, float, float]) -> str:

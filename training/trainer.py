@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .checkpoints import last_checkpoint
+from .run_facts import Clock
 
 # What decides the trajectory: with another value, checkpoints are of another run.
 TRAJECTORY = (
@@ -147,6 +148,7 @@ def train(trainer: Trainer, bank: MemoryBank | None):
     for name in MODEL_TRAJECTORY:
         settings[name] = vars(model.config)[name]
     checkpoint = last_checkpoint(args.output_dir, settings)
+    trainer.add_callback(Clock())
     try:
         if checkpoint is None or not _load_finished(trainer, checkpoint):
             trainer.train(resume_from_checkpoint=checkpoint)

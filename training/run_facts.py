@@ -1,0 +1,191 @@
+"""What a run records for its card: stages, losses, time, memory, machine."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from transformers import Trainer, TrainerCallback
+
+from ..hub_cards.cards import usage_snippet
+from ..hub_cards.facts import Example, ModelFacts, Stage
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+RECORD_NAME = "training_record.json"
+CURVES_NAME = "training_curves.png"
+PACKAGES = ("torch", "transformers", "trl", "datasets", "faiss-cpu")
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage counts memory in
+
+
+@dataclass
+class StageRecord:
+    """
+    What is known of a stage that was trained.
+
+    Attributes:
+        name: As a reader should see it.
+        hyperparameters: By name, as a reader should see them.
+        losses, eval_losses: `[step, loss]` each.
+        seconds: Of training, with those before an interruption.
+        peak_memory_gb: See [`peak_memory_gb`].
+    """
+
+    name: str
+    hyperparameters: dict[str, str | int | float]
+    losses: list[list[float]]
+    eval_losses: list[list[float]]
+    seconds: float
+    peak_memory_gb: float
+
+    @property
+    def stage(self) -> Stage:
+        """As the model card has it."""
+        return Stage(name=self.name, hyperparameters={**self.hyperparameters, "minutes": f"{self.seconds / 60:.1f}"})
+
+
+class Clock(TrainerCallback):
+    """Adds `seconds` to every entry of the log: of training, those before an interruption included."""
+
+    started: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic() - logged_seconds(state.log_history)
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.started is not None:
+            state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 3)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.started = None
+
+
+def logged_seconds(log_history: list[dict]) -> float:
+    return max((entry.get("seconds", 0.0) for entry in log_history), default=0.0)
+
+
+def stage_record(name: str, trainer: Trainer) -> StageRecord:
+    """What `trainer`, whose training has ended, says of it."""
+    args, state = trainer.args, trainer.state
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    rates = {"connector": args.connector_lr, "memory connector": args.memory_connector_lr}
+    parameters = [parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return StageRecord(
+        name=name,
+        hyperparameters={
+            "learning rate": args.learning_rate,
+            **{f"learning rate of the {part}": rate for part, rate in rates.items() if rate is not None},
+            "schedule": args.lr_scheduler_type.value,
+            "warm-up": args.warmup_steps,
+            "optimiser": args.optim.value,
+            "weight decay": args.weight_decay,
+            "gradient clipping": args.max_grad_norm,
+            "rows": len(trainer.train_dataset),
+            "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "steps": state.global_step,
+            "precision": precision,
+            "seed": args.seed,
+            "trained parameters": f"{sum(parameters):,}",
+        },
+        losses=[[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
+        eval_losses=[[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry],
+        seconds=logged_seconds(state.log_history),
+        peak_memory_gb=peak_memory_gb(),
+    )
+
+
+def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None:
+    """Keeps the records as training_record.json, and their losses as training_curves.png, beside a checkpoint."""
+    plot_curves(Path(folder, CURVES_NAME), records)
+    content = json.dumps([asdict(record) for record in records], indent=1)
+    Path(folder, RECORD_NAME).write_text(content + "\n", encoding="utf-8")
+
+
+def read_records(folder: str | os.PathLike) -> list[StageRecord]:
+    """Of the stages that a checkpoint has behind it; none if it was not trained with this package."""
+    path = Path(folder, RECORD_NAME)
+    return [StageRecord(**record) for record in json.loads(path.read_text())] if path.is_file() else []
+
+
+def plot_curves(path: Path, records: list[StageRecord]) -> None:
+    """Training and evaluation losses by step, one picture for all stages."""
+    figure = Figure(figsize=(5 * len(records), 3.6))
+    for axis, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
+        for losses, label in ((record.losses, "training"), (record.eval_losses, "evaluation")):
+            if losses:
+                axis.plot(*zip(*losses, strict=True), label=label, marker="." if len(losses) < 10 else None)
+        axis.set(title=record.name, xlabel="step", ylabel="loss per token")
+        axis.grid(alpha=0.3)
+        if record.eval_losses:
+            axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def peak_memory_gb() -> float:
+    """Most memory so far, in GB: of the GPU where there is one, of the process otherwise (Linux, macOS)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if resource is None:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
+
+
+def hardware() -> str:
+    """The accelerators, or the processor's cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} cores of {processor_name()}"
+
+
+def processor_name() -> str:
+    """The CPU's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run does."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def run_snippet(folder: str | os.PathLike, facts: ModelFacts) -> Example:
+    """
+    Runs the card's snippet in the checkpoint's folder, in a new process that can't import this package.
+
+    Returns:
+        The example with what was printed, the seconds of one more answer, and the memory of the process.
+
+    Raises:
+        RuntimeError: It failed; the end of its traceback is in the message.
+    """
+    script = f"""
+import sys
+sys.modules["tinyalign_vlm"] = None  # as where it was never installed
+{usage_snippet(facts)}
+import resource, time
+started = time.perf_counter()
+pipe(text=messages, max_new_tokens=16, return_full_text=False)
+print("MEASURED", time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * {RSS_UNIT} / 1e9)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise RuntimeError(f"The checkpoint in {folder} does not load without the package:\n{done.stderr[-3000:]}")
+    output, measured = done.stdout.rsplit("MEASURED", 1)
+    seconds, memory_gb = map(float, measured.split())
+    return replace(facts.example, output=output.rstrip(), seconds=seconds, memory_gb=memory_gb)
