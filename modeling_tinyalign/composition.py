@@ -122,7 +122,7 @@ def _measure(vision_tower: PreTrainedModel, config: dict) -> dict:
             "TinyAlignConfig with image_seq_length and vision_feature_size yourself."
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    features = read_vision_tower(
+    features, _ = read_vision_tower(
         vision_tower,
         torch.zeros(1, vision_tower.config.num_channels, height, width),
         config.get("vision_feature_layer", TinyAlignConfig.vision_feature_layer),

@@ -44,21 +44,26 @@ class MemoryConnector(nn.Module):
         self.mlp = Connector(
             in_size, config.memory_connector_size or hidden_size, hidden_size, config.projector_hidden_act
         )
-        self.set_lexicon(
-            torch.zeros(config.memory_lexicon_size, config.latent_dim),
-            torch.zeros(config.memory_lexicon_size),
-            torch.full((config.latents_per_word, config.memory_lexicon_size, LONGEST_REST), -1),
-        )
+        words = config.memory_lexicon_size
+        if words == 0:
+            self.set_lexicon(None, None, None)
+        else:
+            self.set_lexicon(
+                torch.zeros(words, config.latent_dim),
+                torch.zeros(words),
+                torch.full((config.latents_per_word, words, LONGEST_REST), -1),
+            )
 
-    def set_lexicon(self, keys: torch.Tensor, bias: torch.Tensor, tokens: torch.LongTensor):
-        """See `read_words` for the shapes; without words the connector is the MLP alone."""
+    def set_lexicon(self, keys: torch.Tensor | None, bias: torch.Tensor | None, tokens: torch.LongTensor | None):
+        """See `read_words` for the shapes; without words (`None`) the connector is the MLP alone."""
         self.register_buffer("lexicon_keys", keys)
         self.register_buffer("lexicon_bias", bias)
         self.register_buffer("lexicon_tokens", tokens)
 
     def _apply(self, fn, recurse: bool = True):
         """Loading in half precision makes the token ids float32: as bfloat16 they would become other tokens."""
-        self.lexicon_tokens = self.lexicon_tokens.long()
+        if self.lexicon_tokens is not None:
+            self.lexicon_tokens = self.lexicon_tokens.long()
         return super()._apply(fn, recurse)
 
     def forward(
@@ -78,7 +83,7 @@ class MemoryConnector(nn.Module):
         mask = torch.ones(values.shape[:2]) if mask is None else mask
         mask = mask.to(values.device, torch.bool)[:, :, None, None]
         words = 0.0
-        if len(self.lexicon_bias):
+        if self.lexicon_bias is not None:
             with torch.no_grad():
                 words = read_words(values, self.lexicon_keys, self.lexicon_bias, self.lexicon_tokens, embeddings)
                 words = torch.where(mask, words, 0.0)

@@ -6,10 +6,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, logging
 from transformers.utils.generic import can_return_tuple
@@ -37,6 +39,7 @@ IMAGE_INPUTS = (
     "query_attention_mask",
     "memory_ids",
     "memory_values",
+    "memory_scores",
     "exclude_ids",
     "memory",
 )
@@ -48,8 +51,10 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    # They are small, train in float32, and read and write whatever dtype the frozen parts have.
-    _keep_in_fp32_modules_strict = {"connector", "memory_connector"}
+    # They are small, train in float32, and read and write whatever dtype the frozen parts have. The second line is
+    # for half precision, the first for quantizers, which match whole names; a baseline has no memory_connector.
+    _keep_in_fp32_modules = {r"(?:.*\.)?(?:memory_)?connector"}
+    _keep_in_fp32_modules_strict = {r"(?:memory_)?connector"}
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -62,6 +67,10 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         if isinstance(module, MemoryConnector):
             init.normal_(module.null_latents, std=0.02)
             init.zeros_(module.slot_embedding)
+            if module.lexicon_bias is not None:  # as for words without tokens
+                init.zeros_(module.lexicon_keys)
+                init.zeros_(module.lexicon_bias)
+                init.constant_(module.lexicon_tokens, -1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,17 +84,25 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             "AutoModel": "modeling_tinyalign.TinyAlignModel",
             "AutoModelForImageTextToText": "modeling_tinyalign.TinyAlignForConditionalGeneration",
         }
-        memory_bank = self.config.memory_bank
+        bank = self.base_model._memory_bank
+        if bank is not None:  # it may have been pushed since it was attached
+            self.config.memory_bank, self.config.memory_bank_revision = bank.repo_id, bank.revision
+        memory_bank, revision = self.config.memory_bank, self.config.memory_bank_revision
         if memory_bank is not None and os.path.exists(memory_bank):
             logger.warning(
                 f"config.memory_bank is a local path ({memory_bank}) and is not saved: push the bank to the Hub and "
                 "set config.memory_bank to its repository, or attach it again after loading."
             )
-            self.config.memory_bank = None
+            self.config.memory_bank = self.config.memory_bank_revision = None
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.config.memory_bank = memory_bank
+            self.config.memory_bank, self.config.memory_bank_revision = memory_bank, revision
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """As of every model; `config.memory_bank` is the attached bank's repository, pinned to its commit."""
+        self.base_model.pin_memory_bank(kwargs.get("token"))
+        return super().push_to_hub(repo_id, **kwargs)
 
 
 class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
@@ -99,7 +116,12 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
             config.vision_config._attn_implementation = "eager"
         self.vision_tower = AutoModel.from_config(config.vision_config)
         hidden_size = config.text_config.hidden_size
-        self.connector = Connector(config.vision_feature_size, hidden_size, hidden_size, config.projector_hidden_act)
+        self.connector = Connector(
+            config.vision_feature_size,
+            config.connector_size or hidden_size,
+            hidden_size,
+            config.projector_hidden_act,
+        )
         self._built_top_k = config.memory_top_k
         if config.memory_top_k > 0:
             self.memory_connector = MemoryConnector(config)
@@ -114,10 +136,12 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `(n, 3, H, W)` -> frozen visual features `(n, T, C)`, which keys, value encoder and caches use."""
+        return self._read_vision_tower(pixel_values)[0]
+
+    def _read_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
         config = self.config
-        return read_vision_tower(
-            self.vision_tower, pixel_values, config.vision_feature_layer, config.vision_feature_select_strategy
-        )
+        layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        return read_vision_tower(self.vision_tower, pixel_values, layer, strategy, **kwargs)
 
     @can_return_tuple
     def get_image_features(
@@ -128,6 +152,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         query_attention_mask: torch.Tensor | None = None,
         memory_ids: torch.LongTensor | None = None,
         memory_values: torch.Tensor | None = None,
+        memory_scores: torch.Tensor | None = None,
         exclude_ids: list | None = None,
         memory: Literal["on", "off"] | None = None,
         **kwargs,
@@ -144,16 +169,21 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
                 Values to use. Nothing is retrieved.
             memory_ids (`torch.LongTensor` of shape `(n, top_k)`, *optional*):
                 Rows of the attached bank to use; -1 marks an empty slot. Nothing is retrieved.
+            memory_scores (`torch.Tensor` of shape `(n, top_k)`, *optional*):
+                With `memory_ids` or `memory_values`: their similarities, for `config.retrieval_threshold` and
+                `config.memory_scores`.
             exclude_ids (`list`, *optional*):
                 For each image what not to retrieve: `None`, a `source_id`, or a list of them or of row ids.
             memory (`str`, *optional*, defaults to `"on"`): `"off"` fills all slots with "nothing retrieved".
+            kwargs: For the vision tower, `output_hidden_states` and `output_attentions` among them.
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features.")
         if memory not in (None, "on", "off"):
             raise ValueError(f"memory is {memory!r}, expected 'on' or 'off'.")
+        tower = {}
         if vision_features is None:
-            vision_features = self.get_vision_features(pixel_values)
+            vision_features, tower = self._read_vision_tower(pixel_values, **kwargs)
         visual_tokens = pool_grid(vision_features, self.config.vision_pool_size)
         if visual_tokens.shape[1] != self.config.image_seq_length:
             raise ValueError(
@@ -162,7 +192,6 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
                 "vision_feature_select_strategy."
             )
         tokens = self.connector(visual_tokens)
-        outputs = TinyAlignImageFeatures(last_hidden_state=vision_features)
         if self.config.memory_top_k > 0:
             self._check_top_k()
             memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
@@ -170,27 +199,32 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
             if memory == "off":
                 memory_ids = torch.full((len(tokens), self.config.memory_top_k), -1)
                 values = torch.zeros(*memory_ids.shape, self.config.num_latents, self.config.latent_dim)
+                memory_scores = torch.full(memory_ids.shape, -torch.inf)
             elif memory_values is None:
                 bank = self._require_bank()
                 if memory_ids is None:
                     keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
-                    outputs.memory_scores, memory_ids = bank.search(
-                        keys, self.config.memory_top_k, exclude=exclude_ids
-                    )
+                    memory_scores, memory_ids = bank.search(keys, self.config.memory_top_k, exclude=exclude_ids)
                 values = bank.gather(memory_ids)
             values = torch.as_tensor(values)
             self._check_memory_values(values, len(tokens))
-            mask = None if memory_ids is None else memory_ids >= 0
+            memory_ids, mask = self._used_slots(memory_ids, memory_scores)
             embeddings = self.get_input_embeddings().weight
-            memory_tokens = self.memory_connector(values.to(tokens.device), mask, embeddings)
+            memory_tokens = self.memory_connector(values.to(tokens.device), mask, embeddings, memory_scores)
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
-            outputs.memory_ids = memory_ids
         elif memory_ids is not None or memory_values is not None:
             raise ValueError(
                 "config.memory_top_k is 0, a model without memory: do not pass memory_ids or memory_values."
             )
-        outputs.pooler_output = list(tokens)
-        return outputs
+        hidden_states_wanted = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        return TinyAlignImageFeatures(
+            last_hidden_state=vision_features,
+            pooler_output=list(tokens),
+            hidden_states=tower.get("hidden_states") if hidden_states_wanted else None,
+            attentions=tower.get("attentions"),
+            memory_ids=memory_ids,
+            memory_scores=memory_scores,
+        )
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
@@ -288,6 +322,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     """TinyAlign with the language model's head."""
 
     _auto_class = "AutoModelForImageTextToText"
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: TinyAlignConfig):
         super().__init__(config)
@@ -378,6 +413,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         query_attention_mask: torch.Tensor | None = None,
         memory_ids: torch.LongTensor | None = None,
         memory_values: torch.Tensor | None = None,
+        memory_scores: torch.Tensor | None = None,
         exclude_ids: list | None = None,
         memory: Literal["on", "off"] | None = None,
         mm_encoder_outputs: dict[str, TinyAlignImageFeatures] | None = None,
@@ -405,6 +441,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             query_attention_mask=query_attention_mask,
             memory_ids=memory_ids,
             memory_values=memory_values,
+            memory_scores=memory_scores,
             exclude_ids=exclude_ids,
             memory=memory,
             mm_encoder_outputs=mm_encoder_outputs,

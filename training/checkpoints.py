@@ -45,12 +45,15 @@ def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
         model.base_model.memory_connector.set_lexicon(*lexicon)
         model.config.memory_lexicon_size = len(lexicon[1])
         model.config.latents_per_word = len(lexicon[2])
+    elif model.config.memory_top_k > 0:
+        model.base_model.memory_connector.set_lexicon(None, None, None)
+        model.config.memory_lexicon_size = 0
     nn.ModuleDict(connectors_of(model)).load_state_dict(tensors)
 
 
-def last_checkpoint(output_dir: str | os.PathLike, settings: dict) -> str | None:
+def last_checkpoint(output_dir: str | os.PathLike, settings: dict, write: bool = True) -> str | None:
     """
-    The last complete checkpoint of the run with these settings, which are kept beside the checkpoints.
+    The last complete checkpoint of the run with these settings, which are kept beside the checkpoints (`write`).
 
     Raises `ValueError`, naming what differs, when the checkpoints are of another run.
     """
@@ -70,8 +73,13 @@ def last_checkpoint(output_dir: str | os.PathLike, settings: dict) -> str | None
                 f"{output_dir} holds checkpoints of another run ({'; '.join(changed)}). Use another output_dir, or "
                 "delete this one to train anew."
             )
+    if write:  # one process does
+        _write_settings(run, settings)
+    return complete[-1] if complete else None
+
+
+def _write_settings(run: Path, settings: dict):
     run.parent.mkdir(parents=True, exist_ok=True)
     fresh = run.with_suffix(".new")
     fresh.write_text(json.dumps(settings, indent=2) + "\n")
     fresh.replace(run)
-    return complete[-1] if complete else None
