@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -30,6 +30,12 @@ A memory bank of {num_rows} rows for [TinyAlign](https://arxiv.org/abs/2505.1288
 {tower}. Its rows are a dataset, `load_dataset("{repo_id}", split="train")`; a model retrieves from them after
 `model.attach_memory_bank("{repo_id}")`.
 """
+
+
+def plain_card(repo_id: str, config: dict) -> str:
+    """README.md of a bank of which nothing is known but its bank_config.json."""
+    facts = {"num_rows": config["num_rows"], "tower": config["tower"]["name"]}
+    return CARD.format(shards=SHARDS, name=repo_id.split("/")[-1], repo_id=repo_id, **facts)
 
 
 def fetch(repo_id: str, filename: str, revision: str | None, token: str | bool | None) -> Path:
@@ -98,37 +104,39 @@ def resolve_commit(repo_id: str, revision: str | None, token: str | bool | None 
         ) from error
 
 
-def push_folder(
-    folder: Path,
+def push_files(
+    files: dict[str, Path | bytes],
     repo_id: str,
-    config: dict,
-    card: str | None,
+    repo_type: str,
+    *,
+    replaced: Sequence[str],
+    defaults: dict[str, bytes],
     commit_message: str,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    create_pr: bool,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
 ) -> tuple[str, CommitInfo]:
-    """Make a dataset repository hold a bank's folder, in one commit; see `MemoryBank.push_to_hub`.
+    """Put files into a repository in one commit; repository and branch are created if they do not exist.
 
-    Shards that the bank no longer has are deleted, other files of the repository are left alone.
+    `HfApi.upload_folder` would do it in several commits, and between them the repository would be of two versions.
+
+    Args:
+        files: what to upload, by name in the repository.
+        replaced: patterns of files that are deleted unless they are in `files`: shards of an earlier version.
+        defaults: files that are uploaded only where the repository has none of that name.
 
     Returns:
         the full name of the repository, and the commit.
     """
-    api, where = HfApi(token=token), {"repo_type": "dataset", "revision": revision}
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    api, where = HfApi(token=token), {"repo_type": repo_type, "revision": revision}
+    repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
     present = set(api.list_repo_files(repo_id, **where))
-    new = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    if card is None and CARD_NAME not in present:
-        facts = {"num_rows": config["num_rows"], "tower": config["tower"]["name"]}
-        card = CARD.format(shards=SHARDS, name=repo_id.split("/")[-1], repo_id=repo_id, **facts)
-    if card is not None:
-        new[CARD_NAME] = card.encode()
-    operations = [CommitOperationAdd(name, content) for name, content in sorted(new.items())]
-    stale = sorted(name for name in present - set(new) if fnmatch(name, SHARDS))
+    files = {**{name: content for name, content in defaults.items() if name not in present}, **files}
+    operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    stale = sorted(name for name in present - set(files) if any(fnmatch(name, pattern) for pattern in replaced))
     operations += [CommitOperationDelete(name) for name in stale]
     commit = api.create_commit(repo_id, operations, commit_message=commit_message, create_pr=create_pr, **where)
     return repo_id, commit

@@ -1,5 +1,7 @@
 """TinyAlign configuration."""
 
+import os
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -109,6 +111,8 @@ class TinyAlignConfig(PreTrainedConfig):
         if "vision_config" in self.vision_config.sub_configs:
             self.vision_config = self.vision_config.vision_config
         self.text_config = _sub_config(self.text_config, "llama")
+        for part in (self.vision_config, self.text_config):
+            part._name_or_path = public_name(part._name_or_path)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         top_k = kwargs.pop("top_k", self.memory_top_k)
         if self.memory_top_k not in (None, top_k):
@@ -160,6 +164,12 @@ class TinyAlignConfig(PreTrainedConfig):
     def num_image_tokens(self) -> int:
         """Placeholders of one image: visual tokens, then memory tokens (P + M)."""
         return self.image_seq_length + self.num_memory_tokens
+
+
+def public_name(name_or_path: str) -> str:
+    """A Hub name as it is, of a local folder the last part: configs are shared, the paths of a machine are not."""
+    is_path = os.path.isabs(name_or_path) or os.path.isdir(name_or_path)
+    return Path(name_or_path).name if is_path else name_or_path
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:

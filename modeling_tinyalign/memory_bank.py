@@ -31,7 +31,7 @@ from .bank_builder import (
 )
 from .bank_config import CONFIG_NAME, FORMAT_VERSION, check_config, check_file, file_sha256, read_json, write_config
 from .bank_folders import recover_folder, replace_folder, scratch_folder
-from .bank_hub import fetch, forgetting, hub_origin, push_folder
+from .bank_hub import CARD_NAME, SHARDS, fetch, forgetting, hub_origin, plain_card, push_files
 from .bank_rows import BankRows
 from .bank_storage import (
     BATCH_ROWS,
@@ -376,9 +376,20 @@ class MemoryBank(BankRows):
         """
         with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
             self._write(folder)
-            card = None if card is None else str(card)
-            self.repo_id, commit = push_folder(
-                folder, repo_id, self.config, card, commit_message, private, token, revision, create_pr
+            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+            if card is not None:
+                files[CARD_NAME] = str(card).encode()
+            self.repo_id, commit = push_files(
+                files,
+                repo_id,
+                "dataset",
+                replaced=[SHARDS],
+                defaults={CARD_NAME: plain_card(repo_id, self.config).encode()},
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
             )
         self.revision = commit.oid
         return commit

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .bank_builder import check_latents
+from .bank_hub import resolve_commit
 from .lexicon import lexicon_words, slot_tokens
 from .memory_bank import MemoryBank
 from .outputs import TinyAlignRetrieval
@@ -63,6 +64,24 @@ class RetrievalMixin:
             bank.check_probes(self)
         self._memory_bank = bank
         config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
+
+    def pin_memory_bank(self, token: str | bool | None = None):
+        """
+        Writes the bank's repository and its commit into the config, as `push_to_hub` does.
+
+        Raises:
+            OSError: The Hub has no such bank, or can't be asked.
+        """
+        config, bank = self.config, self._memory_bank
+        if bank is not None:
+            config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
+        if bank is not None and bank.repo_id is None:
+            logger.warning(
+                "The attached memory bank is not on the Hub, so the config names none: push it first "
+                "(bank.push_to_hub), or attach it again after loading."
+            )
+        elif config.memory_bank is not None and not os.path.isdir(config.memory_bank):
+            config.memory_bank_revision = resolve_commit(config.memory_bank, config.memory_bank_revision, token)
 
     def detach_memory_bank(self):
         """Forgets the bank, also the one that `config.memory_bank` names."""
