@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .bank_config import FIXED_COLUMNS
 from .bank_images import image_source_id, load_image, thumbnail_bytes
 from .bank_storage import BankFiles, Spool, list_column, matrix, row_schema, write_local_files
 from .key_encoder import KeyEncoder, fit_whitening
@@ -25,7 +26,6 @@ try:
 except ImportError:
     pa = Image = None
 
-FIXED_COLUMNS = ("id", "source_id", "caption", "key", "value", "thumbnail")
 NUM_PROBES = 4
 # Rows the whitening is fitted on: their products with one another must fit in memory.
 MAX_WHITENING_ROWS = 4096
@@ -195,7 +195,7 @@ class RowEncoder:
             keys.shape[1],
             values[0].numel(),
             self.thumbnail_size is not None,
-            [pa.field(column, pa.string()) for column in self.keep_columns],
+            self.keep_columns,
         )
         self.num_rows += len(rows)
         return pa.record_batch(list(columns.values()), schema=schema)
@@ -289,8 +289,10 @@ def encode_and_fit(encoder: RowEncoder, dataset: Iterable[dict], whiten_dim: int
         if whiten_dim is not None:
             key_encoder.projection = fit_whitening(sample_keys(spool, num_rows), mean, whiten_dim)
         value_shape = (encoder.model.config.num_latents, encoder.model.config.latent_dim)
+        thumbnails = encoder.thumbnail_size is not None
+        schema = row_schema(key_encoder.key_dim, value_shape[0] * value_shape[1], thumbnails, encoder.keep_columns)
         batches = finished(spool.batches(), key_encoder)
-        return write_local_files(batches, key_encoder.key_dim, value_shape, "The new memory bank")
+        return write_local_files(batches, schema, value_shape, "The new memory bank")
 
 
 def _undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:

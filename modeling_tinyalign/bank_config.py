@@ -3,27 +3,88 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 CONFIG_NAME = "bank_config.json"
 FORMAT_VERSION = 1
-HASHED = ("keys", "values", "rows", "key_encoder", "value_encoder")
-# Largest counts a bank_config.json may declare: far above any real bank, far below what would exhaust a machine.
-LIMITS = {
-    "num_rows": 10**10,
-    "num_shards": 99_999,
-    "key_dim": 65_536,
-    "num_latents": 65_536,
-    "latent_dim": 65_536,
+HASHED = ("keys", "values", "rows", "key_encoder", "value_encoder", "config")
+FIXED_COLUMNS = ("id", "source_id", "caption", "key", "value", "thumbnail")
+# Far above any real bank, far below what would exhaust a machine:
+MAX_CONFIG_BYTES = 32 * 2**20
+MAX_SIZE = 65_536  # of keys, of values, of a value's halves
+MAX_GRID = 64  # side of a grid of visual tokens
+MAX_PIXELS = 2**22  # numbers in a probe image
+
+Check = Callable[[object], bool]
+
+
+def integer(low: int, high: int) -> tuple[Check, str]:
+    return lambda value: type(value) is int and low <= value <= high, f"an integer between {low} and {high}"
+
+
+def optional(check: tuple[Check, str]) -> tuple[Check, str]:
+    return lambda value: value is None or check[0](value), f"{check[1]}, or null"
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and 1 <= len(value) <= 1000
+
+
+def is_image_shape(value: object) -> bool:
+    sides = value if isinstance(value, list) and len(value) == 3 else [0]
+    return all(map(integer(1, 4096)[0], sides)) and reduce(int.__mul__, sides) <= MAX_PIXELS
+
+
+def are_columns(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_text, value)) and len({*value, *FIXED_COLUMNS}) == len(value) + 6
+
+
+def are_skipped_rows(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and type(row.get("row")) is int and isinstance(row.get("reason"), str) for row in value
+    )
+
+
+# What every field must be, and how an error says so.
+FIELDS: dict[str, tuple[Check, str]] = {
+    "format_version": (integer(FORMAT_VERSION, FORMAT_VERSION)[0], f"{FORMAT_VERSION} (or update tinyalign-vlm)"),
+    "num_rows": integer(1, 10**10),
+    "num_shards": integer(1, 99_999),
+    "key_dim": integer(1, MAX_SIZE),
+    "num_latents": integer(1, MAX_SIZE),
+    "latent_dim": integer(1, MAX_SIZE),
+    **{
+        f"sha256.{name}": (
+            lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)),
+            "64 hex digits",
+        )
+        for name in HASHED
+    },
+    "tower.name": (is_text, "the name of the vision tower"),
+    "tower.revision": optional((is_text, "a revision")),
+    "tower.image_shape": (is_image_shape, f"[channels, height, width], at most {MAX_PIXELS} numbers"),
+    "preprocessing": (lambda value: isinstance(value, dict), "an object"),
+    "versions": (lambda value: isinstance(value, dict), "an object"),
+    "key_encoder.key_space": (lambda value: value in ("vision", "language"), '"vision" or "language"'),
+    "key_encoder.grid": integer(1, MAX_GRID),
+    "key_encoder.vision_pool_size": optional(integer(1, MAX_GRID)),
+    "key_encoder.alpha": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number between 0 and 1"),
+    "key_encoder.connector_act": (is_text, "the name of an activation"),
+    "value_encoder": (lambda value: isinstance(value, dict), "an object with the value encoder's sizes"),
+    "columns": (are_columns, f"a list of names other than {', '.join(FIXED_COLUMNS)}, each once"),
+    "thumbnail_size": optional(integer(1, 4096)),
+    "skipped_rows": (are_skipped_rows, 'a list of {"row": number, "reason": text}'),
 }
-# ... and side of a grid of visual tokens
-MAX_GRID = 64
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object, or ValueError naming the file."""
+    """A JSON object, or ValueError naming the file: no key twice, no NaN, at most `MAX_CONFIG_BYTES`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MAX_CONFIG_BYTES}")
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {path.parent} is not a (whole) memory bank.") from None
     except (ValueError, OSError, RecursionError) as error:
@@ -33,48 +94,56 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"a key is there twice, among {', '.join(name for name, _ in pairs)[:200]}")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"found {name}, expected numbers that are finite")
+
+
 def check_config(config: dict, path: Path) -> None:
-    """Refuse a bank_config.json whose fields are missing, of the wrong type or absurd.
+    """Refuse a bank_config.json whose fields are missing, of the wrong type, absurd or changed since it was written.
 
     Raises:
         ValueError: naming the file, the field, what was found and what was expected.
     """
 
     def refuse(field: str, found: object, expected: str) -> None:
-        raise ValueError(f"{path}: {field} is {found!r}, expected {expected}. Save or download the bank again.")
+        raise ValueError(
+            f"{path}: {field} is {repr(found)[:200]}, expected {expected}. Save or download the bank again."
+        )
 
-    if config.get("format_version") != FORMAT_VERSION:
-        refuse("format_version", config.get("format_version"), f"{FORMAT_VERSION} (or update tinyalign-vlm)")
-    for field, limit in LIMITS.items():
-        value = config.get(field)
-        if type(value) is not int or not 1 <= value <= limit:
-            refuse(field, value, f"an integer between 1 and {limit}")
-    hashes = config.get("sha256")
-    for name in HASHED:
-        digest = hashes.get(name) if isinstance(hashes, dict) else None
-        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            refuse(f"sha256.{name}", digest, "64 hex digits")
-    key_settings, tower = config.get("key_encoder"), config.get("tower")
-    if not isinstance(key_settings, dict) or key_settings.get("key_space") not in ("vision", "language"):
-        refuse("key_encoder", key_settings, 'an object whose key_space is "vision" or "language"')
-    if not isinstance(tower, dict) or not isinstance(tower.get("name"), str):
-        refuse("tower", tower, "an object with the tower's name")
-    for field, values in (("grid", range(1, MAX_GRID + 1)), ("vision_pool_size", [None, *range(1, MAX_GRID + 1)])):
-        found = key_settings.get(field)
-        if type(found) not in (int, type(None)) or found not in values:
-            refuse(f"key_encoder.{field}", found, f"an integer between 1 and {MAX_GRID}")
-    shape = tower.get("image_shape")
-    if not (isinstance(shape, list) and len(shape) == 3 and all(type(s) is int and 1 <= s <= 4096 for s in shape)):
-        refuse("tower.image_shape", shape, "[channels, height, width]")
-    if not isinstance(config.get("value_encoder"), dict):
-        refuse("value_encoder", config.get("value_encoder"), "an object with the value encoder's sizes")
-    columns, thumbnail_size = config.get("columns"), config.get("thumbnail_size")
-    if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
-        refuse("columns", columns, "a list of names")
-    if not (thumbnail_size is None or (type(thumbnail_size) is int and 1 <= thumbnail_size <= 4096)):
-        refuse("thumbnail_size", thumbnail_size, "a number of pixels or null")
-    if not isinstance(config.get("skipped_rows"), list):
-        refuse("skipped_rows", config.get("skipped_rows"), "a list")
+    for field, (is_right, expected) in FIELDS.items():
+        found = config
+        for name in field.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if not is_right(found):
+            refuse(field, found, expected)
+    for field in ("num_latents", "latent_dim"):
+        if config["value_encoder"].get(field) != config[field]:
+            refuse(f"value_encoder.{field}", config["value_encoder"].get(field), f"{field} = {config[field]}")
+    if config["num_latents"] * config["latent_dim"] > 16 * MAX_SIZE:
+        refuse("num_latents x latent_dim", config["num_latents"] * config["latent_dim"], f"at most {16 * MAX_SIZE}")
+    if config_sha256(config) != config["sha256"]["config"]:
+        refuse("the sha256 of this file's content", config_sha256(config), config["sha256"]["config"])
+
+
+def write_config(config: dict, path: Path) -> None:
+    """Write a bank_config.json with its own sha256; ValueError if it could not be read again."""
+    config = json.loads(json.dumps(config))
+    config["sha256"]["config"] = config_sha256(config)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    check_config(read_json(path), path)
+
+
+def config_sha256(config: dict) -> str:
+    """The sha256 of all that bank_config.json says but itself, however it is laid out."""
+    hashes = {name: digest for name, digest in config["sha256"].items() if name != "config"}
+    return hashlib.sha256(json.dumps({**config, "sha256": hashes}, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -127,7 +127,8 @@ class BankRows:
         """The small picture kept of a row, None in a bank built without thumbnails."""
         if "thumbnail" not in self._table.column_names:
             return None
-        return load_image(self._table["thumbnail"][int(self._checked_ids([row_id])[0])].as_py())
+        picture = self._table["thumbnail"][int(self._checked_ids([row_id])[0])].as_py()
+        return load_image(picture and picture["bytes"])
 
     def ids_of(self, source_id: str) -> np.ndarray:
         """Ids, int64 and ascending, of the rows made from the image with this `source_id`."""

@@ -32,6 +32,8 @@ BATCH_ROWS = 1024
 # Rows are read in batches of about this size; no column of one may be larger.
 BATCH_BYTES = 2**26
 MAX_COLUMN_BYTES = 2**29
+# Of one shard, unpacked.
+MAX_SHARD_BYTES = 2**30
 # Keys are of length 1, as far as float32 can tell.
 MAX_KEY_NORM = 1.001
 SCRATCH_PREFIX = ".tmp-"
@@ -287,8 +289,8 @@ def unpacked_size(footer: pq.FileMetaData, schema: pa.Schema, path: Path) -> int
                     f"{expected}. Save or download the bank again."
                 )
             size += max(0, column.total_uncompressed_size)
-    if size > 2 * SHARD_BYTES:
-        raise ValueError(f"{path} unpacks to {size} bytes, expected at most {2 * SHARD_BYTES}. Save the bank again.")
+    if size > MAX_SHARD_BYTES:
+        raise ValueError(f"{path} unpacks to {size} bytes, expected at most {MAX_SHARD_BYTES}. Save the bank again.")
     return size
 
 

@@ -283,8 +283,11 @@ def test_corrupt_image_in_a_hub_dataset_is_named(dataset, model, processor, valu
 
 def test_decompression_bomb(dataset, model, processor, value_encoder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    with pytest.raises(ValueError, match=r"Row 0 .* too large \(3000 pixels\), expected at most 2000"):
-        MemoryBank.build(dataset, model, processor, value_encoder)
+    buffer = io.BytesIO()
+    noise(0).save(buffer, "PNG")
+    rows = [{**dataset[0], "image": buffer.getvalue()}]
+    with pytest.raises(ValueError, match=r"Row 0 .* too large .*3000 pixels.*, expected at most 2000"):
+        MemoryBank.build(rows, model, processor, value_encoder)
 
 
 def test_datasets_that_do_not_fit(dataset, model, processor, value_encoder):
