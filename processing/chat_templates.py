@@ -1,5 +1,7 @@
 """Chat templates with images, and with `{% generation %}` around answers so that only they are trained on."""
 
+from collections.abc import Sequence
+
 _CONTENT = """
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
@@ -45,3 +47,21 @@ PLAIN_TEMPLATE = (
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
 )
+
+
+def add_captions(messages: list[dict], captions: Sequence[str]) -> list[dict]:
+    """
+    Text-only retrieval: the captions of the neighbours, written before the text of the first question.
+
+        messages = add_captions(messages, model.retrieve(pixel_values, top_k=5).captions[0])
+    """
+    if not captions:
+        return messages
+    asked = next(index for index, message in enumerate(messages) if message["role"] == "user")
+    content, hint = messages[asked]["content"], f"Similar: {'; '.join(captions)}\n"
+    if isinstance(content, str):
+        content = hint + content
+    else:
+        first = next((index for index, part in enumerate(content) if part["type"] == "text"), len(content))
+        content = [*content[:first], {"type": "text", "text": hint}, *content[first:]]
+    return [*messages[:asked], {**messages[asked], "content": content}, *messages[asked + 1 :]]

@@ -1,0 +1,66 @@
+"""Memory dropout: neighbours taken away in training, so that a model works with its bank on, off and partly on."""
+
+import zlib
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+
+class MemoryDropout:
+    """
+    Takes neighbours away from a share of the images, in one of three ways, a third of them each:
+
+    - all of them: the bank is off;
+    - each with probability 1/2: some of its slots are off, as below `retrieval_threshold`;
+    - the nearest one to `top_k` of them, whose places the next ones take: the bank lacks what was asked for. Without
+      it, a model learns to trust whatever it is given.
+
+    What happens to an image depends on the seed, the epoch, its chat and its number in it, and on nothing else: not on
+    the batch, the process or the worker, nor on whether the run was interrupted.
+
+    Args:
+        rate: The share of images, 0 to 1.
+        top_k: Neighbours of an image that the model gets; those behind them in a row are the spare ones.
+        seed: Another seed draws other images.
+    """
+
+    def __init__(self, rate: float, top_k: int, seed: int = 0):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"memory_dropout is {rate}, expected a share of the images, 0 to 1.")
+        self.rate, self.top_k, self.seed = rate, top_k, seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes see it change
+
+    def __call__(self, ids: np.ndarray, scores: np.ndarray, chat: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Args:
+            ids, scores: `(depth,)` of one image, best first; `depth` is at least `top_k`.
+            chat, number: The text of the row, and which of its images this is.
+
+        Returns:
+            `(top_k,)` each; -1 and -inf where a slot is off.
+        """
+        rng = np.random.default_rng([self.seed, int(self.epoch), zlib.crc32(chat.encode()), number])
+        draw = rng.random()
+        if draw < self.rate / 3:
+            off = np.ones(len(ids), bool)
+        elif draw < self.rate * 2 / 3:
+            off = rng.random(len(ids)) < 0.5
+        elif draw < self.rate:
+            missing = rng.integers(1, self.top_k + 1)
+            ids = np.concatenate([ids[missing:], np.full(self.top_k, -1)])
+            scores = np.concatenate([scores[missing:], np.full(self.top_k, -np.inf)])
+            off = ids < 0
+        else:
+            off = ids < 0
+        return np.where(off, -1, ids)[: self.top_k], np.where(off, -np.inf, scores)[: self.top_k]
+
+
+class TellEpoch(TrainerCallback):
+    """Tells a `MemoryDropout` which epoch begins, or goes on after an interruption."""
+
+    def __init__(self, dropout: MemoryDropout):
+        self.dropout = dropout
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dropout.epoch.fill_(int(state.epoch + 1e-6))
