@@ -10,6 +10,7 @@ from transformers.utils import is_numpy_array, is_torch_tensor
 
 from .chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from .image_loading import load_image
+from .image_padding import padding_to_square
 
 
 class TinyAlignProcessor(ProcessorMixin):
@@ -24,6 +25,9 @@ class TinyAlignProcessor(ProcessorMixin):
             Placeholders of one image, `config.num_image_tokens`: visual tokens, then memory tokens.
         key_space (`str`, *optional*, defaults to `"vision"`):
             `config.key_space`. With `"language"` the question is given to retrieval, as `query_input_ids`.
+        image_aspect_ratio (`str`, *optional*, defaults to `"square"`):
+            Images that are not square: `"square"` leaves them to `image_processor`, `"pad"` pads them to a square with
+            the mean colour first. A bank must have been built with the same.
     """
 
     _auto_class = "AutoProcessor"
@@ -36,7 +40,13 @@ class TinyAlignProcessor(ProcessorMixin):
         image_token="<image>",
         num_image_tokens=228,
         key_space="vision",
+        image_aspect_ratio="square",
     ):
+        if image_aspect_ratio not in ("square", "pad"):
+            raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}, expected 'square' or 'pad'.")
+        if image_aspect_ratio == "pad":
+            image_processor = padding_to_square(image_processor)
+        self.image_aspect_ratio = image_aspect_ratio
         self.image_token = image_token
         self.image_token_id = tokenizer.get_vocab().get(image_token)
         if self.image_token_id is None:
@@ -59,6 +69,7 @@ class TinyAlignProcessor(ProcessorMixin):
         config: PreTrainedConfig,
         *,
         image_token: str = "<image>",
+        image_aspect_ratio: str = "square",
         vision_kwargs: dict | None = None,
         text_kwargs: dict | None = None,
     ) -> "TinyAlignProcessor":
@@ -73,6 +84,7 @@ class TinyAlignProcessor(ProcessorMixin):
             image_token=image_token,
             num_image_tokens=config.num_image_tokens,
             key_space=config.key_space,
+            image_aspect_ratio=image_aspect_ratio,
         )
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
