@@ -6,6 +6,10 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+# `transformers serve` knows models by this table, which neither auto_map nor AutoModel.register fills.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["tinyalign"] = "TinyAlignForConditionalGeneration"
 
 
 @strict

@@ -83,6 +83,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             "AutoConfig": "configuration_tinyalign.TinyAlignConfig",
             "AutoModel": "modeling_tinyalign.TinyAlignModel",
             "AutoModelForImageTextToText": "modeling_tinyalign.TinyAlignForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_tinyalign.TinyAlignForConditionalGeneration",
         }
         bank = self.base_model._memory_bank
         if bank is not None:  # it may have been pushed since it was attached

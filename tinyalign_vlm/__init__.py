@@ -1,6 +1,6 @@
 """TinyAlign: a small vision-language model that retrieves similar training examples for every image."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .modeling_tinyalign import (
     KeyEncoder,
@@ -17,6 +17,7 @@ from .processing import TinyAlignProcessor
 AutoConfig.register("tinyalign", TinyAlignConfig)
 AutoModel.register(TinyAlignConfig, TinyAlignModel)
 AutoModelForImageTextToText.register(TinyAlignConfig, TinyAlignForConditionalGeneration)
+AutoModelForMultimodalLM.register(TinyAlignConfig, TinyAlignForConditionalGeneration)
 AutoProcessor.register(TinyAlignConfig, TinyAlignProcessor)
 
 __all__ = [
