@@ -7,6 +7,8 @@ import torch
 
 from .precision import bfloat16_is_fast
 
+BASELINES = ("wider_connector", "static_rag", "text_rag")
+
 
 @dataclass
 class RunArguments:
@@ -20,19 +22,44 @@ class RunArguments:
         model (`str`, *optional*): Folder or repository of a TinyAlign model with its processor. Or
         vision_model, language_model (`str`, *optional*): of the two to compose a new one from, and
         model_kwargs (`dict`, *optional*): the fields of [`TinyAlignConfig`] to set in it.
+        image_aspect_ratio (`str`, *optional*): How images that are not square get into a new model: `"square"` is the
+            tower's own preprocessing, `"pad"` pads to a square with the mean colour first. The processor keeps it.
         memory_bank (`str`, *optional*): Folder or repository of the bank. Needed unless `memory_top_k` is 0.
         lexicon (`bool`, *optional*, defaults to `True`): Let the memory connector of a newly composed model read the
             words of the bank, see docs/value_encoder.md. `False` for a bank whose value encoder was not trained.
-        dataset (`str`, *optional*): A Parquet, JSON or JSON-lines file, a folder, or a dataset repository.
-        dataset_split (`str`, *optional*, defaults to `"train"`): The split to train on.
-        image_column (`str`, *optional*, defaults to `"image"`): Images, or their paths.
-        messages_column (`str`, *optional*, defaults to `"messages"`): Chats, if the data has them.
+
+        any_tower (`bool`, *optional*, defaults to `False`): Take a bank of another vision tower too: an ablation.
+        baseline (`str`, *optional*): A comparison point of the paper instead of TinyAlign, `"wider_connector"`,
+            `"static_rag"` or `"text_rag"`; see docs/baselines.md.
+        memory_dropout (`float`, *optional*, defaults to 0): Share of the images that lose neighbours in training: all,
+            some, or the most similar ones. The model then works with its bank on, off and partly on; see
+            docs/adaptive_retrieval.md.
+
+        > Data, see docs/training.md
+
+        dataset (`str`, *optional*): JSON, JSON lines, Parquet or WebDataset (.tar) files, a pattern of them
+            (`"shards/*.tar"`), a folder, or a dataset repository; its configuration and revision are
+        dataset_config, dataset_revision (`str`, *optional*).
+        dataset_split (`str`, *optional*, defaults to `"train"`): The split of a folder or repository to train on.
+        streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed, without a copy on disk.
+            Needs `max_steps`. Rows are checked as they come, neighbours looked up in every step.
+        image_folder (`str`, *optional*): What paths of images are relative to. Defaults to the folder of `dataset`.
+        image_column (`str`, *optional*): Images, or their paths. Defaults to `image`, `images`.
+        messages_column (`str`, *optional*): Chats. Defaults to `messages`, `conversations`, `prompt` + `completion`.
         answer_column (`str`, *optional*): Without chats: the labels or captions that answer `prompt`.
         prompt (`str`, *optional*): Without chats: what is asked about every image.
-        cache_features (`bool`, *optional*, defaults to `True`): Compute the frozen visual features once.
+        max_length (`int`, *optional*): Tokens that a row may have, those of its images included. Defaults to the
+            context of the language model. Longer rows are skipped, or
+        truncation (`bool`, *optional*, defaults to `False`): lose the tokens at their end, but never one of an image,
+            nor all that is to be learnt.
+        strict (`bool`, *optional*, defaults to `False`): Stop when a row is bad, instead of skipping it.
+        num_proc (`int`, *optional*): Processes that read and check the rows, and look up their neighbours.
+        cache_features (`bool`, *optional*, defaults to `True`): The frozen visual features are computed once.
 
-        > Learning rates
+        > Batch and learning rates
 
+        global_batch_size (`int`, *optional*): Rows of an optimizer step, whatever the number of processes:
+            `gradient_accumulation_steps` follows from it. Defaults to what the other settings give.
         connector_lr, memory_connector_lr (`float`, *optional*): Default to `learning_rate`.
     """
 
@@ -43,6 +70,13 @@ class RunArguments:
     model_kwargs: dict | str | None = field(
         default=None, metadata={"help": 'TinyAlignConfig fields of the new model, as JSON: {"memory_top_k": 3}.'}
     )
+    image_aspect_ratio: str | None = field(
+        default=None,
+        metadata={
+            "help": "New models: square (the tower's preprocessing) or pad (to a square, with the mean colour).",
+            "choices": ["square", "pad"],
+        },
+    )
     memory_bank: str | None = field(
         default=None, metadata={"help": "Memory bank: folder or Hub repository. Not needed if memory_top_k is 0."}
     )
@@ -52,18 +86,53 @@ class RunArguments:
             "help": "New models: let the memory connector read the words of the bank, see docs/value_encoder.md."
         },
     )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Parquet, JSON or JSON-lines file, folder, or Hub dataset."}
+    any_tower: bool = field(default=False, metadata={"help": "Take a bank of another vision tower (an ablation)."})
+    baseline: str | None = field(
+        default=None,
+        metadata={"help": "A comparison point of the paper, see docs/baselines.md.", "choices": list(BASELINES)},
     )
+    memory_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the images that lose neighbours in training, 0 to 1."}
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "JSON, JSON-lines, Parquet or WebDataset files (or a pattern), folder, or Hub dataset."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    image_column: str = field(default="image", metadata={"help": "Column with images or their paths."})
-    messages_column: str = field(default="messages", metadata={"help": "Column with chats, if there is one."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed. Needs max_steps."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "What paths of images are relative to, by default the dataset's folder."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with images or their paths, by default image or images."}
+    )
+    messages_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with chats, by default messages, conversations, or prompt and completion."},
+    )
     answer_column: str | None = field(
         default=None, metadata={"help": "Without chats: column with the label or caption that answers `prompt`."}
     )
     prompt: str | None = field(default=None, metadata={"help": "Without chats: what is asked about every image."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens a row may have, those of images included, by default the model's context."},
+    )
+    truncation: bool = field(
+        default=False, metadata={"help": "Cut the text of longer rows, instead of skipping them."}
+    )
+    strict: bool = field(default=False, metadata={"help": "Stop when a row is bad, instead of skipping it."})
+    num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that read and check the rows, and look up their neighbours."}
+    )
     cache_features: bool = field(
         default=True, metadata={"help": "Compute the frozen visual features once and keep them in output_dir."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows of an optimizer step in all processes; sets gradient_accumulation_steps."},
     )
     connector_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the connector, instead of learning_rate."}
@@ -80,3 +149,28 @@ class RunArguments:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bfloat16_is_fast(self.use_cpu)
         super().__post_init__()
+        if self.streaming and (self.memory_dropout or self.baseline in ("static_rag", "text_rag")):
+            raise ValueError(
+                f"memory_dropout is {self.memory_dropout} and baseline {self.baseline!r}: they need neighbours "
+                "looked up beforehand, but those of streamed rows are looked up in every step. Set streaming: false."
+            )
+        if self.streaming:  # in accelerate's other mode one process reads for all, and rows must have equal lengths
+            self.accelerator_config.dispatch_batches = False
+        if self.global_batch_size is not None:
+            self._accumulate_to_global_batch()
+
+    def _accumulate_to_global_batch(self):
+        rows = self.train_batch_size * self.world_size
+        steps, rest = divmod(self.global_batch_size, rows)
+        if rest or steps == 0:
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size}, expected a multiple of {rows}: {self.world_size} "
+                f"processes x {self.train_batch_size} rows each. Change per_device_train_batch_size or the number of "
+                "processes."
+            )
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is {rows} rows x {steps} accumulated batches, but "
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: leave one of the two out."
+            )
+        self.gradient_accumulation_steps = steps

@@ -1,111 +1,387 @@
 """From the files people have to the rows both stages train on."""
 
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from glob import glob
+from itertools import accumulate, groupby
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import datasets
 import numpy as np
+from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 
+from ..modeling_tinyalign.bank_images import image_source_id, load_image
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
-from .data import check_messages, to_messages
+from .data import BadRow, check_messages, count_images, encode_chat, images_of, to_messages
 from .features import cache_vision_features
-from .neighbours import find_neighbours, source_ids_of
+from .neighbour_table import neighbour_table, read_neighbours, summary
 
-READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+logger = logging.get_logger(__name__)
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+STORED_IMAGE = datasets.Image(decode=False)
+
+# What every format becomes. Rows that are bad have no messages but a `problem`, whose first words are `kind`.
+FEATURES = datasets.Features(
+    {
+        "messages": datasets.List(
+            {
+                "role": datasets.Value("string"),
+                "content": datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")}),
+                "train": datasets.Value("bool"),  # False: an answer that belongs to the question
+            }
+        ),
+        "kind": datasets.Value("string"),
+        "problem": datasets.Value("string"),
+    }
+)
 
 
-def read_rows(config: RunArguments) -> datasets.Dataset:
+def open_rows(config: RunArguments) -> datasets.Dataset | datasets.IterableDataset:
     """
-    The data set of a config with its columns as `image` and `messages`, nothing else.
+    The rows of `config.dataset` as they are stored, images undecoded. Of JSON and WebDataset files the column `json`
+    is the row's text: their rows need not have the same fields, nor the same types in them.
 
-    Paths of images in a file are relative to that file. Raises `ValueError` when the data or a column is missing, or
-    when a row has no answer (it is named).
+    Raises `ValueError` when they cannot be read.
     """
     if config.dataset is None:
         raise ValueError("No data set: set `dataset` in the YAML file, or pass --dataset FILE_OR_REPOSITORY.")
-    path = Path(config.dataset)
+    files = sorted(glob(os.path.join(config.dataset, "*.tar"))) or sorted(glob(config.dataset))
+    suffix = Path(files[0]).suffix if files else ""
     try:
-        if path.is_file() and path.suffix in READERS:
-            rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        if suffix in (".json", ".jsonl"):
+            return _from_generator(_read_json, files, {"json": datasets.Value("string")}, config)
+        if suffix == ".tar":
+            features = {name: datasets.Value("string") for name in ("id", "json", "txt")}
+            features["images"] = datasets.List(STORED_IMAGE)
+            return _from_generator(_read_tar, files, features, config)
+        if suffix == ".parquet":
+            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=config.streaming)
         else:
-            rows = datasets.load_dataset(config.dataset, split=config.dataset_split)
+            rows = datasets.load_dataset(
+                config.dataset,
+                config.dataset_config,
+                split=config.dataset_split,
+                revision=config.dataset_revision,
+                streaming=config.streaming,
+            )
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise ValueError(
-            f"{config.dataset} cannot be read ({error.__cause__ or error}), expected a Parquet, JSON or JSON-lines "
-            "file, a folder, or a dataset repository."
+            f"{config.dataset} cannot be read ({error.__cause__ or error}), expected JSON, JSON-lines, Parquet or "
+            "WebDataset (.tar) files, a folder, or a dataset repository."
         ) from error
-    if config.image_column not in rows.column_names:
-        raise ValueError(
-            f"{config.dataset} has no column {config.image_column!r} with images, its columns are "
-            f"{rows.column_names}: set image_column."
-        )
-    columns = {config.image_column: "image"}
-    messages = None
-    if config.messages_column in rows.column_names:
-        columns[config.messages_column] = "messages"
-        for number, chat in enumerate(rows[config.messages_column]):
-            with naming_row(config.dataset, number):
-                check_messages(chat)
-    elif config.prompt is not None and config.answer_column in rows.column_names:
-        messages = []
-        for number, answer in enumerate(rows[config.answer_column]):
-            with naming_row(config.dataset, number):
-                messages.append(to_messages(config.prompt, answer))
-    else:
-        raise ValueError(
-            f"{config.dataset} has the columns {rows.column_names}: name the one with chats with messages_column, or "
-            f"the one with labels or captions with answer_column (found {config.answer_column!r}), and set prompt, "
-            f"what is asked about every image (found {config.prompt!r})."
-        )
-    rows = rows.select_columns(list(columns)).rename_columns({old: new for old, new in columns.items() if old != new})
-    if rows.features["image"] == datasets.Value("string"):
-        folder = path.parent if path.is_file() else path
-        rows = rows.map(lambda row: {"image": os.path.join(folder, row["image"])}, desc="Paths of images")
-    rows = rows.cast_column("image", datasets.Image())
-    return rows if messages is None else rows.add_column("messages", messages)
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, STORED_IMAGE)
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.List(STORED_IMAGE))
+    return rows
 
 
-@contextmanager
-def naming_row(dataset: str, number: int) -> Iterator[None]:
-    """Puts the row, counted from 0, before the message of a `ValueError`."""
+def _from_generator(read, files: list[str], features: dict, config: RunArguments):
+    arguments = {"files": files, "versions": [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, files)]}
+    maker = datasets.IterableDataset if config.streaming else datasets.Dataset
+    return maker.from_generator(read, features=datasets.Features(features), gen_kwargs=arguments)
+
+
+def _read_json(files: list[str], versions: list) -> Iterator[dict]:
+    """`versions` are of the files: of changed files no copy of the old ones is taken."""
+    for name in files:
+        with open(name, encoding="utf-8-sig") as file:
+            first = next((line for line in file if line.strip()), "")
+            file.seek(0)
+            if first.lstrip().startswith("["):
+                yield from ({"json": json.dumps(row)} for row in json.load(file))
+            else:
+                yield from ({"json": line} for line in file if line.strip())
+
+
+def _read_tar(files: list[str], versions: list) -> Iterator[dict]:
+    """A WebDataset: files whose names are the same up to the first point of the last part are a row."""
+    for name in files:
+        with tarfile.open(name) as tar:
+            members = (member for member in tar if member.isfile())
+            for key, parts in groupby(members, lambda member: str(_stem(member.name))):
+                row, images = {"id": key, "json": "{}", "txt": None}, []
+                for member in parts:
+                    suffix = PurePosixPath(member.name).suffix.lower()
+                    content = tar.extractfile(member).read()
+                    if suffix in IMAGE_SUFFIXES:
+                        images.append({"bytes": content, "path": member.name})
+                    elif suffix in (".json", ".txt"):
+                        row[suffix[1:]] = content.decode(errors="replace")
+                yield {**row, "images": images}
+
+
+def _stem(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    return path.with_name(path.name.partition(".")[0])
+
+
+@dataclass
+class RowReader:
+    """
+    A row of any format, as `open_rows` gives it -> the columns of `FEATURES`, and the images.
+
+    The formats: `conversations` of turns with `from` and `value` (LLaVA), `messages` of turns with `role` and
+    `content`, `prompt` + `completion` (TRL), or the column `answer_column` with answers to `prompt`. `<image>` in a
+    question says where an image stands; where it is nowhere in `messages` or `prompt`, images come first, as in TRL.
+
+    Args:
+        folder: What paths are relative to.
+        processor: Without one, the length of the rows is not checked.
+        name_images: Add the `source_ids` of the images.
+    """
+
+    folder: str
+    image_column: str | None
+    messages_column: str | None
+    answer_column: str | None
+    prompt: str | None
+    processor: ProcessorMixin | None
+    max_length: int | None
+    truncation: bool
+    name_images: bool = False
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        result = {"images": [], "messages": [], "kind": None, "problem": None}
+        source_ids = []
+        try:
+            fields = row.get("json")  # of a file of ours, or of a WebDataset as `datasets` reads it
+            if fields is not None:
+                row = {
+                    **(_parse(fields) if isinstance(fields, str) else fields),
+                    **{n: v for n, v in row.items() if v},
+                }
+            images = [
+                os.path.join(self.folder, image) if isinstance(image, str) else image for image in self.images(row)
+            ]
+            messages = self.messages(row, len(images))
+            check_turns(messages)
+            check_messages(messages)
+            check_placeholders(messages, len(images))
+            source_ids = [self.check_image(image) for image in images]
+            if self.processor is not None:
+                encode_chat(self.processor, messages, max_length=self.max_length, truncation=self.truncation)
+            result |= {"images": images, "messages": messages}
+        except BadRow as error:
+            name = "" if row.get("id") is None else f" (id {row['id']})"
+            result |= {"kind": error.kind, "problem": f"{error}{name}"}
+        return {**result, "source_ids": source_ids} if self.name_images else result
+
+    def images(self, row: dict[str, Any]) -> list:
+        if self.image_column is not None:
+            if self.image_column not in row:
+                raise BadRow("missing image", f"no column {self.image_column!r}, the columns are {sorted(row)}")
+            return images_of({"image": row[self.image_column]})
+        names = ("images", "image", *(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        return next((images for name in names if (images := images_of({"image": row.get(name)}))), [])
+
+    def messages(self, row: dict[str, Any], num_images: int) -> list[dict]:
+        columns = ("messages", "conversations") if self.messages_column is None else (self.messages_column,)
+        turns = next((row[name] for name in columns if row.get(name) is not None), None)
+        if self.prompt is not None and self.answer_column in row:
+            return to_messages(self.prompt, row[self.answer_column])
+        if turns is not None:
+            return place_images(turns, read_turns(turns), num_images)
+        if row.get("prompt") is not None and "completion" in row:
+            prompt, completion = (
+                [{"role": role, "content": row[name]}] if not isinstance(row[name], list) else row[name]
+                for role, name in (("user", "prompt"), ("assistant", "completion"))
+            )
+            question = [{**turn, "train": False} for turn in read_turns(prompt)]
+            return place_images(prompt, question + read_turns(completion), num_images)
+        raise BadRow(
+            "no chat",
+            f"the columns are {sorted(row)}, expected messages, conversations, or prompt and completion: name the "
+            "column with chats with messages_column, or the one with labels or captions with answer_column (found "
+            f"{self.answer_column!r}), and set prompt, what is asked about every image (found {self.prompt!r})",
+        )
+
+    def check_image(self, image: Any) -> str | None:
+        """Decodes the image; its name if that is wanted."""
+        path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+        if path is None or (isinstance(path, str) and not os.path.isfile(path)):
+            raise BadRow("missing image", f"{path} is no file: set image_folder, or remove the row")
+        try:
+            if self.name_images:
+                return image_source_id(image)
+            load_image(image)
+        except ValueError as error:
+            raise BadRow("broken image", f"{path if isinstance(path, str) else ''} {error}") from error
+
+
+def _parse(text: str) -> dict:
     try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"Row {number} of {dataset} (the first is 0): {error}") from error
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRow("no chat", f"no JSON ({error}): {text[:100]!r}") from error
+    if not isinstance(row, dict):
+        raise BadRow("no chat", f"found {text[:100]!r}, expected an object with the fields of the row")
+    return row
 
 
-def with_features_and_neighbours(
+def read_turns(turns: list[dict]) -> list[dict]:
+    """Turns of LLaVA or of TRL -> messages whose content is a list of parts; `<image>` becomes a part."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow("no chat", f"the chat is {str(turns)[:200]}, expected a list of turns")
+    messages = []
+    for turn in turns:
+        name = turn["role"] if turn.get("role") is not None else turn.get("from")
+        if name not in ROLES:
+            raise BadRow("turn order", f"a turn is of {name!r}, expected one of {', '.join(ROLES)}")
+        content = turn["content"] if turn.get("content") is not None else turn.get("value")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        messages.append(
+            {"role": ROLES[name], "content": [new for part in parts for new in _split(part)], "train": None}
+        )
+    return messages
+
+
+def _split(part: dict) -> list[dict]:
+    """A part, or the text and images in it; the line break after `<image>` is left to the chat template."""
+    if not isinstance(part, dict) or part.get("type") not in ("image", "text"):
+        raise BadRow("no chat", f"a turn has {str(part)[:200]}, expected text or an image in its content")
+    if part["type"] == "image":
+        return [{"type": "image", "text": None}]
+    if not isinstance(part.get("text"), str):
+        return [{"type": "text", "text": part.get("text")}]
+    first, *rest = re.split("<image>\n?", part["text"])
+    parts = [{"type": "text", "text": first}]
+    for text in rest:
+        parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
+    return [part for part in parts if part["text"] != ""]
+
+
+def place_images(turns: list[dict], messages: list[dict], num_images: int) -> list[dict]:
+    """Puts the images first where chats of plain text have no place for them, as TRL does."""
+    if count_images(messages) == 0 and all(isinstance(turn.get("content"), str) for turn in turns):
+        user = next((message for message in messages if message["role"] == "user"), None)
+        if user is not None:
+            user["content"] = [{"type": "image", "text": None}] * num_images + user["content"]
+    return messages
+
+
+def check_turns(messages: list[dict]):
+    """Raises `BadRow` unless user and assistant speak in turn, after at most one system prompt, the assistant last."""
+    roles = [message["role"] for message in messages]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise BadRow(
+            "turn order",
+            f"the turns are of {', '.join(roles) or 'nobody'}, expected user, assistant, user, assistant ..., with at "
+            "most one system prompt before them",
+        )
+
+
+def check_placeholders(messages: list[dict], num_images: int):
+    """Raises `BadRow` unless there is a place for each image, in what the user says."""
+    for message in messages:
+        if message["role"] != "user" and count_images([message]):
+            raise BadRow(
+                "placeholder mismatch", f"a turn of {message['role']} has an image, expected it in a question"
+            )
+    found = count_images(messages)
+    if found and not num_images:
+        raise BadRow("missing image", f"the chat has {found} <image>, but the row has no image")
+    if found != num_images:
+        raise BadRow(
+            "placeholder mismatch",
+            f"the chat has {found} <image>, but the row has {num_images} images: expected one for each",
+        )
+
+
+class RowImages(Sequence):
+    """All images of a data set, those of the first row first, as they are stored."""
+
+    def __init__(self, rows: datasets.Dataset):
+        counts = [count_images(messages) for messages in rows["messages"]]
+        self.starts = [0, *accumulate(counts)]
+        self.rows = rows.select_columns([name for name in ("image", "images") if name in rows.column_names])
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        row = int(np.searchsorted(self.starts, index, "right")) - 1
+        return images_of(self.rows[row])[index - self.starts[row]]
+
+    def by_row(self, values: Sequence) -> list:
+        """Something about each image -> lists of it, one a row."""
+        return [list(values[start:end]) for start, end in zip(self.starts, self.starts[1:], strict=False)]
+
+
+def with_features(
     config: RunArguments,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    rows: datasets.Dataset,
-    bank: MemoryBank | None,
-) -> tuple[datasets.Dataset, np.ndarray | None]:
-    """
-    The rows, with `memory_ids` if there is a bank, and their cached visual features if those are wanted. The features
-    are kept in `config.output_dir`; a bank's neighbours need them in any case.
-    """
-    if bank is None and not config.cache_features:
+    rows: datasets.Dataset | datasets.IterableDataset,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, np.ndarray | None]:
+    """With `config.cache_features` the visual features, kept in `output_dir`, and the rows with `feature_index`."""
+    images = [] if config.streaming or not config.cache_features else RowImages(rows)
+    if len(images) == 0:
         return rows, None
-    folder = Path(config.output_dir)
-    batch_size = 8 if config.device.type == "cpu" else 64
-    features = cache_vision_features(model, processor, rows["image"], folder / "vision_features", batch_size)
-    if bank is not None:
+    path = Path(config.output_dir, "vision_features")
+    features = cache_vision_features(model, processor, images, path, batch_size_of(config))
+    return rows.add_column("feature_index", images.by_row(range(len(images)))), features
+
+
+def with_neighbours(
+    config: RunArguments,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset | datasets.IterableDataset,
+    bank: MemoryBank,
+    top_k: int,
+    features: np.ndarray | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    The rows with `memory_ids` and `memory_scores`, lists of `2 * top_k` for each of their images: the second half are
+    spare ones, for [`MemoryDropout`]. Streamed rows get none: the model retrieves for each batch.
+
+    All processes of a run must call this at once: they share the work.
+    """
+    if config.streaming:
+        return rows
+    images = RowImages(rows)
+    columns = {"memory_ids": [], "memory_scores": []}
+    if len(images):
         queries = None
         if bank.key_space == "language":
-            queries = [processor._query_text(messages) for messages in rows["messages"]]
-        neighbours = find_neighbours(
+            texts = [processor._query_text(messages) for messages in rows["messages"]]
+            queries = [text for text, own in zip(texts, images.by_row(range(len(images))), strict=True) for _ in own]
+        path = neighbour_table(
             bank,
             model,
-            features,
-            model.config.memory_top_k,
-            source_ids_of(rows["image"]),
+            processor,
+            images,
+            2 * top_k,
             queries=queries,
-            processor=processor,
+            vision_features=features,
+            batch_size=batch_size_of(config),
+            num_workers=config.dataloader_num_workers,
+            num_proc=config.num_proc or 1,
         )
-        rows = rows.add_column("memory_ids", neighbours.tolist())
-    return rows, features if config.cache_features else None
+        table = read_neighbours(path)
+        if PartialState().is_main_process:
+            logger.warning(f"{path}: {summary(table, top_k)}")
+        columns = {name: table[name][:] for name in columns}
+    for name, values in columns.items():
+        rows = rows.add_column(name, images.by_row(values))
+    return rows
+
+
+def batch_size_of(config: RunArguments) -> int:
+    """Images that go through the tower at once: few are faster on a CPU."""
+    return 8 if config.device.type == "cpu" else 64

@@ -1,80 +1,230 @@
-"""`tinyalign train`: a stage from a YAML file."""
+"""`tinyalign train`: a stage from YAML files."""
 
 import os
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import datasets
+import numpy as np
 import yaml
 from accelerate import PartialState
-from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
+from transformers.utils import logging
 from trl import TrlParser
 
 from ..modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration
 from ..processing import TinyAlignProcessor
 from .arguments import RunArguments
-from .rows import read_rows, with_features_and_neighbours
+from .baselines import model_fields, neighbours_of_baseline, widen_connector, with_static_captions
+from .calibration import calibrate_rows, write_threshold
+from .data_check import DataCheck, check_rows, training_data
+from .rows import with_features, with_neighbours
 from .stage1 import Stage1Config, train_stage1
 from .stage2 import Stage2Config, train_stage2
+from .training_card import write_training_card
 
+logger = logging.get_logger(__name__)
+CONFIGS = Path(__file__).parent / "configs"
 STAGES = {1: (Stage1Config, train_stage1), 2: (Stage2Config, train_stage2)}
 
 
-def train_from_file(path: str | os.PathLike, fields: list[str]):
+def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
     """
-    Trains what the YAML file at `path` says, with `fields` (`["--learning_rate", "5e-4"]`) put before it, and saves
-    model and processor to `output_dir`.
+    Trains what the YAML files at `paths` say (later ones win), with `fields` (`["--learning_rate", "5e-4"]`) put
+    before them, and saves model and processor to `output_dir`.
 
-    Raises `ValueError` or `OSError` that says what is wrong with the file, the data, the model or the bank.
+    Raises `ValueError` or `OSError` that says what is wrong with the files, the data, the model or the bank.
     """
-    config = read_config(path, fields)
+    config = read_config(paths, fields)
+    run = prepare(config)
+    bank = run.bank
+    if config.baseline == "static_rag":
+        run.rows, bank = with_static_captions(config, run.processor, run.rows, bank), None
+    train = STAGES[config.stage][1]
+    trainer = train(config, run.model, run.processor, run.rows, bank, run.features)
+    save(trainer, run.model, run.processor)
+    if trainer.is_world_process_zero():
+        command = shlex.join(["tinyalign", "train", *map(str, paths), *fields])
+        write_training_card(config, run.model, trainer, bank, command)
+
+
+@dataclass
+class Run:
+    """What a stage trains, and on what."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    bank: MemoryBank | None
+    rows: datasets.Dataset | datasets.IterableDataset
+    features: np.ndarray | None
+
+
+def prepare(config: RunArguments) -> Run:
+    """Model, bank and rows of a run, with their features and neighbours, which are computed where they are missing."""
     set_seed(config.seed)
     bank = read_bank(config)
     model, processor = load_model(config, bank)
     model.to(config.device)
     bank = attach_bank(config, model, processor, bank)
+    if config.max_length is None:
+        config.max_length = context_length(model)
     with PartialState().main_process_first():
-        rows, features = with_features_and_neighbours(config, model, processor, read_rows(config), bank)
-    train = STAGES[config.stage][1]
-    trainer = train(config, model, processor, rows, bank, features)
+        rows = training_data(config, processor, name_images=bank is not None)
+        rows, features = with_features(config, model, processor, rows)
+    if bank is not None:
+        top_k = model.config.num_neighbours or neighbours_of_baseline(config)
+        rows = with_neighbours(config, model, processor, rows, bank, top_k, features)
+    return Run(model, processor, bank, rows, features)
+
+
+def find_neighbours_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
+    """Looks up the neighbours that `tinyalign train` with the same arguments needs, and nothing else."""
+    config = read_config(paths, [*fields, "--cache_features", "False"])
+    if config.streaming:
+        raise ValueError("streaming is true: neighbours of streamed rows are looked up in every step.")
+    if prepare(config).bank is None:
+        raise ValueError("The model has no memory (memory_top_k: 0): there is nothing to look up.")
+
+
+def calibrate_from_files(paths: Sequence[str | os.PathLike], fields: list[str], target: float | None = None):
+    """
+    Prints how much neighbours agree with the answers of the rows, and sets the `retrieval_threshold` of the config's
+    `model`, if that is a folder.
+    """
+    config = read_config(paths, [*fields, "--cache_features", "False"])
+    run = prepare(config)
+    if run.model.config.num_neighbours == 0 or config.streaming:
+        raise ValueError(
+            f"memory_top_k is {run.model.config.memory_top_k} and streaming {config.streaming}: to calibrate takes a "
+            "bank, and rows that are not streamed."
+        )
+    found = calibrate_rows(run.rows, run.bank, run.model.config.num_neighbours, target)
+    print(found)
+    if config.model is not None and Path(config.model).is_dir():
+        write_threshold(Path(config.model), found.threshold)
+        print(f"Written to {Path(config.model, 'config.json')}.")
+    else:
+        print(f"Set it with --model_kwargs '{{\"retrieval_threshold\": {found.threshold:.4f}}}'.")
+
+
+def save(trainer: Trainer, model: PreTrainedModel, processor: ProcessorMixin):
+    """Model and processor to `output_dir`; all processes call it, because each may hold a part of the weights."""
+    state_dict = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        model.save_pretrained(config.output_dir)
-        processor.save_pretrained(config.output_dir)
+        model.save_pretrained(trainer.args.output_dir, state_dict=state_dict)
+        processor.save_pretrained(trainer.args.output_dir)
 
 
-def read_config(path: str | os.PathLike, fields: list[str]) -> RunArguments:
-    """The file's settings as `Stage1Config` or `Stage2Config`, whichever its `stage` asks for."""
-    with open(path, encoding="utf-8") as file:
-        settings = yaml.safe_load(file)
-    stage = settings.get("stage") if isinstance(settings, dict) else None
+def read_settings(paths: Sequence[str | os.PathLike]) -> dict:
+    """
+    What the YAML files say together: later ones win, and `model_kwargs` of several are joined. A file that is not
+    here is looked for in training/configs/.
+    """
+    settings = {}
+    for name in paths:
+        path = Path(name) if Path(name).exists() else CONFIGS / name
+        if not path.is_file():
+            shipped = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+            raise ValueError(f"There is no file {name}, expected a YAML file here or one of {shipped}.")
+        new = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(new, dict):
+            raise ValueError(f"{path} has {str(new)[:100]!r}, expected `name: value` lines.")
+        kwargs = new.pop("model_kwargs", None) or {}
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"{path} has model_kwargs: {kwargs!r}, expected {{name: value, ...}}.")
+        settings |= new | {"model_kwargs": {**settings.get("model_kwargs", {}), **kwargs}}
+    return settings
+
+
+def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> RunArguments:
+    """The settings as `Stage1Config` or `Stage2Config`, whichever `stage` asks for."""
+    settings = read_settings(paths)
+    named = " + ".join(map(str, paths))
+    stage = settings.get("stage")
     if stage not in STAGES:
-        raise ValueError(f"{path} has stage: {stage}, expected `stage: 1` (connectors) or `stage: 2` (and the LM).")
-    parser = TrlParser(STAGES[stage][0], prog=f"tinyalign train {path}", allow_abbrev=False)
-    (config,) = parser.parse_args_and_config(["--config", str(path), *fields])
+        raise ValueError(
+            f"{named} has stage: {stage}, expected `stage: 1` (connectors) or `stage: 2` (and the language model). "
+            "A recipe of a model needs that of a stage before it: tinyalign train stage1.yaml qwen2-0.5b-siglip.yaml"
+        )
+    config = _parse(STAGES[stage][0], settings, fields, f"tinyalign train {named}")
+    config.model_kwargs = {**settings["model_kwargs"], **(config.model_kwargs or {})}
     if config.output_dir is None or config.output_dir == "trainer_output":
-        raise ValueError(f"{path} has no output_dir: say where checkpoints and the trained model go.")
+        raise ValueError(f"{named} has no output_dir: say where checkpoints and the trained model go.")
     return config
+
+
+def _parse(config_class: type[RunArguments], settings: dict, fields: list[str], prog: str) -> RunArguments:
+    parser = TrlParser(config_class, prog=prog, allow_abbrev=False)
+    with tempfile.TemporaryDirectory() as folder:
+        merged = Path(folder, "merged.yaml")
+        merged.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return parser.parse_args_and_config(["--config", str(merged), *fields])[0]
+
+
+def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
+    """
+    What is wrong with a data set, named itself or by YAML files. The length of rows is checked if there is a model.
+
+    Raises `ValueError` or `OSError` when the files, the model or the data cannot be read.
+    """
+    if all(Path(name).suffix in (".yaml", ".yml") for name in names):
+        config = read_config(names, fields)
+    elif len(names) == 1:
+        config = _parse(Stage1Config, {"dataset": names[0]}, fields, "tinyalign data check")
+    else:
+        raise ValueError(f"Found {', '.join(names)}, expected one data set, or YAML files.")
+    processor = None
+    if config.model is not None or config.language_model is not None:
+        model, processor = load_model(config, read_bank(config))
+        config.max_length = config.max_length or context_length(model)
+    return check_rows(config, processor)[1]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens the language model was made for; None if its config does not say."""
+    return model.config.text_config.to_dict().get("max_position_embeddings")
 
 
 def read_bank(config: RunArguments) -> MemoryBank | None:
     """The bank that a config names, or None if it names none or is of the baseline."""
     if config.memory_bank is None or (config.model_kwargs or {}).get("memory_top_k") == 0:
         return None
-    return MemoryBank.from_pretrained(config.memory_bank)
+    bank = MemoryBank.from_pretrained(config.memory_bank)
+    return bank.for_any_tower() if config.any_tower else bank
 
 
 def load_model(config: RunArguments, bank: MemoryBank | None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model of a config and its processor, loaded or composed; a composed one reads the words of this bank."""
     if config.model is not None:
-        model = TinyAlignForConditionalGeneration.from_pretrained(config.model, **(config.model_kwargs or {}))
-        return model, TinyAlignProcessor.from_pretrained(config.model)
+        model = TinyAlignForConditionalGeneration.from_pretrained(config.model, **model_fields(config))
+        padding = {"image_aspect_ratio": "pad"} if config.image_aspect_ratio == "pad" else {}
+        processor = TinyAlignProcessor.from_pretrained(config.model, **padding)
+        if config.image_aspect_ratio not in (None, processor.image_aspect_ratio):
+            raise ValueError(
+                f"image_aspect_ratio is {config.image_aspect_ratio!r}, but {config.model} was trained with "
+                f"{processor.image_aspect_ratio!r}: leave it out."
+            )
+        return model, processor
     if config.vision_model is None or config.language_model is None:
         raise ValueError(
             "No model: set `model` (a TinyAlign checkpoint), or `vision_model` and `language_model` to compose one."
         )
     fields = {} if bank is None else {"latents_per_word": bank.config["value_encoder"]["latents_per_word"]}
     model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
-        config.vision_model, config.language_model, **{**fields, **(config.model_kwargs or {})}
+        config.vision_model, config.language_model, **{**fields, **model_fields(config)}
     )
+    if config.baseline == "wider_connector":
+        widen_connector(model)
     processor = TinyAlignProcessor.from_vision_text_pretrained(
-        config.vision_model, config.language_model, model.config
+        config.vision_model,
+        config.language_model,
+        model.config,
+        image_aspect_ratio=config.image_aspect_ratio or "square",
     )
     return model, processor
 
@@ -83,14 +233,23 @@ def attach_bank(
     config: RunArguments, model: PreTrainedModel, processor: ProcessorMixin, bank: MemoryBank | None
 ) -> MemoryBank | None:
     """The bank, attached to the model and in its lexicon if the model is new, or None for a model without memory."""
-    if model.config.memory_top_k == 0:
+    neighbours = neighbours_of_baseline(config) if config.baseline == "static_rag" else model.config.num_neighbours
+    if neighbours == 0:
         return None
     if bank is None:
         raise ValueError(
-            f"The model retrieves {model.config.memory_top_k} neighbours an image, but there is no bank: set "
+            f"The model retrieves {neighbours} neighbours an image, but there is no bank: set "
             "`memory_bank`, or `model_kwargs: {memory_top_k: 0}` for the baseline."
         )
     model.attach_memory_bank(bank)
-    if config.lexicon and config.model is None and model.config.memory_lexicon_size == 0:
+    padded = bank.config["preprocessing"].get("do_pad"), processor.image_processor.to_dict().get("do_pad")
+    if bool(padded[0]) != bool(padded[1]):
+        logger.warning(
+            f"Images are {'padded to a square' if padded[1] else 'not padded'}, but those of the bank were "
+            f"{'padded' if padded[0] else 'not'}: neighbours of images that are not square will be worse. Use the "
+            "image_aspect_ratio of the bank, or build it with this processor."
+        )
+    new = config.model is None and model.config.memory_top_k > 0
+    if config.lexicon and new and model.config.memory_lexicon_size == 0:
         model.build_lexicon(processor.tokenizer, bank)
     return bank

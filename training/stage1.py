@@ -9,9 +9,8 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
 from .checkpoints import connectors_of, load_connectors, save_connectors
-from .data import TrainingCollator
 from .precision import bfloat16_language_model
-from .trainer import SupervisedTrainer, evaluation_rows, train, training_rows
+from .trainer import SupervisedTrainer, collator_of, evaluation_rows, train, training_rows
 
 
 @dataclass
@@ -69,7 +68,8 @@ def train_stage1(
     them to `connectors.safetensors` there.
 
     Args:
-        dataset: Rows as [`TrainingCollator`] wants them: `messages`, `image` or `feature_index`, `memory_ids`.
+        dataset: Rows as [`TrainingCollator`] wants them: `messages`, `image`, `images` or `feature_index`,
+            `memory_ids`.
         bank: The memory bank that `memory_ids` are of; None for a model without memory.
         vision_features: What [`cache_vision_features`] returned, for the rows of `dataset` in order, or at the rows'
             `feature_index`.
@@ -88,7 +88,7 @@ def train_stage1(
         trainer = Stage1Trainer(
             model,
             config,
-            data_collator=TrainingCollator(processor, vision_features, bank),
+            data_collator=collator_of(config, model, processor, bank, vision_features),
             train_dataset=training_rows(model, dataset, bank, vision_features),
             eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
         )

@@ -9,8 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
-from .data import TrainingCollator
-from .trainer import SupervisedTrainer, evaluation_rows, train, training_rows
+from .trainer import SupervisedTrainer, collator_of, evaluation_rows, train, training_rows
 
 
 @dataclass
@@ -33,7 +32,6 @@ class Stage2Config(RunArguments, SFTConfig):
     save_steps: float = field(default=0.25, metadata={"help": "Steps between two checkpoints, or a share of all."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     report_to: str | None = field(default="none", metadata={"help": "wandb, trackio, tensorboard or none."})
-    max_length: int | None = field(default=None, metadata={"help": "Must be None: truncation cuts placeholders."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses, not logits."})
     dataset_kwargs: dict | None = field(
@@ -71,8 +69,6 @@ def train_stage2(
 
     What trains is float32 (a bfloat16 model is widened): in bfloat16 alone, updates of 2e-5 are rounded away.
     """
-    if config.max_length is not None:
-        raise ValueError(f"max_length is {config.max_length}, expected None: truncation would cut image placeholders.")
     model.requires_grad_(True)
     model.base_model.vision_tower.requires_grad_(False)
     for parameter in model.parameters():
@@ -81,7 +77,7 @@ def train_stage2(
     trainer = Stage2Trainer(
         model,
         config,
-        data_collator=TrainingCollator(processor, vision_features, bank),
+        data_collator=collator_of(config, model, processor, bank, vision_features),
         train_dataset=training_rows(model, dataset, bank, vision_features),
         eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
         processing_class=processor,

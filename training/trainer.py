@@ -7,21 +7,28 @@ import os
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerState
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
+from .arguments import RunArguments
 from .checkpoints import last_checkpoint
+from .data import TrainingCollator
+from .memory_dropout import MemoryDropout, TellEpoch
 from .run_facts import Clock
 
 # What decides the trajectory: with another value, checkpoints are of another run.
 TRAJECTORY = (
     "learning_rate connector_lr memory_connector_lr lr_scheduler_type warmup_steps weight_decay optim max_grad_norm "
-    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16"
+    "num_train_epochs max_steps seed data_seed bf16 fp16 memory_dropout"
 ).split()
 
 MODEL_TRAJECTORY = (
-    "memory_top_k memory_fusion num_latents latent_dim latents_per_word memory_lexicon_size image_seq_length key_space"
+    "memory_top_k memory_fusion num_latents latent_dim latents_per_word memory_lexicon_size image_seq_length "
+    "key_space memory_scores retrieval_threshold connector_size prompt_captions"
 ).split()
 
 
@@ -32,7 +39,17 @@ class SupervisedTrainer(Trainer):
         """The mean over all supervised tokens of the batch, also when it is accumulated in parts."""
         inputs = {**inputs, "supervised_logits_only": True, "use_cache": False}
         inputs.pop("_prediction_loss_only", None)  # of TRL 1.1
+        if self.model.training and not {"pixel_values", "vision_features"} & inputs.keys():
+            inputs = with_blank_image(self.model, self.data_collator.processor, inputs)
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Neighbours are taken away in training only."""
+        collator, self.data_collator = self.data_collator, self.data_collator.for_evaluation()
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -53,29 +70,76 @@ class SupervisedTrainer(Trainer):
         return self.optimizer
 
 
-def training_rows(
+def with_blank_image(model: PreTrainedModel, processor: ProcessorMixin, inputs: dict) -> dict:
+    """
+    Adds a row with a blank image and no label to a batch of text. The connectors get a gradient of zero from it: none
+    at all would stop stage 1, and processes that wait for each other's.
+    """
+    length = max(inputs["input_ids"].shape[1], processor.num_image_tokens)
+    inputs = dict(inputs)
+    for name, padding in (
+        ("input_ids", processor.tokenizer.pad_token_id or 0),
+        ("attention_mask", 0),
+        ("labels", -100),
+    ):
+        inputs[name] = F.pad(inputs[name], (0, length - inputs[name].shape[1], 0, 1), value=padding)
+    inputs["input_ids"][-1, : processor.num_image_tokens] = processor.image_token_id
+    inputs["attention_mask"][-1, : processor.num_image_tokens] = 1
+    blank = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+    inputs["pixel_values"] = blank["pixel_values"].to(inputs["input_ids"].device)
+    return {**inputs, "memory": "off"} if model.config.memory_top_k > 0 else inputs
+
+
+def collator_of(
+    config: RunArguments,
     model: PreTrainedModel,
-    dataset: datasets.Dataset,
+    processor: ProcessorMixin,
     bank: MemoryBank | None,
     vision_features: np.ndarray | None,
-) -> datasets.Dataset:
+) -> TrainingCollator:
+    """What makes the batches of a run."""
+    neighbours = model.config.num_neighbours
+    return TrainingCollator(
+        processor,
+        vision_features,
+        bank,
+        config.max_length,
+        config.truncation,
+        MemoryDropout(config.memory_dropout, neighbours, config.seed) if neighbours else None,
+        model.config.prompt_captions,
+    )
+
+
+def training_rows(
+    model: PreTrainedModel,
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    bank: MemoryBank | None,
+    vision_features: np.ndarray | None,
+) -> datasets.Dataset | datasets.IterableDataset:
     """
     The columns the collator reads, with `feature_index` added where the features are those of the rows, in order.
     Images stay as they are stored: the collator decodes them, and names the one that it cannot.
 
     Raises `ValueError` when rows, a column or the bank are missing, or the features or neighbours do not fit.
     """
-    if len(dataset) == 0:
-        raise ValueError("The data set has no rows, expected at least one.")
-    top_k = model.config.memory_top_k
+    top_k = model.config.num_neighbours
     if (top_k > 0) != (bank is not None):
         raise ValueError(
             f"The model has memory_top_k = {top_k}, but {'no bank' if bank is None else 'a bank'} was given: a model "
             "with memory trains with one, a model without (memory_top_k = 0) does not."
         )
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    if len(dataset) == 0:
+        raise ValueError("The data set has no rows, expected at least one.")
     columns = ["messages"]
-    columns += ["image"] if vision_features is None else ["feature_index"]
+    columns += [name for name in ("image", "images") if name in dataset.column_names] or ["image"]
+    if vision_features is not None:
+        columns = ["messages", "feature_index"]
     columns += [] if bank is None else ["memory_ids"]
+    scores_wanted = model.config.memory_scores or model.config.retrieval_threshold is not None
+    if bank is not None and (scores_wanted or "memory_scores" in dataset.column_names):
+        columns.append("memory_scores")
     index = None
     if vision_features is not None and "feature_index" not in dataset.column_names:
         if len(vision_features) != len(dataset):
@@ -89,19 +153,29 @@ def training_rows(
     if missing:
         raise ValueError(
             f"The data set has no {', '.join(missing)}, its columns are {dataset.column_names}. `messages` are chats, "
-            "`memory_ids` are what find_neighbours returns, `image` is not needed with vision_features."
+            "`memory_ids` and `memory_scores` are what find_neighbours returns, `image` or `images` are not needed "
+            "with vision_features."
         )
     rows = dataset.select_columns(columns)
     if index is not None:
         rows = rows.add_column("feature_index", index)
     if "image" in columns and isinstance(rows.features["image"], datasets.Image):
         rows = rows.cast_column("image", datasets.Image(decode=False))
-    if bank is not None and len(rows[0]["memory_ids"]) != top_k:
+    if "images" in columns and rows.features["images"] == datasets.List(datasets.Image()):
+        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    found = None if bank is None else _neighbours_of_an_image(rows[0]["memory_ids"])
+    if found is not None and found < top_k:
         raise ValueError(
-            f"A row has {len(rows[0]['memory_ids'])} memory_ids, expected memory_top_k = {top_k}: look them up with "
+            f"A row has {found} memory_ids an image, expected memory_top_k = {top_k} or more: look them up with "
             "find_neighbours(..., top_k=model.config.memory_top_k)."
         )
     return rows
+
+
+def _neighbours_of_an_image(memory_ids: list) -> int | None:
+    """Of a row whose `memory_ids` are of one image or a list of such; None of a row of text."""
+    first = memory_ids[0] if memory_ids else None
+    return len(first) if isinstance(first, list) else len(memory_ids) if memory_ids else None
 
 
 def evaluation_rows(
@@ -125,7 +199,7 @@ def evaluation_rows(
 def content_hash(rows: datasets.Dataset) -> str:
     """Of chats and neighbours; the same in every run, where `Dataset._fingerprint` may be random."""
     digest = hashlib.sha256()
-    columns = [column for column in rows.column_names if column != "image"]
+    columns = [column for column in rows.column_names if column not in ("image", "images")]
     for batch in rows.select_columns(columns).with_format(None).iter(1000):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
@@ -139,16 +213,19 @@ def train(trainer: Trainer, bank: MemoryBank | None):
     """
     model, args = trainer.model, trainer.args
     settings = {name: vars(args)[name] for name in TRAJECTORY}
-    settings["rows"] = len(trainer.train_dataset)
-    settings["rows_hash"] = content_hash(trainer.train_dataset)
-    settings["world_size"] = args.world_size
+    settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if isinstance(trainer.train_dataset, datasets.Dataset):
+        settings["rows"] = len(trainer.train_dataset)
+        settings["rows_hash"] = content_hash(trainer.train_dataset)
     settings["memory_bank"] = (
         None if bank is None else {name: bank.config["sha256"][name] for name in ("keys", "values")}
     )
     for name in MODEL_TRAJECTORY:
         settings[name] = vars(model.config)[name]
-    checkpoint = last_checkpoint(args.output_dir, settings)
+    checkpoint = last_checkpoint(args.output_dir, settings, write=trainer.is_world_process_zero())
     trainer.add_callback(Clock())
+    if trainer.data_collator.dropout is not None:
+        trainer.add_callback(TellEpoch(trainer.data_collator.dropout))
     try:
         if checkpoint is None or not _load_finished(trainer, checkpoint):
             trainer.train(resume_from_checkpoint=checkpoint)

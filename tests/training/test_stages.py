@@ -206,7 +206,7 @@ def test_a_random_bank_trains_as_well_and_differently(
 ):
     real = run(1, make_model(), processor, dataset, bank, tmp_path / "real", features)
     shuffled = bank.shuffled()
-    neighbours = find_neighbours(shuffled, model, features, 2, source_ids_of(images))
+    _, neighbours = find_neighbours(shuffled, model, features, 2, source_ids_of(images))
     dataset = dataset.remove_columns("memory_ids").add_column("memory_ids", neighbours.tolist())
     random = run(1, make_model(), processor, dataset, shuffled, tmp_path / "random", features)
     assert losses(real) != losses(random) and np.isfinite(losses(random)).all()
@@ -247,7 +247,7 @@ def test_evaluation_during_training(make_model, processor, dataset, bank, featur
         ({"drop": "memory_ids"}, "no memory_ids, its columns are"),
         ({"rows": 0}, "The data set has no rows"),
         ({"features": 3}, "3 vision_features for 12 rows"),
-        ({"model": {"memory_top_k": 3}}, "2 memory_ids, expected memory_top_k = 3"),
+        ({"model": {"memory_top_k": 3}}, "2 memory_ids an image, expected memory_top_k = 3"),
     ],
 )
 def test_bad_input(change, message, make_model, processor, dataset, bank, features, tmp_path):
@@ -258,6 +258,24 @@ def test_bad_input(change, message, make_model, processor, dataset, bank, featur
         run(1, model, processor, dataset, change.get("bank", bank), tmp_path, features[: change.get("features", 12)])
 
 
-def test_truncation_is_refused(make_model, processor, dataset, bank, features, tmp_path):
-    with pytest.raises(ValueError, match="max_length is 64, expected None"):
-        run(2, make_model(), processor, dataset, bank, tmp_path, features, max_length=64)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_batch_of_text_alone(stage, make_model, processor, dataset, bank, tmp_path):
+    """It trains nothing in stage 1, and the language model in stage 2; its loss is that of the text."""
+    model = make_model()
+    before = weights(model)
+    chat = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a red square"}]
+    rows = datasets.Dataset.from_list([{"images": [], "messages": chat, "memory_ids": []}] * 4)
+    with torch.no_grad():
+        expected = model(**TrainingCollator(processor, None, bank)(list(rows))).loss.item()
+    trainer = run(stage, model, processor, rows, bank, tmp_path, max_steps=2)
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+    assert changed_parts(before, weights(model)) == (set() if stage == 1 else {"language_model", "weight"})
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_long_rows_are_cut_in_training(stage, make_model, processor, dataset, bank, features, tmp_path):
+    settings = {"max_length": processor.num_image_tokens + 22, "max_steps": 1}
+    with pytest.raises(ValueError, match="over-long"):
+        run(stage, make_model(), processor, dataset, bank, tmp_path / "a", features, **settings)
+    trainer = run(stage, make_model(), processor, dataset, bank, tmp_path / "b", features, truncation=True, **settings)
+    assert losses(trainer)[0] > 0
