@@ -65,6 +65,7 @@ def render_model_card(facts: ModelFacts) -> ModelCard:
     data = ModelCardData(
         language=facts.language,
         license=facts.license,
+        license_name="see-what-it-is-made-of" if facts.license == "other" else None,
         library_name="transformers",
         pipeline_tag=TASK,
         tags=["tinyalign", "custom_code"],

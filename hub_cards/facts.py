@@ -101,8 +101,8 @@ class ModelFacts:
     Args:
         repo_id: "org/name", or a folder's name before it is pushed.
         summary: what the model does, in one or two sentences.
-        license: of the whole, an id of the Hub's list, "apache-2.0".
-        language: codes, `["en"]`.
+        license: of the whole, an id of the Hub's list: "apache-2.0", or "other" when the parts' differ.
+        language: codes, `["en"]`, if they are known.
         parts: the two models it began as, and every source of training data.
         bank: the memory bank; `source` is a path from the checkpoint's folder until it is on the Hub. None for a
             model without memory.
@@ -120,7 +120,7 @@ class ModelFacts:
     repo_id: str
     summary: str
     license: str
-    language: list[str]
+    language: list[str] | None = None
     parts: list[Part]
     bank: Part | None = None
     example: Example

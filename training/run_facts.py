@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
             "optimiser": args.optim.value,
             "weight decay": args.weight_decay,
             "gradient clipping": args.max_grad_norm,
-            "rows": len(trainer.train_dataset),
+            **({"rows": len(trainer.train_dataset)} if isinstance(trainer.train_dataset, Sized) else {}),
             "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "steps": state.global_step,
             "precision": precision,
