@@ -47,6 +47,10 @@ class BankRows:
     def __deepcopy__(self, memo: dict) -> BankRows:
         return copy.copy(self)
 
+    def without_encoders(self) -> BankRows:
+        """The rows alone: small, for worker processes that only read them."""
+        return BankRows(self.config, self._files)
+
     @property
     def key_dim(self) -> int:
         return self.config["key_dim"]

@@ -1,15 +1,29 @@
-"""What TinyAlign is compared with in the paper: the same run with one option, `baseline`, set."""
-
-from collections.abc import Sequence
+"""What TinyAlign is compared with in the paper: the same run, with the option `baseline` set."""
 
 import datasets
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
+from ..modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
 from ..modeling_tinyalign.connectors import Connector
 from ..modeling_tinyalign.memory_bank import MemoryBank
-from ..processing.chat_templates import add_captions
+from .arguments import RunArguments
+from .data import TrainingCollator
+from .memory_dropout import MemoryDropout
 
-BASELINES = ("no_memory", "wider_connector", "static_rag", "text_rag")
+
+def model_fields(config: RunArguments) -> dict:
+    """The fields of [`TinyAlignConfig`] to set in a run's model: `model_kwargs`, and what its baseline changes."""
+    fields = dict(config.model_kwargs or {})
+    if config.baseline == "text_rag":
+        fields["prompt_captions"] = neighbours_of_baseline(config)
+    if config.baseline in ("static_rag", "text_rag") or (config.baseline and config.model):
+        fields["memory_top_k"] = 0
+    return fields
+
+
+def neighbours_of_baseline(config: RunArguments) -> int:
+    """Neighbours whose captions are written into a question: as many as TinyAlign would read latents of."""
+    return (config.model_kwargs or {}).get("memory_top_k") or TinyAlignConfig().memory_top_k
 
 
 def widen_connector(model: PreTrainedModel):
@@ -30,22 +44,20 @@ def widen_connector(model: PreTrainedModel):
     base.connector.apply(model._init_weights)
 
 
-def captions_of(bank: MemoryBank, memory_ids: Sequence) -> list[str]:
-    """Captions of the neighbours of a row, `(k,)` or `(images, k)`, image by image; empty slots have none."""
-    flat = [row for ids in memory_ids for row in (ids if isinstance(ids, Sequence) else [ids])]
-    return [row["caption"] for row in bank.rows(flat) if row is not None]
-
-
-def with_static_captions(rows: datasets.Dataset, bank: MemoryBank, top_k: int) -> datasets.Dataset:
+def with_static_captions(
+    config: RunArguments, processor: ProcessorMixin, rows: datasets.Dataset, bank: MemoryBank
+) -> datasets.Dataset:
     """
-    Static RAG (paper, Table 2, row 3): the captions of each row's `top_k` neighbours are written into its question,
-    once, and the rest of the run is a baseline's.
+    Static RAG (paper, Table 2, row 3): the captions of each row's neighbours are written into its question, once. The
+    rest of the run is a baseline's, and so is inference.
     """
-
-    def write(row: dict) -> dict:
-        ids = row["memory_ids"]
-        nested = ids and isinstance(ids[0], list)
-        nearest = [image[:top_k] for image in ids] if nested else ids[:top_k]
-        return {"messages": add_captions(row["messages"], captions_of(bank, nearest))}
-
-    return rows.map(write, desc="Writing captions").remove_columns(["memory_ids", "memory_scores"])
+    captions = neighbours_of_baseline(config)
+    writer = TrainingCollator(
+        processor,
+        bank=bank,
+        max_length=config.max_length,
+        dropout=MemoryDropout(0.0, captions),
+        prompt_captions=captions,
+    )
+    rows = rows.map(lambda row: {"messages": writer.messages(row)}, desc="Writing captions")
+    return rows.remove_columns(["memory_ids", "memory_scores"])

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
+
+from ..modeling_tinyalign.memory_bank import MemoryBank
 
 MIN_NEIGHBOURS = 50
 
@@ -99,6 +102,22 @@ def calibrate(
             for start, stop in zip(bounds, bounds[1:], strict=False)
         ],
     )
+
+
+def calibrate_rows(
+    rows: datasets.Dataset, bank: MemoryBank, top_k: int, target: float | None = None, max_rows: int = 10_000
+) -> Calibration:
+    """[`calibrate`] on rows with `memory_ids` and `memory_scores` for each image; on some, if there are too many."""
+    if len(rows) > max_rows:
+        rows = rows.shuffle(seed=0).select(range(max_rows))
+    scores, captions, answers = [], [], []
+    for row in rows.select_columns(["messages", "memory_ids", "memory_scores"]):
+        answer = next(message for message in row["messages"] if message["role"] == "assistant")["content"]
+        for ids, similarities in zip(row["memory_ids"], row["memory_scores"], strict=True):
+            scores.append(similarities[:top_k])
+            captions.append(["" if found is None else found["caption"] for found in bank.rows(ids[:top_k])])
+            answers.append("".join(part["text"] for part in answer if part["type"] == "text"))
+    return calibrate(np.array(scores).reshape(len(scores), -1), captions, answers, target)
 
 
 def _falling(values: np.ndarray) -> np.ndarray:

@@ -306,10 +306,11 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     features = {name: features["twemoji"][rows] for name, rows in queries.items()}
     shuffled = {name: bank.shuffled(config.seed) for name, bank in banks.items()}
     own = source_ids_of(pairs.twemoji.select(pairs.train)["image"])
-    neighbours = {"train": find_neighbours(banks["without"], model, features["train"], TOP_K, own)}
+    _, ids = find_neighbours(banks["without"], model, features["train"], TOP_K, own)
+    neighbours = {"train": ids}
     for name in BANKS:
-        neighbours[name] = find_neighbours(banks[name], model, features["heldout"], TOP_K)
-        neighbours[f"shuffled_{name}"] = find_neighbours(shuffled[name], model, features["heldout"], TOP_K)
+        _, neighbours[name] = find_neighbours(banks[name], model, features["heldout"], TOP_K)
+        _, neighbours[f"shuffled_{name}"] = find_neighbours(shuffled[name], model, features["heldout"], TOP_K)
 
     def captions(bank: MemoryBank, ids: np.ndarray) -> list[list[str]]:
         return [[row["caption"] for row in rows] for rows in bank.rows(ids)]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .data import TrainingCollator, encode_chat
+from .memory_dropout import MemoryDropout
 from .trainer import training_rows
 
 
@@ -97,7 +98,9 @@ def evaluate_answers(
         ValueError: As training; or a chat does not end with an assistant turn.
     """
     rows = training_rows(model, dataset, bank, vision_features)
-    collator = TrainingCollator(processor, vision_features, bank)
+    neighbours, captions = model.config.num_neighbours, model.config.prompt_captions
+    dropout = MemoryDropout(0.0, neighbours) if neighbours else None
+    collator = TrainingCollator(processor, vision_features, bank, dropout=dropout, prompt_captions=captions)
     losses, num_tokens, correct_tokens, answers, references, seconds = [], [], [], [], [], []
     model.eval()
     for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
@@ -111,7 +114,8 @@ def evaluate_answers(
         num_tokens += counts
         image_inputs = {name: inputs[name] for name in inputs.keys() - {"input_ids", "attention_mask", "labels"}}
         started = time.perf_counter()
-        answers += _answer(model, processor, batch, image_inputs, max_new_tokens)
+        chats = [collator.messages(row)[:-1] for row in batch]
+        answers += _answer(model, processor, chats, image_inputs, max_new_tokens)
         seconds += [(time.perf_counter() - started) / len(batch)] * len(batch)
     return Evaluation(
         np.array(losses), np.array(num_tokens), np.array(correct_tokens), answers, references, np.array(seconds)
@@ -140,12 +144,12 @@ def _score(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[tor
 def _answer(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    batch: list[dict],
+    chats: list[list[dict]],
     image_inputs: dict[str, torch.Tensor],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to the chats without their last turn."""
-    prompts = [encode_chat(processor, row["messages"][:-1], add_generation_prompt=True)[0] for row in batch]
+    """Greedy answers to chats that end with a question."""
+    prompts = [encode_chat(processor, messages, add_generation_prompt=True)[0] for messages in chats]
     length = max(map(len, prompts))
     pad = processor.tokenizer.pad_token_id or 0
     input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=model.device)

@@ -61,26 +61,6 @@ def cache_vision_features(
     return np.load(complete, mmap_mode="r", allow_pickle=False)
 
 
-class VisionFeatures:
-    """
-    What `model.get_vision_features` makes of `images`, computed where it is read and not kept: `features[2:6]` is
-    `(4, T, C)` float16. For reading once what is too large for a disk (SigLIP-so400m: 1.7 MB an image).
-    """
-
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any], batch_size: int = 8):
-        self.model, self.processor, self.images, self.batch_size = model, processor, images, batch_size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @torch.no_grad()
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(len(self))
-        starts = range(start, stop, self.batch_size)
-        batches = _batches(self.model, self.processor, self.images, starts, self.batch_size, stop)
-        return torch.cat([features.to("cpu", torch.float16) for features in batches]).numpy()
-
-
 def undecoded(images: Sequence[Any]) -> Sequence[Any]:
     """A dataset's image column as the bytes and paths it holds; any other sequence as it is."""
     if isinstance(images, datasets.Column) and isinstance(images.features, datasets.Image):
@@ -135,9 +115,7 @@ def _compute(
             logger.info(f"{partial}: going on after {done} of {len(images)} images.")
         starts = range(done, len(images), batch_size)
         with tqdm(total=len(images), initial=done, desc=desc, unit="image") as bar:
-            for start, features in zip(
-                starts, _batches(model, processor, images, starts, batch_size, len(images)), strict=True
-            ):
+            for start, features in zip(starts, _batches(model, processor, images, starts, batch_size), strict=True):
                 if file.tell() == 0:
                     header = {"descr": "<f2", "fortran_order": False, "shape": (len(images), *features.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
@@ -160,10 +138,9 @@ def _batches(
     images: Sequence[Any],
     starts: Iterable[int],
     batch_size: int,
-    stop: int,
 ):
     for start in starts:
-        batch = [read_image(images, index) for index in range(start, min(start + batch_size, stop))]
+        batch = [read_image(images, index) for index in range(start, min(start + batch_size, len(images)))]
         pixel_values = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
         yield model.get_vision_features(pixel_values)
 

@@ -121,6 +121,18 @@ def read_neighbours(path: str | os.PathLike) -> datasets.Dataset:
     return datasets.Dataset.from_parquet(str(path))
 
 
+def summary(table: datasets.Dataset, top_k: int) -> str:
+    """What a table says, in a line."""
+    scores = np.array(table["memory_scores"][:])[:, :top_k]
+    found = np.isfinite(scores)
+    own = np.array(table["own_rows"][:]) > 0
+    return (
+        f"{len(table)} images, {own.mean():.1%} of them in the bank themselves and kept from their own rows; mean "
+        f"similarity of the nearest neighbour {scores[:, 0][found[:, 0]].mean():.3f}, of all {top_k} "
+        f"{scores[found].mean():.3f}"
+    )
+
+
 @dataclass
 class NeighbourSearch:
     """All that a search takes, in one object that can be sent to another process; of the model, the vision tower."""

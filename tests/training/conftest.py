@@ -68,7 +68,7 @@ def bank(images, captions, model, processor, value_encoder):
 
 @pytest.fixture(scope="package")
 def dataset(images, captions, bank, model, features) -> datasets.Dataset:
-    neighbours = find_neighbours(bank, model, features, 2, source_ids_of(images))
+    _, neighbours = find_neighbours(bank, model, features, 2, source_ids_of(images))
     rows = {
         "image": images,
         "messages": [to_messages("what is in the image?", caption) for caption in captions],

@@ -99,9 +99,10 @@ def test_no_images(model, processor, tmp_path):
 
 
 def test_neighbours_leave_the_own_image_out(model, images, bank, features):
-    with_own = find_neighbours(bank, model, features, 2, batch_size=5)
+    scores, with_own = find_neighbours(bank, model, features, 2, batch_size=5)
     assert with_own.dtype == np.int64 and with_own[:, 0].tolist() == list(range(12))
-    without = find_neighbours(bank, model, features, 2, source_ids_of(images), batch_size=5)
+    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-3)
+    _, without = find_neighbours(bank, model, features, 2, source_ids_of(images), batch_size=5)
     assert (without != np.arange(12)[:, None]).all()
     assert without[:, 0].tolist() == with_own[:, 1].tolist()
     with pytest.raises(ValueError, match="3 source_ids for 12"):
