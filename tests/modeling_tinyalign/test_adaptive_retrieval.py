@@ -45,13 +45,14 @@ def bank(make_model, make_processor, images):
 
 
 @pytest.fixture
-def start(make_model, make_processor, bank, images):
-    """`start(**config)` -> a model with the bank, and inputs about three images."""
+def start(make_model, make_processor, images):
+    """`start(**config)` -> a model with a bank of its own, and inputs about three images."""
 
     def make(**config):
         model = make_model(**config)
-        model.attach_memory_bank(bank)
-        inputs = make_processor(model)(images=images[:3], text=["<image>\nwhat?"] * 3, return_tensors="pt")
+        processor = make_processor(model)
+        model.attach_memory_bank(build_bank(model, processor, images))
+        inputs = processor(images=images[:3], text=["<image>\nwhat?"] * 3, return_tensors="pt")
         return model, dict(inputs)
 
     return make
@@ -78,8 +79,9 @@ def test_neighbours_below_the_threshold_are_not_used(start):
     torch.testing.assert_close(model(**inputs).logits, model(**inputs, memory="off").logits)
 
 
-def test_precomputed_neighbours_have_the_threshold_too(start, bank):
+def test_precomputed_neighbours_have_the_threshold_too(start):
     model, inputs = start(retrieval_threshold=0.999)
+    bank = model.memory_bank
     found = model.retrieve(inputs["pixel_values"], top_k=2)
     scores, ids = bank.search(bank.encode_queries(model.get_vision_features(inputs["pixel_values"])), 2)
     expected = model(**inputs).logits
@@ -95,8 +97,9 @@ def test_precomputed_neighbours_have_the_threshold_too(start, bank):
 
 
 @pytest.mark.parametrize("memory_fusion", FUSIONS)
-def test_the_connector_is_told_the_similarity(memory_fusion, start, bank, tmp_path):
+def test_the_connector_is_told_the_similarity(memory_fusion, start, tmp_path):
     model, inputs = start(memory_scores=True, memory_fusion=memory_fusion)
+    bank = model.memory_bank
     scores, ids = bank.search(bank.encode_queries(model.get_vision_features(inputs["pixel_values"])), 2)
     expected = model(**inputs).logits
     torch.testing.assert_close(model(**inputs, memory_ids=ids, memory_scores=scores).logits, expected)
@@ -140,10 +143,8 @@ def test_a_wider_connector_is_saved(start, tmp_path):
     torch.testing.assert_close(*tokens)
 
 
-def test_text_only_retrieval_needs_no_memory_tokens(make_model, bank, start):
-    model = make_model(memory_top_k=0, prompt_captions=2)
-    model.attach_memory_bank(bank)
-    _, inputs = start()
+def test_text_only_retrieval_needs_no_memory_tokens(start):
+    model, inputs = start(memory_top_k=0, prompt_captions=2)
     assert model.config.num_image_tokens == 16 and model.config.num_neighbours == 2
     assert [len(row) for row in model.retrieve(inputs["pixel_values"]).captions] == [2, 2, 2]
     with pytest.raises(ValueError, match="memory_top_k is 2 and prompt_captions 2"):
