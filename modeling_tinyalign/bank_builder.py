@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .bank_config import FIXED_COLUMNS
 from .bank_images import image_source_id, load_image, thumbnail_bytes
 from .bank_storage import BankFiles, Spool, list_column, matrix, row_schema, write_local_files
-from .key_encoder import KeyEncoder, fit_whitening
+from .key_encoder import NUM_PROBES, KeyEncoder, fit_whitening
 from .value_encoder import ValueEncoder
 
 try:
@@ -26,7 +26,6 @@ try:
 except ImportError:
     pa = Image = None
 
-NUM_PROBES = 4
 # Rows the whitening is fitted on: their products with one another must fit in memory.
 MAX_WHITENING_ROWS = 4096
 

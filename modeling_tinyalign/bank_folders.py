@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -85,6 +86,8 @@ def recover_folder(target: Path) -> None:
     if _entries(target.parent, old) or _entries(target.parent, new):
         with _locked(target.parent):
             for folder in _entries(target.parent, old):
+                if any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
+                    continue  # no bank: somebody else's
                 if target.exists():
                     shutil.rmtree(folder, ignore_errors=True)
                 else:
@@ -124,8 +127,10 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
 
 
 def _entries(parent: Path, prefix: str) -> list[Path]:
+    """Folders with a name that this module gave, and no others: they may be deleted."""
     try:
-        return [entry for entry in parent.iterdir() if entry.name.startswith(prefix)]
+        pattern = re.escape(prefix) + "[0-9a-f]{8}"
+        return [entry for entry in parent.iterdir() if re.fullmatch(pattern, entry.name) and entry.is_dir()]
     except OSError:  # it is not there, or not ours to list
         return []
 

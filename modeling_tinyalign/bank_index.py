@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +15,80 @@ try:
     import faiss
 except ImportError:
     faiss = None
+try:
+    from faiss import get_deserialization_lattice_r2_limit, set_deserialization_lattice_r2_limit
+except ImportError:  # faiss before 1.14.3 lacks this limit or all three
+    get_deserialization_lattice_r2_limit = set_deserialization_lattice_r2_limit = None
 
 # Candidates looked at beyond top_k, so that ties and rounding at the edge can't change which rows are returned.
 SPARE = 8
+# How faiss marks the file of an IndexFlatIP.
+FLAT_INNER_PRODUCT = b"IxFI"
 CHUNK = 256
 # The process that searched last: faiss's threads do not survive a fork.
 _searching_process: int | None = None
+
+
+@contextlib.contextmanager
+def _limited(num_bytes: int) -> Iterator[None]:
+    """Let faiss read at most so many bytes of vectors and build nothing else, if it knows limits."""
+    if set_deserialization_lattice_r2_limit is None:
+        yield
+        return
+    before = (
+        faiss.get_deserialization_vector_byte_limit(),
+        faiss.get_deserialization_loop_limit(),
+        get_deserialization_lattice_r2_limit(),
+    )
+    try:
+        faiss.set_deserialization_vector_byte_limit(num_bytes)
+        faiss.set_deserialization_loop_limit(1)
+        set_deserialization_lattice_r2_limit(1)
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before[0])
+        faiss.set_deserialization_loop_limit(before[1])
+        set_deserialization_lattice_r2_limit(before[2])
+
+
+def check_foreign_index(path: Path, num_rows: int, key_dim: int, sha256: str) -> None:
+    """Refuse an index file that this package did not write, unless it is a flat index of just these keys.
+
+    Its first bytes are looked at before faiss is: of faiss's many formats nothing but the simplest is parsed.
+
+    Args:
+        sha256: of the keys, float32.
+
+    Raises:
+        ValueError: it is missing or something else (the file is named), or this faiss cannot limit what it reads.
+    """
+    if set_deserialization_lattice_r2_limit is None:
+        raise ValueError(
+            f"trust_index=True needs a faiss that limits what an index file may make it do, 1.14.3 or newer; found "
+            f"{faiss.__version__}. Update faiss-cpu, or leave trust_index out: the index is then built from the keys."
+        )
+    kind = None
+    if path.is_file() and path.stat().st_size < 4 * num_rows * key_dim + 1024:
+        with open(path, "rb") as file:
+            kind = file.read(len(FLAT_INNER_PRODUCT))
+    if kind != FLAT_INNER_PRODUCT:
+        raise ValueError(
+            f"{path} is missing or no flat inner-product index of {num_rows} keys of {key_dim} numbers. Leave "
+            "trust_index out: the index is then built from the keys."
+        )
+    found = hashlib.sha256(np.ascontiguousarray(KeyIndex(path, num_rows, key_dim).keys)).hexdigest()
+    if found != sha256:
+        raise ValueError(
+            f"{path}: the sha256 of its keys is {found}, expected {sha256}: it is not the index of this bank. Leave "
+            "trust_index out: the index is then built from the keys."
+        )
 
 
 class KeyIndex:
     """A flat inner-product faiss index, memory-mapped.
 
     Args:
-        path: an index file written by this package on this machine; never one out of a downloaded bank.
+        path: an index file written by this package on this machine, or passed by `check_foreign_index`.
         num_rows, key_dim: what it must hold.
 
     Raises:
@@ -32,9 +96,17 @@ class KeyIndex:
     """
 
     def __init__(self, path: Path, num_rows: int, key_dim: int):
-        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        if (self._index.ntotal, self._index.d) != (num_rows, key_dim):
-            raise ValueError(f"The local file {path} is damaged. Delete {path.parent} and load the bank again.")
+        try:
+            with _limited(4 * num_rows * key_dim + 4):
+                self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            raise ValueError(f"{path} cannot be read ({error}). Delete it and load the bank again.") from error
+        found = (type(self._index), self._index.metric_type, self._index.ntotal, self._index.d)
+        if found != (faiss.IndexFlatIP, faiss.METRIC_INNER_PRODUCT, num_rows, key_dim):
+            raise ValueError(
+                f"{path} is damaged: it holds {found[2]} keys of {found[3]}, expected {num_rows} of {key_dim}. Delete "
+                "it and load the bank again."
+            )
         # the mapped keys `(rows, key_dim)`, inside the index
         self.keys = faiss.rev_swig_ptr(self._index.get_xb(), num_rows * key_dim).reshape(num_rows, key_dim)
 

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from .connectors import Connector
 from .vision_features import pool_grid
 
+NUM_PROBES = 4
+MAX_FEATURES = 2**26  # of one image
 CONNECTOR_WEIGHTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 
 
@@ -182,22 +184,33 @@ class KeyEncoder(nn.Module):
         """
         try:
             tensors = load_file(path)
+            for name, tensor in tensors.items():  # with none empty, nothing made of them is larger than the file
+                if not (tensor.is_floating_point() and tensor.numel() and tensor.isfinite().all()):
+                    raise ValueError(f"{name} is empty, of {tensor.dtype}, or holds numbers that are not finite")
             connector = None
             if settings["key_space"] == "language":
                 weights = {name: tensors.pop(f"connector.{name}") for name in CONNECTOR_WEIGHTS}
                 (hidden_size, in_size), out_size = weights["linear_1.weight"].shape, len(weights["linear_2.bias"])
-                connector = Connector(in_size, hidden_size, out_size, settings["connector_act"])
-                connector.load_state_dict(weights)
+                with torch.device("meta"):
+                    connector = Connector(in_size, hidden_size, out_size, settings["connector_act"])
+                connector.load_state_dict(weights, assign=True)
             mean, probe_keys = tensors.pop("mean"), tensors.pop("probe_keys")
             projection, embeddings = tensors.pop("projection", None), tensors.pop("token_embeddings", None)
             grid, pool_size = settings["grid"], settings["vision_pool_size"]
             encoder = cls(mean, projection, connector, embeddings, pool_size, settings["alpha"], grid)
-            if tensors or not all(tensor.isfinite().all() for tensor in encoder.state_dict().values()):
-                raise ValueError(f"unexpected tensors {sorted(tensors)}, or numbers that are not finite")
-            # one pass shows whether the shapes fit together
+            (raw_dim,) = mean.shape
+            if tensors or (embeddings is None) != (connector is None):
+                raise ValueError(f"tensors too many or too few, {sorted(tensors)}")
+            if probe_keys.shape != (NUM_PROBES, raw_dim):
+                raise ValueError(f"probe keys of shape {tuple(probe_keys.shape)}, expected {(NUM_PROBES, raw_dim)}")
+            if embeddings is not None and embeddings[0].shape != (raw_dim,):
+                raise ValueError(f"token embeddings of shape {tuple(embeddings.shape)}, expected (tokens, {raw_dim})")
+            # one pass shows whether the other shapes fit together
             side = max(grid, pool_size or 1)
+            if side**2 * encoder.feature_dim > MAX_FEATURES:
+                raise ValueError(f"{side} x {side} tokens {encoder.feature_dim} wide, expected {MAX_FEATURES} numbers")
             keys = encoder(torch.zeros(1, side**2, encoder.feature_dim))
-            if keys.shape != (1, key_dim) or probe_keys.shape != (len(probe_keys), len(mean)):
+            if keys.shape != (1, key_dim):
                 raise ValueError(f"keys of shape {tuple(keys.shape)}, expected (1, {key_dim})")
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(

@@ -13,6 +13,7 @@ from transformers import PerceiverConfig, PerceiverModel, PreTrainedConfig, PreT
 
 PADDING_BYTE = 256
 MAX_SIZE = 65_536
+MAX_LAYERS = 1024
 
 
 @strict
@@ -160,13 +161,14 @@ class ValueEncoder(PreTrainedModel):
             sizes = {name: size for name, size in settings.items() if not isinstance(size, str)}
             if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in sizes.values()):
                 raise ValueError(f"found {sizes}, expected integers between 1 and {MAX_SIZE}")
-            if settings["num_self_attends_per_block"] > len(tensors):
-                raise ValueError("more layers than tensors")
+            if settings["num_blocks"] * settings["num_self_attends_per_block"] > MAX_LAYERS:
+                raise ValueError(f"more than {MAX_LAYERS} layers")
             with torch.device("meta"):  # nothing is allocated before the sizes are known to be those of the tensors
                 encoder = cls(ValueEncoderConfig(**settings))
             encoder.load_state_dict(tensors, assign=True)
-            if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                raise ValueError("numbers that are not finite")
+            for name, tensor in tensors.items():
+                if not (tensor.dtype == encoder.dtype and tensor.is_floating_point() and tensor.isfinite().all()):
+                    raise ValueError(f"{name} is not made of finite floating-point numbers of one type")
         except (SafetensorError, StrictDataclassError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} does not hold this bank's value encoder ({type(error).__name__}: {error}). Save or download "

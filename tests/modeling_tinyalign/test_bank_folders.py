@@ -129,12 +129,12 @@ def test_a_killed_save_leaves_a_whole_bank(moment, killed, bank):
 def test_the_next_save_clears_up(bank, tmp_path):
     folder = tmp_path / "bank"
     bank.save_pretrained(folder)
-    folder.rename(tmp_path / ".bank.old-1")
-    (tmp_path / ".bank.new-1" / "data").mkdir(parents=True)
-    (tmp_path / ".bank.new-2").mkdir()
-    (tmp_path / ".bank2.new-3").mkdir()
+    folder.rename(tmp_path / ".bank.old-00000001")
+    (tmp_path / ".bank.new-00000001" / "data").mkdir(parents=True)
+    (tmp_path / ".bank.new-00000002").mkdir()
+    (tmp_path / ".bank2.new-00000003").mkdir()
     bank.shuffled().save_pretrained(folder)
-    assert sorted(os.listdir(tmp_path)) == [".bank2.new-3", "bank"]
+    assert sorted(os.listdir(tmp_path)) == [".bank2.new-00000003", "bank"]
     assert MemoryBank.from_pretrained(folder).config["sha256"]["keys"] != bank.config["sha256"]["keys"]
 
 
@@ -179,10 +179,10 @@ def test_loading_while_another_process_saves(bank, tmp_path):
 def test_without_locks(bank, tmp_path, monkeypatch):
     """On Windows and on file systems that have none, saving works and what was left stays."""
     monkeypatch.setattr("tinyalign_vlm.modeling_tinyalign.bank_folders.fcntl", None)
-    (tmp_path / ".bank.new-1").mkdir()
+    (tmp_path / ".bank.new-00000001").mkdir()
     bank.save_pretrained(tmp_path / "bank")
     assert len(MemoryBank.from_pretrained(tmp_path / "bank")) == 6
-    assert sorted(os.listdir(tmp_path)) == [".bank.new-1", "bank"]
+    assert sorted(os.listdir(tmp_path)) == [".bank.new-00000001", "bank"]
 
 
 def test_parents_that_cannot_be_listed(bank, monkeypatch, tmp_path):
