@@ -16,7 +16,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 
 from .facts import FACTS_NAME, BankFacts, ModelFacts, Part, SpaceFacts, System, read_facts, require, write_facts
-from .markdown import TEMPLATES, literal
+from .markdown import TEMPLATES, Markup, literal
 
 TASK = "image-text-to-text"
 HUB = "https://huggingface.co"
@@ -147,8 +147,10 @@ def render_bank_card(facts: BankFacts) -> DatasetCard:
         tags=["tinyalign", "memory-bank"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
     )
-    on_hub = "/" in facts.repo_id
-    return DatasetCard(_render("bank_card.md", data, facts, config=config, bank=facts.repo_id if on_hub else "."))
+    bank, rows = ".", Markup('"parquet", data_files="data/train-*.parquet"')  # datasets can't load "."
+    if "/" in facts.repo_id:
+        bank, rows = facts.repo_id, literal(facts.repo_id)
+    return DatasetCard(_render("bank_card.md", data, facts, config=config, bank=bank, rows=rows))
 
 
 def render_space_card(facts: SpaceFacts) -> SpaceCard:

@@ -33,13 +33,18 @@ class Fault:
 class FakeHub:
     """The server; a context manager.
 
+    Args:
+        card_errors: what is wrong with a README.md, by its content and the type of its repository. Without it, every
+            card is fine: the standard library does not read YAML.
+
     Attributes:
         url: what HF_ENDPOINT must be.
         requests: `"GET /api/models/org/name"`, ... of everything that was asked for.
         repositories: by type ("model", "dataset", "space") and id.
     """
 
-    def __init__(self):
+    def __init__(self, card_errors: Callable[[str, str], list[str]] = lambda content, repo_type: []):
+        self.card_errors = card_errors
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[str] = []
         self.uploads: dict[str, bytes] = {}
@@ -189,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise HubError(401, "Invalid username or password.")
             return {"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
         if path == "/api/validate-yaml":
-            return {"errors": [], "warnings": []}
+            return self._validate_card(hub, json.loads(content))
         if match := re.fullmatch(f"/{REPOSITORY}\\.git/info/lfs/objects/batch", path):
             repository = hub.find((match[1] or "models/")[:-2], match[2], user, write=True)
             return repository.lfs_batch(json.loads(content)["objects"], f"{hub.cdn_url}/upload")
@@ -233,6 +238,15 @@ class Handler(BaseHTTPRequestHandler):
         if what in ("branch", "tag"):
             return repository.delete_ref(f"refs/{'heads' if what == 'branch' else 'tags'}/{rest[0]}")
         raise HubError(404, f"{what} is not part of the fake Hub")
+
+    def _validate_card(self, hub: FakeHub, body: dict) -> dict | None:
+        errors = hub.card_errors(body["content"], body["repoType"])
+        if not errors:
+            return {"errors": [], "warnings": []}
+        answer = json.dumps({"errors": [{"message": message} for message in errors], "warnings": []})
+        if self.headers.get("Accept") == "text/plain":
+            answer = "\n".join(f"- Error: {message}" for message in errors)
+        self._send(400, answer.encode(), {})
 
     def _resolve(self, repository: Repository, revision: str, path: str, cdn_url: str) -> None:
         sha = repository.resolve(revision)

@@ -20,15 +20,9 @@ from tinyalign_vlm.hub_cards.cards import (
     write_space,
 )
 from tinyalign_vlm.hub_cards.facts import (
-    BankFacts,
-    Evaluation,
     Example,
-    ModelFacts,
     Part,
-    Score,
-    SpaceFacts,
     Stage,
-    System,
     on_hub,
     read_facts,
     write_facts,
@@ -38,95 +32,6 @@ TOWER = Part(role="vision tower", source="org/tower", revision="1234abcd", licen
 IMAGES = Part(role="images and labels", source="npm emoji-datasource", revision="16.0.0", license="CC-BY-4.0")
 BANK = Part(role="memory bank", source="org/bank", revision="99ff", license="MIT", hub_type="dataset")
 HOSTILE = "a|b\n# c <script>x</script> [d](javascript:e) `f` ```g {{ 7 * 7 }} *h* \x07"
-
-
-@pytest.fixture
-def model_facts() -> ModelFacts:
-    return ModelFacts(
-        repo_id="org/tinyalign-emoji",
-        summary="Names emoji.",
-        license="apache-2.0",
-        language=["en"],
-        parts=[TOWER, IMAGES],
-        bank=BANK,
-        example=Example(
-            prompt="What is this?", image="example.png", output="grinning face", seconds=0.4, memory_gb=1.5
-        ),
-        stages=[
-            Stage(name="Alignment pre-training", hyperparameters={"learning rate": 1e-3, "steps": 300}),
-            Stage(name="Instruction tuning", hyperparameters={"learning rate": 2e-5, "steps": 100}),
-        ],
-        curves="loss.png",
-        command="tinyalign demo",
-        evaluation=Evaluation(
-            dataset="emoji-pairs",
-            dataset_name="Emoji pairs",
-            split="held-out concepts",
-            metrics={"loss": "Loss per token", "exact_match": "Exact match"},
-            systems=[
-                System(
-                    name="copy the nearest label",
-                    scores=[Score(metric="exact_match", value=0.4)],
-                    is_this_model=False,
-                ),
-                System(
-                    name="bank extended",
-                    scores=[
-                        Score(metric="exact_match", value=0.5, low=0.45, high=0.5512),
-                        Score(metric="loss", value=2.0),
-                    ],
-                    is_this_model=True,
-                ),
-            ],
-        ),
-        hardware="2 CPU cores",
-        training_hours=0.5,
-        peak_memory_gb=3.25,
-        limits=["It knows nothing but emoji.", "It speaks English only."],
-        versions={"torch": "2.13.0", "transformers": "5.23.0"},
-    )
-
-
-@pytest.fixture
-def bank_facts() -> BankFacts:
-    return BankFacts(
-        repo_id="org/bank",
-        summary="Noto drawings and their names.",
-        license=["apache-2.0", "mit"],
-        language=["en"],
-        parts=[TOWER, IMAGES],
-        command="tinyalign demo",
-        model="org/tinyalign-emoji",
-        config={
-            "num_rows": 1911,
-            "key_dim": 1280,
-            "num_latents": 32,
-            "latent_dim": 96,
-            "tower": {"name": "lite0", "revision": None, "image_shape": [3, 224, 224]},
-            "key_encoder": {"key_space": "vision"},
-            "value_encoder": {"d_model": 128},
-            "sha256": {"keys": "aa", "values": "bb"},
-            "versions": {"torch": "2.13.0"},
-            "columns": ["style"],
-            "skipped_rows": [],
-            "thumbnail_size": 64,
-        },
-        size_mb=12.34,
-        limits=["Some flags share a drawing."],
-    )
-
-
-@pytest.fixture
-def space_facts() -> SpaceFacts:
-    return SpaceFacts(
-        repo_id="org/emoji-demo",
-        summary="Names emoji it was never trained on",
-        license="apache-2.0",
-        model="org/tinyalign-emoji",
-        model_revision="0123456789abcdef",
-        bank="org/bank",
-        prompt="What is this?",
-    )
 
 
 def assert_no_blanks(text: str) -> None:

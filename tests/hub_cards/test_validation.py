@@ -1,0 +1,66 @@
+"""Cards pass huggingface_hub's own validation, which asks the Hub; here it is a fake one with the documented rules."""
+
+import dataclasses
+
+import pytest
+from card_rules import card_errors
+from fake_hub import FakeHub
+from huggingface_hub import DatasetCard, ModelCard, SpaceCard, constants, metadata_eval_result
+
+from tinyalign_vlm.hub_cards.cards import render_bank_card, render_model_card, render_space_card
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with FakeHub(card_errors) as hub:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(constants, "ENDPOINT", hub.url)
+            yield hub
+
+
+def test_cards_are_valid(hub, model_facts, bank_facts, space_facts):
+    for card in (render_model_card(model_facts), render_bank_card(bank_facts), render_space_card(space_facts)):
+        card.validate()
+    assert hub.requests.count("POST /api/validate-yaml") == 3
+
+
+@pytest.mark.parametrize("change", [{"license": "Apache License"}, {"language": ["English"]}])
+def test_the_hub_names_what_is_wrong(hub, model_facts, bank_facts, change):
+    with pytest.raises(ValueError, match=f'"{next(iter(change))}"'):
+        render_model_card(dataclasses.replace(model_facts, **change)).validate()
+    with pytest.raises(ValueError, match=f'"{next(iter(change))}"'):
+        render_bank_card(dataclasses.replace(bank_facts, **change)).validate()
+
+
+def test_a_malformed_data_set_id_is_refused(hub, model_facts):
+    model_facts.evaluation.dataset = "librispeech 960h"
+    with pytest.raises(ValueError, match="librispeech 960h"):
+        render_model_card(model_facts).validate()
+
+
+def test_metadata_survive_the_client(model_facts, bank_facts, space_facts):
+    """What the Hub's client reads is what was written, and what it writes itself is the same."""
+    for kind, card in (
+        (ModelCard, render_model_card(model_facts)),
+        (DatasetCard, render_bank_card(bank_facts)),
+        (SpaceCard, render_space_card(space_facts)),
+    ):
+        assert str(kind(str(card))) == str(card)
+    card = render_model_card(model_facts)
+    result = card.data.eval_results[0]
+    made = metadata_eval_result(
+        model_pretty_name=card.data.model_name,
+        task_pretty_name=result.task_name,
+        task_id=result.task_type,
+        metrics_pretty_name=result.metric_name,
+        metrics_id=result.metric_type,
+        metrics_value=result.metric_value,
+        dataset_pretty_name=result.dataset_name,
+        dataset_id=result.dataset_type,
+        dataset_split=result.dataset_split,
+    )
+    (index,) = card.data.to_dict()["model-index"]
+    (expected,) = made["model-index"]
+    metric = {**index["results"][0]["metrics"][0], "verified": False}
+    assert index["name"] == expected["name"]
+    assert {**index["results"][0], "metrics": [metric]} == expected["results"][0]
