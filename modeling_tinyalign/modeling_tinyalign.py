@@ -130,9 +130,9 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True):
-        """The vision tower stays in evaluation mode: dropout and batch statistics would move the keys."""
+        """The vision tower stays frozen, in evaluation mode: dropout and batch statistics would move the keys."""
         super().train(mode)
-        self.vision_tower.eval()
+        self.vision_tower.requires_grad_(False).eval()
         return self
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:

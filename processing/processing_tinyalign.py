@@ -172,6 +172,7 @@ class TinyAlignProcessor(ProcessorMixin):
     def _flatten_images(self, images: Any, texts: list[str] | None) -> list | None:
         """Checks the number of images against the texts and loads them, in one list."""
         counts = None if texts is None else [sample.count(self.image_token) for sample in texts]
+        should_be = f"the {self.image_token} tokens in the prompts should be the same as the number of their images"
         if images is None:
             images = []
         elif (is_numpy_array(images) or is_torch_tensor(images)) and images.ndim == 4:
@@ -183,13 +184,13 @@ class TinyAlignProcessor(ProcessorMixin):
             if counts is not None and found != counts:
                 raise ValueError(
                     f"The texts have {counts} {self.image_token} placeholders, but {found} images were passed for "
-                    f"them. Put one {self.image_token} in a text for each of its images."
+                    f"them: {should_be}."
                 )
             images = [image for row in images for image in row]
         elif counts is not None and sum(counts) != len(images):
             raise ValueError(
                 f"The texts have {counts} {self.image_token} placeholders, {sum(counts)} in all, but {len(images)} "
-                f"images were passed. Put one {self.image_token} in a text for each of its images."
+                f"images were passed: {should_be}."
             )
         return [load_image(image, f"image {index}") for index, image in enumerate(images)] or None
 

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tinyalign_vlm import TinyAlignConfig, TinyAlignForConditionalGeneration, TinyAlignModel
 
@@ -424,8 +425,32 @@ def test_the_vision_tower_stays_in_evaluation_mode(make_model):
     before = copy.deepcopy(model.model.vision_tower.state_dict())
     first, second = model.get_vision_features(pixel_values), model.get_vision_features(pixel_values)
     assert model.model.connector.training and not model.model.vision_tower.training
+    assert not any(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
     assert first.equal(second)
     assert all(before[name].equal(tensor) for name, tensor in model.model.vision_tower.state_dict().items())
+
+
+def test_image_features_with_what_the_tower_puts_out(make_model, ragged):
+    """On request, as every model of transformers gives them; and all of it as a tuple, too."""
+    model = make_model(attn_implementation="eager")
+    inputs = {name: ragged[1][name] for name in ("pixel_values", "memory_values")}
+    plain = model.get_image_features(**inputs)
+    assert plain.hidden_states is None and plain.attentions is None
+    outputs = model.get_image_features(**inputs, output_hidden_states=True, output_attentions=True)
+    assert len(outputs.hidden_states) == 3 and len(outputs.attentions) == 2
+    torch.testing.assert_close(outputs.hidden_states[-2], outputs.last_hidden_state)
+    features, tokens = model.get_image_features(**inputs, return_dict=False)
+    assert torch.equal(features, plain.last_hidden_state)
+    assert all(torch.equal(*pair) for pair in zip(tokens, plain.pooler_output, strict=True))
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_quantizers_leave_the_connectors_alone(make_model, top_k):
+    model = make_model(memory_top_k=top_k)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            converted = should_convert_module(name, model._keep_in_fp32_modules)
+            assert converted != ("connector" in name), name
 
 
 def test_config_round_trip(model, tmp_path):
