@@ -1,15 +1,44 @@
 """TinyAlign configuration."""
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 # `transformers serve` knows models by this table, which neither auto_map nor AutoModel.register fills.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["tinyalign"] = "TinyAlignForConditionalGeneration"
+
+# What is sane, lowest and highest: a config.json may be anybody's.
+LIMITS = {
+    "image_token_id": (0, 2**31),
+    "image_seq_length": (1, 2**16),
+    "vision_feature_size": (1, 2**20),
+    "vision_pool_size": (1, 2**10),
+    "connector_size": (1, 2**20),
+    "memory_top_k": (0, 2**10),
+    "num_latents": (1, 2**16),
+    "latent_dim": (1, 2**16),
+    "memory_connector_size": (1, 2**20),
+    "memory_lexicon_size": (0, 2**22),
+    "latents_per_word": (1, 2**16),
+    "query_alpha": (0, 1),
+    "prompt_captions": (0, 2**10),
+}
+# Of a part: layers, and times that a block is repeated.
+MAX_DEPTH = 1024
+# Fields of a part that name code or kernels to be loaded.
+CODE_FIELDS = (
+    "auto_map",
+    "trust_remote_code",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+)
 
 
 @strict
@@ -111,10 +140,10 @@ class TinyAlignConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self.vision_config = _sub_config(self.vision_config, "siglip_vision_model")
+        self.vision_config = _sub_config(self.vision_config, "siglip_vision_model", "vision_config")
         if "vision_config" in self.vision_config.sub_configs:
             self.vision_config = self.vision_config.vision_config
-        self.text_config = _sub_config(self.text_config, "llama")
+        self.text_config = _sub_config(self.text_config, "llama", "text_config")
         for part in (self.vision_config, self.text_config):
             part._name_or_path = public_name(part._name_or_path)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
@@ -124,16 +153,15 @@ class TinyAlignConfig(PreTrainedConfig):
                 f"Found top_k={top_k} and memory_top_k={self.memory_top_k}, two names of one setting: give one."
             )
         self.memory_top_k = 5 if top_k is None else top_k
-        if self.memory_top_k < 0:
-            raise ValueError(f"memory_top_k is {self.memory_top_k}, expected 0 (no memory) or more.")
+        for name, (low, high) in LIMITS.items():
+            value = vars(self)[name]
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} is {value}, expected {low} or more, and at most {high}.")
         if self.memory_top_k and self.prompt_captions:
             raise ValueError(
                 f"memory_top_k is {self.memory_top_k} and prompt_captions {self.prompt_captions}, expected one of them "
                 "to be 0: neighbours are read as latents or as captions."
             )
-        for name in ("image_seq_length", "num_latents", "latent_dim", "latents_per_word"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} is {vars(self)[name]}, expected 1 or more.")
         if self.vision_feature_size is None:
             width = self.vision_config.to_dict().get("hidden_size")
             if width is None:
@@ -147,10 +175,21 @@ class TinyAlignConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Takes `top_k` for `memory_top_k`, so that `from_pretrained(folder, top_k=0)` does."""
+        """
+        Takes `top_k` for `memory_top_k`, so that `from_pretrained(folder, top_k=0)` does.
+
+        Raises:
+            ValueError: config.json is not that of a TinyAlign model.
+        """
         if "top_k" in kwargs:
             kwargs["memory_top_k"] = kwargs.pop("top_k")
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"config.json does not describe a TinyAlign model ({type(error).__name__}: {error}). Save or download "
+                "the model again."
+            ) from error
 
     @property
     def num_neighbours(self) -> int:
@@ -176,12 +215,27 @@ def public_name(name_or_path: str) -> str:
     return Path(name_or_path).name if is_path else name_or_path
 
 
-def _sub_config(config: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
-    """By hand, because transformers 5.17 has no `sub_configs_defaults`."""
+def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, name: str) -> PreTrainedConfig:
+    """By hand, because transformers 5.17 has no `sub_configs_defaults`.
+
+    A config.json may be anybody's: what would have a part loaded with code or kernels of its own is dropped.
+    """
     if isinstance(config, PreTrainedConfig):
         return config
-    config = dict(config or {})
-    return CONFIG_MAPPING[config.pop("model_type", model_type)](**config)
+    config = {key: value for key, value in (config or {}).items() if key not in CODE_FIELDS}
+    model_type = config.pop("model_type", model_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{name}.model_type is {model_type!r}, expected one that transformers knows. A model with code of its "
+            "own can be no part of a TinyAlign model; a newer transformers may know more."
+        )
+    for key, value in config.items():
+        numbers = [
+            number for number in (value if isinstance(value, list) else [value]) if type(number) in (int, float)
+        ]
+        if re.search("layers?$|repeat|depth", key) and max(numbers, default=0) > MAX_DEPTH:
+            raise ValueError(f"{name}.{key} is {str(value)[:100]}, expected at most {MAX_DEPTH}.")
+    return CONFIG_MAPPING[model_type](**config)
 
 
 __all__ = ["TinyAlignConfig"]
