@@ -71,7 +71,9 @@ def check_rows(config: RunArguments, processor: ProcessorMixin | None = None) ->
     rows = checked.remove_columns(["kind", "problem"])
     if column is not None:
         name = "images" if isinstance(raw.features[column], datasets.List) else "image"
-        rows = datasets.concatenate_datasets([raw.select_columns([column]).rename_column(column, name), rows], axis=1)
+        images = raw.select_columns([column])
+        images = images if column == name else images.rename_column(column, name)
+        rows = datasets.concatenate_datasets([images, rows], axis=1)
     if found:
         rows = rows.select([number for number in range(len(rows)) if number not in found])
     return rows, DataCheck(len(raw), found, kinds)

@@ -167,8 +167,8 @@ class RowReader:
             ]
             messages = self.messages(row, len(images))
             check_turns(messages)
-            check_messages(messages)
             check_placeholders(messages, len(images))
+            check_messages(messages)
             source_ids = [self.check_image(image) for image in images]
             if self.processor is not None:
                 encode_chat(self.processor, messages, max_length=self.max_length, truncation=self.truncation)
@@ -253,8 +253,10 @@ def _split(part: dict) -> list[dict]:
         raise BadRow("no chat", f"a turn has {str(part)[:200]}, expected text or an image in its content")
     if part["type"] == "image":
         return [{"type": "image", "text": None}]
-    if not isinstance(part.get("text"), str):
-        return [{"type": "text", "text": part.get("text")}]
+    if part.get("text") is None:
+        return [{"type": "text", "text": None}]
+    if not isinstance(part["text"], str):
+        raise BadRow("no chat", f"a turn has the text {str(part['text'])[:200]}, expected a string")
     first, *rest = re.split("<image>\n?", part["text"])
     parts = [{"type": "text", "text": first}]
     for text in rest:

@@ -127,7 +127,7 @@ def test_a_composed_model_reads_the_banks_words(files, checkpoints, dataset, cap
         ({"stage": 3}, "has stage: 3, expected `stage: 1`"),
         ({"output_dir": None}, "has no output_dir"),
         ({"memory_bank": None}, "retrieves 2 neighbours an image, but there is no bank"),
-        ({"memory_bank": "nowhere"}, "'nowhere' is not a local folder"),
+        ({"memory_bank": "nowhere"}, "memory bank 'nowhere'"),
         ({"model": None}, "No model: set `model`"),
         ({"dataset": None}, "No data set"),
         ({"answer_column": "tags"}, "12 rows: 0 good, 12 bad .12 no chat.*found 'tags'"),

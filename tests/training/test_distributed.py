@@ -114,8 +114,8 @@ def test_accelerate_reads_its_configurations(name):
     assert config.distributed_type == kind and config.use_cpu == (name == "cpu")
     assert details.items() <= {**config.fsdp_config, **config.deepspeed_config}.items()
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "tinyalign_vlm.training.cli"])
-    arguments, _, mixed_precision_from_defaults = _validate_launch_command(arguments)
-    assert arguments.mixed_precision == "no" and not mixed_precision_from_defaults
+    arguments, _, precision_of_config = _validate_launch_command(arguments)
+    assert arguments.mixed_precision == "no" and precision_of_config
     assert {path.stem for path in ACCELERATE.glob("*.yaml")} == set(KINDS)
 
 

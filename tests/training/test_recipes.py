@@ -50,7 +50,7 @@ def test_settings_of_the_paper(recipe, stage):
     assert config.global_batch_size == rows
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == rows
     assert config.learning_rate == learning_rate and config.max_steps == 3
-    assert config.lr_scheduler_type == "cosine" and config.warmup_steps == 0.03 and config.optim == "adamw_torch"
+    assert config.lr_scheduler_type == "cosine" and config.warmup_steps == 0.03 and config.optim == "adamw_torch_fused"
     if recipe is not None:
         assert (config.vision_model, config.language_model) == RECIPES[recipe]
         strategy = config.model_kwargs.get("vision_feature_select_strategy", "full")

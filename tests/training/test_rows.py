@@ -29,7 +29,7 @@ LLAVA = [
     {
         "id": "c",
         "image": ["red.png", "blue.png"],
-        "conversations": conversation("is <image> left of <image>?", "blue"),
+        "conversations": conversation("is <image> by <image>?", "blue"),
     },
     {"id": "d", "image": "blue.png", "conversations": conversation("what?", "a circle", "and here?\n<image>", "blue")},
     {

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from tinyalign_vlm.training.checkpoints import load_connectors, save_connectors
-from tinyalign_vlm.training.data import TrainingCollator
+from tinyalign_vlm.training.data import TrainingCollator, encode_chat
 from tinyalign_vlm.training.features import cache_vision_features
 from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
 from tinyalign_vlm.training.stage1 import Stage1Config, Stage1Trainer, train_stage1
@@ -274,7 +274,8 @@ def test_a_batch_of_text_alone(stage, make_model, processor, dataset, bank, tmp_
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_long_rows_are_cut_in_training(stage, make_model, processor, dataset, bank, features, tmp_path):
-    settings = {"max_length": processor.num_image_tokens + 22, "max_steps": 1}
+    longest = max(len(encode_chat(processor, row["messages"])[0]) for row in dataset)
+    settings = {"max_length": longest - 1, "max_steps": 1, "per_device_train_batch_size": 12}
     with pytest.raises(ValueError, match="over-long"):
         run(stage, make_model(), processor, dataset, bank, tmp_path / "a", features, **settings)
     trainer = run(stage, make_model(), processor, dataset, bank, tmp_path / "b", features, truncation=True, **settings)
