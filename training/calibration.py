@@ -76,7 +76,7 @@ def calibrate(
     slots = slots[np.argsort(-scores[tuple(slots.T)], kind="stable")]
     similarity = scores[tuple(slots.T)]
     agrees = np.array([agreement(captions[row][slot], answers[row]) for row, slot in slots])
-    other = (np.arange(len(answers)) + len(answers) // 2) % len(answers)
+    other = np.random.default_rng(0).permutation(len(answers))
     chance = float(np.mean([agreement(captions[row][slot], answers[other[row]]) for row, slot in slots]))
     expected = _falling(agrees)
     if target is None:

@@ -247,6 +247,11 @@ class TrainingCollator:
         scores = [np.zeros(len(image)) for image in ids]
         if "memory_scores" in row:
             scores = [np.array(image) for image in _of_images(row, "memory_scores", count)]
+        if any(len(image) != len(similar) for image, similar in zip(ids, scores, strict=True)):
+            raise ValueError(
+                f"A row has memory_ids {row['memory_ids']}, but memory_scores {row['memory_scores']}: "
+                "take both from one look-up, they must be as many."
+            )
         if self.dropout is None:
             return list(zip(ids, scores, strict=True))
         chat = str(row["messages"])

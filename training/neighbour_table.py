@@ -105,10 +105,10 @@ def neighbour_table(
         search = NeighbourSearch(
             bank, model.base_model, processor, images, queries, vision_features, depth, batch_size, num_workers
         )
-        if state.num_processes > 1 or vision_features is not None or num_proc < 2:
+        if state.num_processes > 1 or vision_features is not None or min(num_proc, len(todo)) < 2:
             search.write_parts(todo[state.process_index :: state.num_processes], parts, state.process_index)
         else:
-            _in_processes(search, todo, parts, num_proc)
+            _in_processes(search, todo, parts, min(num_proc, len(todo)))
         state.wait_for_everyone()
         if state.is_main_process:
             _join(parts, path)
@@ -221,7 +221,6 @@ class PreparedImages(Dataset):
 
 def _in_processes(search: NeighbourSearch, todo: list[int], parts: Path, num_proc: int):
     """Spawned, not forked: torch and faiss have threads. They end when this process is killed."""
-    num_proc = min(num_proc, len(todo))
     try:
         # pickled by value: tensors would go through /dev/shm, which is small in a container
         torch.multiprocessing.spawn(_process, (num_proc, pickle.dumps(search), todo, parts), num_proc)
