@@ -149,7 +149,7 @@ class BankFacts:
         parts: the vision tower, and every source of images and captions.
         command: what to type to make the bank again.
         limits: what is wrong or missing in the rows, one sentence an item.
-        model: a checkpoint with the bank's vision tower: a Hub id, or a path from the bank's folder.
+        model: a checkpoint with the bank's vision tower, if there is one: a Hub id, or a path from the bank's folder.
         config: the bank's `config` (bank_config.json); `read_facts` takes it from there.
         size_mb: of the Parquet files together; `read_facts` measures it.
     """
@@ -161,7 +161,7 @@ class BankFacts:
     parts: list[Part]
     command: str
     limits: list[str]
-    model: str
+    model: str | None = None
     config: dict[str, Any]
     size_mb: float
 
@@ -239,7 +239,8 @@ def on_hub(
         other: of a model, its bank's repository, with the commit `revision`; of a bank, a model's that reads it.
     """
     if isinstance(facts, BankFacts):
-        return replace(facts, repo_id=repo_id, model=other or facts.model)
+        is_path = facts.model is not None and facts.model.startswith((".", "/"))
+        return replace(facts, repo_id=repo_id, model=other or (None if is_path else facts.model))
     bank = facts.bank
     if bank is not None and other is not None:
         bank = replace(bank, source=other, revision=revision, hub_type="dataset")

@@ -77,9 +77,14 @@ def logged_seconds(log_history: list[dict]) -> float:
 
 def stage_record(name: str, trainer: Trainer) -> StageRecord:
     """What `trainer`, whose training has ended, says of it."""
-    args, state = trainer.args, trainer.state
+    args, state, config = trainer.args, trainer.state, trainer.model.config
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     rates = {"connector": args.connector_lr, "memory connector": args.memory_connector_lr}
+    memory = {
+        "neighbours an image": config.memory_top_k,
+        "memory fusion": config.memory_fusion,
+        "memory tokens an image": config.num_memory_tokens,
+    }
     parameters = [parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad]
     return StageRecord(
         name=name,
@@ -97,6 +102,8 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
             "precision": precision,
             "seed": args.seed,
             "trained parameters": f"{sum(parameters):,}",
+            "visual tokens an image": config.image_seq_length,
+            **(memory if config.memory_top_k > 0 else {}),
         },
         losses=[[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
         eval_losses=[[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry],

