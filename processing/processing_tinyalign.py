@@ -1,16 +1,31 @@
 """TinyAlign processor: text and images to model inputs."""
 
+import os
 import re
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the shortcut needs torchvision in 5.17
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_numpy_array, is_torch_tensor
 
 from .chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
+from .image_checks import check_output, check_sizes
 from .image_loading import load_image
 from .image_padding import padding_to_square
+
+MAX_IMAGE_TOKENS = 2**20
+# What broken settings make transformers raise, beside ValueError and OSError.
+BROKEN = (
+    StrictDataclassError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+)
 
 
 class TinyAlignProcessor(ProcessorMixin):
@@ -44,6 +59,11 @@ class TinyAlignProcessor(ProcessorMixin):
     ):
         if image_aspect_ratio not in ("square", "pad"):
             raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}, expected 'square' or 'pad'.")
+        if key_space not in ("vision", "language"):
+            raise ValueError(f"key_space is {key_space!r}, expected 'vision' or 'language'.")
+        if type(num_image_tokens) is not int or not 1 <= num_image_tokens <= MAX_IMAGE_TOKENS:
+            raise ValueError(f"num_image_tokens is {num_image_tokens!r}, expected 1 to {MAX_IMAGE_TOKENS}.")
+        check_sizes(image_processor)
         if image_aspect_ratio == "pad":
             image_processor = padding_to_square(image_processor)
         self.image_aspect_ratio = image_aspect_ratio
@@ -60,6 +80,24 @@ class TinyAlignProcessor(ProcessorMixin):
             chat_template = CHATML_TEMPLATE if "<|im_end|>" in tokenizer.get_vocab() else PLAIN_TEMPLATE
             chat_template = chat_template.replace("<image>", image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
+        """
+        As every processor of transformers. One small image shows whether the settings fit together.
+
+        Raises:
+            ValueError: they don't.
+        """
+        try:
+            processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            check_output(processor.image_processor)
+        except BROKEN as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: processor_config.json does not describe a processor "
+                f"({type(error).__name__}: {error}). Save or download it again."
+            ) from error
+        return processor
 
     @classmethod
     def from_vision_text_pretrained(
