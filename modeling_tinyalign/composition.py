@@ -105,6 +105,12 @@ def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> t
         report = f", embedding row {rows} for {image_token} (mean of the others){report}"
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+    end_of_turn = tokenizer.get_vocab().get("<|im_end|>")  # which the processor's template teaches to base models, too
+    if end_of_turn is not None:
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if end_of_turn not in ends:
+            model.generation_config.eos_token_id = [*ends, end_of_turn]
     return model, image_token_id, report
 
 

@@ -50,7 +50,7 @@ LANGUAGE_MODELS = {
             "tie_word_embeddings": True,
         },
     ),
-    "Qwen/Qwen2-0.5B-Instruct": (
+    "Qwen/Qwen2-0.5B": (
         Qwen2Config,
         {
             "vocab_size": 151936,
@@ -87,7 +87,7 @@ LANGUAGE_MODELS = {
             "max_position_embeddings": 2048,
         },
     ),
-    "Qwen/Qwen2.5-3B-Instruct": (
+    "Qwen/Qwen2.5-3B": (
         Qwen2Config,
         {
             "vocab_size": 151936,
@@ -101,7 +101,7 @@ LANGUAGE_MODELS = {
         },
     ),
 }
-CHATML = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2-0.5B-Instruct", "Qwen/Qwen2.5-3B-Instruct")
+CHATML = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2-0.5B", "Qwen/Qwen2.5-3B")
 
 
 def image_processor(tower: str, size: int):

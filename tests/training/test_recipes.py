@@ -28,10 +28,10 @@ RECIPES = {
     )
     for text, language_model in (
         ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-        ("qwen2-0.5b", "Qwen/Qwen2-0.5B-Instruct"),
+        ("qwen2-0.5b", "Qwen/Qwen2-0.5B"),
         ("tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
         ("phi-2", "microsoft/phi-2"),
-        ("qwen2.5-3b", "Qwen/Qwen2.5-3B-Instruct"),
+        ("qwen2.5-3b", "Qwen/Qwen2.5-3B"),
     )
 }
 IMAGE_SIZE = 56
@@ -73,7 +73,8 @@ def models(tmp_path_factory, checkpoints):
                 image_processor(name, IMAGE_SIZE).save_pretrained(folder)
             else:
                 config_class, sizes = LANGUAGE_MODELS[name]
-                special = {"bos_token_id": 0, "eos_token_id": 2 if name in CHATML else 1, "pad_token_id": 0}
+                end = 0 if name.startswith("Qwen") else 2 if name in CHATML else 1  # Qwen's base models know no turns
+                special = {"bos_token_id": 0, "eos_token_id": end, "pad_token_id": 0}
                 config = config_class(**{**sizes, **special, "num_hidden_layers": 2, "vocab_size": 300})
                 AutoModelForCausalLM.from_config(config).save_pretrained(folder)
                 tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama" if name in CHATML else "phi"])
@@ -150,4 +151,6 @@ def test_ten_steps_of_both_stages(recipe, models, rows, banks, tmp_path, monkeyp
         for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
             assert (vision.to_dict()[name], text.to_dict()[name]) == tuple(size[name] for size in sizes)
         assert model.config.image_seq_length == 16 and model.config.num_memory_tokens == 32
+        ends = model.generation_config.eos_token_id
+        assert (2 if language_model in CHATML else 1) in (ends if isinstance(ends, list) else [ends])
         assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
