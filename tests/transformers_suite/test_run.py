@@ -1,6 +1,8 @@
-"""The list of skips and failures in docs/transformers_tests.md, and how a run is held against it."""
+"""How transformers' tests are fetched, and how a run is held against the list in docs/transformers_tests.md."""
 
-from transformers_suite.run import LISTED, disagreements, read_list
+import pytest
+from transformers_suite import run
+from transformers_suite.run import LISTED, disagreements, download, read_list
 
 TEXT = """
 ## Ours
@@ -54,3 +56,14 @@ def test_what_is_listed_in_vain_is():
     assert disagreements(outcomes, REASONS, OURS, OTHERS) == ["BTest::test_a is listed as failed, but passed."]
     del outcomes["model.py::BTest::test_a"], outcomes["model.py::BTest::test_b"]
     assert disagreements(outcomes, REASONS, OURS, OTHERS) == ["BTest::test_b is listed, but no such test ran."]
+
+
+def test_only_known_distributions_are_used(tmp_path, monkeypatch):
+    (version,) = run.SHA256
+    monkeypatch.setattr(run.transformers, "__version__", version)
+    (tmp_path / f"transformers-{version}.tar.gz").write_bytes(b"another")
+    with pytest.raises(ValueError, match="has sha256 .*, expected .*: delete it"):
+        download(tmp_path)
+    monkeypatch.setattr(run.transformers, "__version__", "5.99.0")
+    with pytest.raises(ValueError, match="tests of transformers 5.99.0 are not known"):
+        download(tmp_path)
