@@ -1,21 +1,27 @@
 """Cards pass huggingface_hub's own validation, which asks the Hub; here it is a fake one with the documented rules."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 from card_rules import card_errors
 from fake_hub import FakeHub
-from huggingface_hub import DatasetCard, ModelCard, SpaceCard, constants, metadata_eval_result
+from huggingface_hub import DatasetCard, ModelCard, SpaceCard, constants, metadata_eval_result, repocard
 
 from tinyalign_vlm.hub_cards.cards import render_bank_card, render_model_card, render_space_card
 
 
 @pytest.fixture(scope="module")
 def hub():
-    with FakeHub(card_errors) as hub:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(constants, "ENDPOINT", hub.url)
-            yield hub
+    with FakeHub(card_errors) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        session = repocard.get_session()
+
+        def post(url, **kwargs):  # the oldest client asks huggingface.co, wherever the Hub is
+            return session.post(url.replace("https://huggingface.co", hub.url), **kwargs)
+
+        patch.setattr(repocard, "get_session", lambda: SimpleNamespace(post=post))
+        yield hub
 
 
 def test_cards_are_valid(hub, model_facts, bank_facts, space_facts):
