@@ -46,8 +46,8 @@ class DemoConfig:
 
     concepts: int | None = None
     value_encoder_steps: int = 1500
-    stage1_steps: int = 90
-    stage2_steps: int = 90
+    stage1_steps: int = 120
+    stage2_steps: int = 140
     stage2_learning_rate: float = 1e-4  # more than the default 2e-5: these are few steps
     batch_size: int = 10
     seed: int = 0
