@@ -130,7 +130,7 @@ def main():
         report(f"latents, an MLP of 2304 taught for {arguments.mlp_steps} steps", lambda label: mlp(latents[label]))
     for name, bank in banks.items():
         words = lexicon_words(reader.tokenizer, bank.captions)
-        lexicon = (*encoder.word_scores(words), slot_tokens(reader.tokenizer, words, 2), reader.embeddings)
+        lexicon = (*encoder.word_scores(words), slot_tokens(reader.tokenizer, words, 2), reader.embeddings.__getitem__)
         report(
             f"latents, lexicon of {len(words)} words, {name} the held-out labels' own",
             lambda label, lexicon=lexicon: read_words(latents[label], *lexicon),

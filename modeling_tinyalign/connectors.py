@@ -1,5 +1,7 @@
 """The two trainable connectors: visual features and memory values to language-model tokens."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -70,12 +72,12 @@ class MemoryConnector(nn.Module):
         self,
         values: torch.Tensor,
         mask: torch.Tensor | None = None,
-        embeddings: torch.Tensor | None = None,
+        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
         scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        `values (n, k, L, D)`, `mask (n, k)` that is False where nothing was retrieved, the language model's input
-        embeddings (read if there is a lexicon) and the neighbours' similarities `(n, k)` (read with
+        `values (n, k, L, D)`, `mask (n, k)` that is False where nothing was retrieved, the language model's
+        embedding layer (used if there is a lexicon) and the neighbours' similarities `(n, k)` (read with
         `config.memory_scores`) -> `(n, M, hidden_size)`: L tokens (`"channel"`), or k x L, neighbour by neighbour
         (`"sequence"`). Raises `ValueError` when the similarities are wanted and missing.
         """
@@ -85,7 +87,7 @@ class MemoryConnector(nn.Module):
         words = 0.0
         if self.lexicon_bias is not None:
             with torch.no_grad():
-                words = read_words(values, self.lexicon_keys, self.lexicon_bias, self.lexicon_tokens, embeddings)
+                words = read_words(values, self.lexicon_keys, self.lexicon_bias, self.lexicon_tokens, embed)
                 words = torch.where(mask, words, 0.0)
                 words = words.mean(1) if self.memory_fusion == "channel" else words
         values = torch.where(mask, values, self.null_latents)

@@ -1,10 +1,10 @@
-"""Memory banks on the Hub: fetched file by file, pushed in one commit."""
+"""Files on the Hub: a bank's are fetched one by one, and all are pushed in one commit."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -12,30 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 
 CARD_NAME = "README.md"
 SHARDS = "data/train-*.parquet"
-# Without it the Hub's viewer and `load_dataset` would have to guess what the files are.
-CARD = """---
-tags:
-- tinyalign
-- memory-bank
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: {shards}
----
-
-# {name}
-
-A memory bank of {num_rows} rows for [TinyAlign](https://arxiv.org/abs/2505.12884) models whose vision tower is
-{tower}. Its rows are a dataset, `load_dataset("{repo_id}", split="train")`; a model retrieves from them after
-`model.attach_memory_bank("{repo_id}")`.
-"""
-
-
-def plain_card(repo_id: str, config: dict) -> str:
-    """README.md of a bank of which nothing is known but its bank_config.json."""
-    facts = {"num_rows": config["num_rows"], "tower": config["tower"]["name"]}
-    return CARD.format(shards=SHARDS, name=repo_id.split("/")[-1], repo_id=repo_id, **facts)
+WEIGHTS = "model*.safetensors*"
 
 
 def fetch(repo_id: str, filename: str, revision: str | None, token: str | bool | None) -> Path:
@@ -89,15 +66,10 @@ def hub_origin(dataset: Iterable[dict]) -> tuple[str, str]:
 
 
 def resolve_commit(repo_id: str, revision: str | None, token: str | bool | None = None) -> str:
-    """The commit hash of a bank's revision; the Hub is asked unless it is one already.
-
-    Raises `OSError`: the Hub has no such dataset or revision, or can't be reached.
-    """
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
+    """The commit hash of a bank's revision. Raises `OSError`: the Hub has no such dataset or revision, or is away."""
     try:
         return HfApi().dataset_info(repo_id, revision=revision, token=token).sha
-    except OSError as error:
+    except Exception as error:  # as in fetch
         raise OSError(
             f"The commit of the memory bank {repo_id!r} at revision {revision or 'main'} could not be found "
             f"({error}). Push the bank first (bank.push_to_hub), or detach it (model.detach_memory_bank)."
@@ -109,9 +81,10 @@ def push_files(
     repo_id: str,
     repo_type: str,
     *,
-    replaced: Sequence[str],
-    defaults: dict[str, bytes],
+    replaced: str,
+    plain_card: Callable[[str], str],
     commit_message: str,
+    commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -123,8 +96,8 @@ def push_files(
 
     Args:
         files: what to upload, by name in the repository.
-        replaced: patterns of files that are deleted unless they are in `files`: shards of an earlier version.
-        defaults: files that are uploaded only where the repository has none of that name.
+        replaced: pattern of files that are deleted unless they are in `files`: shards of an earlier version.
+        plain_card: makes README.md from the repository's name, where neither `files` nor the repository has one.
 
     Returns:
         the full name of the repository, and the commit.
@@ -134,9 +107,17 @@ def push_files(
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
     present = set(api.list_repo_files(repo_id, **where))
-    files = {**{name: content for name, content in defaults.items() if name not in present}, **files}
+    if CARD_NAME not in present | files.keys():
+        files = {**files, CARD_NAME: plain_card(repo_id).encode()}
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-    stale = sorted(name for name in present - set(files) if any(fnmatch(name, pattern) for pattern in replaced))
+    stale = sorted(name for name in present - files.keys() if fnmatch(name, replaced))
     operations += [CommitOperationDelete(name) for name in stale]
-    commit = api.create_commit(repo_id, operations, commit_message=commit_message, create_pr=create_pr, **where)
+    commit = api.create_commit(
+        repo_id,
+        operations,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        create_pr=create_pr,
+        **where,
+    )
     return repo_id, commit

@@ -1,6 +1,6 @@
 """The lexicon: which words a language model can write, and how to recognise them in a bank's latents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,11 @@ def slot_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], slots:
 
 
 def read_words(
-    values: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, tokens: torch.Tensor, embeddings: torch.Tensor
+    values: torch.Tensor,
+    keys: torch.Tensor,
+    bias: torch.Tensor,
+    tokens: torch.Tensor,
+    embed: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """
     Each latent's word, in the language model's own input embeddings.
@@ -50,7 +54,7 @@ def read_words(
         values: `(..., L, D)` latents.
         keys, bias: `(words, D)` and `(words,)`, from `ValueEncoder.word_scores`.
         tokens: `(slots, words, LONGEST_REST)` from `slot_tokens`.
-        embeddings: `(vocab_size, hidden_size)`.
+        embed: token ids to embeddings, `(...)` to `(..., hidden_size)`. Not their weight, which may be offloaded.
 
     Returns:
         `(..., L, hidden_size)`, the mean over the likeliest words.
@@ -61,5 +65,5 @@ def read_words(
     slot = torch.arange(values.shape[-2], device=values.device) % len(tokens)
     ids = tokens[slot[:, None], words].long()  # loading in half precision casts integer buffers too
     is_token = (ids >= 0).unsqueeze(-1)
-    vectors = (embeddings[ids.clamp(min=0)].float() * is_token).sum(-2) / is_token.sum(-2).clamp(min=1)
+    vectors = (embed(ids.clamp(min=0)).float() * is_token).sum(-2) / is_token.sum(-2).clamp(min=1)
     return (weights.softmax(-1).unsqueeze(-1) * vectors).sum(-2)

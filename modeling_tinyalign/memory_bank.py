@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ from .bank_builder import (
 )
 from .bank_config import CONFIG_NAME, FORMAT_VERSION, check_config, check_file, file_sha256, read_json, write_config
 from .bank_folders import recover_folder, replace_folder, scratch_folder
-from .bank_hub import CARD_NAME, SHARDS, fetch, forgetting, hub_origin, plain_card, push_files
+from .bank_index import check_foreign_index
 from .bank_rows import BankRows
 from .bank_storage import (
     BATCH_ROWS,
@@ -47,7 +48,9 @@ from .bank_storage import (
     write_local_files,
     write_shards,
 )
+from .hub_files import CARD_NAME, SHARDS, fetch, forgetting, hub_origin, push_files
 from .key_encoder import KeyEncoder
+from .plain_cards import bank_card
 from .value_encoder import ValueEncoder
 
 try:
@@ -55,6 +58,7 @@ try:
 except ImportError:
     pa = None
 
+INDEX_NAME = "index.faiss"
 KEY_ENCODER_NAME = "key_encoder.safetensors"
 VALUE_ENCODER_NAME = "value_encoder/model.safetensors"
 MIN_PROBE_COSINE = 0.99
@@ -383,8 +387,8 @@ class MemoryBank(BankRows):
                 files,
                 repo_id,
                 "dataset",
-                replaced=[SHARDS],
-                defaults={CARD_NAME: plain_card(repo_id, self.config).encode()},
+                replaced=SHARDS,
+                plain_card=lambda name: bank_card(name, self.config, SHARDS),
                 commit_message=commit_message,
                 private=private,
                 token=token,
@@ -396,7 +400,11 @@ class MemoryBank(BankRows):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+        cls,
+        name_or_path: str | os.PathLike,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_index: bool = False,
     ) -> MemoryBank:
         """Load a bank from a folder or from a dataset repository of the Hub.
 
@@ -406,6 +414,8 @@ class MemoryBank(BankRows):
         Args:
             revision: branch, tag or commit of the repository. A name with a revision is never taken for a folder.
             token: of the Hub; by default the one that you are logged in with.
+            trust_index: search the index.faiss that is in the folder or repository, once it was found to be a flat
+                index of the bank's keys. By default it is ignored, and one is built here from the keys.
 
         Raises:
             ImportError: faiss or pyarrow is missing (what to install is named).
@@ -425,6 +435,12 @@ class MemoryBank(BankRows):
                 value_shape = (config["num_latents"], config["latent_dim"])
                 rows = read_shards(folder, config)
                 write_local_files(rows, config_schema(config), value_shape, str(folder / "data"), config["sha256"])
+        if trust_index:
+            if bank.repo_id is not None:
+                fetch(bank.repo_id, INDEX_NAME, bank.revision, token)
+            path = folder / INDEX_NAME
+            check_foreign_index(path, len(bank), bank.key_dim, config["sha256"]["keys"])
+            bank._files = dataclasses.replace(bank._files, keys=path)
         return bank
 
     @classmethod
@@ -496,7 +512,13 @@ class MemoryBank(BankRows):
         found = describe_tower(model, tower["image_shape"])["name"]
         advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
         with evaluating(model):
-            features = model.get_vision_features(probe_pixels(tower["image_shape"]))
+            try:
+                features = model.get_vision_features(probe_pixels(tower["image_shape"]))
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"The memory bank was built with the vision tower {tower['name']}, of images "
+                    f"{tower['image_shape']}, which this model's ({found}) does not take ({error}). {advice}"
+                ) from error
         if features.shape[-1] != self.key_encoder.feature_dim:
             raise ValueError(
                 f"The model's vision tower ({found}) makes features {features.shape[-1]} wide, but the memory bank "

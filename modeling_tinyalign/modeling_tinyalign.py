@@ -1,7 +1,9 @@
 """TinyAlign model: a frozen vision tower and a language model, with retrieved memory beside the visual tokens."""
 
 import os
+import tempfile
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,12 +15,13 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, logging
+from transformers.utils import TransformersKwargs, is_tracing, logging
 from transformers.utils.generic import can_return_tuple
 
 from .composition import compose
 from .configuration_tinyalign import TinyAlignConfig
 from .connectors import Connector, MemoryConnector
+from .hub_files import WEIGHTS, push_files
 from .memory_bank import MemoryBank
 from .outputs import (
     TinyAlignCausalLMOutputWithPast,
@@ -26,6 +29,7 @@ from .outputs import (
     TinyAlignModelOutputWithPast,
     TinyAlignRetrieval,
 )
+from .plain_cards import model_card
 from .retrieval import RetrievalMixin
 from .vision_features import pool_grid, read_vision_tower
 
@@ -100,10 +104,37 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         finally:
             self.config.memory_bank, self.config.memory_bank_revision = memory_bank, revision
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
-        """As of every model; `config.memory_bank` is the attached bank's repository, pinned to its commit."""
-        self.base_model.pin_memory_bank(kwargs.get("token"))
-        return super().push_to_hub(repo_id, **kwargs)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload model",
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        token: str | bool | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        """
+        As of every model, and: the config names the attached bank's repository, pinned to its commit; weights of an
+        earlier push that are not overwritten are deleted; a repository without a card gets one without blanks.
+
+        Args:
+            kwargs: `private`, `revision`, `create_pr`, `commit_description`.
+        """
+        self.base_model.pin_memory_bank(token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            _, commit = push_files(
+                {path.name: path for path in Path(folder).iterdir()},
+                repo_id,
+                "model",
+                replaced=WEIGHTS,
+                plain_card=lambda name: model_card(name, self.config, tags or []),
+                commit_message=commit_message,
+                token=token,
+                **kwargs,
+            )
+        return commit
 
 
 class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
@@ -198,7 +229,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
             memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
             values = memory_values
             if memory == "off":
-                memory_ids = torch.full((len(tokens), self.config.memory_top_k), -1)
+                memory_ids = torch.full((tokens.shape[0], self.config.memory_top_k), -1)
                 values = torch.zeros(*memory_ids.shape, self.config.num_latents, self.config.latent_dim)
                 memory_scores = torch.full(memory_ids.shape, -torch.inf)
             elif memory_values is None:
@@ -208,10 +239,14 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
                     memory_scores, memory_ids = bank.search(keys, self.config.memory_top_k, exclude=exclude_ids)
                 values = bank.gather(memory_ids)
             values = torch.as_tensor(values)
-            self._check_memory_values(values, len(tokens))
+            self._check_memory_values(values, tokens.shape[0])
             memory_ids, mask = self._used_slots(memory_ids, memory_scores)
-            embeddings = self.get_input_embeddings().weight
-            memory_tokens = self.memory_connector(values.to(tokens.device), mask, embeddings, memory_scores)
+            memory_tokens = self.memory_connector(
+                values.to(tokens.device),
+                mask,
+                lambda ids: self.get_input_embeddings()(ids),  # accelerate would move the layer itself
+                memory_scores,
+            )
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
         elif memory_ids is not None or memory_values is not None:
             raise ValueError(
@@ -220,7 +255,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         hidden_states_wanted = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         return TinyAlignImageFeatures(
             last_hidden_state=vision_features,
-            pooler_output=list(tokens),
+            pooler_output=tokens if is_tracing(tokens) else list(tokens),  # a list fixes a graph's number of images
             hidden_states=tower.get("hidden_states") if hidden_states_wanted else None,
             attentions=tower.get("attentions"),
             memory_ids=memory_ids,
@@ -285,22 +320,27 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         if images_given and images is not None:
             raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
 
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        # a graph can't raise, and without images embeddings are complete: vLLM runs those alone, and captures that
+        checked = not is_tracing(input_ids if inputs_embeds is None else inputs_embeds)
+        if images_given or images is not None or input_ids is not None:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         if images_given:
             images = self.get_image_features(**image_inputs, return_dict=True)
-            if not is_torchdynamo_compiling():
+            if checked:
                 self.check_placeholders(mask, images.pooler_output)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         features = None
         if images is not None:
-            features = torch.cat(images.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
-            if not is_torchdynamo_compiling() and mask.sum() != len(features):
+            features = images.pooler_output
+            features = features.flatten(0, 1) if torch.is_tensor(features) else torch.cat(features)
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            if checked and mask.sum() != len(features):
                 raise ValueError(
                     f"Found {mask.sum()} image placeholders, expected {len(features)}, one per image token."
                 )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
-        elif past_key_values is None and not is_torchdynamo_compiling():
+        elif input_ids is not None and past_key_values is None and checked:
             self.check_no_placeholders(mask)
 
         outputs = self.language_model(

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .bank_builder import check_latents
-from .bank_hub import resolve_commit
+from .hub_files import resolve_commit
 from .lexicon import lexicon_words, slot_tokens
 from .memory_bank import MemoryBank
 from .outputs import TinyAlignRetrieval

@@ -6,11 +6,12 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..hub_cards.cards import render_bank_card, render_model_card
-from ..hub_cards.facts import FACTS_NAME, BankFacts, on_hub, read_facts
-from ..modeling_tinyalign.bank_hub import CARD_NAME, push_files, resolve_commit
+from ..hub_cards.facts import FACTS_NAME, BankFacts, ModelFacts, facts_json, on_hub, read_facts
 from ..modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
+from ..modeling_tinyalign.hub_files import CARD_NAME, WEIGHTS, push_files, resolve_commit
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from ..modeling_tinyalign.modeling_tinyalign import TinyAlignForConditionalGeneration
+from .push_space import push_space
 
 AUTO_CLASSES = {
     "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),
@@ -18,7 +19,6 @@ AUTO_CLASSES = {
 }
 # Of a checkpoint's folder; optimizer states, pickles and subfolders stay here.
 SUFFIXES = {".json", ".safetensors", ".py", ".jinja", ".png", ".txt", ".model"}
-WEIGHTS = "model*.safetensors*"
 
 
 def push(
@@ -26,6 +26,7 @@ def push(
     bank: tuple[str, str] | None = None,
     private: bool | None = None,
     revision: str | None = None,
+    space: str | None = None,
 ):
     """
     Pushes a bank, then a checkpoint whose config names the bank at the commit that was just made; a commit each.
@@ -35,6 +36,7 @@ def push(
         bank: Folder of the bank, and the repository. Without it, the checkpoint keeps the bank that it names.
         private: Whether new repositories are private.
         revision: The branch, for both. By default main.
+        space: Repository of a demo Space, a chat with the checkpoint at the commit that was just made.
 
     Raises:
         ValueError: A file or a fact for a card is missing (they are named), or the bank is not one for this model.
@@ -45,6 +47,8 @@ def push(
         folder = Path(model[0])
         check_checkpoint(folder)
         config = TinyAlignConfig.from_pretrained(folder)
+    if space is not None and (model is None or facts_of(folder, model[1], None) is None):
+        raise ValueError(f"A Space needs a checkpoint with {FACTS_NAME}, which says what to ask it.")
     if bank is not None:
         loaded = MemoryBank.from_pretrained(bank[0])
         bank_card = card_of(Path(bank[0]), bank[1], other=model[1] if model else None)
@@ -63,18 +67,23 @@ def push(
         print("The checkpoint names no memory bank: give --bank, or attach one after loading.")
     files = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES}
     files["config.json"] = config.to_json_string().encode()
-    card = card_of(folder, model[1], config.memory_bank, config.memory_bank_revision)
+    bank_on_hub = (config.memory_bank, config.memory_bank_revision)
+    card, facts = card_of(folder, model[1], *bank_on_hub), facts_of(folder, model[1], *bank_on_hub)
+    if facts is not None:
+        files[FACTS_NAME] = facts_json(facts).encode()
     _, commit = push_files(
         {**files, CARD_NAME: card.encode()},
         model[1],
         "model",
-        replaced=[WEIGHTS],
-        defaults={},
+        replaced=WEIGHTS,
+        plain_card=str,
         commit_message="Upload TinyAlign",
         private=private,
         revision=revision,
     )
     print(f"model: {commit.repo_url} at {commit.oid}")
+    if space is not None:
+        print(f"space: {push_space(space, facts, commit.oid, private).repo_url}")
 
 
 def check_checkpoint(folder: Path):
@@ -95,15 +104,24 @@ def check_checkpoint(folder: Path):
         )
 
 
+def facts_of(
+    folder: Path, repo_id: str, other: str | None, revision: str | None = None
+) -> ModelFacts | BankFacts | None:
+    """The facts in the folder as they are on the Hub, or None if it has a README.md instead."""
+    if (folder / CARD_NAME).is_file() and not (folder / FACTS_NAME).is_file():
+        return None
+    return on_hub(read_facts(folder), repo_id, other, revision)
+
+
 def card_of(folder: Path, repo_id: str, other: str | None, revision: str | None = None) -> str:
     """
     README.md of a repository: made of the facts in the folder, else the one that is there.
 
     Raises `ValueError` naming the facts that are missing.
     """
-    if (folder / CARD_NAME).is_file() and not (folder / FACTS_NAME).is_file():
+    facts = facts_of(folder, repo_id, other, revision)
+    if facts is None:
         return (folder / CARD_NAME).read_text(encoding="utf-8")
-    facts = on_hub(read_facts(folder), repo_id, other, revision)
     if isinstance(facts, BankFacts):
         return str(render_bank_card(facts))
     if facts.bank is not None and facts.bank.hub_type is None:

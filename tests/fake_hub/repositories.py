@@ -13,9 +13,9 @@ DATE = "2026-01-01T00:00:00.000Z"
 class HubError(Exception):
     """An answer other than 200; `code` becomes the header that tells huggingface_hub what is missing."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None, **body: str):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.body = status, code, {"error": message, **body}
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,18 @@ class Repository:
     def delete_ref(self, ref: str) -> dict:
         if self.refs.pop(ref, None) is None:
             raise HubError(404, f"No such reference: {ref}", "RevisionNotFound")
+        return {}
+
+    def squash(self, branch: str, title: str) -> dict:
+        """One commit in the place of a branch's history; what no reference leads to is gone."""
+        last = self.at(branch)
+        self.add_commit(f"refs/heads/{branch}", Commit(last.files, title, "", None, last.author))
+        reachable = set()
+        for sha in self.refs.values():
+            while sha is not None and sha not in reachable:
+                reachable.add(sha)
+                sha = self.commits[sha].parent
+        self.commits = {sha: commit for sha, commit in self.commits.items() if sha in reachable}
         return {}
 
     def lfs_blob(self, sha256: str) -> Blob | None:

@@ -15,7 +15,7 @@ from .repositories import Blob, HubError, Repository
 # user by token; a repository is its creator's, who alone writes to it and reads it when it is private
 TOKENS = {"hf_owner": "owner", "hf_other": "other"}
 REPOSITORY = "(datasets/|spaces/)?([^/]+/[^/]+?)"
-WRITES = ("preupload", "commit", "branch", "tag", "settings")
+WRITES = ("preupload", "commit", "branch", "tag", "super-squash", "settings")
 
 
 @dataclass
@@ -132,10 +132,10 @@ class FakeHub:
         if user is None:
             raise HubError(401, "Invalid username or password.")
         kind, repo_id = body.get("type") or "model", f"{body.get('organization') or user}/{body['name']}"
-        if (kind, repo_id) in self.repositories:
-            raise HubError(409, "You already created this repo")
-        private = bool(body.get("private")) or body.get("visibility") == "private"
         url = f"{self.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
+        if (kind, repo_id) in self.repositories:
+            raise HubError(409, "You already created this repo", url=url)
+        private = bool(body.get("private")) or body.get("visibility") == "private"
         self.repositories[kind, repo_id] = Repository(repo_id, user, private, url)
         return {"url": url, "name": repo_id, "id": repo_id}
 
@@ -169,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
         except HubError as error:
             headers = {"X-Error-Message": str(error), **({"X-Error-Code": error.code} if error.code else {})}
-            self._send(error.status, json.dumps({"error": str(error)}).encode(), headers)
+            self._send(error.status, json.dumps(error.body).encode(), headers)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
@@ -235,6 +235,8 @@ class Handler(BaseHTTPRequestHandler):
             return repository.set_ref(f"refs/heads/{rest[0]}", json.loads(content).get("startingPoint") or "main")
         if what == "tag" and self.command == "POST":
             return repository.set_ref(f"refs/tags/{json.loads(content)['tag']}", rest[0])
+        if what == "super-squash":
+            return repository.squash(rest[0], json.loads(content)["message"])
         if what in ("branch", "tag"):
             return repository.delete_ref(f"refs/{'heads' if what == 'branch' else 'tags'}/{rest[0]}")
         raise HubError(404, f"{what} is not part of the fake Hub")

@@ -66,7 +66,7 @@ def test_read_words_gives_the_embeddings_of_the_likeliest_word(tokenizer):
     tokens = slot_tokens(tokenizer, WORDS, 2)
     keys = torch.eye(len(WORDS)) * 100
     values = torch.eye(len(WORDS))[torch.tensor([[1, 1, 4, 4]])]
-    read = read_words(values, keys, torch.zeros(len(WORDS)), tokens, embeddings)
+    read = read_words(values, keys, torch.zeros(len(WORDS)), tokens, embeddings.__getitem__)
     first, rest = tokens[0, 4, 0], tokens[1, 4]
     torch.testing.assert_close(read[0, 0], embeddings[tokens[0, 1, 0]])
     torch.testing.assert_close(read[0, 2], embeddings[first])
@@ -81,7 +81,7 @@ def test_lexicon_is_saved_and_changes_nothing_on_reload(make_model, tokenizer, e
         connector = model.model.memory_connector
         assert model.config.memory_lexicon_size == len(connector.lexicon_bias) > 4
         values = torch.randn(2, 2, 4, 96)
-        embeddings = model.get_input_embeddings().weight
+        embeddings = model.get_input_embeddings()
         tokens = connector(values, None, embeddings)
         assert tokens.shape == (2, 4 * (2 if fusion == "sequence" else 1), 32)
         model.save_pretrained(tmp_path / fusion)
@@ -102,7 +102,7 @@ def test_lexicon_in_half_precision(make_model, tokenizer, encoder, tmp_path, ful
     connector = model.model.memory_connector
     connector.lexicon_tokens[:, 1:, 0] = 299
     tokens = connector.lexicon_tokens.clone()
-    values, embeddings = torch.randn(2, 2, 4, 96).bfloat16(), model.get_input_embeddings().weight
+    values, embeddings = torch.randn(2, 2, 4, 96).bfloat16(), model.get_input_embeddings()
     expected = connector(values, None, embeddings)
     assert (
         expected.isfinite().all()
@@ -113,7 +113,7 @@ def test_lexicon_in_half_precision(make_model, tokenizer, encoder, tmp_path, ful
         again = type(model).from_pretrained(tmp_path, **settings)
         loaded = again.model.memory_connector
         assert loaded.lexicon_tokens.long().equal(tokens)
-        read = loaded(values, None, again.get_input_embeddings().weight)
+        read = loaded(values, None, again.get_input_embeddings())
         torch.testing.assert_close(read.float(), expected.float(), atol=0.02, rtol=0.02)
         again.to(torch.bfloat16)
         assert loaded.lexicon_tokens.equal(tokens)
