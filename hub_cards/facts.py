@@ -200,12 +200,17 @@ NESTED = {
 }
 
 
-def write_facts(folder: str | os.PathLike, facts: ModelFacts | BankFacts) -> None:
-    """Keeps the facts as `card_facts.json` in the folder of a checkpoint or a bank."""
+def facts_json(facts: ModelFacts | BankFacts) -> str:
+    """The content of `card_facts.json`: what is not in the folder anyway."""
     content = asdict(facts)
     if isinstance(facts, BankFacts):
         del content["config"], content["size_mb"]
-    Path(folder, FACTS_NAME).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_facts(folder: str | os.PathLike, facts: ModelFacts | BankFacts) -> None:
+    """Keeps the facts as `card_facts.json` in the folder of a checkpoint or a bank."""
+    Path(folder, FACTS_NAME).write_text(facts_json(facts), encoding="utf-8")
 
 
 def read_facts(folder: str | os.PathLike) -> ModelFacts | BankFacts:
