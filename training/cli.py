@@ -86,6 +86,7 @@ Push a checkpoint, its memory bank, or both to the Hub, with the cards that thei
   tinyalign push model org/model --bank bank org/bank     # the bank first; the model names it at that commit
   tinyalign push model org/model                          # the model names the bank that its config names
   tinyalign push --bank bank org/bank
+  tinyalign push model org/model --space org/demo         # and a Space to chat with it, at that commit
 
 You must be logged in (hf auth login), or HF_TOKEN be set.
 """
@@ -161,10 +162,12 @@ def main(argv: list[str] | None = None):
         help="push a checkpoint and its memory bank to the Hub",
         description=PUSH_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="tinyalign push [FOLDER REPOSITORY] [--bank FOLDER REPOSITORY] [--private] [--revision BRANCH]",
+        usage="tinyalign push [FOLDER REPOSITORY] [--bank FOLDER REPOSITORY] [--space REPOSITORY] [--private] "
+        "[--revision BRANCH]",
     )
     push.add_argument("model", nargs="*", metavar="FOLDER REPOSITORY", help="the checkpoint with its processor")
     push.add_argument("--bank", nargs=2, metavar=("FOLDER", "REPOSITORY"), help="the memory bank")
+    push.add_argument("--space", metavar="REPOSITORY", help="a demo Space for the checkpoint")
     push.add_argument("--private", action="store_true", default=None, help="new repositories are private")
     push.add_argument("--revision", metavar="BRANCH", help="the branch to push to (default: main)")
     serve = commands.add_parser(
@@ -207,7 +210,9 @@ def main(argv: list[str] | None = None):
         with plain_errors():
             from .push import push as push_to_hub
 
-            push_to_hub(arguments.model or None, arguments.bank, arguments.private, arguments.revision)
+            push_to_hub(
+                arguments.model or None, arguments.bank, arguments.private, arguments.revision, arguments.space
+            )
     elif not names:
         {"train": train, "data": check, "neighbours": neighbours, "bank": calibrate}[arguments.command].print_help()
         sys.exit(0 if {"-h", "--help"} & set(fields) else 2)
