@@ -22,12 +22,18 @@ def connectors_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     return connectors
 
 
-def save_connectors(model: PreTrainedModel, folder: str | os.PathLike):
-    """Writes the connectors, and nothing else of the model, to `connectors.safetensors`."""
+def save_connectors(model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None):
+    """
+    Writes the connectors, and nothing else of the model, to `connectors.safetensors`; of a model that is divided among
+    processes from its gathered `state_dict`.
+    """
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    prefixes = {f"{model.base_model_prefix}.{part}.": f"{part}." for part in connectors_of(model)}
     tensors = {
-        f"{part}.{name}": tensor.detach().cpu().contiguous()
-        for part, module in connectors_of(model).items()
-        for name, tensor in module.state_dict().items()
+        new + name.removeprefix(old): tensor.detach().cpu().contiguous()
+        for name, tensor in state_dict.items()
+        for old, new in prefixes.items()
+        if name.startswith(old)
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder, CONNECTORS_NAME), metadata={"format": "pt"})

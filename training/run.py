@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 import yaml
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
@@ -114,7 +115,13 @@ def save(trainer: Trainer, model: PreTrainedModel, processor: ProcessorMixin):
     """Model and processor to `output_dir`; all processes call it, because each may hold a part of the weights."""
     state_dict = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state_dict = dict(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+        if model.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight", None)
+        generation_config = model.generation_config
+        with torch.device("meta"):  # FSDP changes the class of the model, and with it the code that is saved
+            model = TinyAlignForConditionalGeneration(model.config)
+        model.generation_config = generation_config
     if trainer.is_world_process_zero():
         model.save_pretrained(trainer.args.output_dir, state_dict=state_dict)
         processor.save_pretrained(trainer.args.output_dir)

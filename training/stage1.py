@@ -45,7 +45,7 @@ class Stage1Trainer(SupervisedTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _save(self, output_dir=None, state_dict=None):
-        save_connectors(self.model, output_dir or self.args.output_dir)
+        save_connectors(self.model, output_dir or self.args.output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_connectors(self.model, resume_from_checkpoint)
@@ -84,14 +84,15 @@ def train_stage1(
     model.requires_grad_(False)
     for connector in connectors_of(model).values():
         connector.requires_grad_(True)
-    with bfloat16_language_model(model, enabled=config.bf16):
-        trainer = Stage1Trainer(
-            model,
-            config,
-            data_collator=collator_of(config, model, processor, bank, vision_features),
-            train_dataset=training_rows(model, dataset, bank, vision_features),
-            eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
-        )
+    trainer = Stage1Trainer(
+        model,
+        config,
+        data_collator=collator_of(config, model, processor, bank, vision_features),
+        train_dataset=training_rows(model, dataset, bank, vision_features),
+        eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
+    )
+    divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these have a precision of their own
+    with bfloat16_language_model(model, enabled=config.bf16 and not divided):
         train(trainer, bank)
     trainer.save_model()
     return trainer

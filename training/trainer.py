@@ -226,6 +226,8 @@ def train(trainer: Trainer, bank: MemoryBank | None):
     trainer.add_callback(Clock())
     if trainer.data_collator.dropout is not None:
         trainer.add_callback(TellEpoch(trainer.data_collator.dropout))
+    present = {type(module).__name__ for module in model.modules()}  # FSDP does not start if it misses one
+    model._no_split_modules = [name for name in model._no_split_modules or () if name in present]
     try:
         if checkpoint is None or not _load_finished(trainer, checkpoint):
             trainer.train(resume_from_checkpoint=checkpoint)
