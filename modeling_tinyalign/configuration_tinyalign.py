@@ -29,16 +29,10 @@ LIMITS = {
     "query_alpha": (0, 1),
     "prompt_captions": (0, 2**10),
 }
-# Of a part: layers, and times that a block is repeated.
-MAX_DEPTH = 1024
-# Fields of a part that name code or kernels to be loaded.
-CODE_FIELDS = (
-    "auto_map",
-    "trust_remote_code",
-    "attn_implementation",
-    "_attn_implementation",
-    "experts_implementation",
-)
+# Of the fields of a part, by name: layers and times that a block is repeated, sizes and numbers of things.
+PART_LIMITS = {"layers?$|repeat|depth": (-(2**10), 2**10), "size|num_|dim|heads|channels": (0, 2**24)}
+# Fields that name code or kernels to be loaded: for the user to set, not for a config.json.
+CODE_FIELDS = ("trust_remote_code", "attn_implementation", "_attn_implementation", "experts_implementation")
 
 
 @strict
@@ -184,7 +178,7 @@ class TinyAlignConfig(PreTrainedConfig):
         if "top_k" in kwargs:
             kwargs["memory_top_k"] = kwargs.pop("top_k")
         try:
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict(_without_code(config_dict), **kwargs)
         except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"config.json does not describe a TinyAlign model ({type(error).__name__}: {error}). Save or download "
@@ -215,6 +209,10 @@ def public_name(name_or_path: str) -> str:
     return Path(name_or_path).name if is_path else name_or_path
 
 
+def _without_code(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name not in CODE_FIELDS}
+
+
 def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, name: str) -> PreTrainedConfig:
     """By hand, because transformers 5.17 has no `sub_configs_defaults`.
 
@@ -222,7 +220,8 @@ def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, name: s
     """
     if isinstance(config, PreTrainedConfig):
         return config
-    config = {key: value for key, value in (config or {}).items() if key not in CODE_FIELDS}
+    config = _without_code(config or {})
+    config.pop("auto_map", None)
     model_type = config.pop("model_type", model_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
@@ -233,8 +232,9 @@ def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, name: s
         numbers = [
             number for number in (value if isinstance(value, list) else [value]) if type(number) in (int, float)
         ]
-        if re.search("layers?$|repeat|depth", key) and max(numbers, default=0) > MAX_DEPTH:
-            raise ValueError(f"{name}.{key} is {str(value)[:100]}, expected at most {MAX_DEPTH}.")
+        for pattern, (low, high) in PART_LIMITS.items():
+            if re.search(pattern, key) and not all(low <= number <= high for number in numbers):
+                raise ValueError(f"{name}.{key} is {str(value)[:100]}, expected {low} to {high}.")
     return CONFIG_MAPPING[model_type](**config)
 
 

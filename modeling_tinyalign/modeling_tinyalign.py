@@ -9,8 +9,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
@@ -49,6 +51,19 @@ IMAGE_INPUTS = (
 )
 
 
+# What a broken config.json or broken weights make transformers raise, beside ValueError and OSError.
+BROKEN = (
+    SafetensorError,
+    StrictDataclassError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+)
+
+
 class TinyAlignPreTrainedModel(PreTrainedModel):
     config: TinyAlignConfig
     base_model_prefix = "model"
@@ -80,6 +95,24 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """The wider of the two models' dtypes: a checkpoint is saved as of this dtype, and nothing may be lost."""
         return torch.promote_types(self.base_model.vision_tower.dtype, self.base_model.language_model.dtype)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
+        """
+        As of every model, but weights are read from safetensors only, never from pickles.
+
+        Raises:
+            ValueError: The checkpoint's config or weights are broken, or `use_safetensors=False` is asked for.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors is False, but TinyAlign reads no pickles: save as safetensors first.")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
+        except BROKEN as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no TinyAlign model: its config.json or its weights are "
+                f"broken, or an argument is wrong ({type(error).__name__}: {error})."
+            ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank."""
@@ -137,6 +170,14 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         return commit
 
 
+def _build(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    """A part of the model, of transformers' own code and no other; `ValueError` if it is too large to be described."""
+    try:
+        return AutoModel.from_config(config, trust_remote_code=False)
+    except RuntimeError as error:
+        raise ValueError(f"{name} asks for a model that cannot be: {error}.") from error
+
+
 class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
     """Vision tower, connectors and language model without its head. All fusion happens in `forward`."""
 
@@ -146,7 +187,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         super().__init__(config)
         if "num_attention_heads" not in config.vision_config.to_dict():  # a CNN would refuse "sdpa"
             config.vision_config._attn_implementation = "eager"
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = _build(config.vision_config, "vision_config")
         hidden_size = config.text_config.hidden_size
         self.connector = Connector(
             config.vision_feature_size,
@@ -157,7 +198,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         self._built_top_k = config.memory_top_k
         if config.memory_top_k > 0:
             self.memory_connector = MemoryConnector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = _build(config.text_config, "text_config")
         self.post_init()
 
     def train(self, mode: bool = True):
