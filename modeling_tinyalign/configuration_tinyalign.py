@@ -153,8 +153,8 @@ class TinyAlignConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {value}, expected {low} or more, and at most {high}.")
         if self.memory_top_k and self.prompt_captions:
             raise ValueError(
-                f"memory_top_k is {self.memory_top_k} and prompt_captions {self.prompt_captions}, expected one of them "
-                "to be 0: neighbours are read as latents or as captions."
+                f"memory_top_k is {self.memory_top_k} and prompt_captions {self.prompt_captions}, expected one of "
+                "them to be 0: neighbours are read as latents or as captions."
             )
         if self.vision_feature_size is None:
             width = self.vision_config.to_dict().get("hidden_size")

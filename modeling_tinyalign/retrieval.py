@@ -131,8 +131,8 @@ class RetrievalMixin:
         bank = self.memory_bank
         if bank is None:
             raise ValueError(
-                f"This model uses {self.config.num_neighbours} neighbours an image, but no memory bank is attached and "
-                "no memory_values were given. Call model.attach_memory_bank(folder_or_repository), or pass "
+                f"This model uses {self.config.num_neighbours} neighbours an image, but no memory bank is attached "
+                "and no memory_values were given. Call model.attach_memory_bank(folder_or_repository), or pass "
                 "memory='off' to do without."
             )
         return bank
