@@ -14,6 +14,7 @@ from huggingface_hub import (
     SpaceCardData,
 )
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import UndefinedError
 
 from .facts import FACTS_NAME, BankFacts, ModelFacts, Part, SpaceFacts, System, read_facts, require, write_facts
 from .markdown import TEMPLATES, Markup, literal
@@ -40,13 +41,16 @@ SHORT_DESCRIPTION = 60
 def render_model_card(facts: ModelFacts) -> ModelCard:
     """The card of a checkpoint.
 
-    Raises `ValueError` naming every required fact that is missing or not a number.
+    Raises `ValueError` naming every required fact that is missing or not of its type.
     """
     require(facts)
     for name in filter(None, (facts.curves, facts.example.image)):
         if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise ValueError(f"The card of {facts.repo_id!r} shows {name!r}, expected the name of a file beside it.")
     evaluation = facts.evaluation
+    for metric in sorted({score.metric for system in evaluation.systems for score in system.scores}):
+        if metric not in evaluation.metrics:
+            raise ValueError(f"The card of {facts.repo_id!r} has a score of {metric!r}, evaluation.metrics lacks it.")
     results = [
         EvalResult(
             task_type=TASK,
@@ -221,7 +225,12 @@ def write_space(folder: str | os.PathLike, facts: SpaceFacts) -> SpaceCard:
 
 def _render(template: str, data: ModelCardData | DatasetCardData | SpaceCardData, facts: object, **kwargs) -> str:
     """The metadata, then the template filled in."""
-    body = TEMPLATES.get_template(template).render(facts=facts, link=_link, **kwargs)
+    try:
+        body = TEMPLATES.get_template(template).render(facts=facts, link=_link, **kwargs)
+    except UndefinedError as error:  # in bank_config.json
+        raise ValueError(
+            f"The card of {facts.repo_id!r} lacks what it is made of ({error}): save it again."
+        ) from error
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 

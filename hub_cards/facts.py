@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 FACTS_NAME = "card_facts.json"
 BANK_CONFIG_NAME = "bank_config.json"
@@ -37,7 +38,7 @@ class Stage:
     """One stage of training, its hyperparameters by name."""
 
     name: str
-    hyperparameters: dict[str, Any]
+    hyperparameters: dict[str, str | float | bool]
 
 
 @dataclass(kw_only=True)
@@ -220,18 +221,26 @@ def read_facts(folder: str | os.PathLike) -> ModelFacts | BankFacts:
     Raises `ValueError` naming the file when it is no JSON object, or has a field that no card has.
     """
     folder = Path(folder)
-    path, is_bank = folder / FACTS_NAME, (folder / BANK_CONFIG_NAME).is_file()
-    content = {"repo_id": folder.resolve().name}
-    if path.is_file():
-        try:
-            content.update(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON object ({error}). Correct it, or train or build again.") from error
-    if not is_bank:
+    path, bank_config = folder / FACTS_NAME, folder / BANK_CONFIG_NAME
+    content = {"repo_id": folder.resolve().name, **(_read_object(path) if path.is_file() else {})}
+    if not bank_config.is_file():
         return _from_json(ModelFacts, content, str(path))
-    config = json.loads((folder / BANK_CONFIG_NAME).read_text(encoding="utf-8"))
     size = sum(file.stat().st_size for file in (folder / "data").glob("*.parquet"))
-    return _from_json(BankFacts, {**content, "config": config, "size_mb": size / 1e6}, str(path))
+    return _from_json(BankFacts, {**content, "config": _read_object(bank_config), "size_mb": size / 1e6}, str(path))
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is no JSON object ({error}). Correct it, or delete it and fill it in anew."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} is no JSON object (a {type(content).__name__}). Correct it, or train or build again."
+        )
+    return content
 
 
 def on_hub(
@@ -253,36 +262,36 @@ def on_hub(
 
 
 def require(facts: Facts) -> None:
-    """Raises `ValueError` naming every required fact that is missing, blank, or no number where one should be."""
-    if gaps := list(_gaps(facts, "")):
+    """Raises `ValueError` naming every required fact that is missing, blank, or not of its type."""
+    if gaps := list(_gaps(facts, type(facts), "")):
         raise ValueError(
-            f"The card of {facts.repo_id!r} lacks {', '.join(gaps)}. A card has no blanks: fill these fields of "
-            f"{type(facts).__name__} (in {FACTS_NAME})."
+            f"The card of {facts.repo_id!r} lacks {', '.join(gaps)}: missing, blank, or not of its type. A card has "
+            f"no blanks: fill these fields of {type(facts).__name__} (in {FACTS_NAME})."
         )
 
 
-def _gaps(value: Any, name: str) -> Iterator[str]:
-    """Names of the required facts in `value` without a usable value. A field whose default is None may be None."""
-    if is_dataclass(value):
-        for field in fields(value):
-            content, path = vars(value)[field.name], f"{name}.{field.name}" if name else field.name
-            if content is None and field.default is None:
-                continue
-            wrong_type = (field.type is str and not isinstance(content, str)) or (
-                field.type in (float, float | None)
-                and (isinstance(content, bool) or not isinstance(content, int | float))
-            )
-            yield from [path] if wrong_type else _gaps(content, path)
-    elif isinstance(value, list) and value:
+def _gaps(value: Any, kind: Any, name: str) -> Iterator[str]:
+    """Names of the facts in `value` that are not a `kind` with something in it."""
+    if isinstance(kind, UnionType):
+        fits = value is None if NoneType in get_args(kind) else False
+        gaps = [[] if fits else list(_gaps(value, option, name)) for option in get_args(kind)]
+        yield from min(gaps, key=len)
+    elif kind is Any:
+        return
+    elif is_dataclass(kind) and isinstance(value, kind):
+        for field in fields(kind):
+            yield from _gaps(vars(value)[field.name], field.type, f"{name}.{field.name}" if name else field.name)
+    elif get_origin(kind) is list and isinstance(value, list) and value:
         for number, item in enumerate(value):
-            yield from _gaps(item, f"{name}[{number}]")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            yield name
-    elif isinstance(value, str):
-        if not value.strip() or BLANK in value:
-            yield name
-    elif value is None or value == [] or value == {}:
+            yield from _gaps(item, get_args(kind)[0], f"{name}[{number}]")
+    elif get_origin(kind) is dict and isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _gaps(item, get_args(kind)[1], f"{name}[{key!r}]")
+    elif not (
+        (kind is str and isinstance(value, str) and value.strip() and BLANK not in value)
+        or (kind is float and isinstance(value, int | float) and type(value) is not bool and math.isfinite(value))
+        or (kind is bool and type(value) is bool)
+    ):
         yield name
 
 

@@ -120,9 +120,18 @@ def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None
 
 
 def read_records(folder: str | os.PathLike) -> list[StageRecord]:
-    """Of the stages that a checkpoint has behind it; none if it was not trained with this package."""
+    """
+    Of the stages that a checkpoint has behind it; none if it was not trained with this package.
+
+    Raises `ValueError` naming the file when it is not what [`write_records`] wrote.
+    """
     path = Path(folder, RECORD_NAME)
-    return [StageRecord(**record) for record in json.loads(path.read_text())] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [StageRecord(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no record of training ({error}). Delete it to do without.") from error
 
 
 def plot_curves(path: Path, records: list[StageRecord]) -> None:

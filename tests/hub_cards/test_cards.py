@@ -96,11 +96,24 @@ def test_energy_is_estimated_from_a_given_power_only(model_facts):
         ({"example": Example(prompt="")}, "example.prompt"),
         ({"stages": [Stage(name="Alignment pre-training", hyperparameters={})]}, r"stages\[0\].hyperparameters"),
         ({"license": None, "command": ""}, "license, command"),
+        ({"limits": "none"}, "limits"),
+        ({"limits": ["one", 2]}, r"limits\[1\]"),
+        ({"versions": {"torch": None}}, r"versions\['torch'\]"),
+        ({"language": []}, "language"),
+        ({"evaluation": "good"}, "evaluation"),
+        ({"stages": [Stage(name="One", hyperparameters=["steps"])]}, r"stages\[0\].hyperparameters"),
+        ({"stages": [Stage(name="One", hyperparameters={"steps": None})]}, r"stages\[0\].hyperparameters\['steps'\]"),
     ],
 )
 def test_model_card_with_a_gap_is_refused(model_facts, change, gap):
-    with pytest.raises(ValueError, match=f"'org/tinyalign-emoji' lacks {gap}. .* fill these fields of ModelFacts"):
+    with pytest.raises(ValueError, match=f"'org/tinyalign-emoji' lacks {gap}: missing.* fields of ModelFacts"):
         render_model_card(dataclasses.replace(model_facts, **change))
+
+
+def test_score_of_an_unnamed_metric_is_refused(model_facts):
+    model_facts.evaluation.systems[0].scores[0].metric = "bleu"
+    with pytest.raises(ValueError, match="has a score of 'bleu', evaluation.metrics lacks it"):
+        render_model_card(model_facts)
 
 
 def test_score_that_is_no_number_is_refused(model_facts):
@@ -177,8 +190,11 @@ def test_size_category(bank_facts, num_rows, category):
 
 
 def test_bank_card_with_a_gap_is_refused(bank_facts):
-    with pytest.raises(ValueError, match="'org/bank' lacks license, limits. .* fields of BankFacts"):
+    with pytest.raises(ValueError, match="'org/bank' lacks license, limits: .* fields of BankFacts"):
         render_bank_card(dataclasses.replace(bank_facts, limits=[], license=None))
+    del bank_facts.config["tower"]["image_shape"]
+    with pytest.raises(ValueError, match="'org/bank' lacks what it is made of .*image_shape"):
+        render_bank_card(bank_facts)
     del bank_facts.config["tower"]
     with pytest.raises(ValueError, match=r"'org/bank' lacks config\['tower'\]"):
         render_bank_card(bank_facts)
@@ -234,7 +250,7 @@ def test_a_push_changes_the_names(model_facts, bank_facts):
 
 def test_missing_facts_of_a_folder_are_named(tmp_path, bank_facts):
     (tmp_path / "bank_config.json").write_text(json.dumps(bank_facts.config))
-    with pytest.raises(ValueError, match="lacks summary, license, language, parts, command, limits. .*card_f"):
+    with pytest.raises(ValueError, match="lacks summary, license, language, parts, command, limits: .*card_f"):
         write_card(tmp_path)
     assert not (tmp_path / "README.md").exists()
 
@@ -254,6 +270,12 @@ def test_facts_that_are_none_are_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_facts(tmp_path)
     assert "card_facts.json" in str(error.value)
+
+
+def test_a_bank_config_that_is_none_is_refused(tmp_path):
+    (tmp_path / "bank_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="bank_config.json is no JSON object"):
+        read_facts(tmp_path)
 
 
 def test_a_card_shows_pictures_that_are_there(model_facts, tmp_path):

@@ -20,7 +20,7 @@ from transformers import TrainerState
 from tinyalign_vlm.hub_cards.cards import render_space_card, usage_snippet, write_card, write_space
 from tinyalign_vlm.hub_cards.facts import BankFacts, Part, SpaceFacts, read_facts
 from tinyalign_vlm.training import cli, training_card
-from tinyalign_vlm.training.run_facts import Clock, StageRecord, plot_curves, run_snippet
+from tinyalign_vlm.training.run_facts import Clock, StageRecord, plot_curves, read_records, run_snippet
 
 
 def run_without_package(code: str, folder: Path) -> str:
@@ -112,6 +112,9 @@ def test_facts_that_cannot_be_read_leave_the_model(folder, tmp_path, monkeypatch
     Path("out1/card_facts.json").write_text("[")
     cli.main(["train", "stage2.yaml"])
     assert Path("out2/model.safetensors").is_file() and not Path("out2/README.md").exists()
+    Path("out1/training_record.json").write_text('[{"stage": 1}]')
+    with pytest.raises(ValueError, match="training_record.json is no record of training"):
+        read_records("out1")
 
 
 def test_bank_card_runs_as_printed(folder):
