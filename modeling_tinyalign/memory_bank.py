@@ -293,7 +293,8 @@ class MemoryBank(BankRows):
         """A bank from the rows of a bank, loaded with `datasets` and filtered or concatenated; they are numbered anew.
 
         Args:
-            dataset: a `datasets.Dataset` or, streamed, an `IterableDataset` with a bank's columns.
+            dataset: a `datasets.Dataset` or, streamed, an `IterableDataset` with a bank's columns. Filter the latter
+                after `.decode(False)`: `datasets` would encode its thumbnails anew.
             like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which
                 no rows are downloaded. By default the repository that a `Dataset` was loaded from.
 

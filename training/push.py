@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 from ..hub_cards.cards import render_bank_card, render_model_card
 from ..hub_cards.facts import FACTS_NAME, BankFacts, ModelFacts, facts_json, on_hub, read_facts
@@ -93,10 +93,13 @@ def check_checkpoint(folder: Path):
         content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
         auto_map = content.get("auto_map", {})
         missing += [f"{auto_class} in the auto_map of {name}" for auto_class in classes if auto_class not in auto_map]
-        for module in sorted({value.split(".")[0] for key, value in auto_map.items() if key in classes}):
+        modules = [auto_map[auto_class].split(".")[0] for auto_class in classes if auto_class in auto_map]
+        for module in modules:  # grows
             code = folder / f"{module}.py"
-            needed = [code, *map(Path, get_relative_import_files(code) if code.is_file() else [])]
-            missing += [path.name for path in needed if not path.is_file()]
+            if code.is_file():
+                modules += sorted(set(get_relative_imports(code)) - set(modules))
+            else:
+                missing.append(code.name)
     if missing:
         raise ValueError(
             f"{folder} is no whole checkpoint, it lacks {', '.join(dict.fromkeys(missing))}: save the model and its "

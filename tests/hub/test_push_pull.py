@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hub.machines import RemoteError
+from hub.machines import RemoteError, without_the_package
 
 AUTO_MAP = {
     "AutoConfig": "configuration_tinyalign.TinyAlignConfig",
@@ -12,12 +12,6 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_tinyalign.TinyAlignForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_tinyalign.TinyAlignForConditionalGeneration",
 }
-
-
-def without_the_package():
-    import sys
-
-    sys.modules["tinyalign_vlm"] = None  # importing it fails
 
 
 def with_the_package():
