@@ -233,9 +233,7 @@ def _read_object(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is no JSON object ({error}). Correct it, or delete it and fill it in anew."
-        ) from error
+        raise ValueError(f"{path} is no JSON object ({error}). Correct it, or delete it.") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{path} is no JSON object (a {type(content).__name__}). Correct it, or train or build again."
