@@ -103,7 +103,16 @@ def neighbour_table(
         todo = [part for part in range(-(-len(images) // PART_IMAGES)) if not _part_path(parts, part).is_file()]
         state.wait_for_everyone()  # all know what is to do before one of them starts to do it
         search = NeighbourSearch(
-            bank, model.base_model, processor, images, queries, vision_features, depth, batch_size, num_workers
+            bank,
+            model.base_model,
+            processor,
+            images,
+            queries,
+            vision_features,
+            depth,
+            batch_size,
+            num_workers,
+            PART_IMAGES,
         )
         if state.num_processes > 1 or vision_features is not None or min(num_proc, len(todo)) < 2:
             search.write_parts(todo[state.process_index :: state.num_processes], parts, state.process_index)
@@ -146,6 +155,7 @@ class NeighbourSearch:
     depth: int
     batch_size: int
     num_workers: int
+    part_images: int
 
     def __getstate__(self) -> dict:
         weights = {name: tensor.cpu() for name, tensor in self.model.vision_tower.state_dict().items()}
@@ -162,7 +172,7 @@ class NeighbourSearch:
 
     @torch.no_grad()
     def write_parts(self, todo: Sequence[int], parts: Path, position: int = 0):
-        """Part i holds the images from `i * PART_IMAGES` on. Whoever computes it, its batches are the same."""
+        """Part i holds the images from `i * part_images` on. Whoever computes it, its batches are the same."""
         spans = [self._batches_of(part) for part in todo]
         batches = [batch for batches in spans for batch in batches]
         prepared = iter(DataLoader(PreparedImages(self, batches), batch_size=None, num_workers=self.num_workers))
@@ -176,8 +186,8 @@ class NeighbourSearch:
                 _write(_part_path(parts, part), pa.concat_tables(tables))
 
     def _batches_of(self, part: int) -> list[range]:
-        stop = min((part + 1) * PART_IMAGES, len(self.images))
-        starts = range(part * PART_IMAGES, stop, self.batch_size)
+        stop = min((part + 1) * self.part_images, len(self.images))
+        starts = range(part * self.part_images, stop, self.batch_size)
         return [range(start, min(start + self.batch_size, stop)) for start in starts]
 
     def _search(self, batch: range, source_ids: list[str], pixel_values: torch.Tensor | None) -> pa.Table:

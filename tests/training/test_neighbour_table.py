@@ -86,12 +86,11 @@ def test_questions_count_in_language_space(make_model, make_processor, images, c
         neighbour_table(bank, model, processor, images, 3, queries=["a", "b"], folder=tmp_path)
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_bad_images_are_named(num_proc, bank, model, processor, images, small_parts, tmp_path):
+def test_bad_images_are_named(bank, model, processor, images, small_parts, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     with pytest.raises(ValueError, match="^Image 7: the image cannot be read"):
-        neighbour_table(bank, model, processor, [*images[:7], str(broken)], 3, folder=tmp_path, num_proc=num_proc)
+        neighbour_table(bank, model, processor, [*images[:7], str(broken)], 3, folder=tmp_path)
     with pytest.raises(ValueError, match="There are no images"):
         neighbour_table(bank, model, processor, [], 3, folder=tmp_path)
 
@@ -131,47 +130,37 @@ def script(bank, model, processor, tmp_path, small_parts):
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(script, bank, model, processor, tmp_path):
+    """The last one killed has started two processes, which end with it; the last run has two as well."""
     whole = neighbour_table(bank, model, processor, script.images, 3, folder=tmp_path / "whole", batch_size=2)
     moments, kills = random.Random(0), 0
-    for _ in range(3):
-        process = script("killed", "1")
+    for num_proc in ("1", "1", "2"):
+        process = script("killed", num_proc)
         assert process.stdout.readline() == "ready\n"
+        children = []
+        while num_proc == "2" and len(children) < 2 and process.poll() is None:
+            children = [pid for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == process.pid]
+            children = [pid for pid in children if b"spawn_main" in command_of(pid)]
         time.sleep(moments.uniform(0.0, 0.6))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
+        deadline = time.time() + 60
+        while any(b"spawn_main" in command_of(pid) for pid in children):
+            assert time.time() < deadline
+            time.sleep(0.1)
     assert kills
-    path = neighbour_table(bank, model, processor, script.images, 3, folder=tmp_path / "killed", batch_size=2)
+    path = neighbour_table(
+        bank, model, processor, script.images, 3, folder=tmp_path / "killed", batch_size=2, num_proc=2
+    )
     assert path.name == whole.name and path.read_bytes() == whole.read_bytes()
     assert {entry.suffix for entry in path.parent.iterdir()} == {".parquet", ".lock"}
 
 
-@pytest.mark.parametrize("launched", [False, True])
-def test_several_processes_make_the_same_table(launched, script, bank, model, processor, tmp_path):
+def test_launched_processes_make_the_same_table(script, bank, model, processor, tmp_path):
     whole = neighbour_table(bank, model, processor, script.images, 3, folder=tmp_path / "whole", batch_size=2)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2") if launched else ()
-    assert script("several", "1" if launched else "2", launcher=launcher).wait(120) == 0
-    (path,) = (tmp_path / "several").glob("*.parquet")
-    assert path.name == whole.name
-    several = columns(path)
-    for name, column in columns(whole).items():
-        np.testing.assert_allclose(column, several[name], atol=1e-5) if name == "memory_scores" else None
-        assert name == "memory_scores" or (column == several[name]).all()
-
-
-def test_processes_end_with_the_one_that_started_them(script):
-    process = script("orphans", "2")
-    children = []
-    while len(children) < 2:
-        assert process.poll() is None
-        time.sleep(0.1)
-        children = [pid for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == process.pid]
-        children = [pid for pid in children if b"spawn_main" in command_of(pid)]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.time() + 60
-    while any(b"spawn_main" in command_of(pid) for pid in children):
-        assert time.time() < deadline
-        time.sleep(0.1)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert script("launched", "1", launcher=launcher).wait(200) == 0
+    (path,) = (tmp_path / "launched").glob("*.parquet")
+    assert path.name == whole.name and path.read_bytes() == whole.read_bytes()
 
 
 def parent_of(pid: str) -> int | None:
