@@ -2,7 +2,7 @@
 Every recipe takes ten steps of both stages, with random weights of its models at their real widths.
 
 What is cut so that it runs on two cores: layers to two, the vocabulary to that of the test tokenizer (300), images to
-56 pixels (16 visual tokens), and rows to 2 a step.
+56 pixels (16 visual tokens), and rows to one a step.
 """
 
 import json
@@ -137,8 +137,8 @@ def test_ten_steps_of_both_stages(recipe, models, rows, banks, tmp_path, monkeyp
         "memory_bank": banks(tower, "default" if "clip" in recipe else "full"),
         "dataset": rows,
         "max_steps": 10,
-        "global_batch_size": 2,
-        "per_device_train_batch_size": 2,
+        "global_batch_size": 1,
+        "per_device_train_batch_size": 1,
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
