@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 try:
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageFile, ImageOps
 except ImportError:
-    Image = ImageOps = None
+    Image = ImageFile = ImageOps = None
 
 
 def load_image(image: Image.Image | dict | bytes | str | Path) -> Image.Image:
@@ -41,7 +41,7 @@ def decode_image(image: Image.Image | BytesIO | str | Path, formats: Sequence[st
     must see the same pixels.
 
     Raises:
-        ValueError: it is corrupt, truncated, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: it is corrupt, truncated, or a file of more than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         with warnings.catch_warnings():
@@ -49,7 +49,7 @@ def decode_image(image: Image.Image | BytesIO | str | Path, formats: Sequence[st
             if not isinstance(image, Image.Image):
                 image = Image.open(image, formats=formats)
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-            if limit is not None and pixels > limit:
+            if isinstance(image, ImageFile.ImageFile) and limit is not None and pixels > limit:
                 raise Image.DecompressionBombError(f"{pixels} pixels")
             image.load()
         if pixels == 0 or image.mode in ("F", "LAB"):

@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from .image_fetching import download, fetch
 
@@ -70,7 +70,7 @@ def decode_image(image: Image.Image | BytesIO | str | Path, formats: Sequence[st
     must see the same pixels.
 
     Raises:
-        ValueError: it is corrupt, truncated, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: it is corrupt, truncated, or a file of more than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         with warnings.catch_warnings():
@@ -78,7 +78,7 @@ def decode_image(image: Image.Image | BytesIO | str | Path, formats: Sequence[st
             if not isinstance(image, Image.Image):
                 image = Image.open(image, formats=formats)
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-            if limit is not None and pixels > limit:
+            if isinstance(image, ImageFile.ImageFile) and limit is not None and pixels > limit:
                 raise Image.DecompressionBombError(f"{pixels} pixels")
             image.load()
         if pixels == 0 or image.mode in ("F", "LAB"):

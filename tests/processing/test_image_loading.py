@@ -172,8 +172,7 @@ def test_decompression_bombs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"too large \(1200 pixels\), expected at most 1000 pixels"):
         load(opened)
     assert load(Image.open(files[25])).size == (40, 25)
-    with pytest.raises(ValueError, match="too large"):  # also when it is in memory already
-        load(Image.new("RGB", (40, 30)))
+    assert load(Image.new("RGB", (40, 30))).size == (40, 30)  # it is in memory already (vLLM profiles with such)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert load(Image.open(files[30])).size == (40, 30)
 

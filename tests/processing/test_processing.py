@@ -219,8 +219,6 @@ class TestImages:
         with pytest.raises(ValueError, match="image 0: the image is too large .*2500000000 pixels.*MAX_IMAGE_PIXELS"):
             pixels(processor, bomb)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        with pytest.raises(ValueError, match=r"too large \(1200 pixels\), expected at most 1000 pixels"):
-            pixels(processor, Image.new("RGB", (40, 30)))
         Image.new("RGB", (40, 30)).save(tmp_path / "large.png")
         with pytest.raises(ValueError, match=r"image 0: the image is too large .*1200 pixels.* expected at most 1000"):
             pixels(processor, tmp_path / "large.png")
