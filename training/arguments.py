@@ -160,6 +160,12 @@ class RunArguments:
             self._accumulate_to_global_batch()
 
     def _accumulate_to_global_batch(self):
+        if self.deepspeed is not None:
+            raise ValueError(
+                "Found deepspeed and global_batch_size, expected one of the two: DeepSpeed's file is read before the "
+                "accumulated batches are known. Use accelerate launch --config_file zero2.yaml, or set "
+                "gradient_accumulation_steps."
+            )
         rows = self.train_batch_size * self.world_size
         steps, rest = divmod(self.global_batch_size, rows)
         if rest or steps == 0:

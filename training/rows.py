@@ -171,7 +171,7 @@ class RowReader:
             check_messages(messages)
             source_ids = [self.check_image(image) for image in images]
             if self.processor is not None:
-                encode_chat(self.processor, messages, max_length=self.max_length, truncation=self.truncation)
+                self.check_tokens(messages, len(images))
             result |= {"images": images, "messages": messages}
         except BadRow as error:
             name = "" if row.get("id") is None else f" (id {row['id']})"
@@ -206,6 +206,15 @@ class RowReader:
             "column with chats with messages_column, or the one with labels or captions with answer_column (found "
             f"{self.answer_column!r}), and set prompt, what is asked about every image (found {self.prompt!r})",
         )
+
+    def check_tokens(self, messages: list[dict], num_images: int):
+        processor = self.processor
+        ids, learn = encode_chat(processor, messages, max_length=self.max_length, truncation=self.truncation)
+        if not any(learn):
+            raise BadRow("empty answer", f"the tokenizer makes nothing of what is answered in {str(messages)[:200]}")
+        found = ids.count(processor.image_token_id)
+        if found != num_images * processor.num_image_tokens:
+            raise BadRow("placeholder mismatch", f"the text has the model's own token {processor.image_token!r}")
 
     def check_image(self, image: Any) -> str | None:
         """Decodes the image; its name if that is wanted."""

@@ -28,6 +28,7 @@ from .stage2 import Stage2Config, train_stage2
 from .training_card import write_training_card
 
 logger = logging.get_logger(__name__)
+SHUFFLE_BUFFER = 1000  # streamed rows to draw from, images and all
 CONFIGS = Path(__file__).parent / "configs"
 STAGES = {1: (Stage1Config, train_stage1), 2: (Stage2Config, train_stage2)}
 
@@ -74,6 +75,8 @@ def prepare(config: RunArguments) -> Run:
         config.max_length = context_length(model)
     with PartialState().main_process_first():
         rows = training_data(config, processor, name_images=bank is not None)
+        if config.streaming:
+            rows = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
         rows, features = with_features(config, model, processor, rows)
     if bank is not None:
         top_k = model.config.num_neighbours or neighbours_of_baseline(config)

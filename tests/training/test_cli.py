@@ -102,6 +102,34 @@ def test_the_baseline_is_composed_and_trained(files, monkeypatch):
     assert model.config.memory_top_k == 0 and not list(files.rglob("vision_features-*"))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_rows_are_streamed(stage, files, monkeypatch):
+    """The model looks up their neighbours itself, also of rows that worker processes read."""
+    monkeypatch.chdir(files)
+    fields = ["--streaming", "True", "--model", "model", "--max_steps", "4", "--dataset", "chats.json"]
+    cli.main(["train", f"stage{stage}.yaml", *fields, "--dataloader_num_workers", "2"])
+    (state,) = files.glob(f"out{stage}/checkpoint-4/trainer_state.json")
+    losses = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
+    with pytest.raises(SystemExit, match="max_steps"):
+        cli.main(["train", f"stage{stage}.yaml", *fields, "--max_steps", "-1", "--output_dir", "endless"])
+
+
+def test_padded_images_in_both_stages(files, checkpoints, monkeypatch):
+    monkeypatch.chdir(files)
+    cli.main(["train", "baseline.yaml", "--image_aspect_ratio", "pad"])
+    assert TinyAlignProcessor.from_pretrained(files / "baseline").image_aspect_ratio == "pad"
+    fields = ["--memory_bank", "", "--model_kwargs", '{"memory_top_k": 0}', "--model", "baseline"]
+    cli.main(["train", "stage2.yaml", *fields])
+    assert TinyAlignProcessor.from_pretrained(files / "out2").image_aspect_ratio == "pad"
+    with pytest.raises(SystemExit, match="image_aspect_ratio is 'square', but baseline was trained with 'pad'"):
+        cli.main(["train", "stage2.yaml", *fields, "--image_aspect_ratio", "square"])
+    with pytest.raises(SystemExit, match="is for towers that are preprocessed as CLIP or SigLIP"):
+        cli.main(
+            ["train", "baseline.yaml", "--image_aspect_ratio", "pad", "--vision_model", checkpoints["efficientnet"]]
+        )
+
+
 def test_a_composed_model_reads_the_banks_words(files, checkpoints, dataset, captions, value_encoder, monkeypatch):
     monkeypatch.chdir(files)
     towers = checkpoints["siglip"], checkpoints["llama"]

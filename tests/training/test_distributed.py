@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from huggingface_hub import constants
+from packaging import version
+from safetensors.torch import load_file
 
 from tinyalign_vlm.training import cli
 from tinyalign_vlm.training.stage1 import Stage1Config
@@ -19,8 +23,12 @@ from tinyalign_vlm.training.stage1 import Stage1Config
 ACCELERATE = Path(cli.__file__).parent / "configs" / "accelerate"
 
 
-def launch(*command: str, folder: Path) -> None:
-    environment = {"HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+def launch(*command: str, folder: Path, environment: dict[str, str] | None = None) -> None:
+    environment = (environment or {}) | {
+        "HF_HOME": constants.HF_HOME,
+        "OMP_NUM_THREADS": "1",
+        "PATH": os.environ["PATH"],
+    }
     environment |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=folder, timeout=500
@@ -79,6 +87,43 @@ def test_two_processes_have_the_trajectory_of_one(stage, files, monkeypatch):
     np.testing.assert_allclose(losses(files / "one"), losses(files / "two"), rtol=1e-4)
 
 
+AS_GPUS = """
+import sys
+import accelerate.state
+from accelerate.utils import DistributedType
+made = accelerate.state.PartialState.__init__
+def make(self, *arguments, **settings):
+    made(self, *arguments, **settings)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+accelerate.state.PartialState.__init__ = make
+from tinyalign_vlm.training.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(version.parse(accelerate.__version__) < version.parse("1.7"), reason="FSDP2 came with 1.7")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_model_divided_by_fsdp2_is_saved_whole(stage, files, monkeypatch):
+    """accelerate has FSDP for GPUs alone: it is told that the two gloo processes are some."""
+    monkeypatch.chdir(files)
+    cli.main(["train", f"stage{stage}.yaml", "--output_dir", "one", "--per_device_train_batch_size", "2"])
+    settings = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())["fsdp_config"]
+    (files / "as_gpus.py").write_text(AS_GPUS)
+    launch(
+        *("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "as_gpus.py"),
+        *("train", f"stage{stage}.yaml", "--output_dir", "two", "--per_device_train_batch_size", "2"),
+        folder=files,
+        environment={"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in settings.items()}},
+    )
+    np.testing.assert_allclose(losses(files / "one"), losses(files / "two"), rtol=1e-4)
+    whole, divided = (load_file(files / name / "model.safetensors") for name in ("one", "two"))
+    assert whole.keys() == divided.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(divided[name], tensor, rtol=1e-4, atol=1e-5)
+    assert {path.name for path in (files / "two").glob("*.py")} == {path.name for path in (files / "one").glob("*.py")}
+
+
 def test_a_global_batch_that_does_not_divide_is_refused():
     config = Stage1Config(output_dir="out", global_batch_size=256, per_device_train_batch_size=16, use_cpu=True)
     assert config.gradient_accumulation_steps == 16
@@ -110,6 +155,8 @@ KINDS = {
 def test_accelerate_reads_its_configurations(name):
     path = ACCELERATE / f"{name}.yaml"
     kind, details = KINDS[name]
+    if details.get("fsdp_version") == 2 and version.parse(accelerate.__version__) < version.parse("1.7"):
+        pytest.skip("FSDP2 came with 1.7")
     config = load_config_from_file(str(path))
     assert config.distributed_type == kind and config.use_cpu == (name == "cpu")
     assert details.items() <= {**config.fsdp_config, **config.deepspeed_config}.items()

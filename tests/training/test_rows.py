@@ -150,6 +150,13 @@ def test_every_format_gives_the_same_rows(kind, streaming, folder, processor):
     assert torch.equal(batch["pixel_values"][2, :, 0, 0], blue)
 
 
+def test_several_processes_and_files(folder, processor):
+    for number in range(2):
+        Path(f"{number}.json").write_text(json.dumps(LLAVA))
+    rows, check = check_rows(config("*.json", num_proc=2, max_length=400), processor)
+    assert check.rows == 10 and simple(rows) == EXPECTED * 2
+
+
 def test_a_changed_file_is_read_again(folder):
     name = write(LLAVA, "json")
     assert len(check_rows(config(name))[0]) == 5
