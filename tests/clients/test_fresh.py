@@ -27,6 +27,19 @@ BARE = {"torch", "transformers", "pillow"}
 # What others bring along would hide that we need it.
 NOT_NEEDED = {"tinyalign-vlm", "accelerate", "datasets", "trl", "peft", "evaluate", "pandas", "torchvision", "gguf"}
 
+PUSH = """
+import sys
+from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, TinyAlignProcessor
+
+folder, bank_folder = sys.argv[1:]
+bank = MemoryBank.from_pretrained(bank_folder)
+bank.push_to_hub("org/bank")
+model = TinyAlignForConditionalGeneration.from_pretrained(folder)
+model.attach_memory_bank(bank)
+model.push_to_hub("org/model")
+TinyAlignProcessor.from_pretrained(folder).push_to_hub("org/model")
+"""
+
 
 @pytest.fixture(scope="module")
 def picture(images, tmp_path_factory) -> str:
@@ -92,11 +105,10 @@ def test_a_baseline_without_faiss(make_model, make_processor, picture, images, t
 
 
 def test_from_the_hub(saved, picture, images, tmp_path):
-    """What `tinyalign push` made: the bank comes at the first retrieval, and from the cache when offline."""
+    """The config names the bank, which comes at the first retrieval, and from the cache when offline."""
     with FakeHub() as hub:
-        push = ["push", saved.folder, "org/model", "--bank", saved.bank_folder, "org/bank"]
         subprocess.run(
-            [sys.executable, "-c", "from tinyalign_vlm.training.cli import main; main()", *push],
+            [sys.executable, "-c", PUSH, saved.folder, saved.bank_folder],
             env={**os.environ, **hub.environment(tmp_path / "owner", "hf_owner")},
             check=True,
         )

@@ -1,5 +1,6 @@
 """A Hub that fails or lies: a clear error, and a local cache that stays usable."""
 
+import contextlib
 import hashlib
 
 import pytest
@@ -99,6 +100,8 @@ def test_a_bank_that_fails_to_come(hub, machine, fault, name):
 def test_a_dropped_connection_is_taken_up_again(hub, machine):
     settings = {"keep": 0.5, "times": 1}
     with hub.fault(requests_for(hub, "org/fault-resumed", SHARD, "dataset", settings), **settings) as met:
+        with contextlib.suppress(RemoteError):  # huggingface_hub 1.5 goes on at the next call, later ones at once
+            machine.run(load_bank, "org/fault-resumed")
         machine.run(load_bank, "org/fault-resumed")
     assert met.hits == 1
 

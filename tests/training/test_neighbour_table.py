@@ -143,7 +143,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(script, bank, mode
         time.sleep(moments.uniform(0.0, 0.6))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-        deadline = time.time() + 60
+        deadline = time.time() + 120
         while any(b"spawn_main" in command_of(pid) for pid in children):
             assert time.time() < deadline
             time.sleep(0.1)
