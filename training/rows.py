@@ -57,6 +57,8 @@ def open_rows(config: RunArguments) -> datasets.Dataset | datasets.IterableDatas
         raise ValueError("No data set: set `dataset` in the YAML file, or pass --dataset FILE_OR_REPOSITORY.")
     files = sorted(glob(os.path.join(config.dataset, "*.tar"))) or sorted(glob(config.dataset))
     suffix = Path(files[0]).suffix if files else ""
+    if not files and Path(config.dataset).suffix in (".json", ".jsonl", ".parquet", ".tar"):
+        raise ValueError(f"{config.dataset} does not exist, expected a file, a folder or a dataset repository.")
     try:
         if suffix in (".json", ".jsonl"):
             return _from_generator(_read_json, files, {"json": datasets.Value("string")}, config)
