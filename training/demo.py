@@ -48,6 +48,8 @@ class DemoConfig:
     stage1_steps: int = 120
     stage2_steps: int = 140
     stage2_learning_rate: float = 1e-4  # more than the default 2e-5: these are few steps
+    memory_dropout: float = 0.0
+    memory_scores: bool = False
     batch_size: int = 10
     seed: int = 0
 
@@ -150,7 +152,7 @@ def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tup
 def compose_with_memory(weights: dict[str, Path], config: DemoConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     """TinyAlign: four neighbours of eight latents each, one after the other."""
     memory = {"memory_top_k": TOP_K, "num_latents": NUM_LATENTS, "memory_fusion": "sequence"}
-    return compose(weights, config, **memory)
+    return compose(weights, config, memory_scores=config.memory_scores, **memory)
 
 
 def prepare_value_encoder(path: Path, features: np.ndarray, pairs: Pairs, config: DemoConfig) -> ValueEncoder:
@@ -199,6 +201,12 @@ def chats(labels: list[str], neighbours: list[list[str]] | None = None) -> datas
     return datasets.Dataset.from_dict({"messages": messages})
 
 
+def with_neighbours(rows: datasets.Dataset, found: tuple[np.ndarray, np.ndarray]) -> datasets.Dataset:
+    """The rows with what [`find_neighbours`] found for them."""
+    scores, ids = found
+    return rows.add_column("memory_ids", ids.tolist()).add_column("memory_scores", scores.tolist())
+
+
 def train_system(
     folder: Path,
     model: PreTrainedModel,
@@ -218,6 +226,7 @@ def train_system(
     shared = {
         "global_batch_size": config.batch_size,
         "per_device_train_batch_size": config.batch_size,
+        "memory_dropout": config.memory_dropout,
         "seed": config.seed,
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": False,
@@ -301,14 +310,15 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     features = {name: features["twemoji"][rows] for name, rows in queries.items()}
     shuffled = {name: bank.shuffled(config.seed) for name, bank in banks.items()}
     own = source_ids_of(pairs.twemoji.select(pairs.train)["image"])
-    _, ids = find_neighbours(banks["without"], model, features["train"], TOP_K, own)
-    neighbours = {"train": ids}
+    # of the training drawings twice as many, so that memory dropout has some to put in the place of others
+    neighbours = {"train": find_neighbours(banks["without"], model, features["train"], 2 * TOP_K, own)}
     for name in BANKS:
-        _, neighbours[name] = find_neighbours(banks[name], model, features["heldout"], TOP_K)
-        _, neighbours[f"shuffled_{name}"] = find_neighbours(shuffled[name], model, features["heldout"], TOP_K)
+        neighbours[name] = find_neighbours(banks[name], model, features["heldout"], TOP_K)
+        neighbours[f"shuffled_{name}"] = find_neighbours(shuffled[name], model, features["heldout"], TOP_K)
 
-    def captions(bank: MemoryBank, ids: np.ndarray) -> list[list[str]]:
-        return [[row["caption"] for row in rows] for rows in bank.rows(ids)]
+    def captions(bank: str, queries: str) -> list[list[str]]:
+        _, ids = neighbours[queries]
+        return [[row["caption"] for row in rows] for rows in banks[bank].rows(ids[:, :TOP_K])]
 
     train_labels, heldout_labels = labels[pairs.train].tolist(), labels[pairs.heldout].tolist()
     results: dict[str, dict[str, Evaluation]] = {}
@@ -321,7 +331,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     results["baseline"] = dict.fromkeys(BANKS, result)
 
     model, processor = compose(weights, config, memory_top_k=0)
-    rows = chats(train_labels, captions(banks["without"], neighbours["train"]))
+    rows = chats(train_labels, captions("without", "train"))
     model = train_system(out / "text_rag", model, processor, rows, features["train"], None, config)
     clock("text-only RAG trained")
     results["text_rag"] = {
@@ -329,7 +339,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
             out / f"evaluation/text_rag_{name}.json",
             model,
             processor,
-            chats(heldout_labels, captions(banks[name], neighbours[name])),
+            chats(heldout_labels, captions(name, name)),
             features["heldout"],
         )
         for name in BANKS
@@ -337,7 +347,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
 
     model, processor = compose_with_memory(weights, config)
     model.build_lexicon(processor.tokenizer, banks["without"])
-    rows = chats(train_labels).add_column("memory_ids", neighbours["train"].tolist())
+    rows = with_neighbours(chats(train_labels), neighbours["train"])
     model = train_system(out / "tinyalign", model, processor, rows, features["train"], banks["without"], config)
     clock("TinyAlign trained")
     for system, prefix, kind in (("tinyalign", "", banks), ("random_bank", "shuffled_", shuffled)):
@@ -348,7 +358,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
                 out / f"evaluation/{system}_{name}.json",
                 model,
                 processor,
-                heldout.add_column("memory_ids", neighbours[prefix + name].tolist()),
+                with_neighbours(heldout, neighbours[prefix + name]),
                 features["heldout"],
                 kind[name],
             )
@@ -362,7 +372,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     shown = np.random.default_rng(config.seed).choice(len(pairs.heldout), min(8, len(pairs.heldout)), replace=False)
     example = int(pairs.heldout[shown[0]])
     pairs.twemoji.cast_column("image", datasets.Image())[example]["image"].save(image)
-    nearest = {name: captions(banks[name], neighbours[name]) for name in BANKS}
+    nearest = {name: captions(name, name) for name in BANKS}
     print("A new process without the package loads the checkpoint (10 seconds or so)", flush=True)
     answer = write_demo_cards(
         out,
@@ -383,7 +393,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
         quick=quick,
         results=results,
         nearest=nearest,
-        neighbour_ids=neighbours["with"],
+        neighbour_ids=neighbours["with"][1],
         bank=banks["with"],
         queries=pairs.twemoji.select(pairs.heldout).cast_column("image", datasets.Image()),
         **clock.record,
