@@ -258,7 +258,8 @@ def read_shards(folder: Path, config: dict) -> Iterator[pa.RecordBatch]:
             f"{folder / CONFIG_NAME} declares {config['num_rows']} rows, but the shards hold {count}. "
             "Save or download the bank again."
         )
-    text = [*config["columns"], "source_id", "caption", "thumbnail.bytes", "thumbnail.path"]
+    thumbnails = ["thumbnail.bytes", "thumbnail.path"] if "thumbnail" in schema.names else []
+    text = [*config["columns"], "source_id", "caption", *thumbnails]
     row_bytes = size // count + 4 * sum(schema.field(name).type.list_size for name in ("key", "value"))
     batch_size = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
     for path in paths:

@@ -1,6 +1,7 @@
 """`tinyalign serve`, asked by the `openai` client."""
 
 import json
+import sys
 import threading
 import time
 import urllib.request
@@ -10,7 +11,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from tinyalign_vlm.training import serve
+from tinyalign_vlm.training import cli, serve
 
 from .conftest import answer, data_url, openai_chat
 
@@ -162,3 +163,29 @@ def test_what_is_no_request(server, monkeypatch):
     for path in paths:  # what else `transformers serve` answers
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(urllib.request.Request(server.url + path, b"{}"))
+
+
+def test_without_a_bank(saved, images):
+    """What is missing is said before the server starts; `--memory off` does without, with the same checkpoint."""
+    with pytest.raises(ValueError, match="retrieves 2 neighbours an image, but its config names no memory bank: pass"):
+        serve.load(saved.folder, "main", None, "on", "cpu")
+    server = Server(serve.build_app(NAME, *serve.load(saved.folder, "main", None, "off", "cpu")))
+    assert server.chat(data_url(images[0])).choices[0].message.content == answer(saved, images[0], memory="off")
+    server.stop()
+
+
+def test_the_command_line(saved, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="tinyalign: .*its config names no memory bank"):
+        cli.main(["serve", saved.folder, "--device", "cpu"])
+    with pytest.raises(SystemExit, match="tinyalign: .*no file named model.safetensors"):
+        cli.main(["serve", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", saved.folder, "--prot", "80"])
+    assert "unknown arguments: --prot 80" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["serve", "--help"])
+    assert "20 seconds, 32 MiB" in capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "tinyalign_vlm.training.serve")
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"tinyalign: .*pip install tinyalign-vlm\[serve\]"):
+        cli.main(["serve", saved.folder])
