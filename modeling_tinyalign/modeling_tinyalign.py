@@ -4,7 +4,7 @@ import os
 import tempfile
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,20 @@ from .outputs import (
 from .plain_cards import model_card
 from .retrieval import RetrievalMixin
 from .vision_features import pool_grid, read_vision_tower
+
+# When a download of this code is cut off, transformers' next try completes only what the file it was asked for names.
+if TYPE_CHECKING:
+    from .bank_builder import evaluating  # noqa: F401
+    from .bank_config import integer  # noqa: F401
+    from .bank_folders import replace_folder  # noqa: F401
+    from .bank_images import load_image  # noqa: F401
+    from .bank_index import KeyIndex  # noqa: F401
+    from .bank_rows import BankRows  # noqa: F401
+    from .bank_storage import row_schema  # noqa: F401
+    from .key_encoder import KeyEncoder  # noqa: F401
+    from .lexicon import lexicon_words  # noqa: F401
+    from .saved_bank import SavedBank  # noqa: F401
+    from .value_encoder import ValueEncoder  # noqa: F401
 
 logger = logging.get_logger(__name__)
 

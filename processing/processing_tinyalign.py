@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
@@ -14,6 +14,10 @@ from .chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from .image_checks import check_output, check_sizes
 from .image_loading import load_image
 from .image_padding import padding_to_square
+
+# When a download of this code is cut off, transformers' next try completes only what the file it was asked for names.
+if TYPE_CHECKING:
+    from .image_fetching import fetch  # noqa: F401
 
 MAX_IMAGE_TOKENS = 2**20
 # What broken settings make transformers raise, beside ValueError and OSError.

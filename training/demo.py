@@ -45,8 +45,8 @@ class DemoConfig:
 
     concepts: int | None = None
     value_encoder_steps: int = 1500
-    stage1_steps: int = 120
-    stage2_steps: int = 140
+    stage1_steps: int = 100
+    stage2_steps: int = 120
     stage2_learning_rate: float = 1e-4  # more than the default 2e-5: these are few steps
     memory_dropout: float = 0.0
     memory_scores: bool = False

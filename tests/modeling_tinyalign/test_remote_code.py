@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 
@@ -84,3 +86,14 @@ def test_the_installed_package_wins(make_model, make_processor, tmp_path):
         assert type(loaded) is TinyAlignForConditionalGeneration
         assert type(AutoProcessor.from_pretrained(tmp_path, trust_remote_code=trust)) is TinyAlignProcessor
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("entry", ["configuration_tinyalign", "modeling_tinyalign", "processing_tinyalign"])
+def test_an_entry_names_every_module_it_needs(make_model, make_processor, tmp_path, entry):
+    """Otherwise a download of the code that is cut off could not be completed by a second try."""
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    make_processor(model).save_pretrained(tmp_path)
+    path = str(tmp_path / f"{entry}.py")
+    needed = {os.path.basename(file).removesuffix(".py") for file in get_relative_import_files(path)}
+    assert set(get_relative_imports(path)) == needed
