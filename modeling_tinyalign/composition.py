@@ -1,10 +1,11 @@
 """Composing a TinyAlign model from a vision checkpoint and a language-model checkpoint."""
 
+import os
 from dataclasses import fields
 from difflib import get_close_matches
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_tinyalign import TinyAlignConfig
@@ -14,7 +15,8 @@ from .vision_features import pool_grid, read_vision_tower
 logger = logging.get_logger(__name__)
 
 # What AutoConfig and AutoTokenizer need to find the same checkpoint as the model.
-HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "gguf_file")
+DOWNLOAD_KWARGS = ("token", "cache_dir", "local_files_only")
+HUB_KWARGS = (*DOWNLOAD_KWARGS, "revision", "subfolder", "trust_remote_code", "gguf_file")
 
 
 def compose(
@@ -39,6 +41,8 @@ def compose(
             "text_config": language_model.config,
             "image_token_id": image_token_id,
             "lm_head_bias": lm_head.bias is not None,
+            **_origin("vision_model", vision_name_or_path, vision_tower.config, vision_kwargs or {}),
+            **_origin("language_model", text_name_or_path, language_model.config, text_kwargs or {}),
             **_measure(vision_tower, config_kwargs),
             **config_kwargs,
         }
@@ -81,8 +85,8 @@ def _load_vision_tower(name_or_path: str, kwargs: dict) -> tuple[PreTrainedModel
     """The tower, and what of it was missing in the checkpoint."""
     config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
     if "vision_config" in config.sub_configs:  # a dual tower
-        config = config.vision_config
-        config._name_or_path = name_or_path
+        commit, config = vars(config).get("_commit_hash"), config.vision_config
+        config._name_or_path, config._commit_hash = name_or_path, commit
     model, info = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
     return model, _missing(name_or_path, info)
 
@@ -96,12 +100,7 @@ def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> t
     report = _missing(name_or_path, info)
     rows = model.get_input_embeddings().num_embeddings
     if image_token_id >= rows:
-        model.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
-        lm_head = model.get_output_embeddings()
-        with torch.no_grad():
-            for weight in (model.get_input_embeddings().weight, lm_head.weight, lm_head.bias):
-                if weight is not None:
-                    weight[rows:] = weight[:rows].mean(0)
+        _add_rows(model, image_token_id + 1)
         report = f", embedding row {rows} for {image_token} (mean of the others){report}"
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -112,6 +111,87 @@ def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> t
         if end_of_turn not in ends:
             model.generation_config.eos_token_id = [*ends, end_of_turn]
     return model, image_token_id, report
+
+
+def _add_rows(model: PreTrainedModel, rows: int):
+    """To embedding and head; the new ones are the mean of the others."""
+    before = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    lm_head = model.get_output_embeddings()
+    with torch.no_grad():
+        for weight in (model.get_input_embeddings().weight, lm_head.weight, lm_head.bias):
+            if weight is not None:
+                weight[before:] = weight[:before].mean(0)
+
+
+def _origin(name: str, name_or_path: str, config: PreTrainedConfig, kwargs: dict) -> dict:
+    """The fields of [`TinyAlignConfig`] that say where a part is from; none for one that its name does not find."""
+    if {"gguf_file", "subfolder"} & kwargs.keys():
+        return {}
+    if os.path.isdir(name_or_path):
+        return {name: os.path.abspath(name_or_path)}
+    return {name: str(name_or_path), f"{name}_revision": vars(config).get("_commit_hash") or kwargs.get("revision")}
+
+
+def unless_local(name_or_path: str | None) -> str | None:
+    """None for a path of this machine."""
+    return None if name_or_path is None or os.path.exists(name_or_path) else name_or_path
+
+
+def check_origins(config: TinyAlignConfig):
+    """Raises `ValueError` unless the checkpoints are known that vision tower and language model are from."""
+    unknown = [name for name in ("vision_model", "language_model") if vars(config)[name] is None]
+    if unknown:
+        raise ValueError(
+            f"config.{' and config.'.join(unknown)}: None, expected the checkpoint that vision tower or language "
+            "model is from. The connectors can't be saved alone when these were trained, or are not known (a complete "
+            "checkpoint does not keep the paths of a machine): save all of the model, or compose it of Hub models."
+        )
+
+
+def load_models(model: PreTrainedModel, kwargs: dict):
+    """
+    Gives a model, whose connectors were loaded alone, the vision tower and language model that its config names.
+
+    Args:
+        kwargs: Of `from_pretrained`; what is for downloads is used.
+
+    Raises:
+        ValueError: The config does not name them, they do not fit the connectors, or they would be quantized.
+        OSError: One of them cannot be had.
+    """
+    config = model.config
+    check_origins(config)
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            "Found quantization_config and a checkpoint of connectors alone: load it without, save_pretrained it, and "
+            "load that with quantization_config."
+        )
+    hub = {key: kwargs[key] for key in DOWNLOAD_KWARGS if key in kwargs}
+    try:
+        tower, _ = _load_vision_tower(config.vision_model, {"revision": config.vision_model_revision or "main", **hub})
+        text = AutoModelForCausalLM.from_pretrained(
+            config.language_model, revision=config.language_model_revision or "main", **hub
+        )
+    except OSError as error:
+        raise OSError(
+            f"This checkpoint holds connectors alone, and of {config.vision_model} (revision "
+            f"{config.vision_model_revision}) and {config.language_model} (revision "
+            f"{config.language_model_revision}), which they belong to, one cannot be loaded: {error}"
+        ) from error
+    if config.image_token_id >= text.get_input_embeddings().num_embeddings:
+        _add_rows(text, config.image_token_id + 1)
+    base = model.base_model
+    try:
+        base.vision_tower.load_state_dict(tower.state_dict())
+        base.language_model.load_state_dict(text.base_model.state_dict())
+        if model.get_output_embeddings() is not None:
+            model.get_output_embeddings().load_state_dict(text.get_output_embeddings().state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"{config.vision_model} or {config.language_model} is not what the connectors were trained with: {error}"
+        ) from error
+    config.connectors_only = False
 
 
 def _missing(name_or_path: str, info: dict) -> str:
@@ -128,11 +208,12 @@ def _measure(vision_tower: PreTrainedModel, config: dict) -> dict:
             "TinyAlignConfig with image_seq_length and vision_feature_size yourself."
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    features, _ = read_vision_tower(
-        vision_tower,
-        torch.zeros(1, vision_tower.config.num_channels, height, width),
-        config.get("vision_feature_layer", TinyAlignConfig.vision_feature_layer),
-        config.get("vision_feature_select_strategy", TinyAlignConfig.vision_feature_select_strategy),
-    )
+    with torch.no_grad():
+        features, _ = read_vision_tower(
+            vision_tower,
+            torch.zeros(1, vision_tower.config.num_channels, height, width),
+            config.get("vision_feature_layer", TinyAlignConfig.vision_feature_layer),
+            config.get("vision_feature_select_strategy", TinyAlignConfig.vision_feature_select_strategy),
+        )
     pooled = pool_grid(features, config.get("vision_pool_size"))
     return {"image_seq_length": pooled.shape[1], "vision_feature_size": features.shape[2]}

@@ -98,6 +98,10 @@ class TinyAlignConfig(PreTrainedConfig):
         Whether the memory connector is told the similarity of each neighbour.
     prompt_captions (`int`, *optional*, defaults to 0):
         Neighbours whose captions are written into the prompt. More than 0, with `memory_top_k=0`, is text-only RAG.
+    vision_model, vision_model_revision, language_model, language_model_revision (`str`, *optional*):
+        The checkpoints that a model was composed of, at their commits, as long as they are not trained any further.
+    connectors_only (`bool`, *optional*, defaults to `False`):
+        Set in a checkpoint without the weights of these.
     memory_bank, memory_bank_revision (`str`, *optional*):
         Hub repository and revision of the bank, loaded at the first retrieval.
     """
@@ -129,6 +133,11 @@ class TinyAlignConfig(PreTrainedConfig):
     retrieval_threshold: float | None = None
     memory_scores: bool = False
     prompt_captions: int = 0
+    vision_model: str | None = None
+    vision_model_revision: str | None = None
+    language_model: str | None = None
+    language_model_revision: str | None = None
+    connectors_only: bool = False
     memory_bank: str | None = None
     memory_bank_revision: str | None = None
     tie_word_embeddings: bool = False

@@ -1,6 +1,7 @@
 """TinyAlign model: a frozen vision tower and a language model, with retrieved memory beside the visual tokens."""
 
 import os
+import re
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_tracing, logging
 from transformers.utils.generic import can_return_tuple
 
-from .composition import compose
+from .composition import check_origins, compose, load_models, unless_local
 from .configuration_tinyalign import TinyAlignConfig
 from .connectors import Connector, MemoryConnector
 from .hub_files import WEIGHTS, push_files
@@ -65,6 +66,8 @@ IMAGE_INPUTS = (
 )
 
 
+CONNECTORS = r"^(model\.)?(memory_)?connector\."
+
 # What a broken config.json or broken weights make transformers raise, beside ValueError and OSError.
 BROKEN = (
     SafetensorError,
@@ -94,6 +97,11 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: TinyAlignConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.connectors_only:  # from_pretrained gets them from elsewhere
+            self._keys_to_ignore_on_load_missing = {"vision_tower", "language_model", "lm_head"}
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -113,23 +121,53 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
         """
-        As of every model, but weights are read from safetensors only, never from pickles.
+        As of every model, but weights are read from safetensors only, never from pickles. Where there are connectors
+        alone, vision tower and language model are loaded from the checkpoints that the config names.
 
         Raises:
-            ValueError: The checkpoint's config or weights are broken, or `use_safetensors=False` is asked for.
+            ValueError: The checkpoint's config or weights are broken, or `use_safetensors=False` is asked for; or its
+                connectors are of other models.
+            OSError: A model that the config names cannot be had.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors is False, but TinyAlign reads no pickles: save as safetensors first.")
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
+            loaded = super().from_pretrained(
+                pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True}
+            )
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if model.config.connectors_only:
+                load_models(model, kwargs)
+            return loaded
         except BROKEN as error:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds no TinyAlign model: its config.json or its weights are "
                 f"broken, or an argument is wrong ({type(error).__name__}: {error})."
             ) from error
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """Saves weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        connectors_only: bool = False,
+        state_dict: dict | None = None,
+        **kwargs,
+    ):
+        """
+        Saves weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank.
+
+        Args:
+            connectors_only: Save no weights but the connectors'. `from_pretrained` takes vision tower and language
+                model from the checkpoints, at the commits, that the model was composed of.
+
+        Raises:
+            ValueError: `connectors_only`, but vision tower or language model were trained, or their checkpoints are
+                not known.
+        """
+        if connectors_only:
+            check_origins(self.config)
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in state_dict.items() if re.search(CONNECTORS, name)}
         self.config.auto_map = {
             "AutoConfig": "configuration_tinyalign.TinyAlignConfig",
             "AutoModel": "modeling_tinyalign.TinyAlignModel",
@@ -146,10 +184,16 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
                 "set config.memory_bank to its repository, or attach it again after loading."
             )
             self.config.memory_bank = self.config.memory_bank_revision = None
+        vision_model, language_model = self.config.vision_model, self.config.language_model
+        if not connectors_only:
+            self.config.vision_model, self.config.language_model = map(unless_local, (vision_model, language_model))
+        self.config.connectors_only = connectors_only
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             self.config.memory_bank, self.config.memory_bank_revision = memory_bank, revision
+            self.config.vision_model, self.config.language_model = vision_model, language_model
+            self.config.connectors_only = False
 
     def push_to_hub(
         self,
@@ -209,6 +253,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
             hidden_size,
             config.projector_hidden_act,
         )
+        self.trains_vision_tower = False  # set by training, which then says which of its parameters do
         self._built_top_k = config.memory_top_k
         if config.memory_top_k > 0:
             self.memory_connector = MemoryConnector(config)
@@ -216,19 +261,25 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True):
-        """The vision tower stays frozen, in evaluation mode: dropout and batch statistics would move the keys."""
+        """
+        The vision tower stays frozen, unless `trains_vision_tower`, and always in evaluation mode: dropout and batch
+        statistics would move the keys.
+        """
         super().train(mode)
-        self.vision_tower.requires_grad_(False).eval()
+        self.vision_tower.eval()
+        if not self.trains_vision_tower:
+            self.vision_tower.requires_grad_(False)
         return self
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images `(n, 3, H, W)` -> frozen visual features `(n, T, C)`, which keys, value encoder and caches use."""
+        """Images `(n, 3, H, W)` -> visual features `(n, T, C)`, which keys, value encoder and caches use."""
         return self._read_vision_tower(pixel_values)[0]
 
     def _read_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
         config = self.config
         layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-        return read_vision_tower(self.vision_tower, pixel_values, layer, strategy, **kwargs)
+        with torch.set_grad_enabled(self.trains_vision_tower and torch.is_grad_enabled()):
+            return read_vision_tower(self.vision_tower, pixel_values, layer, strategy, **kwargs)
 
     @can_return_tuple
     def get_image_features(

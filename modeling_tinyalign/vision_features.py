@@ -9,10 +9,9 @@ from transformers.modeling_outputs import ModelOutput
 def read_vision_tower(
     vision_tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int | list[int], strategy: str, **kwargs
 ) -> tuple[torch.Tensor, ModelOutput]:
-    """Visual features `(n, T, C)` of images `(n, 3, H, W)`, and all that the tower put out; without gradients."""
-    with torch.no_grad():
-        pixel_values = pixel_values.to(vision_tower.device, vision_tower.dtype)
-        outputs = vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
+    """Visual features `(n, T, C)` of images `(n, 3, H, W)`, and all that the tower put out."""
+    pixel_values = pixel_values.to(vision_tower.device, vision_tower.dtype)
+    outputs = vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
     if outputs.last_hidden_state.ndim == 4:  # a convolutional tower: (n, C, H, W)
         return outputs.last_hidden_state.flatten(2).transpose(1, 2), outputs
     layers = [layer] if isinstance(layer, int) else layer

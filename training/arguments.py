@@ -4,18 +4,20 @@ import json
 from dataclasses import dataclass, field
 
 import torch
+from transformers.utils import logging
 
 from .precision import bfloat16_is_fast
+from .tuning_arguments import TuningArguments
 
+logger = logging.get_logger(__name__)
 BASELINES = ("wider_connector", "static_rag", "text_rag")
 
 
 @dataclass
-class RunArguments:
-    """
+class RunArguments(TuningArguments):
+    __doc__ = f"""
     Settings that both stages add to those of their trainer.
-
-    Parameters:
+    {TuningArguments.__doc__}
         > What `tinyalign train` reads and writes
 
         stage (`int`, *optional*): 1 or 2, the stage a YAML file is for.
@@ -56,11 +58,10 @@ class RunArguments:
         num_proc (`int`, *optional*): Processes that read and check the rows, and look up their neighbours.
         cache_features (`bool`, *optional*, defaults to `True`): The frozen visual features are computed once.
 
-        > Batch and learning rates
+        > Batch
 
         global_batch_size (`int`, *optional*): Rows of an optimizer step, whatever the number of processes:
             `gradient_accumulation_steps` follows from it. Defaults to what the other settings give.
-        connector_lr, memory_connector_lr (`float`, *optional*): Default to `learning_rate`.
     """
 
     stage: int | None = field(default=None, metadata={"help": "1 or 2: the stage a YAML file is for."})
@@ -134,12 +135,6 @@ class RunArguments:
         default=None,
         metadata={"help": "Rows of an optimizer step in all processes; sets gradient_accumulation_steps."},
     )
-    connector_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the connector, instead of learning_rate."}
-    )
-    memory_connector_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the memory connector, instead of learning_rate."}
-    )
 
     def __post_init__(self):
         if isinstance(self.model_kwargs, str):
@@ -148,7 +143,10 @@ class RunArguments:
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bfloat16_is_fast(self.use_cpu)
+        self.logging_nan_inf_filter = False  # it waits for the device at every batch; LossCheck does once a step
         super().__post_init__()
+        if self.tune_vision_tower != "frozen":
+            self._check_trained_vision_tower()
         if self.streaming and (self.memory_dropout or self.baseline in ("static_rag", "text_rag")):
             raise ValueError(
                 f"memory_dropout is {self.memory_dropout} and baseline {self.baseline!r}: they need neighbours "
@@ -158,6 +156,17 @@ class RunArguments:
             self.accelerator_config.dispatch_batches = False
         if self.global_batch_size is not None:
             self._accumulate_to_global_batch()
+
+    def _check_trained_vision_tower(self):
+        if self.streaming and self.memory_bank is not None:
+            raise ValueError(
+                f"tune_vision_tower is {self.tune_vision_tower!r} and streaming true: neighbours of streamed rows are "
+                "looked up in every step, with keys of a vision tower that is no longer that of the bank. Set "
+                "streaming: false, and they are looked up beforehand."
+            )
+        if self.cache_features:
+            logger.warning_once("The vision tower trains: cache_features is off, its features change.")
+            self.cache_features = False
 
     def _accumulate_to_global_batch(self):
         if self.deepspeed is not None:

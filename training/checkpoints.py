@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from .tuning_arguments import part_of
+
 CONNECTORS_NAME = "connectors.safetensors"
+TRAINED_NAME = "trained.safetensors"
 RUN_NAME = "run.json"
 
 
@@ -55,6 +58,27 @@ def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
         model.base_model.memory_connector.set_lexicon(None, None, None)
         model.config.memory_lexicon_size = 0
     nn.ModuleDict(connectors_of(model)).load_state_dict(tensors)
+
+
+def save_trained(model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None):
+    """Writes the connectors as [`save_connectors`], and all else that trains, if it does, to `trained.safetensors`."""
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    save_connectors(model, folder, state_dict)
+    others = {
+        name: state_dict[name].detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "connector" not in part_of(name)
+    }
+    if others:
+        save_file(others, Path(folder, TRAINED_NAME), metadata={"format": "pt"})
+
+
+def load_trained(model: PreTrainedModel, folder: str | os.PathLike):
+    """Reads what [`save_trained`] wrote; raises `RuntimeError` as [`load_connectors`]."""
+    load_connectors(model, folder)
+    path = Path(folder, TRAINED_NAME)
+    if path.is_file():
+        model.load_state_dict(load_file(path), strict=False)
 
 
 def last_checkpoint(output_dir: str | os.PathLike, settings: dict, write: bool = True) -> str | None:

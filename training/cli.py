@@ -34,6 +34,16 @@ A file, complete:
   global_batch_size: 256                                  # whatever the number of processes
   output_dir: out/stage1
 
+What trains, beside the defaults (connectors; in stage 2 the language model, too):
+
+  --tune_language_model lora                              # or frozen, full, qlora (4 bits, CUDA); merged at the end
+  --tune_vision_tower "from layer 20"                     # or frozen, full
+  --tune_connector frozen --tune_memory_connector full
+  --language_model_lr 2e-5 --connector_lr 1e-4            # a learning rate of its own for each part
+  --save_only connectors                                  # a small checkpoint; the models come from theirs
+
+A table of what trains is printed before the first step. A loss that is NaN stops with its rows named.
+
 output_dir gets the model and its processor, ready for from_pretrained and for stage 2. Files that are not here are
 looked for in CONFIGS: RECIPES.
 """

@@ -15,6 +15,7 @@ from ..modeling_tinyalign.bank_images import load_image
 from ..modeling_tinyalign.bank_rows import BankRows
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from ..processing.chat_templates import add_captions
+from .loss_check import name_row
 from .memory_dropout import MemoryDropout
 
 
@@ -147,7 +148,7 @@ class TrainingCollator:
     The batch has `input_ids`, `attention_mask`, `labels` (what the assistant says and its end, -100 elsewhere), all
     padded on the right, and of its n images, those of the first row first, `pixel_values (n, 3, H, W)` or
     `vision_features (n, T, C)`, and `memory_ids (n, k)` with `memory_values (n, k, L, D)` and `memory_scores (n, k)`,
-    or `exclude_ids`.
+    or `exclude_ids`. Of rows with their number `row` (and `id`) it has `rows`, their names for messages.
 
     Args:
         bank: Its rows are read, from memory-mapped files; its encoders do not go to worker processes.
@@ -201,6 +202,8 @@ class TrainingCollator:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
             "labels": pad_sequence(labels, True, -100),
         }
+        if "row" in rows[0]:
+            batch["rows"] = [name_row(row, images_of(row)) for row in rows]
         return {**batch, **self.image_inputs(rows, counts)}
 
     def image_inputs(self, rows: list[dict[str, Any]], counts: list[int]) -> dict[str, torch.Tensor]:

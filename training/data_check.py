@@ -68,7 +68,7 @@ def check_rows(config: RunArguments, processor: ProcessorMixin | None = None) ->
     )
     found = {number: problem for number, problem in enumerate(checked["problem"]) if problem is not None}
     kinds = {number: kind for number, kind in enumerate(checked["kind"]) if kind is not None}
-    rows = checked.remove_columns(["kind", "problem"])
+    rows = checked.remove_columns(["kind", "problem"]).add_column("row", list(range(len(checked))))
     if column is not None:
         name = "images" if isinstance(raw.features[column], datasets.List) else "image"
         images = raw.select_columns([column])
@@ -147,12 +147,21 @@ def _without_images(reader: RowReader, row: dict) -> dict:
 
 def _stream(config: RunArguments, reader: RowReader) -> datasets.IterableDataset:
     raw = open_rows(config)
-    features = {**FEATURES, "images": datasets.List(STORED_IMAGE)}
+    features = {**FEATURES, "images": datasets.List(STORED_IMAGE), "row": datasets.Value("int64")}
     if reader.name_images:
         features["source_ids"] = datasets.List(datasets.Value("string"))
-    rows = raw.map(reader, remove_columns=list(raw.features), features=datasets.Features(features))
+    rows = raw.map(
+        partial(_numbered, reader),
+        with_indices=True,
+        remove_columns=list(raw.features),
+        features=datasets.Features(features),
+    )
     rows = rows.filter(partial(_keep, config.dataset, config.strict), with_indices=True)
     return rows.remove_columns(["kind", "problem"])
+
+
+def _numbered(reader: RowReader, row: dict, number: int) -> dict:
+    return {**reader(row), "row": number}
 
 
 def _keep(dataset: str, strict: bool, row: dict, number: int) -> bool:

@@ -16,17 +16,18 @@ def bfloat16_is_fast(use_cpu: bool) -> bool:
 
 
 @contextlib.contextmanager
-def bfloat16_language_model(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
+def bfloat16_language_model(model: PreTrainedModel, enabled: bool = True, frozen_only: bool = False) -> Iterator[None]:
     """
-    The language model's weights in bfloat16; afterwards they are what they were, bit for bit. For training the
-    connectors, and for answering: nothing in there may train the language model itself.
+    The language model's weights in bfloat16; afterwards they are what they were, bit for bit. For answering, and
+    (`frozen_only`) for training: what trains stays as it is. So does what is quantized.
     """
     kept = {}
     if enabled:
         for module in (model.base_model.language_model, model.get_output_embeddings()):
             for parameter in module.parameters():
-                kept.setdefault(parameter, parameter.data)
-                parameter.data = parameter.data.bfloat16()
+                if parameter.is_floating_point() and not (frozen_only and parameter.requires_grad):
+                    kept.setdefault(parameter, parameter.data)
+                    parameter.data = parameter.data.bfloat16()
     try:
         yield
     finally:

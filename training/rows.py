@@ -40,6 +40,7 @@ FEATURES = datasets.Features(
                 "train": datasets.Value("bool"),  # False: an answer that belongs to the question
             }
         ),
+        "id": datasets.Value("string"),
         "kind": datasets.Value("string"),
         "problem": datasets.Value("string"),
     }
@@ -155,7 +156,7 @@ class RowReader:
     name_images: bool = False
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        result = {"images": [], "messages": [], "kind": None, "problem": None}
+        result = {"images": [], "messages": [], "id": None, "kind": None, "problem": None}
         source_ids = []
         try:
             fields = row.get("json")  # of a file of ours, or of a WebDataset as `datasets` reads it
@@ -164,6 +165,7 @@ class RowReader:
                     **(_parse(fields) if isinstance(fields, str) else fields),
                     **{n: v for n, v in row.items() if v},
                 }
+            result["id"] = None if row.get("id") is None else str(row["id"])
             images = [
                 os.path.join(self.folder, image) if isinstance(image, str) else image for image in self.images(row)
             ]

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from ..modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration
+from ..modeling_tinyalign.composition import check_origins
 from ..processing import TinyAlignProcessor
 from .arguments import RunArguments
 from .baselines import model_fields, neighbours_of_baseline, widen_connector, with_static_captions
@@ -69,6 +70,8 @@ def prepare(config: RunArguments) -> Run:
     set_seed(config.seed)
     bank = read_bank(config)
     model, processor = load_model(config, bank)
+    if config.save_only is not None:
+        check_origins(model.config)
     model.to(config.device)
     bank = attach_bank(config, model, processor, bank)
     if config.max_length is None:
@@ -126,7 +129,8 @@ def save(trainer: Trainer, model: PreTrainedModel, processor: ProcessorMixin):
             model = TinyAlignForConditionalGeneration(model.config)
         model.generation_config = generation_config
     if trainer.is_world_process_zero():
-        model.save_pretrained(trainer.args.output_dir, state_dict=state_dict)
+        alone = trainer.args.save_only == "connectors"
+        model.save_pretrained(trainer.args.output_dir, connectors_only=alone, state_dict=state_dict)
         processor.save_pretrained(trainer.args.output_dir)
 
 

@@ -79,18 +79,18 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
     """What `trainer`, whose training has ended, says of it."""
     args, state, config = trainer.args, trainer.state, trainer.model.config
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    rates = {"connector": args.connector_lr, "memory connector": args.memory_connector_lr}
+    rates = {part.name.replace("_", " "): part.learning_rate for part in trainer.parts if part.trained}
     memory = {
         "neighbours an image": config.memory_top_k,
         "memory fusion": config.memory_fusion,
         "memory tokens an image": config.num_memory_tokens,
     }
-    parameters = [parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad]
     return StageRecord(
         name=name,
         hyperparameters={
             "learning rate": args.learning_rate,
-            **{f"learning rate of the {part}": rate for part, rate in rates.items() if rate is not None},
+            **{f"learning rate of the {part}": rate for part, rate in rates.items() if rate != args.learning_rate},
+            **{f"trains the {part.name.replace('_', ' ')}": part.policy for part in trainer.parts if part.trained},
             "schedule": args.lr_scheduler_type.value,
             "warm-up": args.warmup_steps,
             "optimiser": args.optim.value,
@@ -101,7 +101,7 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
             "steps": state.global_step,
             "precision": precision,
             "seed": args.seed,
-            "trained parameters": f"{sum(parameters):,}",
+            "trained parameters": f"{sum(part.trained for part in trainer.parts):,}",
             "visual tokens an image": config.image_seq_length,
             **(memory if config.memory_top_k > 0 else {}),
         },

@@ -1,4 +1,4 @@
-"""Stage 1, alignment pre-training: the two connectors train, everything else is frozen."""
+"""Stage 1, alignment pre-training: the two connectors train, everything else is frozen unless one asks for it."""
 
 from dataclasses import dataclass, field
 
@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
-from .checkpoints import connectors_of, load_connectors, save_connectors
-from .precision import bfloat16_language_model
+from .lora import adapters
+from .trainable_parts import set_trainable
 from .trainer import SupervisedTrainer, collator_of, evaluation_rows, train, training_rows
 
 
@@ -36,22 +36,7 @@ class Stage1Config(RunArguments, TrainingArguments):
 
 
 class Stage1Trainer(SupervisedTrainer):
-    """Trains and saves the connectors. Make it with [`train_stage1`]."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # Trainer has just put all of the model in training mode. Checkpointing needs that mode.
-        if not self.args.gradient_checkpointing:
-            self.model.base_model.language_model.eval()
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _save(self, output_dir=None, state_dict=None):
-        save_connectors(self.model, output_dir or self.args.output_dir, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_connectors(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self):
-        load_connectors(self.model, self.state.best_model_checkpoint)
+    """transformers' trainer. Make it with [`train_stage1`]."""
 
 
 def train_stage1(
@@ -64,8 +49,8 @@ def train_stage1(
     eval_dataset: datasets.Dataset | None = None,
 ) -> Stage1Trainer:
     """
-    Trains the connectors of `model`, from the last checkpoint in `config.output_dir` on if there is one, and writes
-    them to `connectors.safetensors` there.
+    Trains the connectors of `model`, or what else `config` says, from the last checkpoint in `config.output_dir` on if
+    there is one, and writes them to `connectors.safetensors` there.
 
     Args:
         dataset: Rows as [`TrainingCollator`] wants them: `messages`, `image`, `images` or `feature_index`,
@@ -79,20 +64,17 @@ def train_stage1(
         The trainer; losses are in its `state.log_history`. The frozen weights are the same bit for bit.
 
     Raises:
-        ValueError: A column or the bank is missing, or `output_dir` has checkpoints of another run.
+        ValueError: A column or the bank is missing, `output_dir` has checkpoints of another run, or a loss is NaN.
     """
-    model.requires_grad_(False)
-    for connector in connectors_of(model).values():
-        connector.requires_grad_(True)
-    trainer = Stage1Trainer(
-        model,
-        config,
-        data_collator=collator_of(config, model, processor, bank, vision_features),
-        train_dataset=training_rows(model, dataset, bank, vision_features),
-        eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
-    )
-    divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these have a precision of their own
-    with bfloat16_language_model(model, enabled=config.bf16 and not divided):
+    set_trainable(config, model)
+    with adapters(config, model):
+        trainer = Stage1Trainer(
+            model,
+            config,
+            data_collator=collator_of(config, model, processor, bank, vision_features),
+            train_dataset=training_rows(model, dataset, bank, vision_features),
+            eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
+        )
         train(trainer, bank)
-    trainer.save_model()
+        trainer.save_model()
     return trainer

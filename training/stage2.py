@@ -9,7 +9,10 @@ from trl import SFTConfig, SFTTrainer
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
+from .lora import adapters
+from .trainable_parts import set_trainable
 from .trainer import SupervisedTrainer, collator_of, evaluation_rows, train, training_rows
+from .tuning_arguments import LANGUAGE_MODEL_POLICIES
 
 
 @dataclass
@@ -20,6 +23,13 @@ class Stage2Config(RunArguments, SFTConfig):
     The learning rate is 2e-5, as in the reference's code: the 5e-8 that the paper prints leaves the model as it is.
     """
 
+    tune_language_model: str = field(
+        default="full",
+        metadata={
+            "help": "How the language model trains: frozen, full, lora, or qlora (CUDA).",
+            "choices": LANGUAGE_MODEL_POLICIES,
+        },
+    )
     learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the language model."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rates."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: a share of all steps, or their number."})
@@ -64,23 +74,20 @@ def train_stage2(
     eval_dataset: datasets.Dataset | None = None,
 ) -> Stage2Trainer:
     """
-    Trains the connectors and the language model of `model`, from the last checkpoint in `config.output_dir` on if
-    there is one. Arguments, result and errors are those of [`train_stage1`].
+    Trains the connectors and the language model of `model`, or what else `config` says, from the last checkpoint in
+    `config.output_dir` on if there is one. Arguments, result and errors are those of [`train_stage1`].
 
     What trains is float32 (a bfloat16 model is widened): in bfloat16 alone, updates of 2e-5 are rounded away.
     """
-    model.requires_grad_(True)
-    model.base_model.vision_tower.requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    trainer = Stage2Trainer(
-        model,
-        config,
-        data_collator=collator_of(config, model, processor, bank, vision_features),
-        train_dataset=training_rows(model, dataset, bank, vision_features),
-        eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
-        processing_class=processor,
-    )
-    train(trainer, bank)
+    set_trainable(config, model)
+    with adapters(config, model):
+        trainer = Stage2Trainer(
+            model,
+            config,
+            data_collator=collator_of(config, model, processor, bank, vision_features),
+            train_dataset=training_rows(model, dataset, bank, vision_features),
+            eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
+            processing_class=processor,
+        )
+        train(trainer, bank)
     return trainer

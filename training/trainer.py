@@ -15,15 +15,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
-from .checkpoints import last_checkpoint
+from .checkpoints import last_checkpoint, load_trained, save_trained
 from .data import TrainingCollator
+from .loss_check import LossCheck
 from .memory_dropout import MemoryDropout, TellEpoch
+from .precision import bfloat16_language_model
 from .run_facts import Clock
+from .trainable_parts import parts_of, table
+from .tuning_arguments import part_of
 
 # What decides the trajectory: with another value, checkpoints are of another run.
 TRAJECTORY = (
-    "learning_rate connector_lr memory_connector_lr lr_scheduler_type warmup_steps weight_decay optim max_grad_norm "
-    "num_train_epochs max_steps seed data_seed bf16 fp16 memory_dropout"
+    "learning_rate vision_tower_lr connector_lr memory_connector_lr language_model_lr lr_scheduler_type warmup_steps "
+    "tune_vision_tower tune_connector tune_memory_connector tune_language_model lora_r lora_alpha lora_dropout "
+    "lora_target_modules weight_decay optim max_grad_norm num_train_epochs max_steps seed data_seed bf16 fp16 "
+    "memory_dropout"
 ).split()
 
 MODEL_TRAJECTORY = (
@@ -33,15 +39,32 @@ MODEL_TRAJECTORY = (
 
 
 class SupervisedTrainer(Trainer):
-    """Computes logits where there is a label and nowhere else; a learning rate for each connector."""
+    """Computes logits where there is a label and nowhere else; a learning rate for each part; no step that is NaN."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_check = LossCheck(self)
+        self.add_callback(self.loss_check)
+        if self.args.uses_lora and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"tune_language_model is {self.args.tune_language_model}, which FSDP and DeepSpeed are not supported "
+                "with: train with ddp.yaml, adapters take little memory."
+            )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over all supervised tokens of the batch, also when it is accumulated in parts."""
-        inputs = {**inputs, "supervised_logits_only": True, "use_cache": False}
-        inputs.pop("_prediction_loss_only", None)  # of TRL 1.1
+        rows = inputs.get("rows") or [f"row {index} of the batch" for index in range(len(inputs["labels"]))]
+        batch = {name: value for name, value in inputs.items() if name not in ("rows", "_prediction_loss_only")}
+        # Trainer has just put all of the model in training mode. Checkpointing needs that mode.
+        if self.args.tune_language_model == "frozen" and not self.args.gradient_checkpointing:
+            self.model.base_model.language_model.eval()
+        inputs = {**batch, "supervised_logits_only": True, "use_cache": False}
         if self.model.training and not {"pixel_values", "vision_features"} & inputs.keys():
             inputs = with_blank_image(self.model, self.data_collator.processor, inputs)
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        if self.model.training:
+            self.loss_check.add(loss, batch, rows)
+        return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Neighbours are taken away in training only."""
@@ -55,19 +78,38 @@ class SupervisedTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
-            rates = {"connector": self.args.connector_lr, "memory_connector": self.args.memory_connector_lr}
             groups = {}
             for name, parameter in model.named_parameters():
                 if not parameter.requires_grad:
                     continue
-                part = next((part for part in name.split(".") if part in rates), None)
+                part = part_of(name)
                 decay = self.args.weight_decay if name in decayed else 0.0
-                rate = self.args.learning_rate if rates.get(part) is None else rates[part]
-                group = groups.setdefault((part, decay), {"params": [], "lr": rate, "weight_decay": decay})
+                group = groups.setdefault(
+                    (part, decay), {"params": [], "lr": self.args.rate(part), "weight_decay": decay}
+                )
                 group["params"].append(parameter)
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
         return self.optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        """What trains, or all of the model if that is nearly the same."""
+        if self.args.tune_language_model == "full":
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_trained(self.model, output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.args.tune_language_model == "full":
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.args.tune_language_model == "full":
+            super()._load_best_model()
+        else:
+            load_trained(self.model, self.state.best_model_checkpoint)
 
 
 def with_blank_image(model: PreTrainedModel, processor: ProcessorMixin, inputs: dict) -> dict:
@@ -122,6 +164,11 @@ def training_rows(
 
     Raises `ValueError` when rows, a column or the bank are missing, or the features or neighbours do not fit.
     """
+    if vision_features is not None and model.base_model.trains_vision_tower:
+        raise ValueError(
+            "The vision tower trains, but vision_features were given, which it made before: leave them out, or freeze "
+            "it (tune_vision_tower: frozen)."
+        )
     top_k = model.config.num_neighbours
     if (top_k > 0) != (bank is not None):
         raise ValueError(
@@ -156,9 +203,11 @@ def training_rows(
             "`memory_ids` and `memory_scores` are what find_neighbours returns, `image` or `images` are not needed "
             "with vision_features."
         )
-    rows = dataset.select_columns(columns)
+    rows = dataset.select_columns(columns + [name for name in ("row", "id") if name in dataset.column_names])
     if index is not None:
         rows = rows.add_column("feature_index", index)
+    if "row" not in rows.column_names:
+        rows = rows.add_column("row", list(range(len(rows))))
     if "image" in columns and isinstance(rows.features["image"], datasets.Image):
         rows = rows.cast_column("image", datasets.Image(decode=False))
     if "images" in columns and rows.features["images"] == datasets.List(datasets.Image()):
@@ -199,7 +248,7 @@ def evaluation_rows(
 def content_hash(rows: datasets.Dataset) -> str:
     """Of chats and neighbours; the same in every run, where `Dataset._fingerprint` may be random."""
     digest = hashlib.sha256()
-    columns = [column for column in rows.column_names if column not in ("image", "images")]
+    columns = [column for column in rows.column_names if column not in ("image", "images", "row", "id")]
     for batch in rows.select_columns(columns).with_format(None).iter(1000):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
@@ -228,9 +277,14 @@ def train(trainer: Trainer, bank: MemoryBank | None):
         trainer.add_callback(TellEpoch(trainer.data_collator.dropout))
     present = {type(module).__name__ for module in model.modules()}  # FSDP does not start if it misses one
     model._no_split_modules = [name for name in model._no_split_modules or () if name in present]
+    divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these have a precision of their own
     try:
-        if checkpoint is None or not _load_finished(trainer, checkpoint):
-            trainer.train(resume_from_checkpoint=checkpoint)
+        with bfloat16_language_model(model, args.bf16 and not divided, frozen_only=True):
+            trainer.parts = parts_of(args, model)
+            if trainer.is_world_process_zero():
+                print(table(trainer.parts), flush=True)
+            if checkpoint is None or not _load_finished(trainer, checkpoint):
+                trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         for name in ("forward", "_original_forward"):
             vars(model).pop(name, None)

@@ -68,9 +68,18 @@ def test_only_what_a_stage_trains_changes(
     assert not model.training and "forward" not in vars(model)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_resuming_gives_the_uninterrupted_trajectory(stage, make_model, processor, dataset, bank, features, tmp_path):
-    settings = {"max_steps": 6, "save_steps": 3}
+ADAPTERS = {"tune_language_model": "lora", "memory_dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [(1, {}), (2, {}), (1, ADAPTERS), (2, ADAPTERS), (1, {"tune_vision_tower": "full", "memory_dropout": 1.0})],
+)
+def test_resuming_gives_the_uninterrupted_trajectory(
+    stage, settings, make_model, processor, dataset, bank, features, tmp_path
+):
+    settings = {"max_steps": 6, "save_steps": 3, **settings}
+    features = None if "tune_vision_tower" in settings else features
     whole, resumed = make_model(), make_model()
     trainer = run(stage, whole, processor, dataset, bank, tmp_path / "whole", features, **settings)
 

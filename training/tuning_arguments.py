@@ -1,0 +1,173 @@
+"""Settings that say what trains, and how fast."""
+
+import importlib.util
+import re
+from dataclasses import dataclass, field
+
+import torch
+
+PARTS = ("vision_tower", "connector", "memory_connector", "language_model")
+CONNECTOR_POLICIES = ["frozen", "full"]
+LANGUAGE_MODEL_POLICIES = ["frozen", "full", "lora", "qlora"]
+
+
+def part_of(parameter_name: str) -> str:
+    """The part that a parameter belongs to; a head that is not tied is the language model's."""
+    return next((name for name in parameter_name.split(".") if name in PARTS), "language_model")
+
+
+@dataclass
+class TuningArguments:
+    """
+    Parameters:
+        > What trains, see docs/training.md
+
+        tune_vision_tower (`str`, *optional*, defaults to `"frozen"`): `"frozen"`, `"full"`, or `"from layer 20"`: that
+            layer, counted from 0, and all behind it.
+        tune_connector, tune_memory_connector (`str`, *optional*, defaults to `"full"`): `"frozen"` or `"full"`.
+        tune_language_model (`str`, *optional*): `"frozen"` (the default of stage 1), `"full"` (that of stage 2),
+            `"lora"`, or `"qlora"`: adapters on frozen weights of 4 bits, on CUDA. Adapters are merged at the end.
+        lora_r (`int`, *optional*, defaults to 16), lora_alpha (`float`, *optional*, defaults to `2 * lora_r`),
+        lora_dropout (`float`, *optional*, defaults to 0.05),
+        lora_target_modules (`list[str]`, *optional*): Of the adapters, as in PEFT. Defaults to all linear layers of
+            the language model but its head.
+        vision_tower_lr, connector_lr, memory_connector_lr, language_model_lr (`float`, *optional*): Learning rates of
+            the parts. Default to `learning_rate`; scheduled alike.
+        save_only (`str`, *optional*): `"connectors"` saves them without vision tower and language model, which
+            `from_pretrained` takes from the checkpoints the model was composed of.
+    """
+
+    tune_vision_tower: str = field(
+        default="frozen", metadata={"help": "What of the vision tower trains: frozen, full, or 'from layer 20'."}
+    )
+    tune_connector: str = field(
+        default="full", metadata={"help": "Whether the connector trains.", "choices": CONNECTOR_POLICIES}
+    )
+    tune_memory_connector: str = field(
+        default="full", metadata={"help": "Whether the memory connector trains.", "choices": CONNECTOR_POLICIES}
+    )
+    tune_language_model: str = field(
+        default="frozen",
+        metadata={
+            "help": "How the language model trains: frozen, full, lora, or qlora (CUDA).",
+            "choices": LANGUAGE_MODEL_POLICIES,
+        },
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters, by default 16."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Weight of the adapters, times lora_r; by default 2 * lora_r."}
+    )
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapters, by default 0.05."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers of the language model with adapters, by default all linear ones."}
+    )
+    vision_tower_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower, instead of learning_rate."}
+    )
+    connector_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the connector, instead of learning_rate."}
+    )
+    memory_connector_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the memory connector, instead of learning_rate."}
+    )
+    language_model_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the language model or its adapters."}
+    )
+    save_only: str | None = field(
+        default=None, metadata={"help": "connectors: save them without the models.", "choices": ["connectors"]}
+    )
+
+    def __post_init__(self):
+        """Raises `ValueError` for settings that contradict each other, or need what this machine does not have."""
+        super().__post_init__()
+        self._check_values()
+        trained = [part for part in PARTS if self.policy(part) != "frozen"]
+        if not trained:
+            raise ValueError(
+                "Nothing trains: tune_vision_tower, tune_connector, tune_memory_connector and tune_language_model are "
+                "all frozen. Set one of them to full."
+            )
+        for part in PARTS:
+            rate = self.rate(part)
+            if part not in trained and vars(self)[f"{part}_lr"] is not None:
+                raise ValueError(
+                    f"{part}_lr is {rate}, but tune_{part} is frozen: a frozen part has no learning rate. Leave "
+                    f"{part}_lr out, or set tune_{part}."
+                )
+        if self.uses_lora:
+            self._check_lora()
+        if self.save_only is not None and not {"vision_tower", "language_model"}.isdisjoint(trained):
+            raise ValueError(
+                f"save_only is {self.save_only!r}, but {', '.join(trained)} train: what the others learn would be "
+                "lost. Leave save_only out, or freeze them."
+            )
+
+    def _check_values(self):
+        allowed = {
+            "tune_connector": CONNECTOR_POLICIES,
+            "tune_memory_connector": CONNECTOR_POLICIES,
+            "tune_language_model": LANGUAGE_MODEL_POLICIES,
+            "save_only": [None, "connectors"],
+        }
+        for name, values in allowed.items():
+            value = vars(self)[name]
+            if value not in values:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, values))}.")
+        if self.tune_vision_tower not in ("frozen", "full") and self.first_vision_layer is None:
+            raise ValueError(
+                f"tune_vision_tower is {self.tune_vision_tower!r}, expected frozen, full, or 'from layer N' with the "
+                "number of the first layer that trains, counted from 0."
+            )
+        for part in PARTS:
+            if self.rate(part) < 0:
+                raise ValueError(f"The learning rate of the {part} is {self.rate(part)}, expected 0 or more.")
+        names = [name for name in vars(self) if name.startswith("lora_") and vars(self)[name] is not None]
+        if names and not self.uses_lora:
+            raise ValueError(
+                f"Found {', '.join(names)}, but tune_language_model is {self.tune_language_model}: adapters are for "
+                "lora and qlora. Set tune_language_model: lora, or leave them out."
+            )
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r is {self.lora_r}, expected the rank of the adapters, 1 or more.")
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}, expected a share, 0 to less than 1.")
+
+    def _check_lora(self):
+        """Before anything is loaded."""
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError(
+                f"tune_language_model is {self.tune_language_model}, which needs PEFT, and it is not installed: pip "
+                "install 'tinyalign-vlm[lora]'."
+            )
+        if self.tune_language_model == "lora":
+            return
+        if self.use_cpu or not torch.cuda.is_available():
+            raise ValueError(
+                "tune_language_model is qlora, which needs a CUDA GPU, and found "
+                f"{'use_cpu: true' if torch.cuda.is_available() else 'none'} (torch {torch.__version__}). Set "
+                "tune_language_model: lora, which trains the same adapters on weights that are not quantized, or run "
+                "this where torch.cuda.is_available()."
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "tune_language_model is qlora, which needs bitsandbytes, and it is not installed: pip install "
+                "'tinyalign-vlm[lora]'."
+            )
+
+    @property
+    def uses_lora(self) -> bool:
+        return self.tune_language_model in ("lora", "qlora")
+
+    @property
+    def first_vision_layer(self) -> int | None:
+        """N of `"from layer N"`; None of other policies."""
+        match = re.fullmatch(r"from[ _]layer[ _](\d+)", str(self.tune_vision_tower).strip())
+        return None if match is None else int(match[1])
+
+    def policy(self, part: str) -> str:
+        return vars(self)[f"tune_{part}"]
+
+    def rate(self, part: str) -> float:
+        """The learning rate of a part, before warm-up."""
+        rate = vars(self)[f"{part}_lr"]
+        return self.learning_rate if rate is None else rate
