@@ -113,14 +113,13 @@ def check_config(config: dict, path: Path) -> None:
     """
 
     def refuse(field: str, found: object, expected: str) -> None:
-        raise ValueError(
-            f"{path}: {field} is {repr(found)[:200]}, expected {expected}. Save or download the bank again."
-        )
+        shown = "missing" if found is ... else repr(found)[:200]
+        raise ValueError(f"{path}: {field} is {shown}, expected {expected}. Save or download the bank again.")
 
     for field, (is_right, expected) in FIELDS.items():
         found = config
         for name in field.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
+            found = found.get(name, ...) if isinstance(found, dict) else ...
         if not is_right(found):
             refuse(field, found, expected)
     for field in ("num_latents", "latent_dim"):

@@ -76,12 +76,21 @@ def check_foreign_index(path: Path, num_rows: int, key_dim: int, sha256: str) ->
             f"{path} is missing or no flat inner-product index of {num_rows} keys of {key_dim} numbers. Leave "
             "trust_index out: the index is then built from the keys."
         )
-    found = hashlib.sha256(np.ascontiguousarray(KeyIndex(path, num_rows, key_dim).keys)).hexdigest()
+    found = hashlib.sha256(KeyIndex(path, num_rows, key_dim).keys).hexdigest()
     if found != sha256:
         raise ValueError(
             f"{path}: the sha256 of its keys is {found}, expected {sha256}: it is not the index of this bank. Leave "
             "trust_index out: the index is then built from the keys."
         )
+
+
+class _MappedKeys:
+    """The array in a flat index; whoever has the array keeps the index, and with it the memory, alive."""
+
+    def __init__(self, index: faiss.IndexFlat):
+        keys = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+        self.__array_interface__ = keys.__array_interface__
+        self._index = index
 
 
 class KeyIndex:
@@ -108,7 +117,7 @@ class KeyIndex:
                 "it and load the bank again."
             )
         # the mapped keys `(rows, key_dim)`, inside the index
-        self.keys = faiss.rev_swig_ptr(self._index.get_xb(), num_rows * key_dim).reshape(num_rows, key_dim)
+        self.keys = np.asarray(_MappedKeys(self._index))
 
     def search(self, queries: np.ndarray, top_k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The best rows that are not excluded; equal scores are ordered by row.

@@ -762,19 +762,19 @@ BAD_CONFIGS = [
     ({"key_dim": 17}, "expected .1, 17."),
     ({"num_latents": 4}, "value_encoder.num_latents is 3, expected num_latents = 4"),
     ({"num_shards": 2}, "train-00000-of-00002.parquet is missing"),
-    ({"sha256": {}}, "sha256.keys is None"),
-    ({"sha256": None}, "sha256.keys is None"),
+    ({"sha256": {}}, "sha256.keys is missing"),
+    ({"sha256": None}, "sha256.keys is missing"),
     ({"sha256": {"keys": "../../../etc"}}, "sha256.keys is '../../../etc', expected 64 hex digits"),
     ({"format_version": 2}, "format_version is 2, expected 1"),
     ({"key_encoder": {**KEYS, "key_space": "audio"}}, "key_encoder.key_space is 'audio', expected \"vision\" or"),
     ({"key_encoder": {**KEYS, "key_space": "language"}}, "key_encoder.safetensors does not hold"),
     ({"key_encoder": {**KEYS, "alpha": float("nan")}}, "found NaN, expected numbers that are finite"),
     ({"key_encoder": {**KEYS, "alpha": "0.4"}}, "key_encoder.alpha is '0.4', expected a number between 0 and 1"),
-    ({"key_encoder": {"key_space": "vision"}}, "key_encoder.grid is None, expected an integer between 1 and 64"),
+    ({"key_encoder": {"key_space": "vision"}}, "key_encoder.grid is missing, expected an integer between 1 and 64"),
     ({"key_encoder": {**KEYS, "grid": 10**9}}, "key_encoder.grid is 1000000000"),
     ({"key_encoder": {**KEYS, "vision_pool_size": 10**9}}, "vision_pool_size is 1000000000"),
-    ({"tower": None}, "tower.name is None"),
-    ({"tower": {"name": "x", "image_shape": [3, 10**9, 10**9]}}, "tower.image_shape"),
+    ({"tower": None}, "tower.name is missing"),
+    ({"tower": {"name": "x", "revision": None, "image_shape": [3, 10**9, 10**9]}}, "tower.image_shape"),
     ({"columns": [1]}, "columns is"),
     ({"value_encoder": None}, "value_encoder is None, expected an object"),
     ({"thumbnail_size": -5}, "thumbnail_size is -5"),
@@ -889,25 +889,6 @@ def test_value_encoders_of_other_sizes_are_refused(changes, saved):
     message = r"model.safetensors does not hold this bank's value encoder \(\w+: |value_encoder\.\w+ is .*, expected"
     with pytest.raises(ValueError, match=f"{saved}.*({message})"):
         MemoryBank.from_pretrained(saved).value_encoder  # noqa: B018
-
-
-def test_fuzzed_banks_give_clean_errors(saved, empty_cache):
-    """Any changed byte is either refused with a ValueError or without consequence."""
-    rng = np.random.default_rng(0)
-    paths = [path for path in saved.rglob("*") if path.is_file() and path.parent.name != "value_encoder"]
-    for round in range(120):
-        path = paths[round % len(paths)]
-        original = path.read_bytes()
-        data = bytearray(original)
-        for place in rng.integers(0, len(data), 3):
-            data[place] = rng.integers(256)
-        path.write_bytes(data)
-        shutil.rmtree(bank_storage.cache_root(), ignore_errors=True)
-        try:
-            assert len(MemoryBank.from_pretrained(saved)) == NUM_ROWS
-        except ValueError as error:
-            assert str(saved) in str(error)
-        path.write_bytes(original)
 
 
 def test_no_such_bank(tmp_path, monkeypatch):
