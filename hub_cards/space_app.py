@@ -1,5 +1,6 @@
 """A chat with a TinyAlign model, for a Hugging Face Space. Which model, and what it is asked, stands in README.md."""
 
+import warnings
 from pathlib import Path
 
 import gradio
@@ -9,6 +10,7 @@ from transformers import pipeline
 
 CARD = SpaceCard.load(Path(__file__).with_name("README.md")).data
 PIPE = pipeline("image-text-to-text", model=CARD.models[0], revision=CARD["model_revision"], trust_remote_code=True)
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # anybody may upload an image
 
 
 def answer(message: dict, history: list[dict]) -> str:

@@ -71,7 +71,7 @@ def describe_tower(model: PreTrainedModel, image_shape: list[int]) -> dict:
     name = vision_config._name_or_path or vision_config.model_type
     return {
         "name": Path(name).name if os.path.isabs(name) or os.path.isdir(name) else name,
-        "revision": vars(vision_config).get("_commit_hash"),
+        "revision": model.config.vision_model_revision,
         "config": settings,
         "vision_feature_layer": model.config.vision_feature_layer,
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,

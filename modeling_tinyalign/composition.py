@@ -5,8 +5,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file, extract_commit_hash, logging
 
 from .configuration_tinyalign import TinyAlignConfig
 from .connectors import Connector, MemoryConnector
@@ -41,8 +41,8 @@ def compose(
             "text_config": language_model.config,
             "image_token_id": image_token_id,
             "lm_head_bias": lm_head.bias is not None,
-            **_origin("vision_model", vision_name_or_path, vision_tower.config, vision_kwargs or {}),
-            **_origin("language_model", text_name_or_path, language_model.config, text_kwargs or {}),
+            **_origin("vision_model", vision_name_or_path, vision_kwargs or {}),
+            **_origin("language_model", text_name_or_path, text_kwargs or {}),
             **_measure(vision_tower, config_kwargs),
             **config_kwargs,
         }
@@ -85,8 +85,8 @@ def _load_vision_tower(name_or_path: str, kwargs: dict) -> tuple[PreTrainedModel
     """The tower, and what of it was missing in the checkpoint."""
     config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
     if "vision_config" in config.sub_configs:  # a dual tower
-        commit, config = vars(config).get("_commit_hash"), config.vision_config
-        config._name_or_path, config._commit_hash = name_or_path, commit
+        config = config.vision_config
+        config._name_or_path = name_or_path
     model, info = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
     return model, _missing(name_or_path, info)
 
@@ -124,13 +124,15 @@ def _add_rows(model: PreTrainedModel, rows: int):
                 weight[before:] = weight[:before].mean(0)
 
 
-def _origin(name: str, name_or_path: str, config: PreTrainedConfig, kwargs: dict) -> dict:
+def _origin(name: str, name_or_path: str, kwargs: dict) -> dict:
     """The fields of [`TinyAlignConfig`] that say where a part is from; none for one that its name does not find."""
     if {"gguf_file", "subfolder"} & kwargs.keys():
         return {}
     if os.path.isdir(name_or_path):
         return {name: os.path.abspath(name_or_path)}
-    return {name: str(name_or_path), f"{name}_revision": vars(config).get("_commit_hash") or kwargs.get("revision")}
+    location = {key: kwargs[key] for key in (*DOWNLOAD_KWARGS, "revision") if key in kwargs}
+    commit = extract_commit_hash(cached_file(name_or_path, "config.json", **location), None)  # its folder's name
+    return {name: str(name_or_path), f"{name}_revision": commit}
 
 
 def unless_local(name_or_path: str | None) -> str | None:

@@ -37,7 +37,13 @@ A memory bank of {num_rows} rows for [TinyAlign](https://arxiv.org/abs/2505.1288
 
 
 def model_card(repo_id: str, config: PreTrainedConfig, tags: list[str]) -> str:
-    vision, text = (part._name_or_path or part.model_type for part in (config.vision_config, config.text_config))
+    vision, text = (
+        (part._name_or_path or part.model_type) + (f" at `{revision}`" if revision else "")
+        for part, revision in (
+            (config.vision_config, config.vision_model_revision),
+            (config.text_config, config.language_model_revision),
+        )
+    )
     memory, bank = "It has no memory.", config.memory_bank
     if config.memory_top_k > 0:
         source = f"`{bank}` at `{config.memory_bank_revision}`" if bank else "the bank that is attached"

@@ -64,9 +64,12 @@ def _facts(
     else:
         vision = config.vision_model or model.config.vision_config._name_or_path or str(config.model)
         text = config.language_model or model.config.text_config._name_or_path or str(config.model)
-        parts = [part_of("vision tower", vision, "model"), part_of("language model", text, "model")]
+        parts = [
+            part_of("vision tower", vision, "model", model.config.vision_model_revision),
+            part_of("language model", text, "model", model.config.language_model_revision),
+        ]
         license = _common([part.license for part in parts])
-    data = part_of("training data", config.dataset, "dataset")
+    data = part_of("training data", config.dataset, "dataset", config.dataset_revision)
     if data.hub_type is None and (rows_hash := _run_settings(output_dir).get("rows_hash")):
         data.revision = f"sha256 of the rows: {rows_hash[:12]}"
     return ModelFacts(
@@ -89,24 +92,24 @@ def _facts(
     )
 
 
-def part_of(role: str, name: str, hub_type: str) -> Part:
+def part_of(role: str, name: str, hub_type: str, revision: str | None = None) -> Part:
     """
-    A model or data set by its folder, file or Hub id, with the commit that is in the cache and the licence that its
-    card names. A path is named without its folder.
+    A model or data set by its folder, file or Hub id, with its commit at this `revision` (by default main) and the
+    licence that its card names there. A path is named without its folder.
     """
     path = Path(name)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         license = _license(path / "README.md") if (path / "README.md").is_file() else UNKNOWN
         return Part(role=role, source=path.name, revision="local, without a revision", license=license)
-    revision, license = UNKNOWN, UNKNOWN
+    commit, license = revision or UNKNOWN, UNKNOWN
     for file in ("config.json", "README.md") if hub_type == "model" else ("README.md",):
         try:
-            cached = Path(hf_hub_download(name, file, repo_type=hub_type))
+            cached = Path(hf_hub_download(name, file, repo_type=hub_type, revision=revision))
         except OSError:  # offline, or there is none
             continue
-        revision = cached.parent.name
+        commit = cached.parent.name
         license = _license(cached) if file == "README.md" else license
-    return Part(role=role, source=name, revision=revision, license=license, hub_type=hub_type)
+    return Part(role=role, source=name, revision=commit, license=license, hub_type=hub_type)
 
 
 def _license(card: Path) -> str:
@@ -141,9 +144,7 @@ def _run_settings(output_dir: Path) -> dict:
 
 def _bank_part(config: RunArguments, bank: MemoryBank) -> Part:
     if bank.repo_id is not None:
-        part = part_of("memory bank", bank.repo_id, "dataset")
-        part.revision = bank.revision
-        return part
+        return part_of("memory bank", bank.repo_id, "dataset", bank.revision)
     part = part_of("memory bank", str(config.memory_bank), "dataset")
     part.source = os.path.relpath(config.memory_bank, config.output_dir)
     part.revision = f"sha256 of the keys: {bank.config['sha256']['keys'][:12]}"

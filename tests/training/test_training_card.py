@@ -168,6 +168,9 @@ def test_space_answers_with_what_it_has_seen(folder, tmp_path, monkeypatch, capt
     seen = answer.split("Seen for it: ")[1].split(", ")
     assert len(seen) == 2 and set(seen) <= set(captions)
     assert function({"text": "Hello", "files": []}, []) == "Add an image to your question."
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(Image.DecompressionBombWarning):
+        function({"text": "", "files": [str(tmp_path / "red.png")]}, [])
     assert "org/model" in render_space_card(facts).text
 
 
