@@ -56,7 +56,16 @@ class RunArguments(TuningArguments):
             nor all that is to be learnt.
         strict (`bool`, *optional*, defaults to `False`): Stop when a row is bad, instead of skipping it.
         num_proc (`int`, *optional*): Processes that read and check the rows, and look up their neighbours.
-        cache_features (`bool`, *optional*, defaults to `True`): The frozen visual features are computed once.
+        cache_features (`bool`, *optional*, defaults to `False`): The visual features of the frozen tower are computed
+            once, and kept under `HF_HOME` for other runs. Not with `streaming`.
+
+        > What people watch
+
+        eval_dataset (`str`, *optional*): Rows to evaluate on, as `dataset`; ten times unless
+            `eval_strategy` says otherwise.
+        eval_split (`str`, *optional*, defaults to `"validation"`): Their split of a folder or repository.
+        eval_samples (`int`, *optional*, defaults to 4): Of these rows, how many the model answers at each evaluation:
+            on the console, in `samples.jsonl` in `output_dir`, and as a table in W&B and trackio.
 
         > Batch
 
@@ -129,7 +138,14 @@ class RunArguments(TuningArguments):
         default=None, metadata={"help": "Processes that read and check the rows, and look up their neighbours."}
     )
     cache_features: bool = field(
-        default=True, metadata={"help": "Compute the frozen visual features once and keep them in output_dir."}
+        default=False, metadata={"help": "Compute the frozen visual features once and keep them under HF_HOME."}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Rows to evaluate on, files, folder or Hub dataset; ten times by default."}
+    )
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    eval_samples: int = field(
+        default=4, metadata={"help": "Evaluation rows that the model answers at each evaluation, to be read."}
     )
     global_batch_size: int | None = field(
         default=None,
@@ -144,9 +160,16 @@ class RunArguments(TuningArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bfloat16_is_fast(self.use_cpu)
         self.logging_nan_inf_filter = False  # it waits for the device at every batch; LossCheck does once a step
+        if self.eval_dataset is not None and self.eval_strategy == "no":
+            self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1
         super().__post_init__()
         if self.tune_vision_tower != "frozen":
             self._check_trained_vision_tower()
+        if self.streaming and self.cache_features:
+            raise ValueError(
+                "Found streaming and cache_features, expected one of the two: features are kept of rows that are read "
+                "in the same order again and again. Set streaming: false, or cache_features: false."
+            )
         if self.streaming and (self.memory_dropout or self.baseline in ("static_rag", "text_rag")):
             raise ValueError(
                 f"memory_dropout is {self.memory_dropout} and baseline {self.baseline!r}: they need neighbours "

@@ -60,4 +60,4 @@ def with_static_captions(
         prompt_captions=captions,
     )
     rows = rows.map(lambda row: {"messages": writer.messages(row)}, desc="Writing captions")
-    return rows.remove_columns(["memory_ids", "memory_scores"])
+    return rows.remove_columns(["memory_ids", "memory_scores", "source_ids"])

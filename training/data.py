@@ -140,15 +140,16 @@ class TrainingCollator:
     """
     Rows of a data set to a batch. A row has `messages`, a chat about any number of images, and
 
-    - `image` or `images`, or with `vision_features` their rows in them, `feature_index` (a number or a list of them);
+    - `image` or `images`, or their rows in `vision_features`, `feature_index` (a number or a list of them);
     - with a `bank`, `memory_ids` `(k,)` or `(images, k)`, the neighbours that [`find_neighbours`] found, and, if they
-      are wanted, their similarities `memory_scores`. Nothing is searched here. Or `source_ids`, the names of the
-      images: then the model looks their neighbours up, without them.
+      are wanted, their similarities `memory_scores`. Nothing is searched here. And `source_ids`, the names of the
+      images: without `memory_ids` the model looks their neighbours up, without the images themselves.
 
     The batch has `input_ids`, `attention_mask`, `labels` (what the assistant says and its end, -100 elsewhere), all
     padded on the right, and of its n images, those of the first row first, `pixel_values (n, 3, H, W)` or
     `vision_features (n, T, C)`, and `memory_ids (n, k)` with `memory_values (n, k, L, D)` and `memory_scores (n, k)`,
-    or `exclude_ids`. Of rows with their number `row` (and `id`) it has `rows`, their names for messages.
+    and `exclude_ids`, if there are `source_ids`. Of rows with their number `row` (and `id`) it has `rows`, their names
+    for messages.
 
     Args:
         bank: Its rows are read, from memory-mapped files; its encoders do not go to worker processes.
@@ -212,15 +213,17 @@ class TrainingCollator:
         def of_images(name: str) -> list:
             return [value for row, count in zip(rows, counts, strict=True) for value in _of_images(row, name, count)]
 
-        images = of_images("images" if self.vision_features is None else "feature_index")
+        cached = self.vision_features is not None and "feature_index" in rows[0]
+        images = of_images("feature_index" if cached else "images")
         if not images:
             return {}
-        if self.vision_features is None:
+        if not cached:
             inputs = dict(self.processor.image_processor(images=images, return_tensors="pt"))
         else:
             inputs = {"vision_features": torch.from_numpy(self.vision_features[images])}
         if self.bank is not None and "source_ids" in rows[0]:
             inputs["exclude_ids"] = of_images("source_ids")
+        if "exclude_ids" in inputs and "memory_ids" not in rows[0]:
             if self.processor.key_space == "language":
                 queries = [self.processor._query_text(row["messages"]) for row in rows]
                 queries = [text for text, count in zip(queries, counts, strict=True) for _ in range(count)]

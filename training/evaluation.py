@@ -8,11 +8,13 @@ import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
-from .data import TrainingCollator, encode_chat
+from .data import TrainingCollator
+from .generation import greedy_answers, reference_of
 from .memory_dropout import MemoryDropout
 from .trainer import training_rows
 
@@ -105,7 +107,7 @@ def evaluate_answers(
     model.eval()
     for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        inputs = {name: tensor.to(model.device) for name, tensor in collator(batch).items()}
+        inputs = send_to_device(collator(batch), model.device)
         references += [reference_of(row["messages"]) for row in batch]
         loss, correct, counts = _score(model, inputs)
         for row_loss, row_correct in zip(loss.split(counts), correct.split(counts), strict=True):
@@ -115,20 +117,11 @@ def evaluate_answers(
         image_inputs = {name: inputs[name] for name in inputs.keys() - {"input_ids", "attention_mask", "labels"}}
         started = time.perf_counter()
         chats = [collator.messages(row)[:-1] for row in batch]
-        answers += _answer(model, processor, chats, image_inputs, max_new_tokens)
+        answers += greedy_answers(model, processor, chats, image_inputs, max_new_tokens)[0]
         seconds += [(time.perf_counter() - started) / len(batch)] * len(batch)
     return Evaluation(
         np.array(losses), np.array(num_tokens), np.array(correct_tokens), answers, references, np.array(seconds)
     )
-
-
-def reference_of(messages: list[dict]) -> str:
-    """The text of the last turn. Raises `ValueError` when that is not the assistant's."""
-    last = messages[-1]
-    if last["role"] != "assistant":
-        raise ValueError(f"A chat ends with a turn of {last['role']!r}, expected 'assistant': {str(messages)[:200]}")
-    content = last["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _score(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -139,26 +132,6 @@ def _score(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[tor
     targets = labels[supervised]
     losses = F.cross_entropy(logits, targets, reduction="none")
     return losses, logits.argmax(-1) == targets, supervised.sum(1).tolist()
-
-
-def _answer(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    chats: list[list[dict]],
-    image_inputs: dict[str, torch.Tensor],
-    max_new_tokens: int,
-) -> list[str]:
-    """Greedy answers to chats that end with a question."""
-    prompts = [encode_chat(processor, messages, add_generation_prompt=True)[0] for messages in chats]
-    length = max(map(len, prompts))
-    pad = processor.tokenizer.pad_token_id or 0
-    input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=model.device)
-    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    output = model.generate(
-        input_ids=input_ids, attention_mask=mask, **image_inputs, do_sample=False, max_new_tokens=max_new_tokens
-    )
-    texts = processor.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
 
 
 def bootstrap_interval(

@@ -2,13 +2,16 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
@@ -44,21 +47,36 @@ def cache_vision_features(
         `(n, T, C)` float16, memory-mapped, one row an image.
 
     Raises:
-        ValueError: There is no image, one cannot be read, or its features do not fit in float16 (its number is named).
-        OSError: The disk is full; what was computed is kept for the next call.
+        ValueError: There is no image, one cannot be read, its features do not fit in float16 (its number is named),
+            the tower trains, or a transform changes the images.
+        OSError: The disk has no room for them, or is full: what was computed is kept for the next call.
     """
+    if isinstance(images, datasets.Column):
+        refuse_transforms(images.source)
     images = undecoded(images)
     if len(images) == 0:
         raise ValueError("There are no images, expected at least one.")
     fingerprint = fingerprint_images(model, processor, images)
     path = Path(path)
     complete = path.with_name(f"{path.name}-{fingerprint}.npy")
-    if not complete.exists():
-        complete.parent.mkdir(parents=True, exist_ok=True)
-        partial = complete.with_suffix(".partial")
-        _compute(model, processor, images, partial, batch_size, desc)
-        os.replace(partial, complete)
+    complete.parent.mkdir(parents=True, exist_ok=True)
+    # another run that wants the same waits for this one, and then finds them
+    with nullcontext() if complete.exists() else FileLock(complete.with_suffix(".lock")):
+        if not complete.exists():
+            partial = complete.with_suffix(".partial")
+            _compute(model, processor, images, partial, batch_size, desc)
+            os.replace(partial, complete)
     return np.load(complete, mmap_mode="r", allow_pickle=False)
+
+
+def refuse_transforms(dataset: datasets.Dataset):
+    """Raises `ValueError` if `set_transform` has put something (augmentation, say) between a data set and its rows."""
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The data set has a transform, which may change its images (augmentation): features computed once are "
+            "not theirs. Take it away (dataset.reset_format()), or train from images: cache_features: false, no "
+            "vision_features."
+        )
 
 
 def undecoded(images: Sequence[Any]) -> Sequence[Any]:
@@ -117,6 +135,7 @@ def _compute(
         with tqdm(total=len(images), initial=done, desc=desc, unit="image") as bar:
             for start, features in zip(starts, _batches(model, processor, images, starts, batch_size), strict=True):
                 if file.tell() == 0:
+                    _check_room(partial, features, len(images))
                     header = {"descr": "<f2", "fortran_order": False, "shape": (len(images), *features.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
                 features = features.to("cpu", torch.float16)
@@ -130,6 +149,15 @@ def _compute(
                 file.flush()
                 bar.update(len(features))
         os.fsync(file.fileno())
+
+
+def _check_room(partial: Path, features: torch.Tensor, num_images: int):
+    needed, free = features[0].numel() * 2 * num_images, shutil.disk_usage(partial.parent).free
+    if needed > free:
+        raise OSError(
+            f"The features of {num_images} images take {needed / 1e9:.1f} GB, but {partial.parent} has "
+            f"{free / 1e9:.1f} GB left. Make room, set HF_HOME to a larger disk, or train with cache_features: false."
+        )
 
 
 def _batches(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from ..modeling_tinyalign.bank_images import image_source_id, load_image
+from ..modeling_tinyalign.bank_storage import cache_root
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
 from .data import BadRow, check_messages, count_images, encode_chat, images_of, to_messages
@@ -343,11 +344,14 @@ def with_features(
     processor: ProcessorMixin,
     rows: datasets.Dataset | datasets.IterableDataset,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, np.ndarray | None]:
-    """With `config.cache_features` the visual features, kept in `output_dir`, and the rows with `feature_index`."""
-    images = [] if config.streaming or not config.cache_features else RowImages(rows)
+    """
+    With `config.cache_features` the visual features and the rows with `feature_index`. They are kept under `HF_HOME`,
+    for other runs with the same images, tower and preprocessing.
+    """
+    images = RowImages(rows) if config.cache_features else []
     if len(images) == 0:
         return rows, None
-    path = Path(config.output_dir, "vision_features")
+    path = cache_root() / "features" / "vision"
     features = cache_vision_features(model, processor, images, path, batch_size_of(config))
     return rows.add_column("feature_index", images.by_row(range(len(images)))), features
 
@@ -363,14 +367,15 @@ def with_neighbours(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     The rows with `memory_ids` and `memory_scores`, lists of `2 * top_k` for each of their images: the second half are
-    spare ones, for [`MemoryDropout`]. Streamed rows get none: the model retrieves for each batch.
+    spare ones, for [`MemoryDropout`]. And `source_ids`, the names of the images, whose own rows of the bank are not
+    among them. Streamed rows get none: the model retrieves for each batch.
 
     All processes of a run must call this at once: they share the work.
     """
     if config.streaming:
         return rows
     images = RowImages(rows)
-    columns = {"memory_ids": [], "memory_scores": []}
+    columns = {"memory_ids": [], "memory_scores": [], "source_ids": []}
     if len(images):
         queries = None
         if bank.key_space == "language":
@@ -391,7 +396,7 @@ def with_neighbours(
         table = read_neighbours(path)
         if PartialState().is_main_process:
             logger.warning(f"{path}: {summary(table, top_k)}")
-        columns = {name: table[name][:] for name in columns}
+        columns = {name: table[name.replace("source_ids", "source_id")][:] for name in columns}
     for name, values in columns.items():
         rows = rows.add_column(name, images.by_row(values))
     return rows

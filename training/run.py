@@ -1,5 +1,6 @@
 """`tinyalign train`: a stage from YAML files."""
 
+import copy
 import os
 import shlex
 import tempfile
@@ -45,9 +46,12 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
     run = prepare(config)
     bank = run.bank
     if config.baseline == "static_rag":
-        run.rows, bank = with_static_captions(config, run.processor, run.rows, bank), None
+        run.rows = with_static_captions(config, run.processor, run.rows, bank)
+        if run.eval_rows is not None:
+            run.eval_rows = with_static_captions(config, run.processor, run.eval_rows, bank)
+        bank = None
     train = STAGES[config.stage][1]
-    trainer = train(config, run.model, run.processor, run.rows, bank, run.features)
+    trainer = train(config, run.model, run.processor, run.rows, bank, run.features, run.eval_rows)
     save(trainer, run.model, run.processor)
     if trainer.is_world_process_zero():
         command = shlex.join(["tinyalign", "train", *map(str, paths), *fields])
@@ -63,6 +67,7 @@ class Run:
     bank: MemoryBank | None
     rows: datasets.Dataset | datasets.IterableDataset
     features: np.ndarray | None
+    eval_rows: datasets.Dataset | None = None
 
 
 def prepare(config: RunArguments) -> Run:
@@ -81,10 +86,22 @@ def prepare(config: RunArguments) -> Run:
         if config.streaming:
             rows = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
         rows, features = with_features(config, model, processor, rows)
+        of_evaluation = None if config.eval_dataset is None else evaluation_config(config)
+        eval_rows = None if of_evaluation is None else training_data(of_evaluation, processor)
     if bank is not None:
         top_k = model.config.num_neighbours or neighbours_of_baseline(config)
         rows = with_neighbours(config, model, processor, rows, bank, top_k, features)
-    return Run(model, processor, bank, rows, features)
+        if eval_rows is not None:
+            eval_rows = with_neighbours(of_evaluation, model, processor, eval_rows, bank, top_k)
+    return Run(model, processor, bank, rows, features, eval_rows)
+
+
+def evaluation_config(config: RunArguments) -> RunArguments:
+    """The settings of a run, for reading its evaluation rows: these are neither streamed nor cached."""
+    changed = copy.copy(config)
+    changed.dataset, changed.dataset_split, changed.streaming = config.eval_dataset, config.eval_split, False
+    changed.output_dir = os.path.join(config.output_dir, "evaluation")
+    return changed
 
 
 def find_neighbours_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sized
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ class StageRecord:
     Attributes:
         name: As a reader should see it.
         hyperparameters: By name, as a reader should see them.
-        losses, eval_losses: `[step, loss]` each.
+        losses, eval_losses, learning_rates: `[step, value]` each.
         seconds: Of training, with those before an interruption.
         peak_memory_gb: See [`peak_memory_gb`].
     """
@@ -48,6 +48,7 @@ class StageRecord:
     eval_losses: list[list[float]]
     seconds: float
     peak_memory_gb: float
+    learning_rates: list[list[float]] = field(default_factory=list)
 
     @property
     def stage(self) -> Stage:
@@ -105,11 +106,31 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
             "visual tokens an image": config.image_seq_length,
             **(memory if config.memory_top_k > 0 else {}),
         },
-        losses=[[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
-        eval_losses=[[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry],
+        **curves_of(state.log_history),
         seconds=logged_seconds(state.log_history),
         peak_memory_gb=peak_memory_gb(),
     )
+
+
+def curves_of(log_history: list[dict]) -> dict[str, list[list[float]]]:
+    """`[step, value]` of all that is plotted, by their names in [`StageRecord`]."""
+    names = {"losses": "loss", "eval_losses": "eval_loss", "learning_rates": "learning_rate"}
+    return {
+        curve: [[entry["step"], entry[name]] for entry in log_history if name in entry]
+        for curve, name in names.items()
+    }
+
+
+class Curves(TrainerCallback):
+    """Plots training_curves.png in `output_dir` at each evaluation and at the end."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            record = StageRecord("training", {}, seconds=0.0, peak_memory_gb=0.0, **curves_of(state.log_history))
+            plot_curves(Path(args.output_dir, CURVES_NAME), [record])
+
+    on_train_end = on_evaluate
 
 
 def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None:
@@ -135,16 +156,22 @@ def read_records(folder: str | os.PathLike) -> list[StageRecord]:
 
 
 def plot_curves(path: Path, records: list[StageRecord]) -> None:
-    """Training and evaluation losses by step, one picture for all stages."""
-    figure = Figure(figsize=(5 * len(records), 3.6))
-    for axis, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
-        for losses, label in ((record.losses, "training"), (record.eval_losses, "evaluation")):
-            if losses:
-                axis.plot(*zip(*losses, strict=True), label=label, marker="." if len(losses) < 10 else None)
-        axis.set(title=record.name, xlabel="step", ylabel="loss per token")
-        axis.grid(alpha=0.3)
+    """Training and evaluation losses, and below them the learning rate, by step; one picture for all stages."""
+    figure = Figure(figsize=(5 * len(records), 5))
+    axes = figure.subplots(2, len(records), squeeze=False, sharex="col", height_ratios=(3, 1))
+    for (losses, rates), record in zip(axes.T, records, strict=True):
+        for axis, curve, label in (
+            (losses, record.losses, "training"),
+            (losses, record.eval_losses, "evaluation"),
+            (rates, record.learning_rates, "learning rate"),
+        ):
+            if curve:
+                axis.plot(*zip(*curve, strict=True), label=label, marker="." if len(curve) < 10 else None)
+            axis.grid(True, alpha=0.3)
+        losses.set(title=record.name, ylabel="loss per token")
+        rates.set(xlabel="step", ylabel="learning rate")
         if record.eval_losses:
-            axis.legend()
+            losses.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -17,10 +17,13 @@ from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
 from .checkpoints import last_checkpoint, load_trained, save_trained
 from .data import TrainingCollator
+from .features import refuse_transforms
 from .loss_check import LossCheck
 from .memory_dropout import MemoryDropout, TellEpoch
+from .metrics import Meter
 from .precision import bfloat16_language_model
-from .run_facts import Clock
+from .run_facts import Clock, Curves
+from .samples import SampleAnswers
 from .trainable_parts import parts_of, table
 from .tuning_arguments import part_of
 
@@ -41,6 +44,8 @@ MODEL_TRAJECTORY = (
 class SupervisedTrainer(Trainer):
     """Computes logits where there is a label and nowhere else; a learning rate for each part; no step that is NaN."""
 
+    meter: Meter | None = None
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss_check = LossCheck(self)
@@ -59,12 +64,19 @@ class SupervisedTrainer(Trainer):
         if self.args.tune_language_model == "frozen" and not self.args.gradient_checkpointing:
             self.model.base_model.language_model.eval()
         inputs = {**batch, "supervised_logits_only": True, "use_cache": False}
+        if self.model.training and self.meter is not None:
+            self.meter.count(inputs)
         if self.model.training and not {"pixel_values", "vision_features"} & inputs.keys():
             inputs = with_blank_image(self.model, self.data_collator.processor, inputs)
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         if self.model.training:
             self.loss_check.add(loss, batch, rows)
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if self.meter is not None and "loss" in logs:
+            logs = {**logs, **self.meter.read(logs)}
+        super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Neighbours are taken away in training only."""
@@ -183,10 +195,12 @@ def training_rows(
     columns += [name for name in ("image", "images") if name in dataset.column_names] or ["image"]
     if vision_features is not None:
         columns = ["messages", "feature_index"]
-    columns += [] if bank is None else ["memory_ids"]
+    columns += [] if bank is None else ["memory_ids", *({"source_ids"} & set(dataset.column_names))]
     scores_wanted = model.config.memory_scores or model.config.retrieval_threshold is not None
     if bank is not None and (scores_wanted or "memory_scores" in dataset.column_names):
         columns.append("memory_scores")
+    if vision_features is not None:
+        refuse_transforms(dataset)
     index = None
     if vision_features is not None and "feature_index" not in dataset.column_names:
         if len(vision_features) != len(dataset):
@@ -233,15 +247,17 @@ def evaluation_rows(
     bank: MemoryBank | None,
     vision_features: np.ndarray | None,
 ) -> datasets.Dataset | None:
-    """[`training_rows`] of an `eval_dataset`, which has to say which of the training rows' features are its own."""
+    """[`training_rows`] of an `eval_dataset`, with images or a `feature_index` into the training rows' features."""
     if dataset is None:
         return None
     if vision_features is not None and "feature_index" not in dataset.column_names:
-        raise ValueError(
-            f"eval_dataset has the columns {dataset.column_names}, expected feature_index as well: vision_features "
-            "are one array for both data sets. Append the features of the evaluation rows to those of the training "
-            "rows and give both data sets a column feature_index with the rows' positions in it."
-        )
+        if not {"image", "images"} & set(dataset.column_names):
+            raise ValueError(
+                f"eval_dataset has the columns {dataset.column_names}, expected image, images or feature_index: "
+                "vision_features are one array for both data sets. Append the features of the evaluation rows to "
+                "those of the training rows and give both a column feature_index with the rows' positions in it."
+            )
+        vision_features = None
     return training_rows(model, dataset, bank, vision_features)
 
 
@@ -252,6 +268,16 @@ def content_hash(rows: datasets.Dataset) -> str:
     for batch in rows.select_columns(columns).with_format(None).iter(1000):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
+
+
+def check_cached_features(trainer: Trainer):
+    """Raises `ValueError` when the tower that made the cached features is about to change."""
+    tower = trainer.model.base_model.vision_tower
+    if trainer.data_collator.vision_features is not None and any(p.requires_grad for p in tower.parameters()):
+        raise ValueError(
+            "The vision tower trains, but its features were computed beforehand: those of a frozen tower only stay "
+            "what they are. Freeze it, or set cache_features: false (give no vision_features)."
+        )
 
 
 def train(trainer: Trainer, bank: MemoryBank | None):
@@ -272,7 +298,13 @@ def train(trainer: Trainer, bank: MemoryBank | None):
     for name in MODEL_TRAJECTORY:
         settings[name] = vars(model.config)[name]
     checkpoint = last_checkpoint(args.output_dir, settings, write=trainer.is_world_process_zero())
+    check_cached_features(trainer)
     trainer.add_callback(Clock())
+    trainer.add_callback(Curves())
+    if trainer.eval_dataset is not None and args.eval_samples:
+        trainer.add_callback(SampleAnswers(trainer))
+    trainer.meter = Meter(trainer, bank)
+    trainer.add_callback(trainer.meter)
     if trainer.data_collator.dropout is not None:
         trainer.add_callback(TellEpoch(trainer.data_collator.dropout))
     present = {type(module).__name__ for module in model.modules()}  # FSDP does not start if it misses one
@@ -286,6 +318,7 @@ def train(trainer: Trainer, bank: MemoryBank | None):
             if checkpoint is None or not _load_finished(trainer, checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
     finally:
+        trainer.meter.close()
         for name in ("forward", "_original_forward"):
             vars(model).pop(name, None)
         model.eval()

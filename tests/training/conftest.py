@@ -1,9 +1,12 @@
 """A tiny model, its bank, and a data set of chats about plain and noisy images."""
 
+import json
+
 import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 from PIL import Image
 
@@ -75,3 +78,37 @@ def dataset(images, captions, bank, model, features) -> datasets.Dataset:
         "memory_ids": neighbours.tolist(),
     }
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+
+@pytest.fixture
+def files(tmp_path, checkpoints, make_model, processor, dataset, captions, bank, images):
+    """A bank, a Parquet file of labels, a JSON file of chats with image paths, and the YAML files of both stages."""
+    bank.save_pretrained(tmp_path / "bank")
+    make_model().save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    labelled = dataset.select_columns(["image"]).add_column("label", captions)
+    labelled.to_parquet(tmp_path / "pairs.parquet")
+    chats = []
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
+        chats.append({"image": f"{index}.png", "messages": dataset[index]["messages"]})
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    common = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "seed": 1}
+    labels = {"dataset": "pairs.parquet", "answer_column": "label", "prompt": "what is in the image?"}
+    bank = {"memory_bank": "bank"}
+    write = {
+        "stage1": {"stage": 1, "model": "model", "output_dir": "out1", **labels, **bank, **common},
+        "stage2": {"stage": 2, "model": "out1", "output_dir": "out2", "dataset": "chats.json", **bank, **common},
+        "baseline": {
+            "stage": 1,
+            "vision_model": checkpoints["siglip"],
+            "language_model": checkpoints["llama"],
+            "model_kwargs": {"memory_top_k": 0},
+            "output_dir": "baseline",
+            **labels,
+            **common,
+        },
+    }
+    for name, settings in write.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path

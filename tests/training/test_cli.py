@@ -36,40 +36,6 @@ def tinyalign(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.fixture
-def files(tmp_path, checkpoints, make_model, processor, dataset, captions, bank, images):
-    """A bank, a Parquet file of labels, a JSON file of chats with image paths, and the YAML files of both stages."""
-    bank.save_pretrained(tmp_path / "bank")
-    make_model().save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    labelled = dataset.select_columns(["image"]).add_column("label", captions)
-    labelled.to_parquet(tmp_path / "pairs.parquet")
-    chats = []
-    for index, image in enumerate(images):
-        image.save(tmp_path / f"{index}.png")
-        chats.append({"image": f"{index}.png", "messages": dataset[index]["messages"]})
-    (tmp_path / "chats.json").write_text(json.dumps(chats))
-    common = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "seed": 1}
-    labels = {"dataset": "pairs.parquet", "answer_column": "label", "prompt": "what is in the image?"}
-    bank = {"memory_bank": "bank"}
-    write = {
-        "stage1": {"stage": 1, "model": "model", "output_dir": "out1", **labels, **bank, **common},
-        "stage2": {"stage": 2, "model": "out1", "output_dir": "out2", "dataset": "chats.json", **bank, **common},
-        "baseline": {
-            "stage": 1,
-            "vision_model": checkpoints["siglip"],
-            "language_model": checkpoints["llama"],
-            "model_kwargs": {"memory_top_k": 0},
-            "output_dir": "baseline",
-            **labels,
-            **common,
-        },
-    }
-    for name, settings in write.items():
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-    return tmp_path
-
-
 def test_both_stages_from_yaml(files, images, monkeypatch):
     first = tinyalign(files, "train", "stage1.yaml", "--learning_rate", "5e-3")
     assert first.returncode == 0, first.stderr

@@ -68,9 +68,13 @@ def files(tmp_path, make_model, processor, bank, images, captions):
     return tmp_path
 
 
-def losses(folder: Path) -> list[float]:
+def log(folder: Path) -> list[dict]:
     (state,) = folder.glob("checkpoint-4/trainer_state.json")
-    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    return [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in log(folder)]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -85,6 +89,13 @@ def test_two_processes_have_the_trajectory_of_one(stage, files, monkeypatch):
     )
     assert len(losses(files / "one")) == 4
     np.testing.assert_allclose(losses(files / "one"), losses(files / "two"), rtol=1e-4)
+    parts = ("connector", "memory_connector", *(["language_model"] if stage == 2 else []))
+    names = ("neighbour_similarity", "own_samples_excluded", "memory_slots_off", *(f"grad_norm_{p}" for p in parts))
+    for one, two in zip(log(files / "one"), log(files / "two"), strict=True):
+        assert names[0] in one
+        np.testing.assert_allclose([one[n] for n in names if n in one], [two[n] for n in names if n in one], rtol=1e-3)
+        ratios = [entry["tokens_per_second"] / entry["samples_per_second"] for entry in (one, two)]
+        assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
 
 
 AS_GPUS = """

@@ -244,8 +244,14 @@ def test_evaluation_during_training(make_model, processor, dataset, bank, featur
     indexed = dataset.add_column("feature_index", list(range(12)))
     trainer = train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=indexed)
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
-    with pytest.raises(ValueError, match="eval_dataset has the columns .* expected feature_index"):
-        train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=dataset)
+    cached = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    config.output_dir = str(tmp_path / "images")
+    trainer = train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=dataset)
+    read = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    np.testing.assert_allclose(read, cached, rtol=1e-3)
+    with pytest.raises(ValueError, match="eval_dataset has the columns .* expected image, images or feature_index"):
+        unseen = dataset.remove_columns("image")
+        train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=unseen)
 
 
 @pytest.mark.parametrize(
