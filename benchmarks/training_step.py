@@ -6,9 +6,9 @@ TinyAlign's training step against the baseline's (no memory) at the paper's shap
 SigLIP-so400m at 384 pixels (729 visual tokens) and Qwen2-0.5B at their real widths with random weights, layers cut so
 that it runs on a CPU (--layers; both models have about as many, 27 and 24); rows of 60 text tokens, the last 30 of
 them learnt; 5 neighbours of 32 x 96 latents given, fused along channels to 32 memory tokens. The steps of both
-alternate in one process, the median of the ratios of their CPU seconds counts; the memory is the peak resident set of a process of its
-own for each. Goal: at most 1.05 of both. --lexicon adds words for the memory connector to read, as `tinyalign train`
-does.
+alternate in one process, the median of the ratios of their CPU seconds counts; the memory is the peak resident set of
+a process of its own for each. Goal: at most 1.05 of both. --lexicon adds words for the memory connector to read, as
+`tinyalign train` does.
 """
 
 import argparse
