@@ -173,7 +173,7 @@ def test_static_captions_are_in_the_prompts_of_training(folder, monkeypatch):
     original = run.STAGES[1]
     monkeypatch.setitem(run.STAGES, 1, (original[0], lambda *args: seen.append(args) or original[1](*args)))
     train("--output_dir", "static", "--baseline", "static_rag")
-    _, _, _, rows, bank, _ = seen[0]
+    _, _, _, rows, bank, *_ = seen[0]
     asked = ["".join(part["text"] or "" for part in row["messages"][0]["content"]) for row in rows]
     assert bank is None and all(text.startswith("Similar: ") and text.endswith("\nwhat?") for text in asked)
     assert all(text.count(";") == 1 for text in asked)
