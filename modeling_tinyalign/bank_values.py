@@ -13,6 +13,7 @@ from .bank_keys import BLOCK_ROWS, power_of_two_from
 MAX_CODE = 127
 TINY_STEP = np.float32(2.0**-24)  # of float16
 MAX_FLOAT16 = 65504
+GATHER_ROWS = 256  # at a time: they stay in the processor's cache
 
 
 class PlainValues:
@@ -59,9 +60,15 @@ class PackedValues:
 
     def gather(self, rows: np.ndarray | slice, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         """As of `PlainValues`; the 8-bit numbers are moved to the device."""
-        values = torch.from_numpy(np.array(self._codes[rows])).to(device).to(dtype)
-        steps = torch.exp2(torch.from_numpy(np.array(self._exponents[rows])).to(device).float())
-        return values.mul_(steps.to(dtype).unsqueeze(-1))
+        rows = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else rows
+        flat = rows.reshape(-1)
+        values = torch.empty(len(flat), *self.shape[1:], device=device)
+        for start in range(0, len(flat), GATHER_ROWS):
+            block = slice(start, start + GATHER_ROWS)
+            steps = torch.exp2(torch.from_numpy(self._exponents[flat[block]]).to(device).float())
+            values[block] = torch.from_numpy(self._codes[flat[block]]).to(device)
+            values[block] *= steps.unsqueeze(-1)
+        return values.view(*rows.shape, *self.shape[1:]).to(dtype)
 
     @classmethod
     def pack(cls, values: PlainValues, folder: Path) -> str:
