@@ -14,12 +14,31 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
 from tinyalign_vlm.processing import TinyAlignProcessor
+from tinyalign_vlm.training.data import TrainingCollator
 from tinyalign_vlm.training.demo import BANKS, TOP_K, DemoConfig, chats, load_pairs, with_neighbours
-from tinyalign_vlm.training.evaluation import evaluate_answers
 from tinyalign_vlm.training.neighbours import find_neighbours
+from tinyalign_vlm.training.trainer import training_rows
+
+BATCH = 32
+
+
+@torch.no_grad()
+def loss_per_token(model, processor, rows, bank: MemoryBank, features: np.ndarray) -> float:
+    rows, collate = training_rows(model, rows, bank, features), TrainingCollator(processor, features, bank)
+    total = number = 0
+    for start in range(0, len(rows), BATCH):
+        inputs = collate([rows[index] for index in range(start, min(start + BATCH, len(rows)))])
+        labels = inputs.pop("labels")[:, 1:]
+        supervised = labels != -100
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        total += F.cross_entropy(logits[supervised].double(), labels[supervised], reduction="sum").item()
+        number += supervised.sum().item()
+    return total / number
 
 
 def main():
@@ -46,10 +65,7 @@ def main():
         for bank in (plain, packed):
             model.build_lexicon(processor.tokenizer, bank)
             found = find_neighbours(bank, model, features, TOP_K)
-            result = evaluate_answers(
-                model, processor, with_neighbours(rows, found), bank, features, batch_size=32, max_new_tokens=1
-            )
-            losses.append(result.losses.sum() / result.num_tokens.sum())
+            losses.append(loss_per_token(model, processor, with_neighbours(rows, found), bank, features))
             neighbours.append(found[1])
         values, rounded = (bank.gather(np.arange(len(bank))) for bank in (plain, packed))
         error = (rounded - values).norm() / (values - values.mean(dim=0)).norm()

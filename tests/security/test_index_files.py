@@ -52,7 +52,7 @@ def test_trusted(bank_folder):
         MemoryBank.from_pretrained(bank_folder, trust_index=True)
     (bank_folder / "index.faiss").write_bytes(own_index(bank))
     trusting = MemoryBank.from_pretrained(bank_folder, trust_index=True)
-    assert trusting._files.keys == bank_folder / "index.faiss"
+    assert trusting._files.trusted_index == bank_folder / "index.faiss"
     queries = np.random.default_rng(0).standard_normal((5, bank.key_dim)).astype(np.float32)
     for ours, theirs in zip(bank.search(queries, 4), trusting.search(queries, 4), strict=True):
         assert (ours == theirs).all()
