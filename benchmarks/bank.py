@@ -439,7 +439,7 @@ def given_keys(path: Path) -> np.ndarray:
 def run(arguments: argparse.Namespace, scratch: Path):
     given = given_keys(arguments.keys) if arguments.keys else None
     results = []
-    for kind in [arguments.keys.stem] if arguments.keys else KINDS:
+    for kind in [arguments.keys.stem] if arguments.keys else arguments.kinds:
         all_keys = synthetic_keys(scratch / "keys.npy", kind, arguments.rows) if given is None else given
         keys, queries = all_keys[:-QUERIES], np.array(all_keys[-QUERIES:])
         home = scratch / f"home {len(results)}"
@@ -459,6 +459,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000, help="of the bank (default: %(default)s)")
     parser.add_argument("--keys", type=Path, help="keys of a bank's folder or a .npy file, instead of synthetic ones")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of synthetic keys (default: all)")
     parser.add_argument("--repeats", type=int, default=20, help="of what takes milliseconds (default: %(default)s)")
     parser.add_argument("--no_answers", action="store_true", help="leave out the whole answers")
     parser.add_argument("--scratch", type=Path, help="where to write files (default: the system's temporary folder)")
