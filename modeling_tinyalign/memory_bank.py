@@ -26,7 +26,7 @@ from .bank_builder import (
     renumbered,
 )
 from .bank_config import FORMAT_VERSION
-from .bank_storage import BATCH_ROWS, Spool, config_schema, require_bank_packages, write_local_files
+from .bank_storage import BATCH_ROWS, PACKED_ROWS, Spool, config_schema, require_bank_packages, write_local_files
 from .hub_files import hub_origin
 from .key_encoder import KeyEncoder
 from .saved_bank import SavedBank
@@ -92,6 +92,7 @@ class MemoryBank(SavedBank):
         thumbnail_size: int | None = 64,
         skip_bad_rows: bool = False,
         vision_features: torch.Tensor | np.ndarray | None = None,
+        packed: bool | None = None,
     ) -> MemoryBank:
         """Encode a dataset into a bank.
 
@@ -110,6 +111,8 @@ class MemoryBank(SavedBank):
             thumbnail_size: side in pixels of the JPEG kept of every image, or None for no thumbnails.
             skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `skipped_rows`.
             vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
+            packed: round keys to 12 bits and values to 8, which halves the bank. By default that is done in banks of
+                more than 20,000 rows.
 
         Raises:
             ValueError: a column is missing, a row is bad (its number is named), there is no row, `key_grid` or
@@ -136,6 +139,7 @@ class MemoryBank(SavedBank):
                 thumbnail_size,
                 skip_bad_rows,
                 vision_features,
+                packed=packed,
             )
             files = encode_and_fit(encoder, dataset, whiten_dim)
         config = {
@@ -144,6 +148,7 @@ class MemoryBank(SavedBank):
             "key_dim": key_encoder.key_dim,
             "num_latents": model.config.num_latents,
             "latent_dim": model.config.latent_dim,
+            "packed": files.packed,
             "tower": tower,
             "preprocessing": json.loads(processor.image_processor.to_json_string()),
             "key_encoder": {
@@ -236,7 +241,11 @@ class MemoryBank(SavedBank):
 
     @classmethod
     def from_dataset(
-        cls, dataset: Iterable[dict], like: MemoryBank | str | os.PathLike | None = None, revision: str | None = None
+        cls,
+        dataset: Iterable[dict],
+        like: MemoryBank | str | os.PathLike | None = None,
+        revision: str | None = None,
+        packed: bool | None = None,
     ) -> MemoryBank:
         """A bank from the rows of a bank, loaded with `datasets` and filtered or concatenated; they are numbered anew.
 
@@ -245,6 +254,7 @@ class MemoryBank(SavedBank):
                 after `.decode(False)`: `datasets` would encode its thumbnails anew.
             like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which
                 no rows are downloaded. By default the repository that a `Dataset` was loaded from.
+            packed: as of `build`; by default as `like` is, if that is packed or large.
 
         Raises:
             ValueError: a column is missing or of another type, there is no row, or `like` is needed.
@@ -256,15 +266,30 @@ class MemoryBank(SavedBank):
             like, revision = hub_origin(dataset)
         if not isinstance(like, MemoryBank):
             like = cls._open(like, revision)
-        return like._with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), [])
+        return like._with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), [], packed)
 
-    def _with_rows(self, batches: Iterable[pa.RecordBatch], skipped_rows: list[dict]) -> MemoryBank:
+    def _with_rows(
+        self, batches: Iterable[pa.RecordBatch], skipped_rows: list[dict], packed: bool | None = None
+    ) -> MemoryBank:
         """This bank's encoders over other rows."""
         value_shape = (self.num_latents, self.latent_dim)
-        files = write_local_files(batches, config_schema(self.config), value_shape, "The new memory bank")
-        changed = {"num_rows": files.num_rows, "sha256": files.sha256, "skipped_rows": skipped_rows}
+        if packed is None and (self._files.packed or len(self) > PACKED_ROWS):
+            packed = self._files.packed
+        files = write_local_files(batches, config_schema(self.config), value_shape, "The new memory bank", packed)
+        changed = {
+            "num_rows": files.num_rows,
+            "packed": files.packed,
+            "sha256": files.sha256,
+            "skipped_rows": skipped_rows,
+            "index": None,
+        }
         return MemoryBank(
-            {**self.config, **changed}, copy.deepcopy(self.key_encoder), self.probe_keys, files, self.value_encoder
+            {**self.config, **changed},
+            copy.deepcopy(self.key_encoder),
+            self.probe_keys,
+            files,
+            self.value_encoder,
+            index=self.index,
         )
 
     # ------------------------------------------------------------------ using it

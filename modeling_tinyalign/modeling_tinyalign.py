@@ -40,11 +40,15 @@ from .vision_features import pool_grid, read_vision_tower
 if TYPE_CHECKING:
     from .bank_builder import evaluating  # noqa: F401
     from .bank_config import integer  # noqa: F401
+    from .bank_fast_index import open_index  # noqa: F401
     from .bank_folders import replace_folder  # noqa: F401
+    from .bank_foreign_index import check_foreign_index  # noqa: F401
     from .bank_images import load_image  # noqa: F401
     from .bank_index import KeyIndex  # noqa: F401
+    from .bank_keys import PlainKeys  # noqa: F401
     from .bank_rows import BankRows  # noqa: F401
     from .bank_storage import row_schema  # noqa: F401
+    from .bank_values import PlainValues  # noqa: F401
     from .key_encoder import KeyEncoder  # noqa: F401
     from .lexicon import lexicon_words  # noqa: F401
     from .saved_bank import SavedBank  # noqa: F401

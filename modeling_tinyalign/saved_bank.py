@@ -13,8 +13,9 @@ from huggingface_hub import CommitInfo, DatasetCard
 from safetensors import SafetensorError
 
 from .bank_config import CONFIG_NAME, check_config, check_file, file_sha256, read_json, write_config
+from .bank_fast_index import EXACT, recorded
 from .bank_folders import recover_folder, replace_folder, scratch_folder
-from .bank_index import check_foreign_index
+from .bank_foreign_index import check_foreign_index
 from .bank_rows import BankRows
 from .bank_storage import (
     SCRATCH_PREFIX,
@@ -60,8 +61,9 @@ class SavedBank(BankRows):
         folder: Path | None = None,
         repo_id: str | None = None,
         revision: str | None = None,
+        index: str | None = None,
     ):
-        super().__init__(config, files)
+        super().__init__(config, files, index)
         self.key_encoder = key_encoder.requires_grad_(False)
         self.probe_keys = probe_keys
         self.repo_id = repo_id
@@ -92,7 +94,7 @@ class SavedBank(BankRows):
         replace_folder(Path(save_directory), self._write)
 
     def _write(self, folder: Path) -> None:
-        num_shards = write_shards(folder, self._table, self._index.keys, self._values)
+        num_shards = write_shards(folder, self._table, self._keys, self._values)
         try:
             self.key_encoder.save(folder / KEY_ENCODER_NAME, self.probe_keys)
             self.value_encoder.save_pretrained(folder / "value_encoder")
@@ -103,7 +105,8 @@ class SavedBank(BankRows):
             "key_encoder": file_sha256(folder / KEY_ENCODER_NAME),
             "value_encoder": file_sha256(folder / VALUE_ENCODER_NAME),
         }
-        config = {**self.config, "num_shards": num_shards, "sha256": sha256}
+        index = self.config.get("index") or recorded(self.index_facts)
+        config = {**self.config, "num_shards": num_shards, "index": index, "sha256": sha256}
         write_config(config, folder / CONFIG_NAME)
 
     def push_to_hub(
@@ -164,6 +167,7 @@ class SavedBank(BankRows):
         revision: str | None = None,
         token: str | bool | None = None,
         trust_index: bool = False,
+        index: str | None = None,
     ) -> Self:
         """Load a bank from a folder or from a dataset repository of the Hub.
 
@@ -175,11 +179,14 @@ class SavedBank(BankRows):
             token: of the Hub; by default the one that you are logged in with.
             trust_index: search the index.faiss that is in the folder or repository, once it was found to be a flat
                 index of the bank's keys. By default it is ignored, and one is built here from the keys.
+            index: how to search: "exact", or a faiss factory string ("IVF1024,PQ288x4fs"), whose candidates are
+                compared with the keys. By default exact in a bank of up to 20,000 rows, beyond through a fast index
+                that finds at least 99% of the nearest neighbours (`index_facts`); on a GPU if faiss has one.
 
         Raises:
             ImportError: faiss or pyarrow is missing (what to install is named).
             ValueError: a file is missing, broken, or not what bank_config.json says (the file is named). Files that
-                were downloaded are taken out of the cache.
+                were downloaded are taken out of the cache. Or faiss can't make such an index.
             OSError: the bank can't be downloaded, or the local files can't be written.
         """
         bank = cls._open(name_or_path, revision, token)
@@ -193,13 +200,24 @@ class SavedBank(BankRows):
             with forgetting(fetched):
                 value_shape = (config["num_latents"], config["latent_dim"])
                 rows = read_shards(folder, config)
-                write_local_files(rows, config_schema(config), value_shape, str(folder / "data"), config["sha256"])
+                write_local_files(
+                    rows,
+                    config_schema(config),
+                    value_shape,
+                    str(folder / "data"),
+                    bank._files.packed,
+                    config["sha256"],
+                )
         if trust_index:
             if bank.repo_id is not None:
                 fetch(bank.repo_id, INDEX_NAME, bank.revision, token)
             path = folder / INDEX_NAME
             check_foreign_index(path, len(bank), bank.key_dim, config["sha256"]["keys"])
-            bank._files = dataclasses.replace(bank._files, keys=path)
+            bank._files = dataclasses.replace(bank._files, trusted_index=path)
+            index = index or EXACT
+        bank.index = index
+        if index is not None:
+            bank._searcher  # noqa: B018  an index that can't be made is refused now
         return bank
 
     @classmethod
@@ -225,5 +243,6 @@ class SavedBank(BankRows):
             check_file(encoder_path, config["sha256"]["key_encoder"])
             key_encoder, probe_keys = KeyEncoder.load(encoder_path, config["key_encoder"], config["key_dim"])
         value_shape = (config["num_latents"], config["latent_dim"])
-        files = BankFiles.cached(config["sha256"], config["num_rows"], config["key_dim"], value_shape)
+        packed = bool(config.get("packed"))
+        files = BankFiles(config["sha256"], config["num_rows"], config["key_dim"], value_shape, packed)
         return cls(config, key_encoder, probe_keys, files, folder=folder, repo_id=repo_id, revision=revision)

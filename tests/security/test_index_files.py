@@ -9,16 +9,16 @@ import pytest
 from security.attacks import little_memory
 
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.modeling_tinyalign import bank_index
+from tinyalign_vlm.modeling_tinyalign import bank_foreign_index
 
 needs_limits = pytest.mark.skipif(
-    bank_index.set_deserialization_lattice_r2_limit is None, reason="this faiss has no limits: it is refused"
+    bank_foreign_index.set_deserialization_lattice_r2_limit is None, reason="this faiss has no limits: it is refused"
 )
 
 
 def own_index(bank: MemoryBank) -> bytes:
     """The index that was built here."""
-    return bank._files.keys.read_bytes()
+    return (bank._files.keys_folder / "index.faiss").read_bytes()
 
 
 def limits() -> tuple[int, int, int]:
@@ -33,12 +33,12 @@ def test_ignored_by_default(bank_folder):
     for garbage in (b"IxFI", b"\0" * 1000, faiss_bytes(faiss.IndexFlatL2(3))):
         (bank_folder / "index.faiss").write_bytes(garbage)
         bank = MemoryBank.from_pretrained(bank_folder)
-        assert bank._files.keys.parent.parent.name == "tinyalign", "the index is that of the local cache"
-        assert bank.search(bank._index.keys, 1)[1].ravel().tolist() == list(range(12))
+        assert bank._files.keys_folder.parent.name == "tinyalign", "the index is that of the local cache"
+        assert bank.search(bank._keys[:], 1)[1].ravel().tolist() == list(range(12))
 
 
 def test_a_faiss_without_limits_is_refused(bank_folder, monkeypatch):
-    monkeypatch.setattr(bank_index, "set_deserialization_lattice_r2_limit", None)
+    monkeypatch.setattr(bank_foreign_index, "set_deserialization_lattice_r2_limit", None)
     with pytest.raises(
         ValueError, match=r"needs a faiss that limits .* 1.14.3 or newer; found 1\..* leave trust_index"
     ):
@@ -52,7 +52,7 @@ def test_trusted(bank_folder):
         MemoryBank.from_pretrained(bank_folder, trust_index=True)
     (bank_folder / "index.faiss").write_bytes(own_index(bank))
     trusting = MemoryBank.from_pretrained(bank_folder, trust_index=True)
-    assert trusting._files.keys == bank_folder / "index.faiss"
+    assert trusting._files.trusted_index == bank_folder / "index.faiss"
     queries = np.random.default_rng(0).standard_normal((5, bank.key_dim)).astype(np.float32)
     for ours, theirs in zip(bank.search(queries, 4), trusting.search(queries, 4), strict=True):
         assert (ours == theirs).all()
@@ -85,7 +85,7 @@ def other_indexes(keys: np.ndarray) -> dict[str, faiss.Index]:
 def test_other_indexes_are_refused(bank_folder):
     bank = MemoryBank.from_pretrained(bank_folder)
     path = bank_folder / "index.faiss"
-    for name, index in other_indexes(bank._index.keys.copy()).items():
+    for name, index in other_indexes(bank._keys[:].copy()).items():
         path.write_bytes(faiss_bytes(index))
         with pytest.raises(ValueError, match=f"{path}"):
             MemoryBank.from_pretrained(bank_folder, trust_index=True)
@@ -108,7 +108,7 @@ def test_damaged_indexes_are_refused(bank_folder):
         for content in damaged:
             path.write_bytes(content)
             try:
-                keys = MemoryBank.from_pretrained(bank_folder, trust_index=True)._index.keys
+                keys = MemoryBank.from_pretrained(bank_folder, trust_index=True)._keys[:]
                 assert hashlib.sha256(keys.tobytes()).hexdigest() == bank.config["sha256"]["keys"]
             except ValueError as error:
                 assert str(path) in str(error)

@@ -1,0 +1,102 @@
+"""The values of a memory bank on disk: float16 as they are, or 8 bits a number in a large bank."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .bank_keys import BLOCK_ROWS, power_of_two_from
+
+MAX_CODE = 127
+TINY_STEP = np.float32(2.0**-24)  # of float16
+MAX_FLOAT16 = 65504
+GATHER_ROWS = 256  # at a time: they stay in the processor's cache
+
+
+class PlainValues:
+    """Memory-mapped float16 values: `values[rows]` is `(..., num_latents, latent_dim)`.
+
+    Args:
+        folder: of files written by this package on this machine.
+        shape: `(num_rows, num_latents, latent_dim)`, what they must hold.
+
+    Raises:
+        ValueError: they hold something else.
+    """
+
+    FILES = ("values.npy",)
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int]):
+        self.shape = shape
+        self._values = map_array(folder / self.FILES[0], np.float16, shape)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        return self._values[rows]
+
+    def gather(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+        """Values of `rows`, of any shape, as a tensor."""
+        return torch.from_numpy(self._values[rows]).to(device, dtype)
+
+
+class PackedValues:
+    """8-bit values, memory-mapped. Arguments as of `PlainValues`; `values[rows]` is float16 as well.
+
+    A number is a multiple, from -127 to 127, of its latent's step, a power of two: rounded values are float16 numbers
+    and stay what they are when they are rounded again.
+    """
+
+    FILES = ("codes.npy", "exponents.npy")
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int]):
+        self.shape = shape
+        self._codes = map_array(folder / self.FILES[0], np.int8, shape)
+        self._exponents = map_array(folder / self.FILES[1], np.int8, shape[:2])
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        return self.gather(rows, "cpu", torch.float32).half().numpy()
+
+    def gather(self, rows: np.ndarray | slice, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+        """As of `PlainValues`; the 8-bit numbers are moved to the device."""
+        rows = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else rows
+        flat = rows.reshape(-1)
+        values = torch.empty(len(flat), *self.shape[1:], device=device)
+        for start in range(0, len(flat), GATHER_ROWS):
+            block = slice(start, start + GATHER_ROWS)
+            steps = torch.exp2(torch.from_numpy(self._exponents[flat[block]]).to(device).float())
+            values[block] = torch.from_numpy(self._codes[flat[block]]).to(device)
+            values[block] *= steps.unsqueeze(-1)
+        return values.view(*rows.shape, *self.shape[1:]).to(dtype)
+
+    @classmethod
+    def pack(cls, values: PlainValues, folder: Path) -> str:
+        """Round plain values, write them to `folder`, and return the sha256 of the rounded float16 values."""
+        num_rows, num_latents, _ = values.shape
+        digest = hashlib.sha256()
+        all_codes = np.lib.format.open_memmap(folder / cls.FILES[0], "w+", np.int8, values.shape)
+        all_exponents = np.lib.format.open_memmap(folder / cls.FILES[1], "w+", np.int8, (num_rows, num_latents))
+        for start in range(0, num_rows, BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            numbers = values[block].astype(np.float32)
+            steps = power_of_two_from(np.abs(numbers).max(axis=2, keepdims=True) / np.float32(MAX_CODE))
+            steps = np.maximum(steps, TINY_STEP)
+            largest = MAX_FLOAT16 // steps
+            codes = np.clip(np.rint(numbers / steps), -largest, largest)
+            digest.update((codes * steps + np.float32(0)).astype(np.float16).tobytes())
+            all_codes[block] = codes
+            all_exponents[block] = np.log2(steps[..., 0])
+        all_codes.flush()
+        all_exponents.flush()
+        return digest.hexdigest()
+
+
+def map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if (array.dtype, array.shape) != (dtype, shape):
+        raise ValueError(
+            f"The local file {path} is damaged (it holds {array.dtype} of shape {array.shape}, expected "
+            f"{np.dtype(dtype)} of {shape}). Delete {path.parent} and load the bank again."
+        )
+    return np.asarray(array)
