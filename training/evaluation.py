@@ -108,16 +108,16 @@ def evaluate_answers(
     for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
         inputs = send_to_device(collator(batch), model.device)
+        inputs.pop("rows")  # their names, for messages
         references += [reference_of(row["messages"]) for row in batch]
         loss, correct, counts = _score(model, inputs)
         for row_loss, row_correct in zip(loss.split(counts), correct.split(counts), strict=True):
             losses.append(row_loss.sum().item())
             correct_tokens.append(row_correct.sum().item())
         num_tokens += counts
-        image_inputs = {name: inputs[name] for name in inputs.keys() - {"input_ids", "attention_mask", "labels"}}
         started = time.perf_counter()
         chats = [collator.messages(row)[:-1] for row in batch]
-        answers += greedy_answers(model, processor, chats, image_inputs, max_new_tokens)[0]
+        answers += greedy_answers(model, processor, chats, inputs, max_new_tokens)[0]
         seconds += [(time.perf_counter() - started) / len(batch)] * len(batch)
     return Evaluation(
         np.array(losses), np.array(num_tokens), np.array(correct_tokens), answers, references, np.array(seconds)

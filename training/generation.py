@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..modeling_tinyalign.modeling_tinyalign import IMAGE_INPUTS
 from .data import encode_chat
 
 
@@ -19,7 +20,7 @@ def greedy_answers(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     chats: list[list[dict]],
-    image_inputs: dict[str, torch.Tensor],
+    batch: dict[str, torch.Tensor],
     max_new_tokens: int,
 ) -> tuple[list[str], torch.LongTensor | None, torch.Tensor | None]:
     """
@@ -27,7 +28,7 @@ def greedy_answers(
     -1 in slots that are off, with their similarities, as far as these are known.
 
     Args:
-        image_inputs: What the collator made of the chats' images.
+        batch: What the collator made of the chats; read is what it says of their images.
     """
     prompts = [encode_chat(processor, messages, add_generation_prompt=True)[0] for messages in chats]
     length = max(map(len, prompts))
@@ -37,7 +38,7 @@ def greedy_answers(
     output = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
-        **image_inputs,
+        **{name: batch[name] for name in IMAGE_INPUTS if name in batch},
         do_sample=False,
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,

@@ -54,10 +54,7 @@ class SampleAnswers(TrainerCallback):
         for number, row in enumerate(islice(trainer.eval_dataset, trainer.args.eval_samples)):
             inputs = send_to_device(collator([row]), model.device)
             chat = collator.messages(row)
-            image_inputs = {name: inputs[name] for name in inputs.keys() - {"input_ids", "attention_mask", "labels"}}
-            (answer,), ids, scores = greedy_answers(
-                model, collator.processor, [chat[:-1]], image_inputs, MAX_NEW_TOKENS
-            )
+            (answer,), ids, scores = greedy_answers(model, collator.processor, [chat[:-1]], inputs, MAX_NEW_TOKENS)
             neighbours = []
             if ids is not None and count_images(chat):
                 scores = [None] * ids.numel() if scores is None else scores.flatten().tolist()
