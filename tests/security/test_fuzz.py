@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = os.environ.get("TINYALIGN_FUZZ_CASES", "1400")
+CASES = os.environ.get("TINYALIGN_FUZZ_CASES", "1200")
 KINDS = ("bank", "model", "processor")
 SEED = os.environ.get("TINYALIGN_FUZZ_SEED", "0")
 FUZZING = str(Path(__file__).with_name("fuzzing.py"))
