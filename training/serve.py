@@ -7,20 +7,23 @@ from collections.abc import Collection
 
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils.import_utils import is_serve_available
 
 from ..modeling_tinyalign import TinyAlignForConditionalGeneration
 from ..processing import TinyAlignProcessor
 from ..processing.image_loading import load_request_image
 
-try:
-    import uvicorn
-    from fastapi import FastAPI, HTTPException, Request, Response
-    from fastapi.responses import JSONResponse
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.utils import GenerationState, Modality
-except ImportError as error:
-    raise ImportError(f"{error}. `tinyalign serve` needs more packages: pip install tinyalign-vlm[serve]") from error
+if not is_serve_available():
+    raise ImportError(
+        "`tinyalign serve` needs fastapi, uvicorn, pydantic and openai: pip install tinyalign-vlm[serve]"
+    )
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerationState, Modality
 
 MAX_BODY_BYTES = 64 * 2**20
 MAX_IMAGES = 16

@@ -1,4 +1,9 @@
-"""8-bit and 4-bit weights by transformers' quantization configs, where the platform has the library."""
+"""
+8-bit and 4-bit weights by transformers' quantization configs, where the platform has the library.
+
+The extra `dev` has bitsandbytes, which does both on a CPU. torchao is tested where it is installed: transformers
+imports it with every quantizer, and each process that does so starts a second later.
+"""
 
 from types import SimpleNamespace
 

@@ -3,8 +3,8 @@
 import json
 import re
 
+import accelerate
 import pytest
-import transformers
 from hub.machines import RemoteError, without_the_package
 
 AUTO_MAP = {
@@ -240,6 +240,10 @@ def variants(owner, saved):
     owner.run(push_variants, saved["model"])
 
 
+OFFLOADED = {"device_map": "auto", "max_memory": {"cpu": 100_000}}  # the rest is on the disk
+TIED_ON_DISK = pytest.mark.skipif(
+    accelerate.__version__ == "1.4.0", reason="accelerate 1.4 forgets tied embeddings on the disk, of any model"
+)
 CPU, FULL, HALF = ["cpu"], ["float32"], ["bfloat16", "float32"]
 
 
@@ -248,13 +252,7 @@ CPU, FULL, HALF = ["cpu"], ["float32"], ["bfloat16", "float32"]
     [
         ("org/sharded", {}, FULL, CPU),
         ("org/sharded", {"device_map": "auto"}, FULL, CPU),
-        pytest.param(
-            *("org/sharded", {"device_map": "auto", "max_memory": {"cpu": 100_000}}, FULL, ["cpu", "meta"]),  # on disk
-            marks=pytest.mark.skipif(
-                transformers.__version__.startswith("5.17"),
-                reason="max_memory is KeyError: 'cpu' in the oldest versions",
-            ),
-        ),
+        pytest.param("org/sharded", OFFLOADED, FULL, ["cpu", "meta"], marks=TIED_ON_DISK),
         ("org/sharded", {"dtype": "bfloat16"}, HALF, CPU),
         ("org/half", {"dtype": "auto"}, HALF, CPU),
         ("org/half", {"dtype": "float32"}, FULL, CPU),
