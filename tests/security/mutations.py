@@ -122,11 +122,11 @@ def change_parquet(data: bytes, rng: random.Random) -> bytes:
         else:
             options = {"row_group_size": rng.choice([1, 3, 10**6]), "use_dictionary": rng.random() < 0.5}
             options |= {"compression": rng.choice(["none", "zstd", "gzip"]), "store_schema": rng.random() < 0.7}
-    except (pa.ArrowException, TypeError, OverflowError):  # it can't be changed so
+        file = io.BytesIO()
+        pq.write_table(table, file, **options)
+        return file.getvalue()
+    except (pa.ArrowException, TypeError, OverflowError):  # it can't be changed or written so
         return damage_bytes(data, rng)
-    file = io.BytesIO()
-    pq.write_table(table, file, **options)
-    return file.getvalue()
 
 
 def _with_other_value(column: pa.Array, row: int, rng: random.Random) -> pa.Array:
