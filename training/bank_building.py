@@ -29,7 +29,7 @@ from .stage1 import Stage1Config
 SETTINGS_NAME = "settings.json"
 # What the value encoder is trained on.
 ENCODER_IMAGES, ENCODER_CAPTIONS = 256, 10_000
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: safetensors' and faiss's
 
 
 @dataclass
@@ -90,14 +90,14 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike):
             or no row is usable.
         OSError: A file cannot be read, or written; what was encoded is kept.
     """
-    out = Path(out).resolve()
+    name, out = out, Path(out).resolve()
     with changing(out):
         kept = asdict(settings) | {"files": fingerprint_files(settings.dataset)}
         work = out.with_name(f".{out.name}.build")
         log = read_log(out)
         if log and log[0].get("settings") == kept:
             shutil.rmtree(work, ignore_errors=True)
-            print(f"{out} is complete: there is nothing to do.")
+            print(f"{name} is complete: there is nothing to do.")
             return
         if out.exists() and (out.is_file() or any(out.iterdir())):
             raise ValueError(
@@ -124,6 +124,7 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike):
         with keeping(work):
             parts = run.encode(encoder, set())
             if parts.rows == 0:
+                shutil.rmtree(work)
                 raise ValueError(f"{settings.dataset} has no usable row. {_examples(parts)}")
             if like is None:
                 bank = MemoryBank.from_encoded(encoder, parts.batches, settings.whiten_dim)
@@ -131,7 +132,7 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike):
                 bank = like.of_encoded(parts.batches())
             save_change(bank, out, {"change": "build", "settings": kept}, parts.left_out)
         shutil.rmtree(work)
-    print(f"{out}: {len(bank)} rows; {count_kinds(parts.left_out)}{_listed(out, parts)}.")
+    print(f"{name}: {len(bank)} rows; {count_kinds(parts.left_out)}{_listed(name, parts)}.")
 
 
 def add_rows(settings: RowSettings, folder: str | os.PathLike):
@@ -140,7 +141,7 @@ def add_rows(settings: RowSettings, folder: str | os.PathLike):
 
     Raises as [`build_bank`].
     """
-    folder = Path(folder).resolve()
+    name, folder = folder, Path(folder).resolve()
     with changing(folder):
         bank = open_bank(folder)
         kept = asdict(settings) | {"files": fingerprint_files(settings.dataset), "bank": bank.config["sha256"]}
@@ -149,18 +150,18 @@ def add_rows(settings: RowSettings, folder: str | os.PathLike):
             shutil.rmtree(work)  # of a bank that has changed since, or these very rows
         run = Encoding.begin(settings, work, kept, bank.config["columns"], bank)
         encoder = bank.row_encoder(run.model, run.processor, batch_size=run.batch_size, num_rows=len(bank))
-        seen = {bytes.fromhex(name) for name in bank._table["source_id"].to_pylist()}
+        seen = {bytes.fromhex(image) for image in bank._table["source_id"].to_pylist()}
         with keeping(work):
             parts = run.encode(encoder, seen)
-            bad = [row for row in parts.left_out if not row["reason"].startswith("duplicate")]
-            if parts.rows == 0 and bad:
+            if parts.rows == 0 and not any(row["reason"].startswith("duplicate") for row in parts.left_out):
+                shutil.rmtree(work)
                 raise ValueError(f"{settings.dataset} has no usable row. {_examples(parts)}")
             if parts.rows:
                 bank = bank.with_encoded(parts.batches())
                 save_change(bank, folder, {"change": "add", "settings": kept}, parts.left_out)
         shutil.rmtree(work)
     print(
-        f"{folder}: {len(bank)} rows, {parts.rows} of them new; {count_kinds(parts.left_out)}{_listed(folder, parts)}."
+        f"{folder}: {len(bank)} rows, {parts.rows} of them new; {count_kinds(parts.left_out)}{_listed(name, parts)}."
     )
 
 
@@ -192,8 +193,9 @@ class Encoding:
         source = CaptionedImages(config, settings.caption_column, keep, settings.constants())
         batch_size = settings.batch_size or batch_size_of(config)
         versions = {"torch": torch.__version__, "transformers": __version__}
+        kept = {name: value for name, value in kept.items() if name != "whiten_dim"}  # of the last step
         kept = json.loads(json.dumps(kept | {"tower": _fingerprint(model), "batch_size": batch_size} | versions))
-        if (work / SETTINGS_NAME).is_file():
+        if (work / SETTINGS_NAME).is_file() and len(list(work.iterdir())) > 1:
             found = _read(work)
             changed = [
                 f"{name}: {found['settings'].get(name)!r} then, {value!r} now"
@@ -290,9 +292,10 @@ def keeping(work: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
+        reason = (error.strerror or str(error)).rstrip(".")
         raise OSError(
             error.errno,
-            f"{error.strerror}. Nothing is lost: {work} keeps what was encoded. Free some space and run the same "
+            f"{reason}. Nothing is lost: {work} keeps what was encoded. Free some space and run the same "
             "command again; it goes on from there.",
         ) from error
 
@@ -314,5 +317,5 @@ def _examples(parts: Parts) -> str:
     return "\n  ".join([f"{count_kinds(parts.left_out)}:", *lines])
 
 
-def _listed(folder: Path, parts: Parts) -> str:
-    return f", listed in {folder / LEFT_OUT_NAME}" if parts.left_out else ""
+def _listed(folder: str | os.PathLike, parts: Parts) -> str:
+    return f", listed in {Path(folder, LEFT_OUT_NAME)}" if parts.left_out else ""

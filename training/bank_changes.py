@@ -40,7 +40,7 @@ def remove_rows(
     """
     if not (source_ids or images or where):
         raise ValueError("Nothing says which rows: expected --source-id, --image or --where.")
-    folder = Path(folder).resolve()
+    given, folder = folder, Path(folder).resolve()
     with changing(folder):
         bank = open_bank(folder)
         rows = set()
@@ -69,8 +69,8 @@ def remove_rows(
         change = {"change": "remove", "source_ids": sorted(names.values()), "where": list(where)}
         save_change(smaller, folder, {**change, "removed": len(rows)})
     print(
-        f"{folder}: {len(smaller)} rows, {len(rows)} removed. Copies of the earlier version may be left on this "
-        f"machine: `tinyalign bank compact {folder}` deletes them."
+        f"{given}: {len(smaller)} rows, {len(rows)} removed. Copies of the earlier version may be left on this "
+        f"machine: `tinyalign bank compact {given}` deletes them."
     )
 
 
@@ -107,7 +107,7 @@ def merge_banks(folders: Sequence[Path], out: Path, keep_duplicates: bool = Fals
     """
     if len(folders) < 2:
         raise ValueError(f"Found {len(folders)} bank, expected two or more to merge.")
-    out = Path(out).resolve()
+    given, out = out, Path(out).resolve()
     banks = [open_bank(folder) for folder in folders]
     for folder, bank in zip(folders[1:], banks[1:], strict=True):
         differences = [
@@ -141,7 +141,7 @@ def merge_banks(folders: Sequence[Path], out: Path, keep_duplicates: bool = Fals
         )
         save_change(merged, out, {"change": "merge", "banks": [str(folder) for folder in folders]})
     left_out = sum(map(len, banks)) - len(merged)
-    print(f"{out}: {len(merged)} rows of {len(banks)} banks; {left_out} left out, whose image an earlier bank has.")
+    print(f"{given}: {len(merged)} rows of {len(banks)} banks; {left_out} left out, whose image an earlier bank has.")
 
 
 def _field(bank: MemoryBank, field: str) -> object:
@@ -156,7 +156,7 @@ def compact_bank(folder: Path) -> None:
     Writes the shards of a bank anew, as few as hold its rows, and deletes what earlier versions of it have left on
     this machine: their memory-mapped copies, with the rows that have been removed since.
     """
-    folder = Path(folder).resolve()
+    given, folder = folder, Path(folder).resolve()
     with changing(folder):
         bank = open_bank(folder)
         versions = [change[name] for change in read_log(folder) for name in ("sha256", "replaced")]
@@ -171,8 +171,8 @@ def compact_bank(folder: Path) -> None:
                 freed += size_of(copy)
                 shutil.rmtree(copy)
     print(
-        f"{folder}: {size_of(folder):,} bytes, {before:,} before; {freed:,} bytes of earlier versions deleted from "
-        f"{cache_root()}."
+        f"{given}: {size_of(folder):,} bytes, {before:,} before; {freed:,} bytes of earlier versions deleted from "
+        "HF_HOME/tinyalign."
     )
 
 

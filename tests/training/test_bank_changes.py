@@ -297,6 +297,7 @@ def read_on(folder: str, home: str, ready, changed, answers):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_eight_readers_share_a_copy_and_are_not_disturbed(folder, tmp_path):
     context = multiprocessing.get_context("spawn")
+    MemoryBank.from_pretrained(folder)  # the first one lays it out
     ready, answers, changed = context.Queue(), context.Queue(), context.Event()
     home = str(tmp_path / "home")
     readers = [context.Process(target=read_on, args=(str(folder), home, ready, changed, answers)) for _ in range(8)]
@@ -315,7 +316,7 @@ def test_eight_readers_share_a_copy_and_are_not_disturbed(folder, tmp_path):
 
 
 KILLED = """
-import os, shutil, signal, sys
+import os, signal, sys
 import pyarrow.parquet
 from tinyalign_vlm.training import cli
 
@@ -323,7 +324,7 @@ def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 for folder, (module, name) in zip(
-    sys.argv[1:], ((pyarrow.parquet.ParquetWriter, "write_table"), (os, "fsync"), (os, "rename"), (shutil, "rmtree"))
+    sys.argv[1:], ((pyarrow.parquet.ParquetWriter, "write_table"), (os, "fsync"), (os, "rename"))
 ):
     pid = os.fork()
     if pid == 0:
@@ -335,13 +336,12 @@ for folder, (module, name) in zip(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_a_killed_change_leaves_a_whole_version(folder, tmp_path, capsys):
-    folders = [shutil.copytree(folder, tmp_path / str(number) / "bank") for number in range(4)]
+    folders = [shutil.copytree(folder, tmp_path / str(number) / "bank") for number in range(3)]
     environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", KILLED, *folders], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # killed while it tidied up, it had done all that was asked
-    assert [len(MemoryBank.from_pretrained(bank)) for bank in folders] == [12, 12, 12, 6]
-    for bank in folders[:3]:
+    assert [len(MemoryBank.from_pretrained(bank)) for bank in folders] == [12, 12, 12]
+    for bank in folders:
         tinyalign("remove", bank, "--where", "source=a")
         assert len(MemoryBank.from_pretrained(bank)) == 6 and problems(bank, capsys) == []
 
