@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .bank_config import FIXED_COLUMNS
 from .bank_images import image_source_id, load_image, thumbnail_bytes
-from .bank_storage import BankFiles, Spool, list_column, matrix, row_schema, write_local_files
+from .bank_storage import BankFiles, list_column, matrix, require_bank_packages, row_schema, write_local_files
 from .key_encoder import NUM_PROBES, KeyEncoder, fit_whitening
 from .value_encoder import ValueEncoder
 
@@ -84,36 +84,66 @@ class RowEncoder:
     """Encodes dataset rows, batch by batch, into record batches of a bank.
 
     Attributes:
+        num_rows: the id that the next row gets.
         skipped_rows: `{"row": number, "reason": text}` of each bad row, when `skip_bad_rows`.
-        key_sum: sum of the raw keys, for the mean.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
     value_encoder: ValueEncoder
     key_encoder: KeyEncoder
-    image_column: str
-    caption_column: str
-    keep_columns: Sequence[str]
-    batch_size: int
-    thumbnail_size: int | None
-    skip_bad_rows: bool
+    image_column: str = "image"
+    caption_column: str = "caption"
+    keep_columns: Sequence[str] = ()
+    batch_size: int = 32
+    thumbnail_size: int | None = 64
+    skip_bad_rows: bool = False
     vision_features: torch.Tensor | np.ndarray | None = None
     num_rows: int = 0
     skipped_rows: list[dict] = field(default_factory=list)
-    key_sum: torch.Tensor | float = 0.0
     packed: bool | None = None
 
+    @classmethod
+    def for_new_bank(
+        cls,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        value_encoder: ValueEncoder,
+        key_grid: int = 1,
+        **settings,
+    ) -> RowEncoder:
+        """With a new key encoder, whose mean and whitening are fitted when all rows are encoded.
+
+        Args:
+            settings: the other fields of this class.
+        """
+        require_bank_packages()
+        check_keep_columns(settings.get("keep_columns", ()))
+        check_latents(value_encoder, model)
+        with evaluating(model):
+            features = model.get_vision_features(probe_pixels(image_shape(processor)))
+            key_encoder = KeyEncoder.of_model(model, features.shape[-1], key_grid)
+        return cls(model, processor, value_encoder, key_encoder, **settings)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the record batches; the keys are raw."""
+        config = self.value_encoder.config
+        thumbnails = self.thumbnail_size is not None
+        return row_schema(
+            self.key_encoder.mean.numel(), config.num_latents * config.latent_dim, thumbnails, self.keep_columns
+        )
+
     def batches(self, dataset: Iterable[dict]) -> Iterator[pa.RecordBatch]:
-        """Record batches with raw keys; ids count from 0."""
+        """Record batches with raw keys; ids count from `num_rows`."""
         chunk = []
         for row in self._checked_rows(dataset):
             chunk.append(row)
             if len(chunk) == self.batch_size:
-                yield self._encode(chunk)
+                yield self.encode(chunk)
                 chunk = []
         if chunk:
-            yield self._encode(chunk)
+            yield self.encode(chunk)
 
     def _checked_rows(self, dataset: Iterable[dict]) -> Iterator[dict]:
         """Rows with a decoded image and a caption; the others raise, or are listed."""
@@ -139,7 +169,13 @@ class RowEncoder:
                 self.skipped_rows.append({"row": number, "reason": str(error)})
                 continue
             kept = [None if row[column] is None else str(row[column]) for column in self.keep_columns]
-            yield {"row": number, "image": image, "caption": caption, "kept": kept}
+            yield {
+                "row": number,
+                "image": image,
+                "source_id": image_source_id(image),
+                "caption": caption,
+                "kept": kept,
+            }
 
     def _check_columns(self, number: int, row: dict) -> None:
         if not isinstance(row, dict):
@@ -157,7 +193,13 @@ class RowEncoder:
             if column not in row:
                 raise ValueError(f"The dataset has no column {column!r} to keep; its columns are {sorted(row)}.")
 
-    def _encode(self, rows: list[dict]) -> pa.RecordBatch:
+    @torch.no_grad()
+    def encode(self, rows: list[dict]) -> pa.RecordBatch:
+        """One batch: rows of a `row` number, an RGB `image`, its `source_id`, a `caption` and the `kept` columns.
+
+        Raises:
+            ValueError: a key or value is not finite (the row is named).
+        """
         captions = [row["caption"] for row in rows]
         pixels = None
         if self.vision_features is None or self.value_encoder.config.image_input == "pixels":
@@ -178,10 +220,9 @@ class RowEncoder:
                     "infinite in the bank's precision. Check the vision tower and the value encoder; float16 towers "
                     "overflow."
                 )
-        self.key_sum += keys.double().sum(dim=0)
         columns = {
             "id": pa.array(range(self.num_rows, self.num_rows + len(rows)), pa.int64()),
-            "source_id": pa.array([image_source_id(row["image"]) for row in rows]),
+            "source_id": pa.array([row["source_id"] for row in rows]),
             "caption": pa.array(captions),
             "key": list_column(keys.numpy()),
             "value": list_column(values.half().flatten(1).numpy()),
@@ -191,14 +232,8 @@ class RowEncoder:
             columns["thumbnail"] = pa.array(small, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
         for number, column in enumerate(self.keep_columns):
             columns[column] = pa.array([row["kept"][number] for row in rows], pa.string())
-        schema = row_schema(
-            keys.shape[1],
-            values[0].numel(),
-            self.thumbnail_size is not None,
-            self.keep_columns,
-        )
         self.num_rows += len(rows)
-        return pa.record_batch(list(columns.values()), schema=schema)
+        return pa.record_batch(list(columns.values()), schema=self.schema)
 
     def _caption_ids(
         self, captions: list[str], device: torch.device
@@ -218,15 +253,17 @@ def image_shape(processor: ProcessorMixin) -> list[int]:
     return list(pixels.shape[1:])
 
 
-def sample_keys(spool: Spool, num_rows: int) -> torch.Tensor:
-    """Raw keys `(rows, raw_dim)` of at most `MAX_WHITENING_ROWS` rows, always the same ones."""
+def mean_and_sample(batches: Iterable[pa.RecordBatch], num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of all raw keys, float64 `(raw_dim,)`, and `MAX_WHITENING_ROWS` of them, always the same ones."""
     chosen = np.zeros(num_rows, dtype=bool)
     chosen[np.random.default_rng(0).permutation(num_rows)[:MAX_WHITENING_ROWS]] = True
-    keys, start = [], 0
-    for batch in spool.batches():
-        keys.append(matrix(batch, "key")[chosen[start : start + len(batch)]])
+    keys, total, start = [], 0.0, 0
+    for batch in batches:
+        of_batch = matrix(batch, "key")
+        total += torch.from_numpy(of_batch.astype(np.float64)).sum(dim=0)
+        keys.append(of_batch[chosen[start : start + len(batch)]])
         start += len(batch)
-    return torch.from_numpy(np.concatenate(keys))
+    return total / num_rows, torch.from_numpy(np.concatenate(keys))
 
 
 def finished(batches: Iterable[pa.RecordBatch], key_encoder: KeyEncoder) -> Iterator[pa.RecordBatch]:
@@ -274,25 +311,27 @@ def check_keep_columns(keep_columns: Sequence[str]) -> None:
         )
 
 
-def encode_and_fit(encoder: RowEncoder, dataset: Iterable[dict], whiten_dim: int | None) -> BankFiles:
-    """Encode all rows, then fit the key encoder's mean and whitening to them and write the bank's local files."""
+def fit_and_write(
+    encoder: RowEncoder, batches: Callable[[], Iterator[pa.RecordBatch]], whiten_dim: int | None
+) -> BankFiles:
+    """Fit the key encoder's mean and whitening to all `encoder.num_rows` rows and write the bank's local files."""
+    if encoder.num_rows == 0:
+        raise ValueError(
+            f"The dataset has no usable rows ({len(encoder.skipped_rows)} were skipped): a memory bank needs at "
+            "least one image with a caption."
+        )
     key_encoder = encoder.key_encoder
-    with Spool(encoder.batches(dataset)) as spool:
-        num_rows = encoder.num_rows
-        if num_rows == 0:
-            raise ValueError(
-                f"The dataset has no usable rows ({len(encoder.skipped_rows)} were skipped): a memory bank needs at "
-                "least one image with a caption."
-            )
-        mean = encoder.key_sum / num_rows
-        key_encoder.cpu().mean = mean.float()
-        if whiten_dim is not None:
-            key_encoder.projection = fit_whitening(sample_keys(spool, num_rows), mean, whiten_dim)
-        value_shape = (encoder.model.config.num_latents, encoder.model.config.latent_dim)
-        thumbnails = encoder.thumbnail_size is not None
-        schema = row_schema(key_encoder.key_dim, value_shape[0] * value_shape[1], thumbnails, encoder.keep_columns)
-        batches = finished(spool.batches(), key_encoder)
-        return write_local_files(batches, schema, value_shape, "The new memory bank", encoder.packed)
+    mean, sample = mean_and_sample(batches(), encoder.num_rows)
+    key_encoder.cpu().mean = mean.float()
+    if whiten_dim is not None:
+        key_encoder.projection = fit_whitening(sample, mean, whiten_dim)
+    config = encoder.value_encoder.config
+    value_shape = (config.num_latents, config.latent_dim)
+    thumbnails = encoder.thumbnail_size is not None
+    schema = row_schema(key_encoder.key_dim, value_shape[0] * value_shape[1], thumbnails, encoder.keep_columns)
+    return write_local_files(
+        finished(batches(), key_encoder), schema, value_shape, "The new memory bank", encoder.packed
+    )
 
 
 def _undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:

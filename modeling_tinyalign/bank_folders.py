@@ -38,7 +38,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Fill a new folder beside `target` with `write(folder)`, then put it in `target`'s place.
 
     Whatever fails, `target` is as it was and nothing is left beside it; after a kill, `recover_folder` sees to that.
-    Files in `target` that are not a bank's (a README.md, say) are kept.
+    Files in `target` that are not a bank's (a README.md, say) are kept, unless `write` has made new ones.
 
     Raises:
         ValueError: `target` holds something that is not a memory bank.
@@ -51,6 +51,8 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         with scratch_folder(target.parent, f".{target.name}.new-") as fresh:
             write(fresh)
             for entry in kept:
+                if (fresh / entry.name).exists():
+                    continue
                 copy = shutil.copytree if entry.is_dir() else shutil.copy2
                 copy(entry, fresh / entry.name)
             for path in fresh.rglob("*"):

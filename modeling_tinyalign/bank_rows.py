@@ -122,6 +122,10 @@ class BankRows:
             values[torch.from_numpy(rows < 0).to(device)] = 0
         return values
 
+    def keys(self, ids: torch.Tensor | np.ndarray | Sequence) -> np.ndarray:
+        """Keys of rows: ids `(n,)`, none of them -1, to `(n, key_dim)` float32."""
+        return np.array(self._index.keys[self._checked_ids(ids)])
+
     def rows(self, ids: torch.Tensor | np.ndarray | Sequence) -> list:
         """`{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
         ids = self._checked_ids(ids)

@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,20 +15,17 @@ from transformers import PreTrainedModel, ProcessorMixin, __version__
 
 from .bank_builder import (
     RowEncoder,
-    check_keep_columns,
-    check_latents,
     describe_tower,
-    encode_and_fit,
     evaluating,
     finished,
+    fit_and_write,
     image_shape,
     probe_pixels,
     renumbered,
 )
 from .bank_config import FORMAT_VERSION
-from .bank_storage import BATCH_ROWS, PACKED_ROWS, Spool, config_schema, require_bank_packages, write_local_files
+from .bank_storage import BATCH_ROWS, PACKED_ROWS, Spool, config_schema, write_local_files
 from .hub_files import hub_origin
-from .key_encoder import KeyEncoder
 from .saved_bank import SavedBank
 from .value_encoder import ValueEncoder
 
@@ -119,29 +116,44 @@ class MemoryBank(SavedBank):
                 `whiten_dim` is impossible, or the value encoder makes latents of another shape than `model.config`
                 asks for.
         """
-        require_bank_packages()
-        check_keep_columns(keep_columns)
-        check_latents(value_encoder, model)
-        with evaluating(model, value_encoder):
+        encoder = RowEncoder.for_new_bank(
+            model,
+            processor,
+            value_encoder,
+            key_grid,
+            image_column=image_column,
+            caption_column=caption_column,
+            keep_columns=keep_columns,
+            batch_size=batch_size,
+            thumbnail_size=thumbnail_size,
+            skip_bad_rows=skip_bad_rows,
+            vision_features=vision_features,
+            packed=packed,
+        )
+        with evaluating(model, value_encoder), Spool(encoder.batches(dataset)) as spool:
+            return cls.from_encoded(encoder, spool.batches, whiten_dim)
+
+    @classmethod
+    def from_encoded(
+        cls, encoder: RowEncoder, batches: Callable[[], Iterator[pa.RecordBatch]], whiten_dim: int | None = None
+    ) -> MemoryBank:
+        """The second half of `build`, when all rows are encoded.
+
+        Args:
+            encoder: of `RowEncoder.for_new_bank`; its `num_rows` and `skipped_rows` are those of all batches.
+            batches: starts over each time it is called.
+        """
+        model, processor, value_encoder, key_encoder = (
+            encoder.model,
+            encoder.processor,
+            encoder.value_encoder,
+            encoder.key_encoder,
+        )
+        with evaluating(model):
             tower = describe_tower(model, image_shape(processor))
             probe_features = model.get_vision_features(probe_pixels(tower["image_shape"]))
-            key_encoder = KeyEncoder.of_model(model, probe_features.shape[-1], key_grid).to(probe_features.device)
-            probe_keys = key_encoder.raw_keys(probe_features).cpu()
-            encoder = RowEncoder(
-                model,
-                processor,
-                value_encoder,
-                key_encoder,
-                image_column,
-                caption_column,
-                keep_columns,
-                batch_size,
-                thumbnail_size,
-                skip_bad_rows,
-                vision_features,
-                packed=packed,
-            )
-            files = encode_and_fit(encoder, dataset, whiten_dim)
+            probe_keys = key_encoder.to(probe_features.device).raw_keys(probe_features).cpu()
+        files = fit_and_write(encoder, batches, whiten_dim)
         config = {
             "format_version": FORMAT_VERSION,
             "num_rows": files.num_rows,
@@ -156,11 +168,11 @@ class MemoryBank(SavedBank):
                 "connector_act": model.config.projector_hidden_act,
                 "vision_pool_size": model.config.vision_pool_size,
                 "alpha": model.config.query_alpha,
-                "grid": key_grid,
+                "grid": key_encoder.grid,
             },
             "value_encoder": value_encoder.config.settings,
-            "columns": list(keep_columns),
-            "thumbnail_size": thumbnail_size,
+            "columns": list(encoder.keep_columns),
+            "thumbnail_size": encoder.thumbnail_size,
             "skipped_rows": encoder.skipped_rows,
             "sha256": files.sha256,
             "versions": {"torch": torch.__version__, "transformers": __version__},
@@ -184,28 +196,48 @@ class MemoryBank(SavedBank):
         Keys and values are made with this bank's own encoders (the mean and the whitening stay as they were fitted),
         so nothing is retrained. Arguments and errors as in `build`; another vision tower is refused.
         """
+        encoder = self.row_encoder(
+            model,
+            processor,
+            image_column=image_column,
+            caption_column=caption_column,
+            batch_size=batch_size,
+            skip_bad_rows=skip_bad_rows,
+            vision_features=vision_features,
+            num_rows=len(self),
+        )
+        with evaluating(model, self.value_encoder), Spool(encoder.batches(dataset)) as spool:
+            return self.with_encoded(spool.batches(), encoder.skipped_rows)
+
+    def row_encoder(self, model: PreTrainedModel, processor: ProcessorMixin, **settings) -> RowEncoder:
+        """What makes rows for this bank, with its own encoders; another vision tower is refused.
+
+        Args:
+            settings: fields of `RowEncoder`.
+        """
         self.check_probes(model)
-        with evaluating(model, self.value_encoder):
-            encoder = RowEncoder(
-                model,
-                processor,
-                self.value_encoder,
-                self.key_encoder,
-                image_column,
-                caption_column,
-                self.config["columns"],
-                batch_size,
-                self.config["thumbnail_size"],
-                skip_bad_rows,
-                vision_features,
-                num_rows=len(self),
-            )
-            with Spool(encoder.batches(dataset)) as spool:
-                self.key_encoder.cpu()
-                added = finished(spool.batches(), self.key_encoder)
-                return self._with_rows(
-                    itertools.chain(self._batches(), added), self.skipped_rows + encoder.skipped_rows
-                )
+        return RowEncoder(
+            model,
+            processor,
+            self.value_encoder,
+            self.key_encoder,
+            keep_columns=self.config["columns"],
+            thumbnail_size=self.config["thumbnail_size"],
+            **settings,
+        )
+
+    def with_encoded(self, batches: Iterable[pa.RecordBatch], skipped_rows: Sequence[dict] = ()) -> MemoryBank:
+        """The second half of `add`: a new bank with what the `row_encoder` has made behind this one's rows."""
+        added = self._finished(batches)
+        return self._with_rows(itertools.chain(self._batches(), added), [*self.skipped_rows, *skipped_rows])
+
+    def of_encoded(self, batches: Iterable[pa.RecordBatch]) -> MemoryBank:
+        """A new bank of nothing but what the `row_encoder` has made."""
+        return self._with_rows(self._finished(batches), [])
+
+    def _finished(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        self.key_encoder.cpu()
+        return finished(batches, self.key_encoder)
 
     def remove(self, rows: int | str | Sequence[int | str]) -> MemoryBank:
         """A new bank without some rows, the others numbered anew; this bank is unchanged.

@@ -1,4 +1,4 @@
-"""The command line: `tinyalign demo`, `train`, `data check` and `push`."""
+"""The command line: `tinyalign demo`, `train`, `data check`, `bank` and `push`."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from ..processing.image_fetching import MAX_IMAGE_BYTES, MAX_SECONDS
+from .bank_cli import add_bank_commands, run_bank_command
 
 TRAIN_HELP = """
 Train one stage, as YAML files say. A rerun goes on where the last one stopped.
@@ -157,15 +158,9 @@ def main(argv: list[str] | None = None):
         usage="tinyalign neighbours FILE.yaml [FILE.yaml ...] [--FIELD VALUE ...]",
         add_help=False,
     )
-    bank = commands.add_parser("bank", help="calibrate retrieval from a memory bank")
-    calibrate = bank.add_subparsers(dest="subcommand", required=True, metavar="COMMAND").add_parser(
-        "calibrate",
-        help="choose the similarity below which neighbours are not used",
-        description=CALIBRATE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="tinyalign bank calibrate FILE.yaml [FILE.yaml ...] [--min_agreement SHARE] [--FIELD VALUE ...]",
-        add_help=False,
-    )
+    bank = commands.add_parser("bank", help="build, change and look at memory banks; calibrate retrieval from them")
+    bank_commands = bank.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+    calibrate = add_bank_commands(bank_commands, CALIBRATE_HELP)
     calibrate.add_argument("--min_agreement", type=float, metavar="SHARE", help="expected of a neighbour, 0 to 1")
     push = commands.add_parser(
         "push",
@@ -223,6 +218,11 @@ def main(argv: list[str] | None = None):
             push_to_hub(
                 arguments.model or None, arguments.bank, arguments.private, arguments.revision, arguments.space
             )
+    elif arguments.command == "bank" and arguments.subcommand != "calibrate":
+        if rest:
+            bank_commands.choices[arguments.subcommand].error(f"unknown arguments: {' '.join(rest)}")
+        with plain_errors():
+            run_bank_command(arguments)
     elif not names:
         {"train": train, "data": check, "neighbours": neighbours, "bank": calibrate}[arguments.command].print_help()
         sys.exit(0 if {"-h", "--help"} & set(fields) else 2)

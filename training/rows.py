@@ -160,20 +160,9 @@ class RowReader:
         result = {"images": [], "messages": [], "id": None, "kind": None, "problem": None}
         source_ids = []
         try:
-            fields = row.get("json")  # of a file of ours, or of a WebDataset as `datasets` reads it
-            if fields is not None:
-                row = {
-                    **(_parse(fields) if isinstance(fields, str) else fields),
-                    **{n: v for n, v in row.items() if v},
-                }
+            row = self.fields(row)
             result["id"] = None if row.get("id") is None else str(row["id"])
-            images = [
-                os.path.join(self.folder, image) if isinstance(image, str) else image for image in self.images(row)
-            ]
-            messages = self.messages(row, len(images))
-            check_turns(messages)
-            check_placeholders(messages, len(images))
-            check_messages(messages)
+            images, messages = self.read(row)
             source_ids = [self.check_image(image) for image in images]
             if self.processor is not None:
                 self.check_tokens(messages, len(images))
@@ -182,6 +171,25 @@ class RowReader:
             name = "" if row.get("id") is None else f" (id {row['id']})"
             result |= {"kind": error.kind, "problem": f"{error}{name}"}
         return {**result, "source_ids": source_ids} if self.name_images else result
+
+    def fields(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The columns of a row, where `json` is the text of the row (of a file of ours) or a part of it as well."""
+        fields = row.get("json")  # of a file of ours, or of a WebDataset as `datasets` reads it
+        if fields is None:
+            return row
+        return {
+            **(_parse(fields) if isinstance(fields, str) else fields),
+            **{n: v for n, v in row.items() if v},
+        }
+
+    def read(self, row: dict[str, Any]) -> tuple[list, list[dict]]:
+        """The images of a row, not yet looked at, and its messages. Raises `BadRow` unless they are a chat."""
+        images = [os.path.join(self.folder, image) if isinstance(image, str) else image for image in self.images(row)]
+        messages = self.messages(row, len(images))
+        check_turns(messages)
+        check_placeholders(messages, len(images))
+        check_messages(messages)
+        return images, messages
 
     def images(self, row: dict[str, Any]) -> list:
         if self.image_column is not None:
