@@ -4,12 +4,10 @@ import json
 from dataclasses import dataclass, field
 
 import torch
-from transformers.utils import logging
 
 from .precision import bfloat16_is_fast
 from .tuning_arguments import TuningArguments
 
-logger = logging.get_logger(__name__)
 BASELINES = ("wider_connector", "static_rag", "text_rag")
 
 
@@ -188,8 +186,10 @@ class RunArguments(TuningArguments):
                 "streaming: false, and they are looked up beforehand."
             )
         if self.cache_features:
-            logger.warning_once("The vision tower trains: cache_features is off, its features change.")
-            self.cache_features = False
+            raise ValueError(
+                f"tune_vision_tower is {self.tune_vision_tower!r} and cache_features true: features computed once are "
+                "those of a tower that stays as it is. Set cache_features: false, or tune_vision_tower: frozen."
+            )
 
     def _accumulate_to_global_batch(self):
         if self.deepspeed is not None:

@@ -270,16 +270,6 @@ def content_hash(rows: datasets.Dataset) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_cached_features(trainer: Trainer):
-    """Raises `ValueError` when the tower that made the cached features is about to change."""
-    tower = trainer.model.base_model.vision_tower
-    if trainer.data_collator.vision_features is not None and any(p.requires_grad for p in tower.parameters()):
-        raise ValueError(
-            "The vision tower trains, but its features were computed beforehand: those of a frozen tower only stay "
-            "what they are. Freeze it, or set cache_features: false (give no vision_features)."
-        )
-
-
 def train(trainer: Trainer, bank: MemoryBank | None):
     """
     Trains, from the last checkpoint in `output_dir` on if there is one; leaves the model in evaluation mode and free
@@ -298,7 +288,6 @@ def train(trainer: Trainer, bank: MemoryBank | None):
     for name in MODEL_TRAJECTORY:
         settings[name] = vars(model.config)[name]
     checkpoint = last_checkpoint(args.output_dir, settings, write=trainer.is_world_process_zero())
-    check_cached_features(trainer)
     trainer.add_callback(Clock())
     trainer.add_callback(Curves())
     if trainer.eval_dataset is not None and args.eval_samples:

@@ -147,17 +147,6 @@ def test_augmented_images_have_no_features(make_model, processor, dataset, bank,
         train_stage1(config, make_model(), processor, augmented, bank, features)
 
 
-def test_a_tower_that_trains_has_no_features(make_model, processor, dataset, bank, features, tmp_path, monkeypatch):
-    model = make_model()
-    config = Stage1Config(str(tmp_path), max_steps=1, bf16=False)
-    trainer = train_stage1(config, model, processor, dataset, bank, features)
-    from tinyalign_vlm.training.trainer import check_cached_features
-
-    model.model.vision_tower.requires_grad_(True)
-    with pytest.raises(ValueError, match="The vision tower trains, but its features were computed beforehand"):
-        check_cached_features(trainer)
-
-
 def test_features_that_the_disk_has_no_room_for(make_model, processor, images, tmp_path, monkeypatch):
     from tinyalign_vlm.training import features as module
 

@@ -121,7 +121,8 @@ def test_nothing_is_left_to_train_without_memory(make_model, make_processor, dat
 
 
 def test_cached_features_are_of_a_frozen_tower(make_model, processor, dataset, bank, features, tmp_path):
-    assert not Stage1Config(output_dir=str(tmp_path), tune_vision_tower="full").cache_features
+    with pytest.raises(ValueError, match="tune_vision_tower is 'full' and cache_features true"):
+        Stage1Config(output_dir=str(tmp_path), tune_vision_tower="full", cache_features=True)
     with pytest.raises(ValueError, match="vision_features were given, which it made before"):
         run(1, make_model(), processor, dataset, bank, tmp_path, features, tune_vision_tower="full")
 
