@@ -148,13 +148,13 @@ class TrainingCollator:
     The batch has `input_ids`, `attention_mask`, `labels` (what the assistant says and its end, -100 elsewhere), all
     padded on the right, and of its n images, those of the first row first, `pixel_values (n, 3, H, W)` or
     `vision_features (n, T, C)`, and `memory_ids (n, k)` with `memory_values (n, k, L, D)` and `memory_scores (n, k)`,
-    and `exclude_ids`, if there are `source_ids`. Of rows with their number `row` (and `id`) it has `rows`, their names
-    for messages.
+    and `exclude_ids`, if there are `source_ids`.
 
     Args:
         bank: Its rows are read, from memory-mapped files; its encoders do not go to worker processes.
         max_length, truncation: See [`encode_chat`].
         dropout: Takes the neighbours that are needed from those of a row, and some of them away.
+        name_rows: Add `rows`, the names of the rows for messages: their number `row`, and their `id`.
         prompt_captions: Of more than 0 neighbours the captions are written into the question, and nothing else of them
             is given (text-only RAG).
 
@@ -170,12 +170,14 @@ class TrainingCollator:
         truncation: bool = False,
         dropout: MemoryDropout | None = None,
         prompt_captions: int = 0,
+        name_rows: bool = False,
     ):
         self.processor = processor
         self.vision_features = vision_features
         self.bank = None if bank is None else bank.without_encoders()
         self.max_length, self.truncation = max_length, truncation
         self.dropout, self.prompt_captions = dropout, prompt_captions
+        self.name_rows = name_rows
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids, labels, counts = [], [], []
@@ -203,7 +205,7 @@ class TrainingCollator:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
             "labels": pad_sequence(labels, True, -100),
         }
-        if "row" in rows[0]:
+        if self.name_rows:
             batch["rows"] = [name_row(row, images_of(row)) for row in rows]
         return {**batch, **self.image_inputs(rows, counts)}
 
@@ -264,8 +266,9 @@ class TrainingCollator:
         return [self.dropout(*found, chat, number) for number, found in enumerate(zip(ids, scores, strict=True))]
 
     def for_evaluation(self) -> "TrainingCollator":
-        """The same without dropout."""
+        """The same without dropout and names."""
         collator = copy.copy(self)
+        collator.name_rows = False
         collator.dropout = None if self.dropout is None else MemoryDropout(0.0, self.dropout.top_k)
         return collator
 

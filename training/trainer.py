@@ -161,6 +161,7 @@ def collator_of(
         config.truncation,
         MemoryDropout(config.memory_dropout, neighbours, config.seed) if neighbours else None,
         model.config.prompt_captions,
+        name_rows=True,
     )
 
 

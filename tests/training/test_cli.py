@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from safetensors import safe_open
 
 from tinyalign_vlm import (
     MemoryBank,
@@ -205,3 +206,55 @@ def test_several_files_are_joined(files, monkeypatch):
         read_config(["other.yaml"], [])
     with pytest.raises(ValueError, match="no file nowhere.yaml, expected .* one of .*qwen2-0.5b-siglip.yaml"):
         read_config(["nowhere.yaml"], [])
+
+
+def test_connectors_alone_from_stage_to_stage(files, checkpoints, make_model, processor, monkeypatch, capsys):
+    """Saved without the models in stage 1, gone on from in stage 2 with adapters, whose result is complete."""
+    monkeypatch.chdir(files)
+    make_model().model.vision_tower.save_pretrained(files / "tower")  # the bank's
+    processor.image_processor.save_pretrained(files / "tower")
+    composed = {"vision_model": "tower", "language_model": checkpoints["llama"], "model_kwargs": SMALL}
+    settings = yaml.safe_load((files / "stage1.yaml").read_text())
+    del settings["model"]
+    settings |= composed | {"save_only": "connectors", "lexicon": False}
+    (files / "alone.yaml").write_text(yaml.safe_dump(settings))
+    cli.main(["train", "alone.yaml"])
+    with safe_open(files / "out1" / "model.safetensors", "pt") as file:
+        assert all("connector" in name for name in file.keys())
+    alone = TinyAlignForConditionalGeneration.from_pretrained(files / "out1")
+    whole = TinyAlignForConditionalGeneration.from_pretrained(files / "out1").state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in alone.state_dict().items())
+
+    cli.main(["train", "stage2.yaml", "--tune_language_model", "lora", "--language_model_lr", "1e-2"])
+    table = capsys.readouterr().out
+    assert "language model    lora" in table and "0.01" in table
+    model = TinyAlignForConditionalGeneration.from_pretrained(files / "out2")
+    assert not model.config.connectors_only and model.config.language_model is None
+    trained = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert model.state_dict().keys() == whole.keys() and not torch.equal(model.state_dict()[trained], whole[trained])
+    record = json.loads((files / "out2" / "training_record.json").read_text())[-1]
+    assert record["hyperparameters"]["trains the language model"] == "lora"
+    for name, fields, message in (
+        (
+            "alone.yaml",
+            ["--tune_language_model", "full", "--output_dir", "other"],
+            "what the others learn would be lost",
+        ),
+        (
+            "stage1.yaml",
+            ["--model", "model", "--save_only", "connectors", "--output_dir", "b"],
+            "config.vision_model and",
+        ),
+        ("stage1.yaml", ["--tune_language_model", "qlora"], "qlora, which needs a CUDA GPU, and found none"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            cli.main(["train", name, *fields])
+    (files / "unknown.yaml").write_text(yaml.safe_dump(settings | {"tune_projector": "full"}))
+    with pytest.raises(SystemExit, match="tune_projector"):
+        cli.main(["train", "unknown.yaml"])
+
+
+def test_help_teaches_what_trains(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "--tune_language_model lora" in capsys.readouterr().out

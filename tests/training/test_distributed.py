@@ -77,14 +77,17 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in log(folder)]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_two_processes_have_the_trajectory_of_one(stage, files, monkeypatch):
+ADAPTERS = ["--tune_language_model", "lora", "--lora_dropout", "0", "--tune_vision_tower", "full"]
+
+
+@pytest.mark.parametrize(("stage", "fields"), [(1, []), (2, []), (2, ADAPTERS)])
+def test_two_processes_have_the_trajectory_of_one(stage, fields, files, monkeypatch):
     """One row at a time in two processes: a batch of text alone meets one with an image."""
     monkeypatch.chdir(files)
-    cli.main(["train", f"stage{stage}.yaml", "--output_dir", "one", "--per_device_train_batch_size", "2"])
+    cli.main(["train", f"stage{stage}.yaml", "--output_dir", "one", "--per_device_train_batch_size", "2", *fields])
     launch(
         *("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tinyalign_vlm.training.cli"),
-        *("train", f"stage{stage}.yaml", "--output_dir", "two", "--per_device_train_batch_size", "1"),
+        *("train", f"stage{stage}.yaml", "--output_dir", "two", "--per_device_train_batch_size", "1", *fields),
         folder=files,
     )
     assert len(losses(files / "one")) == 4
