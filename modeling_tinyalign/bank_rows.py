@@ -124,7 +124,7 @@ class BankRows:
 
     def keys(self, ids: torch.Tensor | np.ndarray | Sequence) -> np.ndarray:
         """Keys of rows: ids `(n,)`, none of them -1, to `(n, key_dim)` float32."""
-        return np.array(self._index.keys[self._checked_ids(ids)])
+        return np.array(self._keys[self._checked_ids(ids)])
 
     def rows(self, ids: torch.Tensor | np.ndarray | Sequence) -> list:
         """`{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
