@@ -50,7 +50,7 @@ class PlainBank:
 
     def __init__(self, bank: MemoryBank, num_rows: int):
         self.bank = bank
-        keys = np.array(bank._index.keys)
+        keys = bank.keys(np.arange(len(bank)))
         self.index = faiss.IndexFlatIP(keys.shape[1])
         self.index.add(keys)
         rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ What is cut so that it runs on two cores: layers to two, the vocabulary to that 
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,4 @@ def test_ten_steps_of_both_stages(recipe, models, rows, banks, tmp_path, monkeyp
         ends = model.generation_config.eos_token_id
         assert (2 if language_model in CHATML else 1) in (ends if isinstance(ends, list) else [ends])
         assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    shutil.rmtree(tmp_path / "out")  # gigabytes
