@@ -108,7 +108,6 @@ def evaluate_answers(
     for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
         inputs = send_to_device(collator(batch), model.device)
-        inputs.pop("rows")  # their names, for messages
         references += [reference_of(row["messages"]) for row in batch]
         loss, correct, counts = _score(model, inputs)
         for row_loss, row_correct in zip(loss.split(counts), correct.split(counts), strict=True):
