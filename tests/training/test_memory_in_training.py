@@ -162,11 +162,13 @@ def test_scores_are_asked_for_where_the_model_needs_them(
 def large_bank(tmp_path) -> BankRows:
     """200 MB of values."""
     rows, shape = 20_000, (50, 100)
-    values = np.lib.format.open_memmap(tmp_path / "values.npy", "w+", np.float16, (rows, *shape))
+    files = BankFiles({"values": str(tmp_path / "bank")}, rows, 4, shape, packed=False)
+    files.values_folder.mkdir()
+    values = np.lib.format.open_memmap(files.values_folder / "values.npy", "w+", np.float16, (rows, *shape))
     values[:] = 1
     values.flush()
     config = {"num_rows": rows, "key_dim": 4, "num_latents": shape[0], "latent_dim": shape[1]}
-    return BankRows(config, BankFiles(tmp_path / "none", tmp_path / "values.npy", tmp_path / "none", {}, rows))
+    return BankRows(config, files)
 
 
 def own_megabytes() -> float:
