@@ -47,14 +47,18 @@ def check_foreign_index(path: Path, num_rows: int, key_dim: int, sha256: str) ->
             f"{path} is missing or no flat inner-product index of {num_rows} keys of {key_dim} numbers. Leave "
             "trust_index out: the index is then built from the keys."
         )
-    with _limited(4 * num_rows * key_dim + 4):
-        keys = PlainKeys(path, num_rows, key_dim)
-    found = hashlib.sha256(keys[:]).hexdigest()
+    found = hashlib.sha256(open_foreign_keys(path, num_rows, key_dim)[:]).hexdigest()
     if found != sha256:
         raise ValueError(
             f"{path}: the sha256 of its keys is {found}, expected {sha256}: it is not the index of this bank. Leave "
             "trust_index out: the index is then built from the keys."
         )
+
+
+def open_foreign_keys(path: Path, num_rows: int, key_dim: int) -> PlainKeys:
+    """The keys in a file that passed `check_foreign_index`; within faiss's limits, should it have changed since."""
+    with _limited(4 * num_rows * key_dim + 4):
+        return PlainKeys(path, num_rows, key_dim)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 from .bank_config import CONFIG_NAME
 from .bank_folders import scratch_folder, sync
+from .bank_foreign_index import open_foreign_keys
 from .bank_keys import PackedKeys, PlainKeys, index_header
 from .bank_values import PackedValues, PlainValues
 
@@ -145,8 +146,9 @@ class BankFiles:
     def open_keys(self) -> PlainKeys | PackedKeys:
         if self.trusted_index is None and self.packed:
             return PackedKeys(self.keys_folder, self.num_rows, self.key_dim)
-        path = self.trusted_index or self.keys_folder / PlainKeys.FILES[0]
-        return PlainKeys(path, self.num_rows, self.key_dim)
+        if self.trusted_index is not None:
+            return open_foreign_keys(self.trusted_index, self.num_rows, self.key_dim)
+        return PlainKeys(self.keys_folder / PlainKeys.FILES[0], self.num_rows, self.key_dim)
 
     def open_values(self) -> PlainValues | PackedValues:
         kind = PackedValues if self.packed else PlainValues
