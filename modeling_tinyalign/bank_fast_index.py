@@ -35,7 +35,7 @@ MIN_RECALL, GOOD_RECALL = 0.99, 0.995
 # neighbour: a coarse index for most banks, a finer one for those whose keys are close to each other.
 DEFAULTS = {4: (16, 32, 64), 2: (16, 32, 64, 128, 256)}
 # Queries, and their neighbours, that recall and latency are measured with.
-SAMPLE, TOP_K, TIMED_QUERIES = 200, 5, 30
+SAMPLE, TOP_K, TIMED_QUERIES = 500, 5, 30
 # The second for each cell of an inverted file.
 TRAINING_ROWS, TRAINING_ROWS_A_CELL, TRAINING_ROUNDS = 4096, 64, 10
 

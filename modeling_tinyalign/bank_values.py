@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,8 @@ class PlainValues:
 
     def gather(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         """Values of `rows`, of any shape, as a tensor."""
-        return torch.from_numpy(self._values[rows]).to(device, dtype)
+        values = torch.from_numpy(self._values[rows]).to(device)
+        return values if dtype == values.dtype else empty_tensor(values.shape, dtype, device).copy_(values)
 
 
 class PackedValues:
@@ -62,13 +65,18 @@ class PackedValues:
         """As of `PlainValues`; the 8-bit numbers are moved to the device."""
         rows = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else rows
         flat = rows.reshape(-1)
-        values = torch.empty(len(flat), *self.shape[1:], device=device)
+        codes = torch.from_numpy(self._codes[flat]).to(device)
+        steps = torch.from_numpy(self._exponents[flat]).to(device).float().exp2().unsqueeze(-1)
+        values = empty_tensor(codes.shape, dtype, device)
+        # processors have a fast way from 8 bits to float32, and from there to half precision, but none around it
+        scratch = None if dtype == torch.float32 else torch.empty(GATHER_ROWS, *self.shape[1:], device=device)
         for start in range(0, len(flat), GATHER_ROWS):
             block = slice(start, start + GATHER_ROWS)
-            steps = torch.exp2(torch.from_numpy(self._exponents[flat[block]]).to(device).float())
-            values[block] = torch.from_numpy(self._codes[flat[block]]).to(device)
-            values[block] *= steps.unsqueeze(-1)
-        return values.view(*rows.shape, *self.shape[1:]).to(dtype)
+            numbers = values[block] if scratch is None else scratch[: len(flat) - start]
+            numbers.copy_(codes[block]).mul_(steps[block])
+            if scratch is not None:
+                values[block] = numbers
+        return values.view(*rows.shape, *self.shape[1:])
 
     @classmethod
     def pack(cls, values: PlainValues, folder: Path) -> str:
@@ -90,6 +98,13 @@ class PackedValues:
         all_codes.flush()
         all_exponents.flush()
         return digest.hexdigest()
+
+
+def empty_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """As `torch.empty`. On a CPU through numpy, which asks for huge pages: new pages cost more than what is computed."""
+    if torch.device(device).type != "cpu" or 0 in shape:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
