@@ -31,6 +31,8 @@ EXACT, GPU = "exact", "gpu"
 EXACT_ROWS = 20_000
 # A fast index is used from this recall on; its settings are raised until it is a little better.
 MIN_RECALL, GOOD_RECALL = 0.99, 0.995
+# What follows the name of an index's file in the name of its lists' file.
+LISTS = ".lists"
 # How many numbers of a key share 4 bits of the default index, and how many of its candidates are compared for every
 # neighbour: a coarse index for most banks, a finer one for those whose keys are close to each other.
 DEFAULTS = {4: (16, 32, 64), 2: (16, 32, 64, 128, 256)}
@@ -68,7 +70,7 @@ def open_index(keys: PlainKeys | PackedKeys, folder: Path, wanted: str | None) -
     facts = json.loads(record.read_text())
     if facts["index"] == EXACT:
         return KeyIndex(keys), facts
-    return KeyIndex(keys, facts["index"], read_mapped(folder / f"{name}.faiss", keys.shape), facts["k_factor"]), facts
+    return KeyIndex(keys, facts["index"], read_fast(folder / f"{name}.faiss", keys.shape), facts["k_factor"]), facts
 
 
 def make_fast_index(keys: PlainKeys | PackedKeys, path: Path, record: Path, wanted: str | None) -> None:
@@ -91,9 +93,9 @@ def make_fast_index(keys: PlainKeys | PackedKeys, path: Path, record: Path, want
     try:
         with scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
             if index.fast is not None:
-                faiss.write_index(index.fast, str(scratch / path.name))
+                write_fast(index.fast, scratch / path.name)
             (scratch / record.name).write_text(json.dumps(facts) + "\n")
-            for file in (path, record):  # the record comes last: without it there is no index
+            for file in (path.with_suffix(LISTS), path, record):  # the record comes last: without it there is no index
                 if (scratch / file.name).exists():
                     sync(scratch / file.name)
                     os.replace(scratch / file.name, file)
@@ -103,10 +105,72 @@ def make_fast_index(keys: PlainKeys | PackedKeys, path: Path, record: Path, want
         raise cache_error(error) from error
 
 
+def write_fast(index: faiss.Index, path: Path) -> None:
+    """Write an index. The lists of its 4-bit codes go to a file of their own, and the index is empty afterwards.
+
+    faiss can only read such lists into memory, but it can search lists in a mapped file: of each its codes and its
+    row numbers, with room for whole blocks of 32 rows; at the end of the file, how long the lists are.
+    """
+    if (scan := scanned_part(index)) is not None:
+        sizes = np.array([scan.invlists.list_size(number) for number in range(scan.nlist)])
+        with open(path.with_suffix(LISTS), "wb") as file:
+            for number, (size, room) in enumerate(
+                zip(sizes.tolist(), whole_blocks(sizes, scan).tolist(), strict=True)
+            ):
+                if size:
+                    codes = faiss.rev_swig_ptr(scan.invlists.get_codes(number), room * scan.code_size)
+                    rows = faiss.rev_swig_ptr(scan.invlists.get_ids(number), size)
+                    file.write(codes.tobytes() + np.pad(rows, (0, room - size)).tobytes())
+            file.write(sizes.tobytes())
+        index.reset()
+    faiss.write_index(index, str(path))
+
+
+def read_fast(path: Path, shape: tuple[int, int]) -> faiss.Index:
+    """An index that `write_fast` wrote, none of it in memory, for keys of this shape.
+
+    Raises:
+        ValueError: it is of other keys, or damaged.
+    """
+    lists_path = path.with_suffix(LISTS)
+    if not lists_path.exists():
+        return read_mapped(path, shape)
+    index = read_mapped(path, (0, shape[1]))
+    scan = scanned_part(index)
+    sizes = np.fromfile(lists_path, np.int64, offset=max(0, lists_path.stat().st_size - 8 * scan.nlist))
+    room = whole_blocks(sizes, scan)
+    ends = np.cumsum(room * (scan.code_size + 8))
+    if sizes.sum() != shape[0] or lists_path.stat().st_size != ends[-1] + sizes.nbytes:
+        raise ValueError(f"{lists_path} is damaged. Delete {path.parent} and load the bank again.")
+    mapped = faiss.OnDiskInvertedLists(scan.nlist, scan.code_size, str(lists_path))
+    mapped.read_only, mapped.totsize, mapped.prefetch_nthread = True, lists_path.stat().st_size, 0
+    mapped.lists.clear()
+    for size, capacity, end in zip(sizes.tolist(), room.tolist(), ends.tolist(), strict=True):
+        entry = faiss.OnDiskOneList()
+        entry.size, entry.capacity, entry.offset = size, capacity, end - capacity * (scan.code_size + 8)
+        mapped.lists.push_back(entry)
+    mapped.do_mmap()
+    scan.replace_invlists(mapped, True)
+    mapped.this.disown()  # it is the index's now
+    index.ntotal = scan.ntotal = shape[0]
+    return index
+
+
+def scanned_part(index: faiss.Index) -> faiss.Index | None:
+    """The part of the index that looks product-quantised 4-bit codes up in registers, if it has one."""
+    part = faiss.try_extract_index_ivf(index)
+    part = part and faiss.downcast_index(part)
+    return part if isinstance(part, faiss.IndexIVFPQFastScan) else None
+
+
+def whole_blocks(sizes: np.ndarray, scan: faiss.Index) -> np.ndarray:
+    return -(-sizes // scan.bbs) * scan.bbs
+
+
 def default_factories(key_dim: int) -> dict[str, tuple[int, ...]]:
     """faiss factory strings and the k_factors to try: 4-bit codes, small enough to be looked up in registers.
 
-    They are in one list (IVF1), because faiss can memory-map lists.
+    They are in one list (IVF1), because lists can be memory-mapped (`write_fast`).
     """
     pad = -key_dim % 4
     factory = f"{f'Pad{key_dim + pad},' if pad else ''}IVF1,PQ{{}}x4fs"

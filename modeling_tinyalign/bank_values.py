@@ -101,7 +101,7 @@ class PackedValues:
 
 
 def empty_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """As `torch.empty`. On a CPU through numpy, which asks for huge pages: new pages cost more than what is computed."""
+    """As `torch.empty`. On a CPU through numpy, which asks for huge pages: small ones take longer than the rest."""
     if torch.device(device).type != "cpu" or 0 in shape:
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

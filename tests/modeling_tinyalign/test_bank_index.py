@@ -292,6 +292,17 @@ def test_other_indexes(factory, small_limits, tmp_path):
     assert bank.remove([0]).index == factory
 
 
+def test_lists_that_are_damaged(small_limits):
+    bank = bank_of(clustered_keys(3000, 48))
+    assert bank.index_facts["index"] == "IVF1,PQ12x4fs"
+    (lists,) = bank._files.keys_folder.glob("auto*.lists")
+    whole = lists.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:-8] + (3001).to_bytes(8, "little"), whole + whole[-8:]):
+        lists.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"\.lists is damaged. Delete .* and load the bank again"):
+            bank.without_encoders().search(np.ones((1, 48)), 5)
+
+
 def test_indexes_that_cannot_be_made(tmp_path):
     bank_of(random_keys(100, 8)).save_pretrained(tmp_path / "bank")
     for factory in ("no index", "PQ3x4fs", "IVF4096,Flat"):
@@ -419,9 +430,10 @@ print(json.dumps([results.get(timeout=200) for _ in processes]))
 def test_eight_readers_share_one_copy(tmp_path):
     bank = bank_of(clustered_keys(40_000, 128))
     bank.save_pretrained(tmp_path / "bank")
-    files = [*bank._files.paths[:-1], *bank._files.keys_folder.glob("auto*.faiss")]
+    index_facts = bank.index_facts
+    files = [*bank._files.paths[:-1], *bank._files.keys_folder.glob("auto*s")]  # the index and its lists
     size = sum(path.stat().st_size for path in files)
-    assert bank.index_facts["index"] == "IVF1,PQ32x4fs" and len(files) == 5 and size > 8e6
+    assert index_facts["index"] == "IVF1,PQ32x4fs" and len(files) == 6 and size > 8e6
     environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", READERS, str(tmp_path / "bank"), constants.HF_HOME]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
