@@ -18,7 +18,7 @@ import numpy as np
 from huggingface_hub import constants
 
 from .bank_config import CONFIG_NAME
-from .bank_folders import scratch_folder, sync
+from .bank_folders import locked, scratch_folder, sync
 from .bank_foreign_index import open_foreign_keys
 from .bank_keys import PackedKeys, PlainKeys, index_header
 from .bank_values import PackedValues, PlainValues
@@ -142,6 +142,27 @@ class BankFiles:
 
     def exist(self) -> bool:
         return all(path.is_file() for path in self.paths)
+
+    @contextlib.contextmanager
+    def laid_out_once(self) -> Iterator[None]:
+        """Wait while another process lays the same bank out; a killed one keeps nobody waiting.
+
+        Where nothing can be locked, on Windows and some network file systems, each does so: more work, but no harm.
+
+        Raises:
+            OSError: the cache can't be written.
+        """
+        folder = cache_root() / f".layout-{self.keys_folder.name}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cache_error(error) from error
+        try:
+            with locked(folder):
+                yield
+        finally:
+            with contextlib.suppress(OSError):  # the next one has removed it
+                folder.rmdir()
 
     def open_keys(self) -> PlainKeys | PackedKeys:
         if self.trusted_index is None and self.packed:
@@ -467,5 +488,5 @@ def cache_error(error: OSError) -> OSError:
     return OSError(
         error.errno,
         f"Writing the memory bank's local files to {cache_root()} failed: {error}. Free some space there, or set "
-        "HF_HOME to a folder on a larger disk.",
+        "HF_HOME to a folder that can be written, on a larger disk.",
     )

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from PIL import Image
 from torch.nn import functional as F
 
-from tinyalign_vlm.modeling_tinyalign import bank_builder, bank_index, bank_storage
+from tinyalign_vlm.modeling_tinyalign import bank_builder, bank_index, bank_storage, saved_bank
 from tinyalign_vlm.modeling_tinyalign.bank_config import config_sha256, file_sha256
 from tinyalign_vlm.modeling_tinyalign.bank_images import image_source_id, load_image
 from tinyalign_vlm.modeling_tinyalign.bank_storage import list_column, row_schema, write_local_files
@@ -562,7 +562,7 @@ def test_many_shards(bank, tmp_path, monkeypatch, empty_cache):
 
 def test_second_load_reads_no_shard(saved, empty_cache, monkeypatch):
     MemoryBank.from_pretrained(saved)
-    monkeypatch.setattr(bank_storage, "read_shards", None)
+    monkeypatch.setattr(saved_bank, "read_shards", None)
     start = time.perf_counter()
     MemoryBank.from_pretrained(saved).search(unit(1, 16), 1)
     assert time.perf_counter() - start < 0.3
