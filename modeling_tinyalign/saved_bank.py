@@ -17,18 +17,8 @@ from .bank_fast_index import EXACT, recorded
 from .bank_folders import recover_folder, replace_folder, scratch_folder
 from .bank_foreign_index import check_foreign_index
 from .bank_rows import BankRows
-from .bank_storage import (
-    SCRATCH_PREFIX,
-    BankFiles,
-    cache_root,
-    config_schema,
-    read_shards,
-    require_bank_packages,
-    shard_names,
-    shard_paths,
-    write_local_files,
-    write_shards,
-)
+from .bank_shards import config_schema, read_shards, shard_names, shard_paths, write_shards
+from .bank_storage import SCRATCH_PREFIX, BankFiles, cache_root, require_bank_packages, write_local_files
 from .hub_files import CARD_NAME, SHARDS, fetch, forgetting, push_files
 from .key_encoder import KeyEncoder
 from .plain_cards import bank_card

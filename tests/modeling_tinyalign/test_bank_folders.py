@@ -21,7 +21,7 @@ KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.modeling_tinyalign import bank_storage, key_encoder
+from tinyalign_vlm.modeling_tinyalign import bank_shards, bank_storage, key_encoder
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -60,7 +60,7 @@ root = Path(sys.argv[1])
 bank = MemoryBank.from_pretrained(root / "bank")
 other = bank.shuffled()
 other.value_encoder
-killed_saving(root / "rows" / "bank", lambda: setattr(bank_storage.pq.ParquetWriter, "write_table", die))
+killed_saving(root / "rows" / "bank", lambda: setattr(bank_shards.pq.ParquetWriter, "write_table", die))
 killed_saving(root / "encoders" / "bank", lambda: setattr(key_encoder, "save_file", die))
 killed_saving(root / "sync" / "bank", lambda: setattr(os, "fsync", die))
 for number in range(3):
