@@ -41,7 +41,8 @@ from tinyalign_vlm import (
 from tinyalign_vlm.modeling_tinyalign.bank_fast_index import default_factories, train_index, tune
 from tinyalign_vlm.modeling_tinyalign.bank_index import KeyIndex, faiss_threads
 from tinyalign_vlm.modeling_tinyalign.bank_keys import PlainKeys, index_header
-from tinyalign_vlm.modeling_tinyalign.bank_storage import list_column, row_schema, write_local_files
+from tinyalign_vlm.modeling_tinyalign.bank_shards import list_column, row_schema
+from tinyalign_vlm.modeling_tinyalign.bank_storage import write_local_files
 from tinyalign_vlm.modeling_tinyalign.bank_values import PlainValues
 from tinyalign_vlm.modeling_tinyalign.key_encoder import KeyEncoder
 

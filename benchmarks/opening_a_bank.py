@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import LlamaConfig, SiglipImageProcessorPil, SiglipVisionConfig
 
 from tinyalign_vlm import MemoryBank, TinyAlignConfig, TinyAlignModel, ValueEncoder, ValueEncoderConfig
-from tinyalign_vlm.modeling_tinyalign.bank_storage import BATCH_ROWS, list_column
+from tinyalign_vlm.modeling_tinyalign.bank_shards import BATCH_ROWS, list_column
 
 LOAD = """
 import sys, time

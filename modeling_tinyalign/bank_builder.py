@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .bank_config import FIXED_COLUMNS
 from .bank_images import image_source_id, load_image, thumbnail_bytes
-from .bank_storage import BankFiles, list_column, matrix, require_bank_packages, row_schema, write_local_files
+from .bank_shards import list_column, matrix, row_schema
+from .bank_storage import BankFiles, require_bank_packages, write_local_files
 from .key_encoder import NUM_PROBES, KeyEncoder, fit_whitening
 from .value_encoder import ValueEncoder
 

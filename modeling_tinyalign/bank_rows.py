@@ -13,7 +13,8 @@ from .bank_fast_index import describe, open_index
 from .bank_images import load_image
 from .bank_index import KeyIndex
 from .bank_keys import PackedKeys, PlainKeys
-from .bank_storage import BankFiles, list_column
+from .bank_shards import list_column
+from .bank_storage import BankFiles
 from .bank_values import PackedValues, PlainValues
 
 try:

@@ -24,7 +24,8 @@ from .bank_builder import (
     renumbered,
 )
 from .bank_config import FORMAT_VERSION
-from .bank_storage import BATCH_ROWS, PACKED_ROWS, Spool, config_schema, write_local_files
+from .bank_shards import BATCH_ROWS, config_schema
+from .bank_storage import PACKED_ROWS, Spool, write_local_files
 from .hub_files import hub_origin
 from .saved_bank import SavedBank
 from .value_encoder import ValueEncoder

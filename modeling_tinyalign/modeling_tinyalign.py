@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from .bank_index import KeyIndex  # noqa: F401
     from .bank_keys import PlainKeys  # noqa: F401
     from .bank_rows import BankRows  # noqa: F401
-    from .bank_storage import row_schema  # noqa: F401
+    from .bank_shards import row_schema  # noqa: F401
+    from .bank_storage import BankFiles  # noqa: F401
     from .bank_values import PlainValues  # noqa: F401
     from .key_encoder import KeyEncoder  # noqa: F401
     from .lexicon import lexicon_words  # noqa: F401

@@ -17,18 +17,8 @@ from .bank_fast_index import EXACT, recorded
 from .bank_folders import recover_folder, replace_folder, scratch_folder
 from .bank_foreign_index import check_foreign_index
 from .bank_rows import BankRows
-from .bank_storage import (
-    SCRATCH_PREFIX,
-    BankFiles,
-    cache_root,
-    config_schema,
-    read_shards,
-    require_bank_packages,
-    shard_names,
-    shard_paths,
-    write_local_files,
-    write_shards,
-)
+from .bank_shards import config_schema, read_shards, shard_names, shard_paths, write_shards
+from .bank_storage import SCRATCH_PREFIX, BankFiles, cache_root, require_bank_packages, write_local_files
 from .hub_files import CARD_NAME, SHARDS, fetch, forgetting, push_files
 from .key_encoder import KeyEncoder
 from .plain_cards import bank_card
@@ -171,7 +161,8 @@ class SavedBank(BankRows):
     ) -> Self:
         """Load a bank from a folder or from a dataset repository of the Hub.
 
-        The first load checks every row and lays the bank out under `HF_HOME/tinyalign/`; later ones only map it.
+        The first load checks every row and lays the bank out under `HF_HOME/tinyalign/`; later ones only map it. Of
+        processes that load it for the first time at once, one does so and the others wait.
         Nothing but JSON, Parquet and safetensors is read from the folder.
 
         Args:
@@ -190,24 +181,13 @@ class SavedBank(BankRows):
             OSError: the bank can't be downloaded, or the local files can't be written.
         """
         bank = cls._open(name_or_path, revision, token)
-        config, folder, fetched = bank.config, bank._folder, []
+        config, folder = bank.config, bank._folder
         if bank.repo_id is None:
             shard_paths(folder, config["num_shards"])
         if not bank._files.exist():
-            if bank.repo_id is not None:
-                names = (CONFIG_NAME, *shard_names(config["num_shards"]))
-                fetched = [fetch(bank.repo_id, name, bank.revision, token) for name in names]
-            with forgetting(fetched):
-                value_shape = (config["num_latents"], config["latent_dim"])
-                rows = read_shards(folder, config)
-                write_local_files(
-                    rows,
-                    config_schema(config),
-                    value_shape,
-                    str(folder / "data"),
-                    bank._files.packed,
-                    config["sha256"],
-                )
+            with bank._files.laid_out_once():
+                if not bank._files.exist():
+                    bank._lay_out(token)
         if trust_index:
             if bank.repo_id is not None:
                 fetch(bank.repo_id, INDEX_NAME, bank.revision, token)
@@ -219,6 +199,22 @@ class SavedBank(BankRows):
         if index is not None:
             bank._searcher  # noqa: B018  an index that can't be made is refused now
         return bank
+
+    def _lay_out(self, token: str | bool | None) -> None:
+        """Check the shards, fetched if the bank is on the Hub, and write the local files."""
+        config, fetched = self.config, []
+        if self.repo_id is not None:
+            names = (CONFIG_NAME, *shard_names(config["num_shards"]))
+            fetched = [fetch(self.repo_id, name, self.revision, token) for name in names]
+        with forgetting(fetched):
+            write_local_files(
+                read_shards(self._folder, config),
+                config_schema(config),
+                (config["num_latents"], config["latent_dim"]),
+                str(self._folder / "data"),
+                self._files.packed,
+                config["sha256"],
+            )
 
     @classmethod
     def _open(

@@ -12,16 +12,8 @@ from transformers import PreTrainedModel
 
 from ..modeling_tinyalign import KeyEncoder, MemoryBank, ValueEncoder
 from ..modeling_tinyalign.bank_config import CONFIG_NAME, check_config, check_file, read_json
-from ..modeling_tinyalign.bank_storage import (
-    BATCH_ROWS,
-    _row_bytes,
-    cache_root,
-    check_batch,
-    check_schema,
-    config_schema,
-    matrix,
-    shard_names,
-)
+from ..modeling_tinyalign.bank_shards import BATCH_ROWS, check_batch, check_schema, config_schema, matrix, shard_names
+from ..modeling_tinyalign.bank_storage import _row_bytes, cache_root
 from ..modeling_tinyalign.saved_bank import KEY_ENCODER_NAME, VALUE_ENCODER_NAME
 from .bank_changes import size_of
 from .bank_log import open_bank, read_log

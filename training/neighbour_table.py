@@ -27,7 +27,8 @@ from transformers import AutoModel, PreTrainedModel, ProcessorMixin
 
 from ..modeling_tinyalign.bank_folders import sync
 from ..modeling_tinyalign.bank_images import image_source_id
-from ..modeling_tinyalign.bank_storage import cache_root, list_column
+from ..modeling_tinyalign.bank_shards import list_column
+from ..modeling_tinyalign.bank_storage import cache_root
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .data import query_inputs
 from .features import fingerprint_images, read_image, undecoded

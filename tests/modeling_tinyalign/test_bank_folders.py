@@ -1,5 +1,7 @@
-"""Saving a bank, and what is left when the process is killed."""
+"""Saving and first loading a bank, alone and beside others, and what is left when the process is killed."""
 
+import errno
+import json
 import multiprocessing
 import os
 import subprocess
@@ -19,7 +21,7 @@ KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.modeling_tinyalign import bank_storage, key_encoder
+from tinyalign_vlm.modeling_tinyalign import bank_shards, bank_storage, key_encoder
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -58,7 +60,7 @@ root = Path(sys.argv[1])
 bank = MemoryBank.from_pretrained(root / "bank")
 other = bank.shuffled()
 other.value_encoder
-killed_saving(root / "rows" / "bank", lambda: setattr(bank_storage.pq.ParquetWriter, "write_table", die))
+killed_saving(root / "rows" / "bank", lambda: setattr(bank_shards.pq.ParquetWriter, "write_table", die))
 killed_saving(root / "encoders" / "bank", lambda: setattr(key_encoder, "save_file", die))
 killed_saving(root / "sync" / "bank", lambda: setattr(os, "fsync", die))
 for number in range(3):
@@ -189,3 +191,127 @@ def test_parents_that_cannot_be_listed(bank, monkeypatch, tmp_path):
     bank.save_pretrained(tmp_path / "bank")
     monkeypatch.setattr(Path, "iterdir", lambda path: (_ for _ in ()).throw(PermissionError("not yours")))
     assert len(MemoryBank.from_pretrained(tmp_path / "bank")) == 6
+
+
+# ---------------------------------------------------------------------- eight processes load a bank for the first time
+
+# The second time, the process that lays it out first is killed while it does, once the others wait for it.
+FIRST_LOADS = """
+import json, multiprocessing, os, signal, sys, time
+import numpy as np
+from huggingface_hub import constants
+from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.modeling_tinyalign import bank_storage, saved_bank
+
+folder, home = sys.argv[1:]
+context = multiprocessing.get_context("fork")
+write, locked = saved_bank.write_local_files, bank_storage.locked
+
+def load(barrier, layouts, waiting, results, kill):
+    def counted(*arguments):
+        with layouts.get_lock():
+            layouts.value += 1
+            first = layouts.value == 1
+        if first and kill:
+            for _ in range(8):
+                waiting.acquire()
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(*arguments)
+
+    def counted_lock(folder, *arguments):
+        if folder.name.startswith(".layout"):
+            waiting.release()
+        return locked(folder, *arguments)
+
+    saved_bank.write_local_files, bank_storage.locked = counted, counted_lock
+    barrier.wait(60)
+    bank = MemoryBank.from_pretrained(folder)
+    inodes = sorted(path.stat().st_ino for path in bank._files.paths)
+    scores, ids = bank.search(bank.keys(np.arange(len(bank))), 3)
+    results.put([inodes, scores.tolist(), ids.tolist(), bank.gather(ids).sum().item(), bank.captions])
+
+for kill in (False, True):
+    constants.HF_HOME = f"{home}/{kill}"
+    layouts, results = context.Value("i", 0), context.Queue()
+    shared = (context.Barrier(8), layouts, context.Semaphore(0), results, kill)
+    processes = [context.Process(target=load, args=shared) for _ in range(8)]
+    for process in processes:
+        process.start()
+    answers = [results.get(timeout=100) for _ in range(7 if kill else 8)]
+    for process in processes:
+        process.join(60)
+    print(json.dumps([layouts.value, answers, sorted(process.exitcode for process in processes)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and locks")
+def test_eight_first_loads_lay_a_bank_out_once(bank, tmp_path):
+    bank.save_pretrained(tmp_path / "bank")
+    command = [sys.executable, "-c", FIRST_LOADS, str(tmp_path / "bank"), str(tmp_path / "home")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=200)
+    for kill, line in zip((False, True), done.stdout.splitlines(), strict=True):
+        layouts, answers, statuses = json.loads(line)
+        assert layouts == (2 if kill else 1) and statuses == ([-9] if kill else [0]) + [0] * 7
+        assert all(answer == answers[0] for answer in answers), "the same files, and what is in them"
+        assert answers[0][-1] == bank.captions and [ids[0] for ids in answers[0][2]] == [0, 1, 2, 3, 4, 5]
+        names = [path.name for path in (tmp_path / "home" / str(kill) / "tinyalign").iterdir()]
+        assert len(names) == 3 and not any(name.startswith(".") for name in names)
+
+
+def test_first_load_where_nothing_can_be_locked(bank, tmp_path, monkeypatch):
+    """Each process lays it out, and puts whole files in the place of the same files."""
+    bank.save_pretrained(tmp_path / "bank")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    flock = "tinyalign_vlm.modeling_tinyalign.bank_folders.fcntl.flock"
+    monkeypatch.setattr(flock, lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    assert MemoryBank.from_pretrained(tmp_path / "bank").captions == bank.captions
+
+
+def test_a_damaged_bank_keeps_nobody_waiting(bank, tmp_path, monkeypatch):
+    bank.save_pretrained(tmp_path / "bank")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    (shard,) = (tmp_path / "bank" / "data").iterdir()
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-20])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be read as Parquet"):
+            MemoryBank.from_pretrained(tmp_path / "bank")
+    shard.write_bytes(content)
+    assert MemoryBank.from_pretrained(tmp_path / "bank").captions == bank.captions
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A function that makes a file system of a folder and mounts it read-only."""
+    mounted = []
+
+    def mount(folder: Path):
+        folder.mkdir(exist_ok=True)
+        for options in (["--bind", str(folder), str(folder)], ["-o", "remount,bind,ro", str(folder)]):
+            if sys.platform != "linux" or subprocess.run(["mount", *options], capture_output=True).returncode:
+                pytest.skip("a read-only file system needs Linux and root")
+            mounted[:] = [folder]
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_home_that_cannot_be_written(bank, tmp_path, monkeypatch, read_only):
+    """Banks that are laid out there can be used; of others an error says what to do."""
+    bank.save_pretrained(tmp_path / "bank")
+    bank.shuffled().save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    MemoryBank.from_pretrained(tmp_path / "bank")
+    read_only(tmp_path / "home")
+    loaded = MemoryBank.from_pretrained(tmp_path / "bank")
+    assert loaded.search(loaded.keys([4]), 1)[1].tolist() == [[4]]
+    with pytest.raises(
+        OSError, match="local files to .*home.tinyalign failed: .*Read-only.*set HF_HOME to a folder that"
+    ):
+        MemoryBank.from_pretrained(tmp_path / "other")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "bank" / "bank_config.json"))  # for those without root
+    with pytest.raises(OSError, match="bank_config.json.tinyalign failed: .*set HF_HOME to a folder that can be"):
+        MemoryBank.from_pretrained(tmp_path / "other")

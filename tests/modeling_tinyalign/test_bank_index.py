@@ -19,7 +19,8 @@ from tinyalign_vlm.modeling_tinyalign import bank_fast_index, bank_storage, memo
 from tinyalign_vlm.modeling_tinyalign.bank_fast_index import default_factories, recorded
 from tinyalign_vlm.modeling_tinyalign.bank_index import faiss, faiss_threads
 from tinyalign_vlm.modeling_tinyalign.bank_keys import PackedKeys, PlainKeys, index_header
-from tinyalign_vlm.modeling_tinyalign.bank_storage import list_column, row_schema, write_local_files
+from tinyalign_vlm.modeling_tinyalign.bank_shards import list_column, row_schema
+from tinyalign_vlm.modeling_tinyalign.bank_storage import write_local_files
 from tinyalign_vlm.modeling_tinyalign.bank_values import PackedValues, PlainValues
 from tinyalign_vlm.modeling_tinyalign.key_encoder import KeyEncoder
 

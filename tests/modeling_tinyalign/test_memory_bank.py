@@ -18,10 +18,11 @@ from huggingface_hub import constants
 from PIL import Image
 from torch.nn import functional as F
 
-from tinyalign_vlm.modeling_tinyalign import bank_builder, bank_index, bank_storage
+from tinyalign_vlm.modeling_tinyalign import bank_builder, bank_index, bank_shards, bank_storage, saved_bank
 from tinyalign_vlm.modeling_tinyalign.bank_config import config_sha256, file_sha256
 from tinyalign_vlm.modeling_tinyalign.bank_images import image_source_id, load_image
-from tinyalign_vlm.modeling_tinyalign.bank_storage import list_column, row_schema, write_local_files
+from tinyalign_vlm.modeling_tinyalign.bank_shards import list_column, row_schema
+from tinyalign_vlm.modeling_tinyalign.bank_storage import write_local_files
 from tinyalign_vlm.modeling_tinyalign.key_encoder import KeyEncoder, attention_pool
 from tinyalign_vlm.modeling_tinyalign.memory_bank import MemoryBank
 from tinyalign_vlm.modeling_tinyalign.value_encoder import ValueEncoder, ValueEncoderConfig
@@ -549,8 +550,8 @@ def test_load_dataset(saved, tmp_path, bank):
 
 
 def test_many_shards(bank, tmp_path, monkeypatch, empty_cache):
-    monkeypatch.setattr(bank_storage, "SHARD_BYTES", 1000)
-    monkeypatch.setattr(bank_storage, "BATCH_ROWS", 2)
+    monkeypatch.setattr(bank_shards, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(bank_shards, "BATCH_ROWS", 2)
     bank.save_pretrained(tmp_path / "bank")
     shards = sorted((tmp_path / "bank" / "data").iterdir())
     assert len(shards) > 3 and sum(pq.read_metadata(shard).num_rows for shard in shards) == NUM_ROWS
@@ -562,7 +563,7 @@ def test_many_shards(bank, tmp_path, monkeypatch, empty_cache):
 
 def test_second_load_reads_no_shard(saved, empty_cache, monkeypatch):
     MemoryBank.from_pretrained(saved)
-    monkeypatch.setattr(bank_storage, "read_shards", None)
+    monkeypatch.setattr(saved_bank, "read_shards", None)
     start = time.perf_counter()
     MemoryBank.from_pretrained(saved).search(unit(1, 16), 1)
     assert time.perf_counter() - start < 0.3
@@ -597,7 +598,7 @@ def test_full_disk_leaves_the_old_bank(place, bank, saved, tmp_path, monkeypatch
     before = content(tmp_path)
     other = bank.shuffled()
     if place == "write_table":
-        monkeypatch.setattr(bank_storage.pq.ParquetWriter, "write_table", full)
+        monkeypatch.setattr(bank_shards.pq.ParquetWriter, "write_table", full)
     elif place == "save_file":
         monkeypatch.setattr("tinyalign_vlm.modeling_tinyalign.key_encoder.save_file", full)
     else:

@@ -14,7 +14,7 @@ from security.attacks import SHARD, edit_json, little_memory, sign
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.modeling_tinyalign import bank_storage
+from tinyalign_vlm.modeling_tinyalign import bank_shards
 
 CONFIG = "bank_config.json"
 
@@ -122,7 +122,7 @@ def test_numbers_that_unpack_to_gigabytes(bank_folder):
 
 
 def test_a_footer_that_declares_more_than_a_shard_holds(bank_folder, monkeypatch):
-    monkeypatch.setattr(bank_storage, "MAX_SHARD_BYTES", 5000)
+    monkeypatch.setattr(bank_shards, "MAX_SHARD_BYTES", 5000)
     refused(bank_folder, "unpacks to [0-9]+ bytes, expected at most 5000")
 
 
