@@ -44,7 +44,8 @@ def quantize(config: TuningArguments, model: PreTrainedModel) -> dict[str, nn.Li
 def adapters(config: TuningArguments, model: PreTrainedModel) -> Iterator[None]:
     """
     Inside, the language model has adapters, if `config` wants them, which train in float32. Afterwards they are merged
-    into its weights, and the model is of the classes it was: it loads without PEFT, anywhere.
+    into its weights, also when training was interrupted, and the model is of the classes it was: it loads without
+    PEFT, anywhere.
 
     Raises `ValueError` when `lora_target_modules` are not in the language model.
     """
@@ -55,7 +56,6 @@ def adapters(config: TuningArguments, model: PreTrainedModel) -> Iterator[None]:
     from peft.tuners.lora import LoraLayer
 
     language_model = model.base_model.language_model
-    originals = quantize(config, model) if config.tune_language_model == "qlora" else {}
     rank = 16 if config.lora_r is None else config.lora_r
     settings = LoraConfig(
         r=rank,
@@ -64,22 +64,24 @@ def adapters(config: TuningArguments, model: PreTrainedModel) -> Iterator[None]:
         target_modules=config.lora_target_modules or "all-linear",
     )
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)  # the same adapters in every process, and in a run that goes on
-        inject_adapter_in_model(settings, language_model)
-    layers = {name: layer for name, layer in language_model.named_modules() if isinstance(layer, LoraLayer)}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-        parameter.requires_grad_("lora_" in name or name in trained)
-    yield
-    for name, layer in layers.items():
-        linear = originals.get(name, layer.get_base_layer())
-        delta = layer.get_delta_weight("default").detach()
-        linear.weight.data += delta.to(linear.weight.device, linear.weight.dtype)
-        language_model.set_submodule(name, linear)
-    for name, linear in originals.items():
-        if name not in layers:
+    originals = quantize(config, model) if config.tune_language_model == "qlora" else {}
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # the same adapters in every process, and in a run that goes on
+            inject_adapter_in_model(settings, language_model)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_("lora_" in name or name in trained)
+        yield
+    finally:
+        for name, layer in list(language_model.named_modules()):
+            if isinstance(layer, LoraLayer):
+                linear = originals.setdefault(name, layer.get_base_layer())
+                delta = layer.get_delta_weight("default").detach()
+                linear.weight.data += delta.to(linear.weight.device, linear.weight.dtype)
+        for name, linear in originals.items():
             language_model.set_submodule(name, linear)
-    language_model.to(model.device)
-    del language_model.peft_config
+        language_model.to(model.device)
+        for name in ("peft_config", "is_loaded_in_4bit"):
+            vars(language_model).pop(name, None)

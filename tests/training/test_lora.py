@@ -41,6 +41,34 @@ def test_adapters_are_merged(text, make_model, make_processor, dataset, bank, tm
     assert changed and all("layers" in name and name.endswith("weight") for name in changed)
 
 
+@pytest.mark.parametrize("policy", ["lora", "qlora"])
+def test_nothing_is_left_of_a_run_that_is_interrupted(policy, make_model, tmp_path, monkeypatch):
+    """Nor of one whose adapters do not fit: the model trains again, and from what it had learnt."""
+    if policy == "qlora":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
+    monkeypatch.setattr(TuningArguments, "_check_lora", lambda self: None)
+    model = make_model()
+    before, classes = weights(model), [type(module) for module in model.modules()]
+    attributes = set(vars(model.base_model.language_model))
+    config = Stage2Config(output_dir=str(tmp_path), tune_language_model=policy)
+    set_trainable(config, model)
+    with pytest.raises(KeyboardInterrupt), adapters(config, model):
+        for name, parameter in model.named_parameters():
+            if "layers.0.mlp.up_proj.lora_B" in name:
+                torch.nn.init.ones_(parameter)
+        raise KeyboardInterrupt
+    after = weights(model)
+    assert before.keys() == after.keys() and [type(module) for module in model.modules()] == classes
+    assert set(vars(model.base_model.language_model)) == attributes
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.language_model.layers.0.mlp.up_proj.weight"]
+    unfit = Stage2Config(output_dir=str(tmp_path), tune_language_model=policy, lora_target_modules=["query"])
+    with pytest.raises(ValueError, match="not found"), adapters(unfit, model):
+        raise AssertionError("There are no such adapters.")
+    assert [type(module) for module in model.modules()] == classes
+    assert set(vars(model.base_model.language_model)) == attributes
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_run_with_adapters_loads_in_one_call(stage, make_model, processor, dataset, bank, features, tmp_path):
     model = make_model()
