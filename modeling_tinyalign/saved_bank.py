@@ -85,6 +85,10 @@ class SavedBank(BankRows):
 
     def _write(self, folder: Path) -> None:
         num_shards = write_shards(folder, self._table, self._keys, self._values)
+        self._write_encoders(folder, num_shards, self.config.get("index") or recorded(self.index_facts))
+
+    def _write_encoders(self, folder: Path, num_shards: int, index: dict) -> None:
+        """All but the rows: bank_config.json, with what is `recorded` of the index, and the encoders."""
         try:
             self.key_encoder.save(folder / KEY_ENCODER_NAME, self.probe_keys)
             self.value_encoder.save_pretrained(folder / "value_encoder")
@@ -95,7 +99,6 @@ class SavedBank(BankRows):
             "key_encoder": file_sha256(folder / KEY_ENCODER_NAME),
             "value_encoder": file_sha256(folder / VALUE_ENCODER_NAME),
         }
-        index = self.config.get("index") or recorded(self.index_facts)
         config = {**self.config, "num_shards": num_shards, "index": index, "sha256": sha256}
         write_config(config, folder / CONFIG_NAME)
 

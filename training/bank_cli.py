@@ -91,6 +91,19 @@ nearest neighbours of each and of images of yours, the similarities, and a map o
   tinyalign bank view bank -o bank.html --image flute.png --model out/stage1
 """
 
+LANCE_HELP = """
+Write a bank to a LanceDB database, to be searched and read where it lies: on a disk or in an object store, larger than
+memory (pip install tinyalign-vlm[lance]; docs/scale.md says from which size on).
+
+  tinyalign bank lance bank out/lance
+  tinyalign bank lance bank s3://bucket/bank --storage_option region=eu-west-1
+
+  from tinyalign_vlm.training.lance_bank import LanceBank
+  model.attach_memory_bank(LanceBank.from_pretrained("s3://bucket/bank", {"region": "eu-west-1"}))
+
+BANK is a folder or a Hub repository. Credentials are looked for where LanceDB does: AWS_ACCESS_KEY_ID and the like.
+"""
+
 
 def add_bank_commands(commands: argparse._SubParsersAction, calibrate_help: str) -> argparse.ArgumentParser:
     """Puts the commands into the parser of `tinyalign bank`; returns that of `calibrate`, which cli.py runs."""
@@ -141,6 +154,11 @@ def add_bank_commands(commands: argparse._SubParsersAction, calibrate_help: str)
     view.add_argument("--model", metavar="MODEL", help="whose vision tower the bank has: folder or repository")
     view.add_argument("--top_k", type=int, default=5, metavar="K", help="neighbours of each (default: %(default)s)")
     view.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: %(default)s)")
+    lance = command("lance", "write it to a LanceDB database", LANCE_HELP)
+    lance.add_argument("bank", help="its folder or repository")
+    lance.add_argument("uri", help="the database: a folder, s3://..., gs://... or az://...")
+    lance.add_argument("--storage_option", metavar="NAME=VALUE", help="of LanceDB, for an object store", **names)
+    lance.add_argument("--index", help="exact, IVF_RQ or IVF_SQ (default: by the number of rows)")
     return command(
         "calibrate",
         "choose the similarity below which neighbours are not used",
@@ -212,6 +230,13 @@ def run_bank_command(arguments: argparse.Namespace):
         from .bank_view import view_bank
 
         view_bank(options.pop("bank"), options.pop("out"), **options)
+    elif arguments.subcommand == "lance":
+        from ..modeling_tinyalign import MemoryBank
+        from .lance_bank import write_lance
+
+        settings = dict(option.partition("=")[::2] for option in arguments.storage_option)
+        bank = MemoryBank.from_pretrained(arguments.bank)
+        print(f"{arguments.uri}: {write_lance(bank, arguments.uri, settings or None, arguments.index)}")
     else:
         from .bank_report import bank_info
 
