@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -102,18 +103,16 @@ class PackedKeys:
         faiss.copy_array_to_vector(np.concatenate([low, width]), index.sq.trained)
         index.is_trained = True
         digest = hashlib.sha256()
-        fine = np.lib.format.open_memmap(folder / cls.FILES[1], "w+", np.uint8, (num_rows, -(-key_dim // 2)))
-        with open(folder / cls.FILES[0], "wb") as coarse:
+        with open(folder / cls.FILES[0], "wb") as coarse, open(folder / cls.FILES[1], "wb") as fine:
+            write_array_head(fine, np.uint8, (num_rows, -(-key_dim // 2)))
             coarse.write(index_header(index, num_rows, num_rows * key_dim))
             for start in range(0, num_rows, BLOCK_ROWS):
-                block = slice(start, start + BLOCK_ROWS)
-                rounded = np.rint(keys[block] / steps)
+                rounded = np.rint(keys[start : start + BLOCK_ROWS] / steps)
                 digest.update((rounded * steps + np.float32(0)).tobytes())  # no negative zeros
                 codes = rounded.astype(np.int16) + (MAX_CODE + 1)
                 coarse.write((codes // FINE).astype(np.uint8).tobytes())
                 rest = np.pad((codes % FINE).astype(np.uint8), ((0, 0), (0, key_dim % 2)))
-                fine[block] = rest[:, ::2] | rest[:, 1::2] << 4
-        fine.flush()
+                fine.write((rest[:, ::2] | rest[:, 1::2] << 4).tobytes())
         return digest.hexdigest()
 
 
@@ -142,6 +141,15 @@ def index_header(index: faiss.Index, num_rows: int, size: int) -> bytes:
     header[8:16] = np.frombuffer(np.int64(num_rows).tobytes(), np.uint8)
     header[-8:] = np.frombuffer(np.int64(size).tobytes(), np.uint8)
     return header.tobytes()
+
+
+def write_array_head(file: BinaryIO, dtype: type, shape: tuple[int, ...]) -> None:
+    """Begin a .npy file; as long whatever the shape. The array is written behind it.
+
+    Writing to a memory map instead would end in a signal, and not in an error, when the disk is full.
+    """
+    head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, head)
 
 
 def read_mapped(path: Path, shape: tuple[int, int], kind: type | None = None) -> faiss.Index:

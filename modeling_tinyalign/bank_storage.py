@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from .bank_config import CONFIG_NAME
 from .bank_folders import locked, scratch_folder, sync
 from .bank_foreign_index import open_foreign_keys
-from .bank_keys import PackedKeys, PlainKeys, index_header
+from .bank_keys import PackedKeys, PlainKeys, index_header, write_array_head
 from .bank_shards import check_batch, check_schema, matrix
 from .bank_values import PackedValues, PlainValues
 
@@ -180,8 +180,7 @@ def _lay_out(
 
         def write_heads() -> None:  # they are as long whatever the number of rows
             keys_file.write(index_header(faiss.IndexFlatIP(key_dim), num_rows, num_rows * key_dim))
-            head = {"descr": "<f2", "fortran_order": False, "shape": (num_rows, *value_shape)}
-            np.lib.format.write_array_header_1_0(values_file, head)
+            write_array_head(values_file, np.float16, (num_rows, *value_shape))
 
         write_heads()
         for batch in batches:
@@ -196,7 +195,7 @@ def _lay_out(
             writer = writer or pa.ipc.new_file(rows_file, rows.schema)
             writer.write_batch(rows)
             for row in rows.to_pylist():
-                hashes["rows"].update(_row_bytes(row))
+                hashes["rows"].update(row_bytes(row))
             num_rows += len(batch)
         if num_rows == 0:
             raise ValueError(f"{name} has no rows: a memory bank needs at least one.")
@@ -249,7 +248,7 @@ class Spool:
                 yield reader.get_batch(number)
 
 
-def _row_bytes(row: dict) -> bytes:
+def row_bytes(row: dict) -> bytes:
     """What the `rows` hash sees of a row: everything but its number, whatever the file format."""
     row = {name: value for name, value in row.items() if name != "id"}
     if row.get("thumbnail") is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .bank_keys import BLOCK_ROWS, power_of_two_from
+from .bank_keys import BLOCK_ROWS, power_of_two_from, write_array_head
 
 MAX_CODE = 127
 TINY_STEP = np.float32(2.0**-24)  # of float16
@@ -83,20 +83,18 @@ class PackedValues:
         """Round plain values, write them to `folder`, and return the sha256 of the rounded float16 values."""
         num_rows, num_latents, _ = values.shape
         digest = hashlib.sha256()
-        all_codes = np.lib.format.open_memmap(folder / cls.FILES[0], "w+", np.int8, values.shape)
-        all_exponents = np.lib.format.open_memmap(folder / cls.FILES[1], "w+", np.int8, (num_rows, num_latents))
-        for start in range(0, num_rows, BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
-            numbers = values[block].astype(np.float32)
-            steps = power_of_two_from(np.abs(numbers).max(axis=2, keepdims=True) / np.float32(MAX_CODE))
-            steps = np.maximum(steps, TINY_STEP)
-            largest = MAX_FLOAT16 // steps
-            codes = np.clip(np.rint(numbers / steps), -largest, largest)
-            digest.update((codes * steps + np.float32(0)).astype(np.float16).tobytes())
-            all_codes[block] = codes
-            all_exponents[block] = np.log2(steps[..., 0])
-        all_codes.flush()
-        all_exponents.flush()
+        with open(folder / cls.FILES[0], "wb") as all_codes, open(folder / cls.FILES[1], "wb") as all_exponents:
+            write_array_head(all_codes, np.int8, values.shape)
+            write_array_head(all_exponents, np.int8, (num_rows, num_latents))
+            for start in range(0, num_rows, BLOCK_ROWS):
+                numbers = values[start : start + BLOCK_ROWS].astype(np.float32)
+                steps = power_of_two_from(np.abs(numbers).max(axis=2, keepdims=True) / np.float32(MAX_CODE))
+                steps = np.maximum(steps, TINY_STEP)
+                largest = MAX_FLOAT16 // steps
+                codes = np.clip(np.rint(numbers / steps), -largest, largest)
+                digest.update((codes * steps + np.float32(0)).astype(np.float16).tobytes())
+                all_codes.write(codes.astype(np.int8).tobytes())
+                all_exponents.write(np.log2(steps[..., 0]).astype(np.int8).tobytes())
         return digest.hexdigest()
 
 

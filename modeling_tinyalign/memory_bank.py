@@ -25,7 +25,7 @@ from .bank_builder import (
 )
 from .bank_config import FORMAT_VERSION
 from .bank_shards import BATCH_ROWS, config_schema
-from .bank_storage import PACKED_ROWS, Spool, write_local_files
+from .bank_storage import Spool, write_local_files
 from .hub_files import hub_origin
 from .saved_bank import SavedBank
 from .value_encoder import ValueEncoder
@@ -110,7 +110,7 @@ class MemoryBank(SavedBank):
             skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `skipped_rows`.
             vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
             packed: round keys to 12 bits and values to 8, which halves the bank. By default that is done in banks of
-                more than 20,000 rows.
+                more than 20,000 rows. What is made of the bank later (`add`, `remove`) is packed if this one is.
 
         Raises:
             ValueError: a column is missing, a row is bad (its number is named), there is no row, `key_grid` or
@@ -232,9 +232,9 @@ class MemoryBank(SavedBank):
         added = self._finished(batches)
         return self._with_rows(itertools.chain(self._batches(), added), [*self.skipped_rows, *skipped_rows])
 
-    def of_encoded(self, batches: Iterable[pa.RecordBatch]) -> MemoryBank:
-        """A new bank of nothing but what the `row_encoder` has made."""
-        return self._with_rows(self._finished(batches), [])
+    def of_encoded(self, batches: Iterable[pa.RecordBatch], packed: bool | None = None) -> MemoryBank:
+        """A new bank of nothing but what the `row_encoder` has made, packed as this one unless `packed` is given."""
+        return self._with_rows(self._finished(batches), [], packed)
 
     def _finished(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         self.key_encoder.cpu()
@@ -287,7 +287,7 @@ class MemoryBank(SavedBank):
                 after `.decode(False)`: `datasets` would encode its thumbnails anew.
             like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which
                 no rows are downloaded. By default the repository that a `Dataset` was loaded from.
-            packed: as of `build`; by default as `like` is, if that is packed or large.
+            packed: as of `build`; by default as `like` is.
 
         Raises:
             ValueError: a column is missing or of another type, there is no row, or `like` is needed.
@@ -306,7 +306,7 @@ class MemoryBank(SavedBank):
     ) -> MemoryBank:
         """This bank's encoders over other rows."""
         value_shape = (self.num_latents, self.latent_dim)
-        if packed is None and (self._files.packed or len(self) > PACKED_ROWS):
+        if packed is None:
             packed = self._files.packed
         files = write_local_files(batches, config_schema(self.config), value_shape, "The new memory bank", packed)
         changed = {

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
 
 from ..modeling_tinyalign import MemoryBank, ValueEncoder, ValueEncoderConfig
 from ..modeling_tinyalign.bank_builder import RowEncoder, evaluating
-from .bank_log import LEFT_OUT_NAME, changing, count_kinds, open_bank, read_log, save_change
+from .bank_log import LEFT_OUT_NAME, changing, count_kinds, is_last_change, open_bank, read_log, save_change
 from .bank_parts import Parts
 from .bank_preparation import ValueEncoderTrainingConfig, train_value_encoder
 from .captioned_images import CaptionedImages, fingerprint_files
@@ -77,6 +77,7 @@ class BuildSettings(RowSettings):
     value_encoder_steps: int = ValueEncoderTrainingConfig().steps
     key_grid: int = 1
     whiten_dim: int | None = None
+    packed: bool | None = None
     thumbnail_size: int = 64
 
 
@@ -118,6 +119,7 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike):
                 keep_columns=keep,
                 batch_size=run.batch_size,
                 thumbnail_size=settings.thumbnail_size or None,
+                packed=settings.packed,
             )
         else:
             encoder = like.row_encoder(run.model, run.processor, batch_size=run.batch_size)
@@ -129,7 +131,7 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike):
             if like is None:
                 bank = MemoryBank.from_encoded(encoder, parts.batches, settings.whiten_dim)
             else:
-                bank = like.of_encoded(parts.batches())
+                bank = like.of_encoded(parts.batches(), settings.packed)
             save_change(bank, out, {"change": "build", "settings": kept}, parts.left_out)
         shutil.rmtree(work)
     print(f"{name}: {len(bank)} rows; {count_kinds(parts.left_out)}{_listed(name, parts)}.")
@@ -147,7 +149,12 @@ def add_rows(settings: RowSettings, folder: str | os.PathLike):
         kept = asdict(settings) | {"files": fingerprint_files(settings.dataset), "bank": bank.config["sha256"]}
         work = folder.with_name(f".{folder.name}.add")
         if (work / SETTINGS_NAME).is_file() and _read(work)["settings"]["bank"] != bank.config["sha256"]:
-            shutil.rmtree(work)  # of a bank that has changed since, or these very rows
+            same = kept | {"bank": _read(work)["settings"]["bank"]}
+            complete = is_last_change(folder, json.loads(json.dumps({"change": "add", "settings": same})))
+            shutil.rmtree(work)
+            if complete:
+                print(f"{name}: {len(bank)} rows; these were added before, there is nothing to do.")
+                return
         run = Encoding.begin(settings, work, kept, bank.config["columns"], bank)
         encoder = bank.row_encoder(run.model, run.processor, batch_size=run.batch_size, num_rows=len(bank))
         seen = {bytes.fromhex(image) for image in bank._table["source_id"].to_pylist()}
@@ -193,7 +200,9 @@ class Encoding:
         source = CaptionedImages(config, settings.caption_column, keep, settings.constants())
         batch_size = settings.batch_size or batch_size_of(config)
         versions = {"torch": torch.__version__, "transformers": __version__}
-        kept = {name: value for name, value in kept.items() if name != "whiten_dim"}  # of the last step
+        kept = {
+            name: value for name, value in kept.items() if name not in ("whiten_dim", "packed")
+        }  # of the last step
         kept = json.loads(json.dumps(kept | {"tower": _fingerprint(model), "batch_size": batch_size} | versions))
         if (work / SETTINGS_NAME).is_file() and len(list(work.iterdir())) > 1:
             found = _read(work)

@@ -1,7 +1,6 @@
 """`tinyalign bank remove`, `merge` and `compact`: a new version of a bank beside the old one, then in its place."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import pyarrow.compute as pc
 
 from ..modeling_tinyalign import MemoryBank
 from ..modeling_tinyalign.bank_builder import renumbered
+from ..modeling_tinyalign.bank_folders import recover_folder, scratch_folder
 from ..modeling_tinyalign.bank_images import image_source_id
-from ..modeling_tinyalign.bank_storage import cache_root
-from .bank_log import changing, open_bank, read_log, save_change
+from ..modeling_tinyalign.bank_storage import SCRATCH_PREFIX, cache_root
+from .bank_log import changing, is_last_change, open_bank, read_log, save_change
 
 # What two banks must have in common for their rows to be in one: (field of bank_config.json, what it is)
 SHARED = {
@@ -43,6 +43,11 @@ def remove_rows(
     given, folder = folder, Path(folder).resolve()
     with changing(folder):
         bank = open_bank(folder)
+        names = {name: name for name in source_ids} | {path: image_source_id(path) for path in images}
+        change = {"change": "remove", "source_ids": sorted(names.values()), "where": list(where)}
+        if is_last_change(folder, change):
+            print(f"{given}: {len(bank)} rows; these were removed before, there is nothing to do.")
+            return
         rows = set()
         if where:
             rows.update(np.flatnonzero(matching(bank._table, where)).tolist())
@@ -51,7 +56,6 @@ def remove_rows(
                     f"No row of {folder} has {' and '.join(where)}: nothing is removed. `tinyalign bank info` shows "
                     "what the columns hold."
                 )
-        names = {name: name for name in source_ids} | {path: image_source_id(path) for path in images}
         for asked, name in names.items():
             found = bank.ids_of(name).tolist()
             if not found:
@@ -66,7 +70,6 @@ def remove_rows(
                 "without the bank, delete its folder."
             )
         smaller = bank.remove(sorted(rows))
-        change = {"change": "remove", "source_ids": sorted(names.values()), "where": list(where)}
         save_change(smaller, folder, {**change, "removed": len(rows)})
     print(
         f"{given}: {len(smaller)} rows, {len(rows)} removed. Copies of the earlier version may be left on this "
@@ -120,7 +123,17 @@ def merge_banks(folders: Sequence[Path], out: Path, keep_duplicates: bool = Fals
                 f"{folder} cannot be merged with {folders[0]}. {'; '.join(differences)}. Build it again with "
                 f"`tinyalign bank build --like {folders[0]}`, which uses the same encoders."
             )
+    change = {
+        "change": "merge",
+        "banks": [str(folder) for folder in folders],
+        "of": [bank.config["sha256"]["config"] for bank in banks],
+        "keep_duplicates": keep_duplicates,
+    }
     with changing(out):
+        recover_folder(out)
+        if is_last_change(out, change):
+            print(f"{given} is complete: there is nothing to do.")
+            return
         if out.exists() and (out.is_file() or any(out.iterdir())):
             raise ValueError(f"{out} is there already: choose another --out.")
         tables, seen = [], np.empty(0, "S32")
@@ -139,7 +152,7 @@ def merge_banks(folders: Sequence[Path], out: Path, keep_duplicates: bool = Fals
             ),
             [],
         )
-        save_change(merged, out, {"change": "merge", "banks": [str(folder) for folder in folders]})
+        save_change(merged, out, change)
     left_out = sum(map(len, banks)) - len(merged)
     print(f"{given}: {len(merged)} rows of {len(banks)} banks; {left_out} left out, whose image an earlier bank has.")
 
@@ -162,14 +175,16 @@ def compact_bank(folder: Path) -> None:
         versions = [change[name] for change in read_log(folder) for name in ("sha256", "replaced")]
         earlier = {digest for version in versions for digest in version.values()}
         before = size_of(folder)
-        save_change(bank, folder, {"change": "compact"})
+        if not is_last_change(folder, {"change": "compact"}):
+            save_change(bank, folder, {"change": "compact"})
         freed = 0
         current = set(bank.config["sha256"].values())
-        for copy in cache_root().iterdir():
-            digest = copy.name.partition("-")[0]
-            if copy.is_dir() and digest in earlier - current:
-                freed += size_of(copy)
-                shutil.rmtree(copy)
+        with scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:  # each copy goes whole, should this be killed
+            for copy in cache_root().iterdir():
+                digest = copy.name.partition("-")[0]
+                if copy.is_dir() and digest in earlier - current:
+                    freed += size_of(copy)
+                    copy.rename(scratch / copy.name)
     print(
         f"{given}: {size_of(folder):,} bytes, {before:,} before; {freed:,} bytes of earlier versions deleted from "
         "HF_HOME/tinyalign."

@@ -21,9 +21,18 @@ Rows that are bad, or whose image another row has, pixel for pixel, are left out
 OUT/left_out.jsonl. Killed, the same command goes on where it stopped, and ends with the same bank, byte for byte (on
 the same machine; what is done so far is in .OUT.build beside it). OUT is there when it is complete, and not before.
 
+A large bank is packed: keys of 12 bits and values of 8, which halves it and moves a trained model's loss by less than
+0.1% (docs/bank_speed.md). --packed true packs a small one too; --packed false keeps all bits, to compare with say.
+`add`, `remove` and `merge` keep it as it is.
+
 Values are made by a value encoder: that of --like or --value_encoder, or a new one, trained first on captions of the
 data set (docs/value_encoder.md).
 """
+
+PACKED_HELP = (
+    "true: keys rounded to 12 bits and values to 8, half the disk and memory; false: 32 and 16 bits, nothing is "
+    "rounded (default: true above 20,000 rows; with --like as that bank is)"
+)
 
 ADD_HELP = """
 Add the rows of a data set to a bank, made with the bank's own encoders; nothing is retrained.
@@ -32,7 +41,8 @@ Add the rows of a data set to a bank, made with the bank's own encoders; nothing
   tinyalign bank add bank --model out/stage1 --dataset more.json --set license=cc-by-4.0 --set source=mine
 
 Rows whose image is in the bank already are left out (--keep_duplicates: they are not). The data set must have the
-columns that the bank keeps, or --set must say what they are. The bank that is there stays until the new one is
+columns that the bank keeps, or --set must say what they are. A packed bank stays packed, another one stays as it is,
+however large it gets. The bank that is there stays until the new one is
 complete; killed, the same command goes on where it stopped.
 """
 
@@ -55,7 +65,8 @@ Make one bank of several that were made with the same encoders (`bank build --li
 
   tinyalign bank merge bank more others --out all
 
-Of an image that several of them have, the rows of the first bank are taken (--keep_duplicates: all).
+Of an image that several of them have, the rows of the first bank are taken (--keep_duplicates: all). The
+new bank is packed if the first one is.
 """
 
 COMPACT_HELP = """
@@ -123,6 +134,7 @@ def add_bank_commands(commands: argparse._SubParsersAction, calibrate_help: str)
     )
     build.add_argument("--key_grid", type=int, default=1, metavar="N", help="keys of N x N cells (default: 1)")
     build.add_argument("--whiten_dim", type=int, metavar="N", help="whiten keys to N dimensions (default: do not)")
+    build.add_argument("--packed", type=_true_or_false, metavar="true|false", help=PACKED_HELP)
     build.add_argument(
         "--thumbnail_size", type=int, default=64, metavar="PIXELS", help="0: keep none (default: %(default)s)"
     )
@@ -166,6 +178,12 @@ def add_bank_commands(commands: argparse._SubParsersAction, calibrate_help: str)
         usage="tinyalign bank calibrate FILE.yaml [FILE.yaml ...] [--min_agreement SHARE] [--FIELD VALUE ...]",
         add_help=False,
     )
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
+    return text.lower() == "true"
 
 
 def _add_row_options(parser: argparse.ArgumentParser):

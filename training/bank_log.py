@@ -83,6 +83,11 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
+def is_last_change(folder: Path, change: dict) -> bool:
+    """Whether a bank is as a change left it: a command that was killed at its very end has nothing to do any more."""
+    return change.items() <= (read_log(folder) or [{}])[-1].items()
+
+
 def count_kinds(left_out: Sequence[dict]) -> str:
     """`3 left out (2 broken image, 1 duplicate)`"""
     kinds = Counter(row["reason"].partition(":")[0] for row in left_out)

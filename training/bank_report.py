@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..modeling_tinyalign import KeyEncoder, MemoryBank, ValueEncoder
 from ..modeling_tinyalign.bank_config import CONFIG_NAME, check_config, check_file, read_json
 from ..modeling_tinyalign.bank_shards import BATCH_ROWS, check_batch, check_schema, config_schema, matrix, shard_names
-from ..modeling_tinyalign.bank_storage import _row_bytes, cache_root
+from ..modeling_tinyalign.bank_storage import cache_root, row_bytes
 from ..modeling_tinyalign.saved_bank import KEY_ENCODER_NAME, VALUE_ENCODER_NAME
 from .bank_changes import size_of
 from .bank_log import open_bank, read_log
@@ -27,7 +27,8 @@ def bank_info(folder: Path) -> str:
     folder, bank = Path(folder), open_bank(folder)
     config, tower, key_encoder = bank.config, bank.config["tower"], bank.config["key_encoder"]
     encoders = size_of(folder / "value_encoder") + (folder / KEY_ENCODER_NAME).stat().st_size
-    keys = [f"{bank.key_dim} numbers, {bank.key_space} space"]
+    bits = (12, 8) if config.get("packed") else (32, 16)
+    keys = [f"{bank.key_dim} numbers of {bits[0]} bits, {bank.key_space} space"]
     if key_encoder["grid"] > 1:
         keys.append(f"{key_encoder['grid']} x {key_encoder['grid']} cells")
     if bank.key_encoder.projection is not None:
@@ -39,7 +40,7 @@ def bank_info(folder: Path) -> str:
         "rows": f"{len(bank):,} of {len(np.unique(bank._source_order[0])):,} images",
         "on disk": on_disk,
         "keys": ", ".join(keys),
-        "values": f"{bank.num_latents} x {bank.latent_dim}",
+        "values": f"{bank.num_latents} x {bank.latent_dim} numbers of {bits[1]} bits",
         "thumbnails": f"{config['thumbnail_size']} pixels" if config["thumbnail_size"] else "none",
         "tower": f"{tower['name']}{revision}, images of {' x '.join(map(str, tower['image_shape']))}",
         "index": ", ".join(f"{value}" if name == "index" else f"{name} {value}" for name, value in index.items()),
@@ -162,7 +163,7 @@ def _update(hashes: dict, batch: pa.RecordBatch):
     for part in ("key", "value"):
         hashes[f"{part}s"].update(matrix(batch, part).tobytes())
     for row in batch.drop_columns(["key", "value"]).to_pylist():
-        hashes["rows"].update(_row_bytes(row))
+        hashes["rows"].update(row_bytes(row))
 
 
 def _problems_of_copy(bank: MemoryBank, shards: Shards) -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 
 from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
-from tinyalign_vlm.modeling_tinyalign import bank_fast_index, bank_storage, memory_bank
+from tinyalign_vlm.modeling_tinyalign import bank_fast_index, bank_storage
 from tinyalign_vlm.modeling_tinyalign.bank_fast_index import default_factories, recorded
 from tinyalign_vlm.modeling_tinyalign.bank_index import faiss, faiss_threads
 from tinyalign_vlm.modeling_tinyalign.bank_keys import PackedKeys, PlainKeys, index_header
@@ -35,8 +35,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def small_limits(monkeypatch):
     """Banks of more than 500 rows are packed, and searched through a fast index."""
-    for module in (bank_storage, memory_bank):
-        monkeypatch.setattr(module, "PACKED_ROWS", 500)
+    monkeypatch.setattr(bank_storage, "PACKED_ROWS", 500)
     monkeypatch.setattr(bank_fast_index, "EXACT_ROWS", 500)
 
 

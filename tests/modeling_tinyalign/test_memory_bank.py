@@ -671,6 +671,18 @@ def test_really_full_disk(bank, saved, small_disk, monkeypatch, dataset, model, 
         MemoryBank.build(dataset, model, processor, value_encoder)
     with pytest.raises(OSError, match="HF_HOME"):
         MemoryBank.from_pretrained(saved)
+    # wherever it is full; a memory map that is written to would end the process
+    failed = 0
+    for free in range(4096, 80_000, 4096):
+        filler.unlink()
+        filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - free))
+        try:
+            MemoryBank.build(dataset, model, processor, value_encoder, packed=True)
+            break
+        except OSError as error:
+            assert "No space left" in str(error)
+            failed += 1
+    assert failed > 3
 
 
 # ---------------------------------------------------------------------- banks not to be trusted

@@ -1,6 +1,8 @@
 """A tiny model, its bank, and a data set of chats about plain and noisy images."""
 
 import json
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -112,3 +114,15 @@ def files(tmp_path, checkpoints, make_model, processor, dataset, captions, bank,
     for name, settings in write.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs Linux and root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -185,6 +185,36 @@ def test_a_value_encoder_is_trained(build, place, tmp_path):
     assert content(tmp_path / "a")[encoder] == (saved / "model.safetensors").read_bytes()
 
 
+def test_packed_or_not(build, place, tmp_path, monkeypatch, capsys):
+    """As asked for, whatever the size; and what is made of a bank later is as it is."""
+    monkeypatch.setattr("tinyalign_vlm.modeling_tinyalign.bank_storage.PACKED_ROWS", 20)
+    more = ["--model", str(place / "model"), "--dataset", str(place / "data.parquet")]
+    for packed, bits in ((True, (12, 8)), (False, (32, 16))):
+        name = str(packed).lower()
+        bank = build("--rows", "12", "--packed", name, out=name)
+        assert bank.config["packed"] == packed
+        cli.main(["bank", "info", str(tmp_path / name)])
+        printed = capsys.readouterr().out
+        assert f"numbers of {bits[0]} bits" in printed and f"numbers of {bits[1]} bits" in printed
+        kept, ids = bank.gather(np.arange(12)), np.arange(12)
+        cli.main(["bank", "add", str(tmp_path / name), *more])
+        bank = MemoryBank.from_pretrained(tmp_path / name)
+        assert len(bank) == 36 and bank.config["packed"] == packed
+        if not packed:
+            assert bank.gather(ids).equal(kept)
+        cli.main(["bank", "merge", *[str(tmp_path / name)] * 2, "--out", str(tmp_path / f"{name} merged")])
+        assert MemoryBank.from_pretrained(tmp_path / f"{name} merged").config["packed"] == packed
+        like = ["--like", str(tmp_path / name)]
+        cli.main(["bank", "build", *more, *like, "--out", str(tmp_path / f"{name} like")])
+        assert MemoryBank.from_pretrained(tmp_path / f"{name} like").config["packed"] == packed
+        cli.main(["bank", "build", *more, *like, "--packed", "FALSE", "--out", str(tmp_path / f"{name} plain")])
+        assert not MemoryBank.from_pretrained(tmp_path / f"{name} plain").config["packed"]
+    assert build(out="large").config["packed"] and not build("--rows", "12", out="small").config["packed"]
+    with pytest.raises(SystemExit) as done:
+        build("--packed", "12", out="bad")
+    assert done.value.code == 2 and "argument --packed: found '12', expected true or false" in capsys.readouterr().err
+
+
 def test_formats(build, place, pictures, tmp_path):
     for number, picture in enumerate(pictures[:6]):
         picture.save(tmp_path / f"{number}.png")
@@ -318,18 +348,6 @@ def test_banks_of_the_same_encoders_can_be_merged(build, place, tmp_path):
     merged = MemoryBank.from_pretrained(tmp_path / "all")
     assert len(like) == len(merged) == ROWS - 4 and sorted(merged.captions) == sorted(like.captions)
     assert merged.captions[:12] == first.captions
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 512 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs Linux and root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk(build, small_disk, tmp_path):
