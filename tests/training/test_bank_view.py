@@ -87,10 +87,10 @@ def test_a_bank_without_thumbnails_and_one_row(images, model, processor, value_e
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright, to drive a browser")
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright, which drives the browser")
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
+        pytest.skip("needs a browser on the PATH: apt-get install chromium")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
