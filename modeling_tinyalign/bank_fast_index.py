@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .bank_config import file_sha256
 from .bank_folders import locked, scratch_folder, sync
 from .bank_index import TIE, KeyIndex, faiss_threads
 from .bank_keys import BLOCK_ROWS, PackedKeys, PlainKeys, read_mapped
@@ -68,6 +69,7 @@ def open_index(keys: PlainKeys | PackedKeys, folder: Path, wanted: str | None) -
             if not record.exists():
                 make_fast_index(keys, folder / f"{name}.faiss", record, wanted)
     facts = json.loads(record.read_text())
+    facts.pop("sha256", None)
     if facts["index"] == EXACT:
         return KeyIndex(keys), facts
     return KeyIndex(keys, facts["index"], read_fast(folder / f"{name}.faiss", keys.shape), facts["k_factor"]), facts
@@ -94,7 +96,8 @@ def make_fast_index(keys: PlainKeys | PackedKeys, path: Path, record: Path, want
         with scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
             if index.fast is not None:
                 write_fast(index.fast, scratch / path.name)
-            (scratch / record.name).write_text(json.dumps(facts) + "\n")
+            sha256 = {file.name: file_sha256(file) for file in scratch.iterdir()}
+            (scratch / record.name).write_text(json.dumps({**facts, "sha256": sha256}) + "\n")
             for file in (path.with_suffix(LISTS), path, record):  # the record comes last: without it there is no index
                 if (scratch / file.name).exists():
                     sync(scratch / file.name)
@@ -103,6 +106,30 @@ def make_fast_index(keys: PlainKeys | PackedKeys, path: Path, record: Path, want
         raise cache_error(OSError(errno.EIO, str(error))) from error
     except OSError as error:
         raise cache_error(error) from error
+
+
+def index_problems(folder: Path) -> Iterator[str]:
+    """What is wrong with the fast indexes beside the keys in a folder of the local cache: their files have changed.
+
+    They were made of these keys, and their recall was measured, when their sha256 was written down.
+    """
+    for record in sorted(folder.glob("*.json")):
+        try:
+            hashes = json.loads(record.read_text())["sha256"]
+        except (ValueError, LookupError) as error:
+            yield (
+                f"{record} does not say what the index beside it was ({error!r}): it is damaged, or of an earlier "
+                f"version. Delete {folder} and load the bank again."
+            )
+            continue
+        for name, expected in hashes.items():
+            file = folder / name
+            found = file_sha256(file) if file.is_file() else "none, it is missing"
+            if found != expected:
+                yield (
+                    f"{file} is not the index that was made of the bank's keys: its sha256 is {found}, expected "
+                    f"{expected}. Delete {folder} and load the bank again."
+                )
 
 
 def write_fast(index: faiss.Index, path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_tinyalign import KeyEncoder, MemoryBank, ValueEncoder
 from ..modeling_tinyalign.bank_config import CONFIG_NAME, check_config, check_file, read_json
+from ..modeling_tinyalign.bank_fast_index import index_problems
 from ..modeling_tinyalign.bank_shards import BATCH_ROWS, check_batch, check_schema, config_schema, matrix, shard_names
 from ..modeling_tinyalign.bank_storage import cache_root, row_bytes
 from ..modeling_tinyalign.saved_bank import KEY_ENCODER_NAME, VALUE_ENCODER_NAME
@@ -110,7 +111,9 @@ def bank_problems(folder: Path, model: PreTrainedModel | None = None) -> Iterato
         return
     try:
         bank = MemoryBank.from_pretrained(folder)
-        yield from _problems_of_copy(bank, shards)
+        wrong_index = list(index_problems(bank._files.keys_folder))
+        yield from wrong_index
+        yield from _problems_of_copy(bank, shards, searched=not wrong_index)
         if model is not None:
             bank.check_probes(model)
     except ValueError as error:
@@ -166,8 +169,8 @@ def _update(hashes: dict, batch: pa.RecordBatch):
         hashes["rows"].update(row_bytes(row))
 
 
-def _problems_of_copy(bank: MemoryBank, shards: Shards) -> Iterator[str]:
-    """What is memory-mapped here is what is in the shards, and a search by a row's key finds that row."""
+def _problems_of_copy(bank: MemoryBank, shards: Shards, searched: bool) -> Iterator[str]:
+    """What is memory-mapped here is what is in the shards, and, if it is `searched`, a row's key finds that row."""
     hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
     for batch in bank._batches():
         _update(hashes, batch)
@@ -177,6 +180,8 @@ def _problems_of_copy(bank: MemoryBank, shards: Shards) -> Iterator[str]:
                 f"This machine's copy of the {part} is not what is in the bank: its sha256 is {digest.hexdigest()}, "
                 f"expected {bank.config['sha256'][part]}. Delete {copy_of(bank, part)} and load the bank again."
             )
+    if not searched:
+        return
     chosen = np.sort(np.random.default_rng(0).permutation(len(bank))[:SEARCHED])
     batches = (batch for path in shards.paths for batch in shards.read(path))
     keys = np.concatenate([matrix(batch, "key")[np.isin(batch["id"].to_numpy(), chosen)] for batch in batches])

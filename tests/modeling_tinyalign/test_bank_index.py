@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from tinyalign_vlm.modeling_tinyalign.bank_shards import list_column, row_schema
 from tinyalign_vlm.modeling_tinyalign.bank_storage import write_local_files
 from tinyalign_vlm.modeling_tinyalign.bank_values import PackedValues, PlainValues
 from tinyalign_vlm.modeling_tinyalign.key_encoder import KeyEncoder
+from tinyalign_vlm.training.bank_report import bank_problems
 
 VALUE_SHAPE = (3, 5)
 
@@ -301,6 +303,30 @@ def test_lists_that_are_damaged(small_limits):
         lists.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"\.lists is damaged. Delete .* and load the bank again"):
             bank.without_encoders().search(np.ones((1, 48)), 5)
+
+
+def test_verify_reads_the_index(small_limits, tmp_path):
+    """A code or two that changed would not be noticed in what is found."""
+    bank = bank_of(clustered_keys(3000, 48))
+    bank.save_pretrained(tmp_path / "bank")
+    bank.search(np.ones((1, 48)), 5)
+    assert [*bank_problems(tmp_path / "bank")] == []
+    for suffix in (".lists", ".faiss"):
+        (path,) = bank._files.keys_folder.glob(f"auto*{suffix}")
+        whole = path.read_bytes()
+        for changed in (whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:], whole[:-8], None):
+            path.unlink()
+            if changed is not None:
+                path.write_bytes(changed)
+            found = [*bank_problems(tmp_path / "bank")]
+            assert len(found) == 1 and f"{path} is not the index that was made of" in found[0] and "Delete" in found[0]
+        path.write_bytes(whole)
+    (record,) = bank._files.keys_folder.glob("auto*.json")
+    record.write_text(record.read_text()[:-9])
+    (found,) = bank_problems(tmp_path / "bank")
+    assert f"{record} does not say what the index" in found
+    shutil.rmtree(record.parent)
+    assert [*bank_problems(tmp_path / "bank")] == []
 
 
 def test_indexes_that_cannot_be_made(tmp_path):
