@@ -24,6 +24,7 @@ from transformers import LlamaConfig, SiglipImageProcessorPil, SiglipVisionConfi
 
 from tinyalign_vlm import MemoryBank, TinyAlignConfig, TinyAlignModel, ValueEncoder, ValueEncoderConfig
 from tinyalign_vlm.modeling_tinyalign.bank_shards import BATCH_ROWS, list_column
+from tinyalign_vlm.modeling_tinyalign.bank_storage import PACKED_ROWS
 
 LOAD = """
 import sys, time
@@ -78,7 +79,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bank = small_bank()
         start = time.perf_counter()
-        bank = bank._with_rows(random_rows(bank, rows), [])
+        bank = bank._with_rows(random_rows(bank, rows), [], packed=rows > PACKED_ROWS)
         bank.save_pretrained(Path(folder, "bank"))
         size = sum(path.stat().st_size for path in Path(folder, "bank").rglob("*")) / 1e9
         print(f"{size:.2f} GB, made and saved in {time.perf_counter() - start:.0f} s", file=sys.stderr)
