@@ -55,6 +55,8 @@ K_FACTORS = (8, 16, 32, 64, 128)
 SAMPLE = 200
 # float32 products of unit vectors are this exact, and 1 - product, which Lance returns.
 ROUNDING = 2e-6
+# How many keys are read at once to be compared.
+COMPARED_ROWS = 16_384
 CACHE_BYTES = 2**29
 
 
@@ -154,14 +156,28 @@ class LanceIndex(KeyIndex):
         self, queries: np.ndarray, fetch: int, wanted: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
         compared = min(len(self.keys), max(fetch, self.k_factor * wanted))
+        error = ROUNDING * np.linalg.norm(queries, axis=1)
+        if self.name == EXACT or compared > MAX_CANDIDATES:
+            return *self._found(queries, fetch, None), error, True
+        scores, rows = self._found(queries, compared, self.nprobes)
+        step = max(1, COMPARED_ROWS // compared)
+        for start in range(0, len(queries), step):
+            block = slice(start, start + step)
+            known = rows[block] >= 0
+            # one read for all of them: LanceDB's own refinement reads for each query
+            ids, places = np.unique(rows[block][known], return_inverse=True)
+            keys, query = self.keys[ids], np.nonzero(known)[0]
+            products = np.full(known.shape, -np.inf, np.float32)
+            products[known] = np.einsum("nd,nd->n", keys[places], queries[block][query])
+            scores[block] = products
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :fetch]
+        return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1), error, False
+
+    def _found(self, queries: np.ndarray, number: int, nprobes: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """LanceDB's scores and rows `(n, number)`, best first: of an index's lists, or exact, by reading every key."""
         search = self.keys.table.search(list(queries), vector_column_name=self.keys.column).distance_type("dot")
-        search = search.limit(fetch).select(["id", "_distance"])
-        fast = self.name != EXACT and compared <= MAX_CANDIDATES
-        if fast:
-            search = search.nprobes(self.nprobes).refine_factor(-(-compared // fetch))
-        else:
-            search = search.bypass_vector_index()
-        found = search.to_arrow()
+        search = search.limit(number).select(["id", "_distance"])
+        found = (search.nprobes(nprobes) if nprobes else search.bypass_vector_index()).to_arrow()
         query = np.zeros(len(found), np.int64)
         if "query_index" in found.column_names:  # only where there are several
             query = found["query_index"].to_numpy()
@@ -169,11 +185,11 @@ class LanceIndex(KeyIndex):
         order = np.lexsort((-products, query))
         starts = np.searchsorted(query[order], np.arange(len(queries)))
         places = np.arange(len(found)) - starts[query[order]]
-        scores = np.full((len(queries), fetch), -np.inf, np.float32)
-        rows = np.full((len(queries), fetch), -1, np.int64)
+        scores = np.full((len(queries), number), -np.inf, np.float32)
+        rows = np.full((len(queries), number), -1, np.int64)
         scores[query[order], places] = products[order]
         rows[query[order], places] = found["id"].to_numpy()[order]
-        return scores, rows, ROUNDING * np.linalg.norm(queries, axis=1), not fast
+        return scores, rows
 
 
 class LanceRows(BankRows):
