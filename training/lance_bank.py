@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -307,7 +308,7 @@ class LanceBank(LanceRows, MemoryBank):
         rows, files = database.open()
         small = files.search().where(f"name in ('{CONFIG_NAME}', '{SEARCH_NAME}')").to_arrow().to_pylist()
         contents = {row["name"]: row["content"] for row in small}
-        folder = cache_root() / f"{json.loads(contents[CONFIG_NAME])['sha256']['config']}-lance"
+        folder = cache_root() / f"{hashlib.sha256(contents[CONFIG_NAME]).hexdigest()}-lance"
         if not folder.is_dir():
             replace_folder(folder, lambda fresh: _read_files(files, fresh))
         bank = cls._open(folder)
