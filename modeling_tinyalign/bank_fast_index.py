@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -266,6 +267,26 @@ def describe(index: KeyIndex, recall: float = 1.0) -> dict:
         seconds.append(time.perf_counter() - started)
     milliseconds = round(1000 * min(seconds), 3)
     return {"index": index.name, "k_factor": index.k_factor, "recall_at_5": recall, "milliseconds": milliseconds}
+
+
+def first_measured(facts: dict, folder: Path) -> dict:
+    """What was measured the first time that a bank of these keys was saved here: built again, it has the same bytes.
+
+    Args:
+        facts: measured now.
+        folder: of the keys in the local cache. The facts of a fast index are kept there as it is.
+    """
+    if facts["index"] not in (EXACT, GPU):
+        return facts
+    record = folder / f"{facts['index']}.json"
+    with contextlib.suppress(OSError):  # they are not kept where nothing can be written
+        if not record.exists():
+            with scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
+                (scratch / record.name).write_text(json.dumps({**facts, "sha256": {}}) + "\n")
+                os.replace(scratch / record.name, record)
+        facts = json.loads(record.read_text())
+        del facts["sha256"]
+    return facts
 
 
 def recorded(facts: dict) -> dict:

@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, DatasetCard
 from safetensors import SafetensorError
 
 from .bank_config import CONFIG_NAME, check_config, check_file, file_sha256, read_json, write_config
-from .bank_fast_index import EXACT, recorded
+from .bank_fast_index import EXACT, first_measured, recorded
 from .bank_folders import recover_folder, replace_folder, scratch_folder
 from .bank_foreign_index import check_foreign_index
 from .bank_rows import BankRows
@@ -85,7 +85,10 @@ class SavedBank(BankRows):
 
     def _write(self, folder: Path) -> None:
         num_shards = write_shards(folder, self._table, self._keys, self._values)
-        self._write_encoders(folder, num_shards, self.config.get("index") or recorded(self.index_facts))
+        index = self.config.get("index")
+        if index is None:
+            index = recorded(first_measured(self.index_facts, self._files.keys_folder))
+        self._write_encoders(folder, num_shards, index)
 
     def _write_encoders(self, folder: Path, num_shards: int, index: dict) -> None:
         """All but the rows: bank_config.json, with what is `recorded` of the index, and the encoders."""

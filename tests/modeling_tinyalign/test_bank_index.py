@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 
 from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
-from tinyalign_vlm.modeling_tinyalign import bank_fast_index, bank_storage
+from tinyalign_vlm.modeling_tinyalign import bank_fast_index, bank_rows, bank_storage
 from tinyalign_vlm.modeling_tinyalign.bank_fast_index import default_factories, recorded
 from tinyalign_vlm.modeling_tinyalign.bank_index import faiss, faiss_threads
 from tinyalign_vlm.modeling_tinyalign.bank_keys import PackedKeys, PlainKeys, index_header
@@ -303,6 +303,16 @@ def test_lists_that_are_damaged(small_limits):
         lists.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"\.lists is damaged. Delete .* and load the bank again"):
             bank.without_encoders().search(np.ones((1, 48)), 5)
+
+
+def test_a_bank_that_is_saved_again_says_what_was_measured_first(tmp_path, monkeypatch):
+    keys, measure = random_keys(50, 8), bank_rows.describe
+    for name, milliseconds in (("first", 3.0), ("again", 30.0)):
+        monkeypatch.setattr(bank_rows, "describe", lambda index, t=milliseconds: measure(index) | {"milliseconds": t})
+        bank_of(keys).save_pretrained(tmp_path / name)
+    first, again = (json.loads((tmp_path / name / "bank_config.json").read_text()) for name in ("first", "again"))
+    assert first["index"] == again["index"] and first["index"]["milliseconds"] == 5
+    assert [*bank_problems(tmp_path / "again")] == []
 
 
 def test_verify_reads_the_index(small_limits, tmp_path):
