@@ -20,7 +20,9 @@ from tinyalign_vlm import (
     ValueEncoderConfig,
 )
 from tinyalign_vlm.training import cli, demo, run
+from tinyalign_vlm.training.data import TrainingCollator
 from tinyalign_vlm.training.run import read_config
+from tinyalign_vlm.training.stage1 import Stage1Trainer
 
 SMALL = {"num_latents": 3, "latent_dim": 5, "memory_top_k": 2}
 
@@ -81,6 +83,43 @@ def test_rows_are_streamed(stage, files, monkeypatch):
     assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
     with pytest.raises(SystemExit, match="max_steps"):
         cli.main(["train", f"stage{stage}.yaml", *fields, "--max_steps", "-1", "--output_dir", "endless"])
+
+
+def test_streamed_rows_are_shuffled_by_seed_and_go_on_where_a_run_was_killed(files, monkeypatch):
+    """In the second epoch, whose order is another than the first's."""
+    monkeypatch.chdir(files)
+    fields = ["--streaming", "True", "--max_steps", "7", "--dataset", "chats.json", "--save_steps", "5"]
+    seen, collate = [], TrainingCollator.__call__
+
+    def noting(collator, rows):
+        seen.append([row["row"] for row in rows])
+        return collate(collator, rows)
+
+    monkeypatch.setattr(TrainingCollator, "__call__", noting)
+
+    def train(folder: str, seed: int = 1) -> tuple[list[float], list[list[int]]]:
+        seen.clear()
+        cli.main(["train", "stage1.yaml", *fields, "--output_dir", folder, "--seed", str(seed)])
+        (state,) = files.glob(f"{folder}/checkpoint-7/trainer_state.json")
+        return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry], [*seen]
+
+    losses, order = train("whole")
+    epochs = [sum(order[start : start + 3], []) for start in (0, 3)]
+    assert all(sorted(epoch) == list(range(12)) and epoch != sorted(epoch) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert train("again") == (losses, order)
+    assert train("other", seed=2)[1] != order
+    compute_loss = Stage1Trainer.compute_loss
+
+    def killed(trainer, *arguments, **kwargs):
+        if trainer.state.global_step == 6:
+            raise KeyboardInterrupt
+        return compute_loss(trainer, *arguments, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Stage1Trainer, "compute_loss", killed)
+        train("killed")
+    assert train("killed")[0] == losses
 
 
 def test_padded_images_in_both_stages(files, checkpoints, monkeypatch):
