@@ -1,9 +1,11 @@
 """Settings both stages share."""
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 
 import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from .precision import bfloat16_is_fast
 from .tuning_arguments import TuningArguments
@@ -151,8 +153,7 @@ class RunArguments(TuningArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.model_kwargs, str):
-            self.model_kwargs = json.loads(self.model_kwargs)
+        self._check_run()
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
@@ -161,6 +162,7 @@ class RunArguments(TuningArguments):
         if self.eval_dataset is not None and self.eval_strategy == "no":
             self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1
         super().__post_init__()
+        self._check_trackers()
         if self.tune_vision_tower != "frozen":
             self._check_trained_vision_tower()
         if self.streaming and self.cache_features:
@@ -177,6 +179,34 @@ class RunArguments(TuningArguments):
             self.accelerator_config.dispatch_batches = False
         if self.global_batch_size is not None:
             self._accumulate_to_global_batch()
+
+    def _check_run(self):
+        """Reads `model_kwargs`; raises `ValueError` for values that would fail only after the data was read."""
+        if isinstance(self.model_kwargs, str):
+            try:
+                self.model_kwargs = json.loads(self.model_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"model_kwargs is {self.model_kwargs}, expected JSON like '{{\"memory_top_k\": 3}}' ({error})."
+                ) from error
+        if self.model_kwargs is not None and not isinstance(self.model_kwargs, dict):
+            raise ValueError(f"model_kwargs is {self.model_kwargs!r}, expected {{name: value, ...}}.")
+        least = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "num_proc": 1}
+        for name, minimum in {**least, "eval_samples": 0}.items():
+            value = vars(self)[name]
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} is {value}, expected {minimum} or more.")
+        if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(
+                f"deepspeed is {self.deepspeed!r}, but DeepSpeed is not installed: pip install deepspeed, or leave it "
+                "out and divide the model with FSDP2 (accelerate launch --config_file fsdp2.yaml)."
+            )
+
+    def _check_trackers(self):
+        for name in set(self.report_to) - set(get_available_reporting_integrations()):
+            if name in INTEGRATION_TO_CALLBACK:
+                raise ValueError(f"report_to is {name}, which is not installed: pip install {name}.")
+            raise ValueError(f"report_to is {name}, expected one of {', '.join(INTEGRATION_TO_CALLBACK)}, or none.")
 
     def _check_trained_vision_tower(self):
         if self.streaming and self.memory_bank is not None:

@@ -259,7 +259,7 @@ def read_turns(turns: list[dict]) -> list[dict]:
     messages = []
     for turn in turns:
         name = turn["role"] if turn.get("role") is not None else turn.get("from")
-        if name not in ROLES:
+        if not isinstance(name, str) or name not in ROLES:
             raise BadRow("turn order", f"a turn is of {name!r}, expected one of {', '.join(ROLES)}")
         content = turn["content"] if turn.get("content") is not None else turn.get("value")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]

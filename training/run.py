@@ -118,6 +118,8 @@ def calibrate_from_files(paths: Sequence[str | os.PathLike], fields: list[str], 
     Prints how much neighbours agree with the answers of the rows, and sets the `retrieval_threshold` of the config's
     `model`, if that is a folder.
     """
+    if target is not None and not 0 <= target <= 1:
+        raise ValueError(f"min_agreement is {target}, expected a share, 0 (no word shared) to 1 (the same words).")
     config = read_config(paths, [*fields, "--cache_features", "False"])
     run = prepare(config)
     if run.model.config.num_neighbours == 0 or config.streaming:
@@ -183,7 +185,15 @@ def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> RunArg
             "A recipe of a model needs that of a stage before it: tinyalign train stage1.yaml qwen2-0.5b-siglip.yaml"
         )
     config = _parse(STAGES[stage][0], settings, fields, f"tinyalign train {named}")
+    if config.stage != stage:
+        raise ValueError(f"{named} is of stage {stage}, found --stage {config.stage}: name the file of that stage.")
     config.model_kwargs = {**settings["model_kwargs"], **(config.model_kwargs or {})}
+    trained = config.baseline == "wider_connector" and config.model is not None
+    if config.baseline is not None and config.model_kwargs.get("memory_top_k") == 0 and not trained:
+        raise ValueError(
+            f"baseline is {config.baseline} and memory_top_k 0: it takes as many neighbours, or parameters, as the "
+            "TinyAlign that it is compared with has. Leave baseline or memory_top_k out."
+        )
     if config.output_dir is None or config.output_dir == "trainer_output":
         raise ValueError(f"{named} has no output_dir: say where checkpoints and the trained model go.")
     return config
@@ -200,6 +210,7 @@ def _parse(config_class: type[RunArguments], settings: dict, fields: list[str], 
 def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
     """
     What is wrong with a data set, named itself or by YAML files. The length of rows is checked if there is a model.
+    A data set that would be streamed is read as others are.
 
     Raises `ValueError` or `OSError` when the files, the model or the data cannot be read.
     """
@@ -209,10 +220,15 @@ def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
         config = _parse(Stage1Config, {"dataset": names[0]}, fields, "tinyalign data check")
     else:
         raise ValueError(f"Found {', '.join(names)}, expected one data set, or YAML files.")
-    processor = None
+    config.streaming, processor = False, None
     if config.model is not None or config.language_model is not None:
         model, processor = load_model(config, read_bank(config))
         config.max_length = config.max_length or context_length(model)
+    elif config.max_length is not None:
+        raise ValueError(
+            f"max_length is {config.max_length}, but no model says what a token is: add --model, or "
+            "--vision_model and --language_model."
+        )
     return check_rows(config, processor)[1]
 
 
@@ -232,7 +248,7 @@ def read_bank(config: RunArguments) -> MemoryBank | None:
 def load_model(config: RunArguments, bank: MemoryBank | None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model of a config and its processor, loaded or composed; a composed one reads the words of this bank."""
     if config.model is not None:
-        model = TinyAlignForConditionalGeneration.from_pretrained(config.model, **model_fields(config))
+        model = _load_trained(config)
         padding = {"image_aspect_ratio": "pad"} if config.image_aspect_ratio == "pad" else {}
         processor = TinyAlignProcessor.from_pretrained(config.model, **padding)
         if config.image_aspect_ratio not in (None, processor.image_aspect_ratio):
@@ -258,6 +274,23 @@ def load_model(config: RunArguments, bank: MemoryBank | None) -> tuple[PreTraine
         image_aspect_ratio=config.image_aspect_ratio or "square",
     )
     return model, processor
+
+
+def _load_trained(config: RunArguments) -> PreTrainedModel:
+    fields = model_fields(config)
+    try:
+        model = TinyAlignForConditionalGeneration.from_pretrained(config.model, **fields)
+    except RuntimeError as error:  # transformers has printed which weights
+        raise ValueError(
+            f"The weights of {config.model} are not of the shapes that its config with {fields} asks for: fields that "
+            "change them are for a newly composed model. Leave them out, or train stage 1 with them."
+        ) from error
+    if config.baseline == "wider_connector" and model.config.connector_size is None:
+        raise ValueError(
+            f"baseline is wider_connector, but the connector of {config.model} is not wider: train stage 1 with "
+            "--baseline wider_connector, and go on from that."
+        )
+    return model
 
 
 def attach_bank(

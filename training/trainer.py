@@ -104,6 +104,14 @@ class SupervisedTrainer(Trainer):
             self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
         return self.optimizer
 
+    def _init_training_state(self, max_steps, *args):
+        """Of streamed rows, which have no length, `Trainer` takes all steps for those of the first epoch."""
+        epochs, batches = super()._init_training_state(max_steps, *args)
+        if isinstance(self.train_dataset, datasets.IterableDataset) and self.state.epoch:
+            epochs = int(self.state.epoch)
+            batches = round((self.state.epoch - epochs) * max_steps * self.args.gradient_accumulation_steps)
+        return epochs, batches
+
     def _save(self, output_dir=None, state_dict=None):
         """What trains, or all of the model if that is nearly the same."""
         if self.args.tune_language_model == "full":

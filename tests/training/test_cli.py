@@ -1,5 +1,6 @@
 """`tinyalign train` in a process of its own, from YAML to a model that loads."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from tinyalign_vlm import (
     ValueEncoder,
     ValueEncoderConfig,
 )
-from tinyalign_vlm.training import cli, demo
+from tinyalign_vlm.training import cli, demo, run
+from tinyalign_vlm.training.data import TrainingCollator
 from tinyalign_vlm.training.run import read_config
+from tinyalign_vlm.training.stage1 import Stage1Trainer
 
 SMALL = {"num_latents": 3, "latent_dim": 5, "memory_top_k": 2}
 
@@ -82,6 +85,43 @@ def test_rows_are_streamed(stage, files, monkeypatch):
         cli.main(["train", f"stage{stage}.yaml", *fields, "--max_steps", "-1", "--output_dir", "endless"])
 
 
+def test_streamed_rows_are_shuffled_by_seed_and_go_on_where_a_run_was_killed(files, monkeypatch):
+    """In the second epoch, whose order is another than the first's."""
+    monkeypatch.chdir(files)
+    fields = ["--streaming", "True", "--max_steps", "7", "--dataset", "chats.json", "--save_steps", "5"]
+    seen, collate = [], TrainingCollator.__call__
+
+    def noting(collator, rows):
+        seen.append([row["row"] for row in rows])
+        return collate(collator, rows)
+
+    monkeypatch.setattr(TrainingCollator, "__call__", noting)
+
+    def train(folder: str, seed: int = 1) -> tuple[list[float], list[list[int]]]:
+        seen.clear()
+        cli.main(["train", "stage1.yaml", *fields, "--output_dir", folder, "--seed", str(seed)])
+        (state,) = files.glob(f"{folder}/checkpoint-7/trainer_state.json")
+        return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry], [*seen]
+
+    losses, order = train("whole")
+    epochs = [sum(order[start : start + 3], []) for start in (0, 3)]
+    assert all(sorted(epoch) == list(range(12)) and epoch != sorted(epoch) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert train("again") == (losses, order)
+    assert train("other", seed=2)[1] != order
+    compute_loss = Stage1Trainer.compute_loss
+
+    def killed(trainer, *arguments, **kwargs):
+        if trainer.state.global_step == 6:
+            raise KeyboardInterrupt
+        return compute_loss(trainer, *arguments, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Stage1Trainer, "compute_loss", killed)
+        train("killed")
+    assert train("killed")[0] == losses
+
+
 def test_padded_images_in_both_stages(files, checkpoints, monkeypatch):
     monkeypatch.chdir(files)
     cli.main(["train", "baseline.yaml", "--image_aspect_ratio", "pad"])
@@ -142,6 +182,38 @@ def test_mistakes_in_the_file(change, message, files, monkeypatch):
     (files / "changed.json").write_text("[no JSON")
     with pytest.raises(SystemExit, match=f"(?s)tinyalign: .*{message}"):
         cli.main(["train", "changed.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--deepspeed", "zero.json"], "deepspeed is 'zero.json', but DeepSpeed is not installed"),
+        (["--report_to", "swanlab"], "report_to is swanlab, which is not installed: pip install swanlab"),
+        (["--report_to", "paper"], "report_to is paper, expected one of"),
+        (["--stage", "2"], "stage1.yaml is of stage 1, found --stage 2"),
+        (["--model_kwargs", "{memory_top_k: 3"], "expected JSON like"),
+        (["--model_kwargs", "[3]"], r"model_kwargs is \[3\], expected {name: value"),
+        (["--max_length", "0"], "max_length is 0, expected 1 or more"),
+        (["--eval_samples", "-1"], "eval_samples is -1, expected 0 or more"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
+    ],
+)
+def test_mistakes_in_the_fields_are_found_before_anything_is_read(fields, message, files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(run, "prepare", None)
+    if "--deepspeed" in fields and importlib.util.find_spec("deepspeed") is not None:
+        pytest.skip("DeepSpeed is installed")
+    with pytest.raises(SystemExit, match=f"tinyalign: .*{message}"):
+        cli.main(["train", "stage1.yaml", *fields])
+
+
+def test_a_check_reads_streamed_rows_and_counts_tokens_with_a_model_only(files, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["data", "check", "stage1.yaml", "--streaming", "True", "--max_length", "30"])
+    assert "12 rows: 0 good, 12 bad (12 over-long)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="max_length is 30, but no model says what a token is"):
+        cli.main(["data", "check", "chats.json", "--max_length", "30"])
 
 
 def test_what_is_wrong_is_told_without_a_traceback(files, checkpoints, monkeypatch):

@@ -94,6 +94,8 @@ def test_training_looks_them_up_itself(folder):
         (["--streaming", "True", "--memory_dropout", "0.5"], "neighbours looked up beforehand"),
         (["--streaming", "True", "--baseline", "static_rag"], "neighbours looked up beforehand"),
         (["--memory_dropout", "2"], "memory_dropout is 2.0, expected a share"),
+        (["--baseline", "text_rag", "--model_kwargs", '{"memory_top_k": 0}'], "text_rag and memory_top_k 0"),
+        (["--baseline", "wider_connector", "--model_kwargs", '{"memory_top_k": 0}'], "connector and memory_top_k 0"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields, message, folder):
@@ -131,8 +133,9 @@ def test_calibration_is_written_to_the_model(folder, capsys):
     assert model.config.retrieval_threshold == config.retrieval_threshold
     cli.main(["bank", "calibrate", "stage1.yaml", "--min_agreement", "0.2"])
     assert '--model_kwargs \'{"retrieval_threshold": ' in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no similarity is high enough to expect 2.000"):
-        cli.main(["bank", "calibrate", "stage1.yaml", "--min_agreement", "2"])
+    for share in ("2", "-0.1", "nan"):
+        with pytest.raises(SystemExit, match=f"min_agreement is {share}.*, expected a share"):
+            cli.main(["bank", "calibrate", "stage1.yaml", "--min_agreement", share])
 
 
 def test_every_comparison_point_is_an_option(folder, compose, make_processor, value_encoder):
@@ -164,6 +167,11 @@ def test_every_comparison_point_is_an_option(folder, compose, make_processor, va
         first = TinyAlignForConditionalGeneration.from_pretrained(name).config
         kept = ("memory_top_k", "connector_size", "prompt_captions")
         assert [vars(second)[field] for field in kept] == [vars(first)[field] for field in kept]
+    fields = ["train", "stage2.yaml", "--model", "tinyalign", "--output_dir", "no"]
+    with pytest.raises(SystemExit, match="the connector of tinyalign is not wider"):
+        cli.main([*fields, "--baseline", "wider_connector"])
+    with pytest.raises(SystemExit, match="The weights of tinyalign are not of the shapes"):
+        cli.main([*fields, "--model_kwargs", '{"memory_fusion": "sequence"}'])
 
 
 def test_static_captions_are_in_the_prompts_of_training(folder, monkeypatch):

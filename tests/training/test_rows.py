@@ -227,6 +227,7 @@ BAD = {
         {**GOOD, "conversations": [GOOD["conversations"][0], *GOOD["conversations"]]},
         {**GOOD, "conversations": []},
         {**GOOD, "conversations": [{"from": "tool", "value": "x"}, *GOOD["conversations"]]},
+        {**GOOD, "conversations": [{"from": ["human"], "value": "x"}, *GOOD["conversations"]]},
         {**GOOD, "conversations": [*GOOD["conversations"], {"from": "human", "value": "and?"}]},
     ],
     "placeholder mismatch": [
