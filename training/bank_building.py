@@ -81,12 +81,17 @@ class BuildSettings(RowSettings):
     thumbnail_size: int = 64
 
 
-def build_bank(settings: BuildSettings, out: str | os.PathLike):
+def build_bank(settings: BuildSettings, out: str | os.PathLike, ray: int | None = None):
     """
     Builds a bank in the folder `out` and says what came of it. Killed, it goes on where it stopped when it is called
     again with the same settings, and ends with the same bank.
 
+    Args:
+        ray: Encode with this many actors of a Ray cluster; 0: one for each of its GPUs, or else of its CPUs. The bank
+            is the same.
+
     Raises:
+        ImportError: Ray is not installed.
         ValueError: The data, the model or the settings do not fit, `out` is another bank, another process builds it,
             or no row is usable.
         OSError: A file cannot be read, or written; what was encoded is kept.
@@ -124,7 +129,7 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike):
         else:
             encoder = like.row_encoder(run.model, run.processor, batch_size=run.batch_size)
         with keeping(work):
-            parts = run.encode(encoder, set())
+            parts = run.encode(encoder, set(), ray)
             if parts.rows == 0:
                 shutil.rmtree(work)
                 raise ValueError(f"{settings.dataset} has no usable row. {_examples(parts)}")
@@ -137,7 +142,7 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike):
     print(f"{name}: {len(bank)} rows; {count_kinds(parts.left_out)}{_listed(name, parts)}.")
 
 
-def add_rows(settings: RowSettings, folder: str | os.PathLike):
+def add_rows(settings: RowSettings, folder: str | os.PathLike, ray: int | None = None):
     """
     Adds the rows of a data set to the bank in `folder` and says what came of it; goes on where it was killed.
 
@@ -159,7 +164,7 @@ def add_rows(settings: RowSettings, folder: str | os.PathLike):
         encoder = bank.row_encoder(run.model, run.processor, batch_size=run.batch_size, num_rows=len(bank))
         seen = {bytes.fromhex(image) for image in bank._table["source_id"].to_pylist()}
         with keeping(work):
-            parts = run.encode(encoder, seen)
+            parts = run.encode(encoder, seen, ray)
             if parts.rows == 0 and not any(row["reason"].startswith("duplicate") for row in parts.left_out):
                 shutil.rmtree(work)
                 raise ValueError(f"{settings.dataset} has no usable row. {_examples(parts)}")
@@ -229,12 +234,18 @@ class Encoding:
             fresh.replace(work / SETTINGS_NAME)
         return cls(settings, work, model, processor, source, total, batch_size)
 
-    def encode(self, encoder: RowEncoder, seen: set[bytes]) -> Parts:
+    def encode(self, encoder: RowEncoder, seen: set[bytes], ray: int | None) -> Parts:
         """The parts, all of them; images in `seen` are left out, unless they may come again."""
         parts, settings = Parts(self.work), self.settings
-        with evaluating(self.model, encoder.value_encoder):
-            duplicates = None if settings.keep_duplicates else seen
-            parts.encode(encoder, self.source, duplicates, settings.rows, settings.seed, self.total)
+        duplicates = None if settings.keep_duplicates else seen
+        arguments = encoder, self.source, duplicates, settings.rows, settings.seed, self.total
+        if ray is not None:
+            from .bank_ray import encode_on_cluster
+
+            encode_on_cluster(parts, ray, *arguments)
+        else:
+            with evaluating(self.model, encoder.value_encoder):
+                parts.encode(*arguments)
         return parts
 
 

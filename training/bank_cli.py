@@ -25,6 +25,9 @@ A large bank is packed: keys of 12 bits and values of 8, which halves it and mov
 0.1% (docs/bank_speed.md). --packed true packs a small one too; --packed false keeps all bits, to compare with say.
 `add`, `remove` and `merge` keep it as it is.
 
+--ray encodes on a Ray cluster, that of RAY_ADDRESS or else this machine (docs/building_on_a_cluster.md); the bank is
+the same.
+
 Values are made by a value encoder: that of --like or --value_encoder, or a new one, trained first on captions of the
 data set (docs/value_encoder.md).
 """
@@ -207,6 +210,14 @@ def _add_row_options(parser: argparse.ArgumentParser):
     data.add_argument("--rows", type=int, metavar="N", help="choose N rows at random (default: all)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default: %(default)s)")
     data.add_argument("--keep_duplicates", action="store_true", help="do not leave out images that come again")
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="ACTORS",
+        help="encode on a Ray cluster (default: an actor for each GPU, or CPU)",
+    )
 
 
 def run_bank_command(arguments: argparse.Namespace):
@@ -215,13 +226,13 @@ def run_bank_command(arguments: argparse.Namespace):
     if arguments.subcommand == "build":
         from .bank_building import BuildSettings, build_bank
 
-        out = options.pop("out")
-        build_bank(BuildSettings(**options), out)
+        out, ray = options.pop("out"), options.pop("ray")
+        build_bank(BuildSettings(**options), out, ray)
     elif arguments.subcommand == "add":
         from .bank_building import RowSettings, add_rows
 
-        bank = options.pop("bank")
-        add_rows(RowSettings(**options), bank)
+        bank, ray = options.pop("bank"), options.pop("ray")
+        add_rows(RowSettings(**options), bank, ray)
     elif arguments.subcommand == "remove":
         from .bank_changes import remove_rows
 

@@ -18,6 +18,8 @@ from .captioned_images import CaptionedImages
 from .data import BadRow
 
 PART_ROWS = 512  # of the data set: what a killed run loses at most
+# As BadRow takes it.
+DUPLICATE = "duplicate", "the image, pixel for pixel, is that of an earlier row"
 Chunk = list[tuple[int, dict[str, Any]]]
 
 
@@ -35,6 +37,9 @@ class Parts:
     folder: Path
     rows: int = 0
     left_out: list[dict] = field(default_factory=list)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.arrow"
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Of all parts, in order, with raw keys."""
@@ -65,69 +70,100 @@ class Parts:
             OSError: The disk is full; the parts so far are kept.
         """
         first_id = encoder.num_rows
+        every = (chunk for numbers in self.rounds(wanted, seed, total) for chunk in chunks(source, numbers, PART_ROWS))
         with tqdm(total=wanted or total, desc="Encoding the bank", unit="row") as bar:
-            for number, chunk in enumerate(self._chunks(source, wanted, seed, total)):
-                path = self.folder / f"{number:06d}.arrow"
-                if not path.exists():
-                    self._make(path, chunk, encoder, source, seen, bar)
-                with pa.memory_map(str(path)) as file:
-                    part = pa.ipc.open_file(file).read_all()
-                self.rows += len(part)
-                self.left_out += json.loads(part.schema.metadata[b"left_out"])
-                if seen is not None:
-                    seen.update(map(bytes.fromhex, part["source_id"].to_pylist()))
+            for number, chunk in enumerate(every):
+                if not self.path(number).exists():
+                    self._make(number, chunk, encoder, source, seen, bar)
+                self.take(number, seen)
                 encoder.num_rows = first_id + self.rows
                 bar.n = self.rows + (0 if wanted else len(self.left_out))
                 bar.refresh()
 
-    def _chunks(self, source: CaptionedImages, wanted: int | None, seed: int, total: int | None) -> Iterator[Chunk]:
-        """The rows to encode, as they are stored, part by part; read more than once if chosen rows are left out."""
+    def rounds(self, wanted: int | None, seed: int, total: int | None) -> Iterator[np.ndarray | None]:
+        """Which rows to encode, ascending, None for all; again and again while chosen rows are left out."""
         order = np.arange(0) if wanted is None else np.random.default_rng(seed).permutation(total)
         done = 0
         while True:
             numbers = None if wanted is None else np.sort(order[done : done + wanted - self.rows])
-            rows = source.rows(numbers)
-            while chunk := list(islice(rows, PART_ROWS)):
-                yield chunk
+            yield numbers
             done += 0 if numbers is None else len(numbers)
             if done == len(order) or self.rows == wanted:
                 return
 
+    def take(self, number: int, seen: set[bytes] | None):
+        """Counts what a part holds."""
+        with pa.memory_map(str(self.path(number))) as file:
+            part = pa.ipc.open_file(file).read_all()
+        self.rows += len(part)
+        self.left_out += json.loads(part.schema.metadata[b"left_out"])
+        if seen is not None:
+            seen.update(map(bytes.fromhex, part["source_id"].to_pylist()))
+
     def _make(
         self,
-        path: Path,
+        number: int,
         chunk: Chunk,
         encoder: RowEncoder,
         source: CaptionedImages,
         seen: set[bytes] | None,
         bar: tqdm,
     ):
-        batches, rows, left_out, new = [], [], [], set()
-        for number, stored in chunk:
-            try:
-                row = source.read(number, stored)
-                name = bytes.fromhex(row["source_id"])
-                if seen is not None and (name in seen or name in new):
-                    raise BadRow("duplicate", "the image, pixel for pixel, is that of an earlier row")
-            except BadRow as error:
-                left_out.append({"row": number, "reason": str(error)})
-                continue
-            new.add(name)
-            rows.append(row)
-            if len(rows) == encoder.batch_size:
-                batches.append(encoder.encode(rows))
-                bar.update(len(rows))
-                rows = []
-        if rows:
-            batches.append(encoder.encode(rows))
-        schema = encoder.schema.with_metadata({"left_out": json.dumps(left_out)})
-        fresh = path.with_suffix(".new")
+        batches, left_out = [], []
+        for batch in encode_chunk(chunk, encoder, source, seen, left_out):
+            batches.append(batch)
+            bar.update(len(batch))
+        save_file(self.path(number), part_content(batches, encoder.schema, left_out))
+
+
+def chunks(source: CaptionedImages, numbers: np.ndarray | None, size: int) -> Iterator[Chunk]:
+    """The rows with these numbers, or all, as they are stored, `size` to a part."""
+    rows = source.rows(numbers)
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def encode_chunk(
+    chunk: Chunk, encoder: RowEncoder, source: CaptionedImages, seen: set[bytes] | None, left_out: list[dict]
+) -> Iterator[pa.RecordBatch]:
+    """Batches of the usable rows of a part; the others are added to `left_out`. See [`Parts.encode`]."""
+    rows, new = [], set()
+    for number, stored in chunk:
         try:
-            with open(fresh, "wb") as file, pa.ipc.new_file(file, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(pa.record_batch(batch.columns, schema=schema))
-            sync(fresh)
-            os.replace(fresh, path)
-        except OSError as error:
-            fresh.unlink(missing_ok=True)
-            raise OSError(error.errno, f"{fresh} cannot be written ({error.strerror})") from error
+            row = source.read(number, stored)
+            name = bytes.fromhex(row["source_id"])
+            if seen is not None and (name in seen or name in new):
+                raise BadRow(*DUPLICATE)
+        except BadRow as error:
+            left_out.append({"row": number, "reason": str(error)})
+            continue
+        new.add(name)
+        rows.append(row)
+        if len(rows) == encoder.batch_size:
+            yield encoder.encode(rows)
+            rows = []
+    if rows:
+        yield encoder.encode(rows)
+
+
+def part_content(batches: list[pa.RecordBatch], schema: pa.Schema, left_out: list[dict]) -> pa.Buffer:
+    """Of the file of a part."""
+    schema = schema.with_metadata({"left_out": json.dumps(left_out)})
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_file(content, schema) as writer:
+        for batch in batches:
+            writer.write_batch(pa.record_batch(batch.columns, schema=schema))
+    return content.getvalue()
+
+
+def save_file(path: Path, content: bytes | pa.Buffer):
+    """Writes a file that is there whole or not at all. Raises `OSError` when it cannot."""
+    fresh = path.with_suffix(".new")
+    try:
+        with open(fresh, "wb") as file:
+            file.write(content)
+        sync(fresh)
+        os.replace(fresh, path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{fresh} cannot be written ({error.strerror})") from error
