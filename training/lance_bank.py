@@ -308,6 +308,8 @@ class LanceBank(LanceRows, MemoryBank):
         rows, files = database.open()
         small = files.search().where(f"name in ('{CONFIG_NAME}', '{SEARCH_NAME}')").to_arrow().to_pylist()
         contents = {row["name"]: row["content"] for row in small}
+        if len(contents) < 2:
+            raise ValueError(f"{uri}: the table {FILES!r} lacks {CONFIG_NAME} or {SEARCH_NAME}: write the bank again.")
         folder = cache_root() / f"{hashlib.sha256(contents[CONFIG_NAME]).hexdigest()}-lance"
         if not folder.is_dir():
             replace_folder(folder, lambda fresh: _read_files(files, fresh))

@@ -244,6 +244,9 @@ def test_what_is_no_bank_is_refused(bank, tmp_path, monkeypatch):
     table.add(last.set_column(0, "id", pa.array([99])))
     with pytest.raises(ValueError, match="changed after"):
         LanceBank.from_pretrained(tmp_path / "lance").gather([len(bank) - 1])
+    lancedb.connect(tmp_path / "lance").open_table("bank").delete("name = 'bank_config.json'")
+    with pytest.raises(ValueError, match="lacks bank_config.json"):
+        LanceBank.from_pretrained(tmp_path / "lance")
     monkeypatch.setattr(lance_bank, "lancedb", None)
     for work in (lambda: LanceBank.from_pretrained(tmp_path / "lance"), lambda: write_lance(bank, tmp_path / "new")):
         with pytest.raises(ImportError, match=r"pip install tinyalign-vlm\[lance\]"):
