@@ -37,11 +37,12 @@ def cluster(tmp_path_factory):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")  # or other tests that run starve the workers
         patch.setenv("OMP_NUM_THREADS", "1")
+        others = set(psutil.Process().children(recursive=True))  # of tests before
         ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
-        processes = psutil.Process().children(recursive=True)
+        processes = set(psutil.Process().children(recursive=True)) - others
         yield
         ray.shutdown()
-        assert not psutil.wait_procs(processes, timeout=10)[1]
+        assert not psutil.wait_procs(processes, timeout=30)[1]
 
 
 def encoding() -> list[int]:
