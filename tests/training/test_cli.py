@@ -175,6 +175,7 @@ def test_a_composed_model_reads_the_banks_words(files, checkpoints, dataset, cap
 )
 def test_mistakes_in_the_file(change, message, files, monkeypatch):
     monkeypatch.chdir(files)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the Hub is not asked for "nowhere"
     settings = {**yaml.safe_load((files / "stage1.yaml").read_text()), **change}
     (files / "changed.yaml").write_text(
         yaml.safe_dump({name: value for name, value in settings.items() if value is not None})
