@@ -142,13 +142,12 @@ def write_fast(index: faiss.Index, path: Path) -> None:
     if (scan := scanned_part(index)) is not None:
         sizes = np.array([scan.invlists.list_size(number) for number in range(scan.nlist)])
         with open(path.with_suffix(LISTS), "wb") as file:
-            for number, (size, room) in enumerate(
-                zip(sizes.tolist(), whole_blocks(sizes, scan).tolist(), strict=True)
-            ):
+            for number, (size, room) in enumerate(zip(sizes, whole_blocks(sizes, scan), strict=True)):
                 if size:
-                    codes = faiss.rev_swig_ptr(scan.invlists.get_codes(number), room * scan.code_size)
-                    rows = faiss.rev_swig_ptr(scan.invlists.get_ids(number), size)
-                    file.write(codes.tobytes() + np.pad(rows, (0, room - size)).tobytes())
+                    codes = faiss.rev_swig_ptr(scan.invlists.get_codes(number), int(room) * scan.code_size)
+                    rows = faiss.rev_swig_ptr(scan.invlists.get_ids(number), int(size))
+                    file.write(codes)
+                    file.write(np.pad(rows, (0, room - size)))
             file.write(sizes.tobytes())
         index.reset()
     faiss.write_index(index, str(path))
