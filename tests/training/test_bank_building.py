@@ -57,10 +57,14 @@ for seed in range(seeds):
         time.sleep(generator.uniform(0, 0.9 if kills < 5 else 2) * took)
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
-        if status == 0:
+        if os.WIFSIGNALED(status):
+            kills += 1
+        elif status == 0 and kills < 2:  # it was done too soon (the first one had slow caches to fill): again, sooner
+            shutil.rmtree(root / f"{seed}")
+            kills, took = 0, took / 2
+        else:
+            assert status == 0, status
             break
-        assert os.WIFSIGNALED(status), status
-        kills += 1
     print("kills", kills)
 
 # the lock goes with a process that is killed, not before
@@ -283,7 +287,7 @@ def test_killed_at_any_moment_and_the_same_bank(killed):
     expected = content(root / "undisturbed")
     assert len(expected) == 7
     kills = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("kills")]
-    assert len(kills) == SEEDS and sum(kills) > SEEDS
+    assert len(kills) == SEEDS and min(kills) >= 2
     for name in [*map(str, range(SEEDS)), "two"]:
         assert content(root / name / "out") == expected
         assert sorted(os.listdir(root / name)) == [".out.lock", "out"]
