@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .bank_config import FIXED_COLUMNS
 from .bank_images import image_source_id, load_image, thumbnail_bytes
 from .bank_shards import list_column, matrix, row_schema
-from .bank_storage import BankFiles, require_bank_packages, write_local_files
+from .bank_storage import BankFiles, Packed, check_packed, require_bank_packages, write_local_files
 from .key_encoder import NUM_PROBES, KeyEncoder, fit_whitening
 from .value_encoder import ValueEncoder
 
@@ -102,7 +102,7 @@ class RowEncoder:
     vision_features: torch.Tensor | np.ndarray | None = None
     num_rows: int = 0
     skipped_rows: list[dict] = field(default_factory=list)
-    packed: bool | None = None
+    packed: Packed | None = None
 
     @classmethod
     def for_new_bank(
@@ -121,6 +121,7 @@ class RowEncoder:
         require_bank_packages()
         check_keep_columns(settings.get("keep_columns", ()))
         check_latents(value_encoder, model)
+        check_packed(settings.get("packed"))
         with evaluating(model):
             features = model.get_vision_features(probe_pixels(image_shape(processor)))
             key_encoder = KeyEncoder.of_model(model, features.shape[-1], key_grid)

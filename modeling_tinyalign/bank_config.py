@@ -90,7 +90,7 @@ FIELDS: dict[str, tuple[Check, str]] = {
     "value_encoder": (lambda value: isinstance(value, dict), "an object with the value encoder's sizes"),
     "columns": (are_columns, f"a list of names other than {', '.join(FIXED_COLUMNS)}, each once"),
     "thumbnail_size": optional(integer(1, 4096)),
-    "packed": later((lambda value: type(value) is bool, "true or false")),
+    "packed": later((lambda value: type(value) is bool or value == "keys", 'true, false or "keys"')),
     "index": later((is_index, "an object with index, k_factor, recall_at_5 and milliseconds")),
     "skipped_rows": (are_skipped_rows, 'a list of {"row": number, "reason": text}'),
 }

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from huggingface_hub import constants
@@ -29,6 +30,7 @@ except ImportError:
 
 # A bank of more rows is packed: its keys are rounded to 12 bits, its values to 8; see docs/bank_speed.md for the cost.
 PACKED_ROWS = 20_000
+Packed = bool | Literal["keys"]  # "keys": and the values are left as they are
 
 SCRATCH_PREFIX = ".tmp-"
 
@@ -42,6 +44,12 @@ def require_bank_packages() -> None:
         )
 
 
+def check_packed(packed: Packed | None):
+    """Raise ValueError unless it is a way to pack a bank, or None."""
+    if packed is not None and type(packed) is not bool and packed != "keys":
+        raise ValueError(f'packed is {packed!r}, expected True, False, "keys", or None to decide by the size.')
+
+
 @dataclass
 class BankFiles:
     """A bank's local files, each in a folder of its own sha256, and what was counted while they were written."""
@@ -50,7 +58,7 @@ class BankFiles:
     num_rows: int
     key_dim: int
     value_shape: tuple[int, int]
-    packed: bool
+    packed: Packed
     trusted_index: Path | None = None  # a flat index of the same keys, elsewhere
 
     # The hashes of keys and values don't cover their shapes.
@@ -68,10 +76,10 @@ class BankFiles:
 
     @property
     def paths(self) -> list[Path]:
-        keys, values = (PackedKeys, PackedValues) if self.packed else (PlainKeys, PlainValues)
+        keys = PackedKeys if self.packed else PlainKeys
         return [
             *(self.keys_folder / name for name in keys.FILES),
-            *(self.values_folder / name for name in values.FILES),
+            *(self.values_folder / name for name in self._values_kind.FILES),
             self.rows,
         ]
 
@@ -106,9 +114,12 @@ class BankFiles:
             return open_foreign_keys(self.trusted_index, self.num_rows, self.key_dim)
         return PlainKeys(self.keys_folder / PlainKeys.FILES[0], self.num_rows, self.key_dim)
 
+    @property
+    def _values_kind(self) -> type[PlainValues | PackedValues]:
+        return PackedValues if self.packed is True else PlainValues
+
     def open_values(self) -> PlainValues | PackedValues:
-        kind = PackedValues if self.packed else PlainValues
-        return kind(self.values_folder, (self.num_rows, *self.value_shape))
+        return self._values_kind(self.values_folder, (self.num_rows, *self.value_shape))
 
 
 def cache_root() -> Path:
@@ -120,7 +131,7 @@ def write_local_files(
     schema: pa.Schema,
     value_shape: tuple[int, int],
     name: str,
-    packed: bool | None = None,
+    packed: Packed | None = None,
     expected: dict[str, str] | None = None,
 ) -> BankFiles:
     """Check the rows of a bank and lay them out for use: keys, values and rows, to be memory-mapped.
@@ -133,13 +144,15 @@ def write_local_files(
         schema: of `row_schema`.
         value_shape: what a value is.
         name: what the errors call the source of the rows.
-        packed: whether to round keys and values and pack them; by default in banks of more than `PACKED_ROWS` rows.
+        packed: whether to round keys and values and pack them, or the keys only; by default both in banks of more than
+            `PACKED_ROWS` rows.
         expected: the sha256 of keys, values and rows, where they are known.
 
     Raises:
-        ValueError: a row, a type or a sha256 is refused, or there is no row.
+        ValueError: a row, a type, a sha256 or `packed` is refused, or there is no row.
         OSError: the cache could not be written.
     """
+    check_packed(packed)
     key_dim = schema.field("key").type.list_size
     try:
         with scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
@@ -148,6 +161,7 @@ def write_local_files(
                 packed = num_rows > PACKED_ROWS
             if packed:
                 sha256["keys"] = PackedKeys.pack(PlainKeys(scratch / PlainKeys.FILES[0], num_rows, key_dim), scratch)
+            if packed is True:
                 sha256["values"] = PackedValues.pack(PlainValues(scratch, (num_rows, *value_shape)), scratch)
             for part, digest in sha256.items():
                 if expected is not None and digest != expected[part]:

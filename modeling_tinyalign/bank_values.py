@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +32,16 @@ class PlainValues:
 
     def __init__(self, folder: Path, shape: tuple[int, int, int]):
         self.shape = shape
-        self._values = map_array(folder / self.FILES[0], np.float16, shape)
+        self._array = map_array(folder / self.FILES[0], np.float16, shape)
+        self._tensor = read_only_tensor(self._array)
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        return self._values[rows]
+        return self._array[rows]
 
     def gather(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         """Values of `rows`, of any shape, as a tensor."""
-        values = torch.from_numpy(self._values[rows]).to(device)
-        return values if dtype == values.dtype else empty_tensor(values.shape, dtype, device).copy_(values)
+        values = self._tensor.index_select(0, torch.from_numpy(rows.reshape(-1)))
+        return values.view(*rows.shape, *self.shape[1:]).to(device).to(dtype)
 
 
 class PackedValues:
@@ -55,8 +55,10 @@ class PackedValues:
 
     def __init__(self, folder: Path, shape: tuple[int, int, int]):
         self.shape = shape
-        self._codes = map_array(folder / self.FILES[0], np.int8, shape)
-        self._exponents = map_array(folder / self.FILES[1], np.int8, shape[:2])
+        self._codes, self._exponents = (
+            read_only_tensor(map_array(folder / name, np.int8, size))
+            for name, size in zip(self.FILES, (shape, shape[:2]), strict=True)
+        )
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         return self.gather(rows, "cpu", torch.float32).half().numpy()
@@ -64,16 +66,16 @@ class PackedValues:
     def gather(self, rows: np.ndarray | slice, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         """As of `PlainValues`; the 8-bit numbers are moved to the device."""
         rows = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else rows
-        flat = rows.reshape(-1)
-        codes = torch.from_numpy(self._codes[flat]).to(device)
-        steps = torch.from_numpy(self._exponents[flat]).to(device).float().exp2().unsqueeze(-1)
-        values = empty_tensor(codes.shape, dtype, device)
+        flat = torch.from_numpy(rows.reshape(-1))
+        steps = self._exponents.index_select(0, flat).to(device).float().exp2().unsqueeze(-1)
+        values = torch.empty((len(flat), *self.shape[1:]), dtype=dtype, device=device)
         # processors have a fast way from 8 bits to float32, and from there to half precision, but none around it
-        scratch = None if dtype == torch.float32 else torch.empty(GATHER_ROWS, *self.shape[1:], device=device)
+        scratch = None if dtype == torch.float32 else torch.empty((GATHER_ROWS, *self.shape[1:]), device=device)
         for start in range(0, len(flat), GATHER_ROWS):
             block = slice(start, start + GATHER_ROWS)
-            numbers = values[block] if scratch is None else scratch[: len(flat) - start]
-            numbers.copy_(codes[block]).mul_(steps[block])
+            codes = self._codes.index_select(0, flat[block]).to(device)
+            numbers = values[block] if scratch is None else scratch[: len(codes)]
+            numbers.copy_(codes).mul_(steps[block])
             if scratch is not None:
                 values[block] = numbers
         return values.view(*rows.shape, *self.shape[1:])
@@ -98,13 +100,6 @@ class PackedValues:
         return digest.hexdigest()
 
 
-def empty_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """As `torch.empty`. On a CPU through numpy, which asks for huge pages: small ones take longer than the rest."""
-    if torch.device(device).type != "cpu" or 0 in shape:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
 def map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if (array.dtype, array.shape) != (dtype, shape):
@@ -113,3 +108,10 @@ def map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
             f"{np.dtype(dtype)} of {shape}). Delete {path.parent} and load the bank again."
         )
     return np.asarray(array)
+
+
+def read_only_tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor of the same memory, to be read only: torch has none that refuse writing, and warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)

@@ -25,7 +25,7 @@ from .bank_builder import (
 )
 from .bank_config import FORMAT_VERSION
 from .bank_shards import BATCH_ROWS, config_schema
-from .bank_storage import Spool, write_local_files
+from .bank_storage import Packed, Spool, write_local_files
 from .hub_files import hub_origin
 from .saved_bank import SavedBank
 from .value_encoder import ValueEncoder
@@ -90,7 +90,7 @@ class MemoryBank(SavedBank):
         thumbnail_size: int | None = 64,
         skip_bad_rows: bool = False,
         vision_features: torch.Tensor | np.ndarray | None = None,
-        packed: bool | None = None,
+        packed: Packed | None = None,
     ) -> MemoryBank:
         """Encode a dataset into a bank.
 
@@ -109,13 +109,13 @@ class MemoryBank(SavedBank):
             thumbnail_size: side in pixels of the JPEG kept of every image, or None for no thumbnails.
             skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `skipped_rows`.
             vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
-            packed: round keys to 12 bits and values to 8, which halves the bank. By default that is done in banks of
-                more than 20,000 rows. What is made of the bank later (`add`, `remove`) is packed if this one is.
+            packed: round keys to 12 bits and values to 8, which halves the bank; "keys": only them. By default both
+                are rounded in banks of more than 20,000 rows. What is made of the bank later is packed as it is.
 
         Raises:
-            ValueError: a column is missing, a row is bad (its number is named), there is no row, `key_grid` or
-                `whiten_dim` is impossible, or the value encoder makes latents of another shape than `model.config`
-                asks for.
+            ValueError: a column is missing, a row is bad (its number is named), there is no row, `key_grid`,
+                `whiten_dim` or `packed` is impossible, or the value encoder makes latents of another shape than
+                `model.config` asks for.
         """
         encoder = RowEncoder.for_new_bank(
             model,
@@ -232,7 +232,7 @@ class MemoryBank(SavedBank):
         added = self._finished(batches)
         return self._with_rows(itertools.chain(self._batches(), added), [*self.skipped_rows, *skipped_rows])
 
-    def of_encoded(self, batches: Iterable[pa.RecordBatch], packed: bool | None = None) -> MemoryBank:
+    def of_encoded(self, batches: Iterable[pa.RecordBatch], packed: Packed | None = None) -> MemoryBank:
         """A new bank of nothing but what the `row_encoder` has made, packed as this one unless `packed` is given."""
         return self._with_rows(self._finished(batches), [], packed)
 
@@ -278,7 +278,7 @@ class MemoryBank(SavedBank):
         dataset: Iterable[dict],
         like: MemoryBank | str | os.PathLike | None = None,
         revision: str | None = None,
-        packed: bool | None = None,
+        packed: Packed | None = None,
     ) -> MemoryBank:
         """A bank from the rows of a bank, loaded with `datasets` and filtered or concatenated; they are numbered anew.
 
@@ -302,7 +302,7 @@ class MemoryBank(SavedBank):
         return like._with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), [], packed)
 
     def _with_rows(
-        self, batches: Iterable[pa.RecordBatch], skipped_rows: list[dict], packed: bool | None = None
+        self, batches: Iterable[pa.RecordBatch], skipped_rows: list[dict], packed: Packed | None = None
     ) -> MemoryBank:
         """This bank's encoders over other rows."""
         value_shape = (self.num_latents, self.latent_dim)

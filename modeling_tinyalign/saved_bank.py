@@ -245,6 +245,6 @@ class SavedBank(BankRows):
             check_file(encoder_path, config["sha256"]["key_encoder"])
             key_encoder, probe_keys = KeyEncoder.load(encoder_path, config["key_encoder"], config["key_dim"])
         value_shape = (config["num_latents"], config["latent_dim"])
-        packed = bool(config.get("packed"))
+        packed = config.get("packed", False)
         files = BankFiles(config["sha256"], config["num_rows"], config["key_dim"], value_shape, packed)
         return cls(config, key_encoder, probe_keys, files, folder=folder, repo_id=repo_id, revision=revision)

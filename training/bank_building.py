@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
 
 from ..modeling_tinyalign import MemoryBank, ValueEncoder, ValueEncoderConfig
 from ..modeling_tinyalign.bank_builder import RowEncoder, evaluating
+from ..modeling_tinyalign.bank_storage import Packed
 from .bank_log import LEFT_OUT_NAME, changing, count_kinds, is_last_change, open_bank, read_log, save_change
 from .bank_parts import Parts
 from .bank_preparation import ValueEncoderTrainingConfig, train_value_encoder
@@ -77,7 +78,7 @@ class BuildSettings(RowSettings):
     value_encoder_steps: int = ValueEncoderTrainingConfig().steps
     key_grid: int = 1
     whiten_dim: int | None = None
-    packed: bool | None = None
+    packed: Packed | None = None
     thumbnail_size: int = 64
 
 

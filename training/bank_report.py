@@ -28,8 +28,8 @@ def bank_info(folder: Path) -> str:
     folder, bank = Path(folder), open_bank(folder)
     config, tower, key_encoder = bank.config, bank.config["tower"], bank.config["key_encoder"]
     encoders = size_of(folder / "value_encoder") + (folder / KEY_ENCODER_NAME).stat().st_size
-    bits = (12, 8) if config.get("packed") else (32, 16)
-    keys = [f"{bank.key_dim} numbers of {bits[0]} bits, {bank.key_space} space"]
+    packed = config.get("packed")
+    keys = [f"{bank.key_dim} numbers of {12 if packed else 32} bits, {bank.key_space} space"]
     if key_encoder["grid"] > 1:
         keys.append(f"{key_encoder['grid']} x {key_encoder['grid']} cells")
     if bank.key_encoder.projection is not None:
@@ -41,7 +41,7 @@ def bank_info(folder: Path) -> str:
         "rows": f"{len(bank):,} of {len(np.unique(bank._source_order[0])):,} images",
         "on disk": on_disk,
         "keys": ", ".join(keys),
-        "values": f"{bank.num_latents} x {bank.latent_dim} numbers of {bits[1]} bits",
+        "values": f"{bank.num_latents} x {bank.latent_dim} numbers of {8 if packed is True else 16} bits",
         "thumbnails": f"{config['thumbnail_size']} pixels" if config["thumbnail_size"] else "none",
         "tower": f"{tower['name']}{revision}, images of {' x '.join(map(str, tower['image_shape']))}",
         "index": ", ".join(f"{value}" if name == "index" else f"{name} {value}" for name, value in index.items()),

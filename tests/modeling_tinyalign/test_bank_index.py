@@ -175,6 +175,24 @@ def test_a_large_bank_is_packed(small_limits, tmp_path):
     assert sizes[0] < 0.6 * sizes[1]
 
 
+def test_packed_keys_only(tmp_path):
+    keys = clustered_keys(600, 32)
+    both, plain, bank = (bank_of(keys, packed=packed) for packed in (True, False, "keys"))
+    bank.save_pretrained(tmp_path / "bank")
+    loaded, ids = MemoryBank.from_pretrained(tmp_path / "bank"), np.arange(600)
+    for other in (bank, loaded, bank.remove([5]).shuffled()):
+        assert other.config["packed"] == "keys"
+    assert np.array_equal(loaded._keys[:], both._keys[:]) and loaded.gather(ids).equal(plain.gather(ids))
+    assert both._files.values_folder != bank._files.values_folder == plain._files.values_folder
+    for packed in ("values", 1, "true"):
+        with pytest.raises(ValueError, match=f'packed is {packed!r}, expected True, False, "keys", or None'):
+            bank_of(keys, packed=packed)
+        config = json.loads((tmp_path / "bank/bank_config.json").read_text())
+        (tmp_path / "bank/bank_config.json").write_text(json.dumps({**config, "packed": packed}))
+        with pytest.raises(ValueError, match='packed.* expected true, false or "keys"'):
+            MemoryBank.from_pretrained(tmp_path / "bank")
+
+
 def test_parquet_of_a_packed_bank(small_limits, tmp_path):
     for packed in (True, False):
         bank_of(clustered_keys(2000, 64), packed).save_pretrained(tmp_path / str(packed))

@@ -193,7 +193,7 @@ def test_packed_or_not(build, place, tmp_path, monkeypatch, capsys):
     """As asked for, whatever the size; and what is made of a bank later is as it is."""
     monkeypatch.setattr("tinyalign_vlm.modeling_tinyalign.bank_storage.PACKED_ROWS", 20)
     more = ["--model", str(place / "model"), "--dataset", str(place / "data.parquet")]
-    for packed, bits in ((True, (12, 8)), (False, (32, 16))):
+    for packed, bits in ((True, (12, 8)), ("keys", (12, 16)), (False, (32, 16))):
         name = str(packed).lower()
         bank = build("--rows", "12", "--packed", name, out=name)
         assert bank.config["packed"] == packed
@@ -204,7 +204,7 @@ def test_packed_or_not(build, place, tmp_path, monkeypatch, capsys):
         cli.main(["bank", "add", str(tmp_path / name), *more])
         bank = MemoryBank.from_pretrained(tmp_path / name)
         assert len(bank) == 36 and bank.config["packed"] == packed
-        if not packed:
+        if packed is not True:
             assert bank.gather(ids).equal(kept)
         cli.main(["bank", "merge", *[str(tmp_path / name)] * 2, "--out", str(tmp_path / f"{name} merged")])
         assert MemoryBank.from_pretrained(tmp_path / f"{name} merged").config["packed"] == packed
@@ -216,7 +216,10 @@ def test_packed_or_not(build, place, tmp_path, monkeypatch, capsys):
     assert build(out="large").config["packed"] and not build("--rows", "12", out="small").config["packed"]
     with pytest.raises(SystemExit) as done:
         build("--packed", "12", out="bad")
-    assert done.value.code == 2 and "argument --packed: found '12', expected true or false" in capsys.readouterr().err
+    assert (
+        done.value.code == 2
+        and "argument --packed: found '12', expected true, keys or false" in capsys.readouterr().err
+    )
 
 
 def test_formats(build, place, pictures, tmp_path):
