@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +42,10 @@ class PlainValues:
 
     def gather(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         """Values of `rows`, of any shape, as a tensor."""
-        values = self._tensor.index_select(0, torch.from_numpy(rows.reshape(-1)))
-        return values.view(*rows.shape, *self.shape[1:]).to(device).to(dtype)
+        values = empty_tensor((rows.size, *self.shape[1:]), self._tensor.dtype, "cpu")
+        torch.index_select(self._tensor, 0, torch.from_numpy(rows.reshape(-1)), out=values)
+        values = values.view(*rows.shape, *self.shape[1:]).to(device)
+        return values if dtype == values.dtype else empty_tensor(values.shape, dtype, device).copy_(values)
 
 
 class PackedValues:
@@ -68,7 +72,7 @@ class PackedValues:
         rows = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else rows
         flat = torch.from_numpy(rows.reshape(-1))
         steps = self._exponents.index_select(0, flat).to(device).float().exp2().unsqueeze(-1)
-        values = torch.empty((len(flat), *self.shape[1:]), dtype=dtype, device=device)
+        values = empty_tensor((len(flat), *self.shape[1:]), dtype, device)
         # processors have a fast way from 8 bits to float32, and from there to half precision, but none around it
         scratch = None if dtype == torch.float32 else torch.empty((GATHER_ROWS, *self.shape[1:]), device=device)
         for start in range(0, len(flat), GATHER_ROWS):
@@ -98,6 +102,13 @@ class PackedValues:
                 all_codes.write(codes.astype(np.int8).tobytes())
                 all_exponents.write(np.log2(steps[..., 0]).astype(np.int8).tobytes())
         return digest.hexdigest()
+
+
+def empty_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """As `torch.empty`. On a CPU through numpy, which asks for huge pages: small ones take longer than the rest."""
+    if torch.device(device).type != "cpu" or 0 in shape:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
