@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .bank_config import FIXED_COLUMNS
+from .bank_config import FIXED_COLUMNS, MAX_THUMBNAIL
 from .bank_images import image_source_id, load_image, thumbnail_bytes
 from .bank_shards import list_column, matrix, row_schema
 from .bank_storage import BankFiles, Packed, check_packed, require_bank_packages, write_local_files
@@ -104,6 +104,9 @@ class RowEncoder:
     skipped_rows: list[dict] = field(default_factory=list)
     packed: Packed | None = None
 
+    def __post_init__(self):
+        check_row_settings(self.keep_columns, self.batch_size, self.thumbnail_size)
+
     @classmethod
     def for_new_bank(
         cls,
@@ -119,7 +122,6 @@ class RowEncoder:
             settings: the other fields of this class.
         """
         require_bank_packages()
-        check_keep_columns(settings.get("keep_columns", ()))
         check_latents(value_encoder, model)
         check_packed(settings.get("packed"))
         with evaluating(model):
@@ -162,6 +164,7 @@ class RowEncoder:
                 caption = row[self.caption_column]
                 if not isinstance(caption, str) or not caption.strip():
                     raise ValueError(f"the caption is {caption!r}, expected text")
+                caption.encode()  # half a surrogate pair cannot be stored
             except ValueError as error:
                 if not self.skip_bad_rows:
                     raise ValueError(
@@ -280,6 +283,8 @@ def renumbered(tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
     start = 0
     for table in tables:
         for batch in table.combine_chunks().to_batches():
+            if "id" not in batch.schema.names:
+                raise ValueError(f"The columns are {batch.schema.names}, expected those of a bank, id among them.")
             ids = pa.array(range(start, start + len(batch)), pa.int64())
             yield batch.set_column(batch.schema.names.index("id"), "id", ids)
             start += len(batch)
@@ -304,13 +309,18 @@ def check_latents(value_encoder: ValueEncoder, model: PreTrainedModel) -> None:
         )
 
 
-def check_keep_columns(keep_columns: Sequence[str]) -> None:
-    taken = sorted(set(FIXED_COLUMNS) & set(keep_columns))
-    if isinstance(keep_columns, str) or taken:
+def check_row_settings(keep_columns: Sequence[str], batch_size: int, thumbnail_size: int | None) -> None:
+    """Raise ValueError for what no bank can be built with."""
+    names = [*FIXED_COLUMNS, *keep_columns]
+    if isinstance(keep_columns, str) or len(set(names)) < len(names):
         raise ValueError(
-            f"keep_columns is {keep_columns!r}, expected a list of columns other than {', '.join(FIXED_COLUMNS)}: "
-            "rename those columns first."
+            f"keep_columns is {keep_columns!r}, expected a list of columns, each once, other than "
+            f"{', '.join(FIXED_COLUMNS)}: rename those columns first."
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 or more.")
+    if thumbnail_size is not None and not 1 <= thumbnail_size <= MAX_THUMBNAIL:
+        raise ValueError(f"thumbnail_size is {thumbnail_size}, expected 1 to {MAX_THUMBNAIL} pixels, or none.")
 
 
 def fit_and_write(

@@ -15,6 +15,7 @@ FIXED_COLUMNS = ("id", "source_id", "caption", "key", "value", "thumbnail")
 MAX_CONFIG_BYTES = 32 * 2**20
 MAX_SIZE = 65_536  # of keys, of values, of a value's halves
 MAX_GRID = 64  # side of a grid of visual tokens
+MAX_THUMBNAIL = 4096  # side, in pixels
 MAX_PIXELS = 2**22  # numbers in a probe image
 
 Check = Callable[[object], bool]
@@ -89,7 +90,7 @@ FIELDS: dict[str, tuple[Check, str]] = {
     "key_encoder.connector_act": (is_text, "the name of an activation"),
     "value_encoder": (lambda value: isinstance(value, dict), "an object with the value encoder's sizes"),
     "columns": (are_columns, f"a list of names other than {', '.join(FIXED_COLUMNS)}, each once"),
-    "thumbnail_size": optional(integer(1, 4096)),
+    "thumbnail_size": optional(integer(1, MAX_THUMBNAIL)),
     "packed": later((lambda value: type(value) is bool or value == "keys", 'true, false or "keys"')),
     "index": later((is_index, "an object with index, k_factor, recall_at_5 and milliseconds")),
     "skipped_rows": (are_skipped_rows, 'a list of {"row": number, "reason": text}'),

@@ -76,7 +76,7 @@ class PackedKeys:
         self.shape = (num_rows, key_dim)
         self.index = read_mapped(folder / self.FILES[0], self.shape, faiss.IndexScalarQuantizer)
         self._coarse = np.asarray(_InIndex(self.index, self.index.codes.data()))
-        self._fine = np.asarray(np.load(folder / self.FILES[1], mmap_mode="r", allow_pickle=False))
+        self._fine = map_array(folder / self.FILES[1], np.uint8, (num_rows, -(-key_dim // 2)))
         self._steps = faiss.vector_to_array(self.index.sq.trained)[key_dim:] / np.float32(255 * FINE)
 
     def __len__(self) -> int:
@@ -150,6 +150,21 @@ def write_array_head(file: BinaryIO, dtype: type, shape: tuple[int, ...]) -> Non
     """
     head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, head)
+
+
+def map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """A memory-mapped .npy file, which must hold this."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = None if (array.dtype, array.shape) == (dtype, shape) else f"{array.dtype} of shape {array.shape}"
+    except (ValueError, OSError, EOFError) as error:
+        found = error
+    if found is not None:
+        raise ValueError(
+            f"The local file {path} is damaged (found {found}, expected {np.dtype(dtype)} of {shape}). Delete "
+            f"{path.parent} and load the bank again."
+        )
+    return np.asarray(array)
 
 
 def read_mapped(path: Path, shape: tuple[int, int], kind: type | None = None) -> faiss.Index:

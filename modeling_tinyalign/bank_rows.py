@@ -125,7 +125,10 @@ class BankRows:
 
     def keys(self, ids: torch.Tensor | np.ndarray | Sequence) -> np.ndarray:
         """Keys of rows: ids `(n,)`, none of them -1, to `(n, key_dim)` float32."""
-        return np.array(self._keys[self._checked_ids(ids)])
+        rows = self._checked_ids(ids)
+        if (rows < 0).any():
+            raise ValueError(f"Row {int(np.argmin(rows))} of the ids is -1, which has no key: leave it out.")
+        return np.array(self._keys[rows])
 
     def rows(self, ids: torch.Tensor | np.ndarray | Sequence) -> list:
         """`{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
@@ -141,8 +144,8 @@ class BankRows:
         return table.take(pa.array(ids)).to_pylist()
 
     def thumbnail(self, row_id: int) -> Image.Image | None:
-        """The small picture kept of a row, None in a bank built without thumbnails."""
-        if "thumbnail" not in self._table.column_names:
+        """The small picture kept of a row, None for id -1 and in a bank built without thumbnails."""
+        if "thumbnail" not in self._table.column_names or row_id == -1:
             return None
         picture = self._table["thumbnail"][int(self._checked_ids([row_id])[0])].as_py()
         return load_image(picture and picture["bytes"])
@@ -178,7 +181,13 @@ class BankRows:
     @cached_property
     def _table(self) -> pa.Table:
         """Every column but key and value."""
-        return pa.ipc.open_file(pa.memory_map(str(self._files.rows))).read_all()
+        path = self._files.rows
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"The local file {path} is damaged ({error}). Delete {path.parent} and load the bank again."
+            ) from error
 
     @cached_property
     def _source_order(self) -> tuple[np.ndarray, np.ndarray]:

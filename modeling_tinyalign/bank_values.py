@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .bank_keys import BLOCK_ROWS, power_of_two_from, write_array_head
+from .bank_keys import BLOCK_ROWS, map_array, power_of_two_from, write_array_head
 
 MAX_CODE = 127
 TINY_STEP = np.float32(2.0**-24)  # of float16
@@ -109,16 +109,6 @@ def empty_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
     if torch.device(device).type != "cpu" or 0 in shape:
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if (array.dtype, array.shape) != (dtype, shape):
-        raise ValueError(
-            f"The local file {path} is damaged (it holds {array.dtype} of shape {array.shape}, expected "
-            f"{np.dtype(dtype)} of {shape}). Delete {path.parent} and load the bank again."
-        )
-    return np.asarray(array)
 
 
 def read_only_tensor(array: np.ndarray) -> torch.Tensor:

@@ -249,7 +249,7 @@ class MemoryBank(SavedBank):
         Raises:
             ValueError: there is no such row, or none would be left.
         """
-        rows = [rows] if isinstance(rows, (int, str)) else list(rows)
+        rows = [rows] if isinstance(rows, (int, np.integer, str)) else list(rows)
         for row in rows:
             if not (len(self.ids_of(row)) if isinstance(row, str) else 0 <= row < len(self)):
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +97,7 @@ class SavedBank(BankRows):
             self.key_encoder.save(folder / KEY_ENCODER_NAME, self.probe_keys)
             self.value_encoder.save_pretrained(folder / "value_encoder")
         except SafetensorError as error:
-            raise OSError(f"safetensors could not write the encoders: {error}") from error
+            raise OSError(errno.EIO, f"safetensors could not write the encoders: {error}") from error
         sha256 = {
             **self._files.sha256,
             "key_encoder": file_sha256(folder / KEY_ENCODER_NAME),

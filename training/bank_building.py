@@ -13,10 +13,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
 
 from ..modeling_tinyalign import MemoryBank, ValueEncoder, ValueEncoderConfig
-from ..modeling_tinyalign.bank_builder import RowEncoder, evaluating
+from ..modeling_tinyalign.bank_builder import RowEncoder, check_row_settings, evaluating
 from ..modeling_tinyalign.bank_storage import Packed
 from .bank_log import LEFT_OUT_NAME, changing, count_kinds, is_last_change, open_bank, read_log, save_change
 from .bank_parts import Parts
@@ -30,7 +31,7 @@ from .stage1 import Stage1Config
 SETTINGS_NAME = "settings.json"
 # What the value encoder is trained on.
 ENCODER_IMAGES, ENCODER_CAPTIONS = 256, 10_000
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: safetensors' and faiss's
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the last: safetensors' and faiss's
 
 
 @dataclass
@@ -54,6 +55,10 @@ class RowSettings:
     seed: int = 0
     keep_duplicates: bool = False
     batch_size: int | None = None
+
+    def __post_init__(self):
+        check_row_settings([], 1 if self.batch_size is None else self.batch_size, None)
+        self.constants()
 
     def run_config(self) -> Stage1Config:
         """As `tinyalign train` has it."""
@@ -80,6 +85,23 @@ class BuildSettings(RowSettings):
     whiten_dim: int | None = None
     packed: Packed | None = None
     thumbnail_size: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_row_settings(self.keep, 1, self.thumbnail_size or None)
+        if self.value_encoder_steps < 0:
+            raise ValueError(f"value_encoder_steps is {self.value_encoder_steps}, expected 0 or more.")
+
+    def check_like(self, columns: list[str]):
+        """Raises `ValueError` for settings that the bank `like`, which keeps these columns, has made already."""
+        others = vars(BuildSettings(self.dataset, keep=self.keep if sorted(self.keep) == sorted(columns) else []))
+        names = ("keep", "value_encoder", "value_encoder_steps", "key_grid", "whiten_dim", "thumbnail_size")
+        found = [f"--{name}" for name in names if vars(self)[name] != others[name]]
+        if found:
+            raise ValueError(
+                f"The bank is to be --like {self.like}, which keeps {columns} and has encoders and thumbnails of its "
+                f"own: leave {', '.join(found)} out."
+            )
 
 
 def build_bank(settings: BuildSettings, out: str | os.PathLike, ray: int | None = None):
@@ -112,7 +134,10 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike, ray: int | None 
                 "delete it; `tinyalign bank add` puts rows into a bank."
             )
         like = None if settings.like is None else MemoryBank.from_pretrained(settings.like)
-        keep = settings.keep if like is None else like.config["columns"]
+        keep = settings.keep
+        if like is not None:
+            keep = like.config["columns"]
+            settings.check_like(keep)
         run = Encoding.begin(settings, work, kept, keep, like)
         if like is None:
             with keeping(work):
@@ -173,9 +198,7 @@ def add_rows(settings: RowSettings, folder: str | os.PathLike, ray: int | None =
                 bank = bank.with_encoded(parts.batches())
                 save_change(bank, folder, {"change": "add", "settings": kept}, parts.left_out)
         shutil.rmtree(work)
-    print(
-        f"{folder}: {len(bank)} rows, {parts.rows} of them new; {count_kinds(parts.left_out)}{_listed(name, parts)}."
-    )
+    print(f"{name}: {len(bank)} rows, {parts.rows} of them new; {count_kinds(parts.left_out)}{_listed(name, parts)}.")
 
 
 @dataclass
@@ -224,6 +247,8 @@ class Encoding:
                 )
             return cls(settings, work, model, processor, source, found["total"], batch_size)
         total = source.count() if kept["files"] or settings.rows is not None else None
+        if total == 0:
+            raise ValueError(f"{settings.dataset} has no rows, expected at least one.")
         if settings.rows is not None and not 1 <= settings.rows <= total:
             raise ValueError(
                 f"--rows is {settings.rows}, but {settings.dataset} has {total} rows, expected 1 to {total}."
@@ -310,14 +335,14 @@ def keeping(work: Path) -> Iterator[None]:
     """A full disk is reported with what to do about it."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except (OSError, SafetensorError) as error:
+        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.EIO, str(error))
+        if number not in FULL:
             raise
-        reason = (error.strerror or str(error)).rstrip(".")
         raise OSError(
-            error.errno,
-            f"{reason}. Nothing is lost: {work} keeps what was encoded. Free some space and run the same "
-            "command again; it goes on from there.",
+            number,
+            f"{(reason or str(error)).rstrip('.')}. Nothing is lost: {work} keeps what was encoded. Free some space "
+            "and run the same command again; it goes on from there.",
         ) from error
 
 

@@ -78,9 +78,19 @@ def save_change(bank: MemoryBank, folder: Path, change: dict, left_out: Sequence
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The changes of a bank, the oldest first; none of a bank that was made in Python."""
+    """
+    The changes of a bank, the oldest first; none of a bank that was made in Python.
+
+    Raises `ValueError` when the file is damaged.
+    """
     path = folder / LOG_NAME
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read as JSON lines ({error}). Repair or delete it: the bank does without, but "
+            "`tinyalign bank compact` then leaves copies of its earlier versions on this machine."
+        ) from error
 
 
 def is_last_change(folder: Path, change: dict) -> bool:

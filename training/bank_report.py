@@ -105,6 +105,14 @@ def bank_problems(folder: Path, model: PreTrainedModel | None = None) -> Iterato
         except ValueError as error:
             encoders_are_right = False
             yield str(error)
+    try:
+        path = folder / "value_encoder" / "config.json"
+        settings = {"architectures": ["ValueEncoder"], **config["value_encoder"]}
+        if not settings.items() <= read_json(path).items():
+            yield f"{path} is not what {CONFIG_NAME} says, {settings}. Save or download the bank again."
+        read_log(folder)
+    except ValueError as error:
+        yield str(error)
     shards = Shards(folder, config)
     yield from shards.problems()
     if not shards.are_right or not encoders_are_right:
@@ -130,19 +138,24 @@ class Shards:
 
     def problems(self) -> Iterator[str]:
         hashes, count = {part: hashlib.sha256() for part in ("keys", "values", "rows")}, 0
+        first = 0  # the number that the next row must have; None behind a shard that could not be read
         for path in self.paths:
             try:
                 for batch in self.read(path):
+                    first = batch["id"][0].as_py() or 0 if first is None else first
                     try:
-                        check_batch(batch, count, str(path))
+                        check_batch(batch, first, str(path))
                     except ValueError as error:
                         self.are_right = False
                         yield str(error)
-                    count += len(batch)
+                    count, first = count + len(batch), first + len(batch)
                     _update(hashes, batch)
             except (pa.ArrowException, OSError, ValueError) as error:
-                self.are_right = False
+                self.are_right, first = False, None
                 yield str(error) if str(path) in str(error) else f"{path} cannot be read ({error})."
+        for path in sorted(set(self.paths[0].parent.glob("*")) - set(self.paths)):
+            self.are_right = False
+            yield f"{path} is none of the bank's {len(self.paths)} shards, but `datasets` would read it: delete it."
         if count != self.config["num_rows"]:
             self.are_right = False
             yield f"The shards hold {count} rows, but {CONFIG_NAME} says {self.config['num_rows']}."
@@ -157,8 +170,12 @@ class Shards:
     def read(self, path: Path) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(path) as shard:
             check_schema(shard.schema_arrow, self.schema, str(path))
+            rest = shard.metadata.num_rows
             for batch in shard.iter_batches(BATCH_ROWS):
+                rest -= len(batch)
                 yield pa.record_batch([batch.column(name) for name in self.schema.names], schema=self.schema)
+        if rest:
+            raise ValueError(f"{path} is damaged: {rest} of its rows cannot be read.")
 
 
 def _update(hashes: dict, batch: pa.RecordBatch):
@@ -172,8 +189,14 @@ def _update(hashes: dict, batch: pa.RecordBatch):
 def _problems_of_copy(bank: MemoryBank, shards: Shards, searched: bool) -> Iterator[str]:
     """What is memory-mapped here is what is in the shards, and, if it is `searched`, a row's key finds that row."""
     hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
-    for batch in bank._batches():
-        _update(hashes, batch)
+    try:
+        for batch in bank._batches():
+            _update(hashes, batch)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"This machine's copy of the rows is damaged ({error}). Delete {copy_of(bank, 'rows')} and load the bank "
+            "again."
+        ) from error
     for part, digest in hashes.items():
         if digest.hexdigest() != bank.config["sha256"][part]:
             yield (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets.table import CastError
 
 from ..modeling_tinyalign.bank_images import image_source_id, load_image
 from .arguments import RunArguments
@@ -43,7 +44,13 @@ class CaptionedImages:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbered rows as they are stored. Raises `ValueError` when the data set cannot be read."""
-        return enumerate(open_rows(self.config))
+        try:
+            yield from enumerate(open_rows(self.config))
+        except CastError as error:
+            raise ValueError(
+                f"{self.config.dataset} has files of different columns: the first has not all that another one has. "
+                f"Expected the same in all ({error})."
+            ) from error
 
     def rows(self, numbers: np.ndarray | None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Those with these ascending numbers, or all."""
@@ -75,11 +82,19 @@ class CaptionedImages:
         for name in (self.caption_column, *self.keep_columns):
             if name is not None and name not in row:
                 raise BadRow("missing column", f"no column {name!r}, the columns are {sorted(row)}")
-        images, messages = replace(self.reader, answer_column=column).read(row)
+        images = self.reader.images(row)
         if len(images) != 1:
             raise BadRow(
                 "missing image" if not images else "several images", f"found {len(images)} images, expected one"
             )
+        chats = ("messages", "conversations", "prompt", self.reader.messages_column)
+        if column is None and all(row.get(name) is None for name in chats):
+            raise BadRow(
+                "no caption",
+                f"the columns are {sorted(row)}, expected text in caption or txt (or in the one that --caption_column "
+                "names), or a chat",
+            )
+        images, messages = replace(self.reader, answer_column=column).read(row)
         answer = next(message for message in messages if message["role"] == "assistant")
         caption = "".join(part["text"] for part in answer["content"])
         kept = [None if row[name] is None else str(row[name]) for name in self.keep_columns]

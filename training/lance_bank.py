@@ -221,7 +221,7 @@ class LanceRows(BankRows):
     def thumbnail(self, row_id: int) -> Image.Image | None:
         """As of `BankRows`."""
         ids = self._checked_ids([row_id])
-        if self.config["thumbnail_size"] is None:
+        if self.config["thumbnail_size"] is None or row_id == -1:
             return None
         picture = self._columns.take(ids, ["thumbnail"])[0]["thumbnail"][0].as_py()
         return load_image(picture and picture["bytes"])

@@ -100,30 +100,42 @@ def _from_generator(read, files: list[str], features: dict, config: RunArguments
 def _read_json(files: list[str], versions: list) -> Iterator[dict]:
     """`versions` are of the files: of changed files no copy of the old ones is taken."""
     for name in files:
-        with open(name, encoding="utf-8-sig") as file:
-            first = next((line for line in file if line.strip()), "")
-            file.seek(0)
-            if first.lstrip().startswith("["):
-                yield from ({"json": json.dumps(row)} for row in json.load(file))
-            else:
-                yield from ({"json": line} for line in file if line.strip())
+        try:
+            with open(name, encoding="utf-8-sig") as file:
+                first = next((line for line in file if line.strip()), "")
+                file.seek(0)
+                if first.lstrip().startswith("["):
+                    yield from ({"json": json.dumps(row)} for row in json.load(file))
+                else:
+                    yield from ({"json": line} for line in file if line.strip())
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot be read ({error}), expected a list of rows in JSON, or a row a line, in UTF-8."
+            ) from error
 
 
 def _read_tar(files: list[str], versions: list) -> Iterator[dict]:
     """A WebDataset: files whose names are the same up to the first point of the last part are a row."""
     for name in files:
-        with tarfile.open(name) as tar:
-            members = (member for member in tar if member.isfile())
-            for key, parts in groupby(members, lambda member: str(_stem(member.name))):
-                row, images = {"id": key, "json": "{}", "txt": None}, []
-                for member in parts:
-                    suffix = PurePosixPath(member.name).suffix.lower()
-                    content = tar.extractfile(member).read()
-                    if suffix in IMAGE_SUFFIXES:
-                        images.append({"bytes": content, "path": member.name})
-                    elif suffix in (".json", ".txt"):
-                        row[suffix[1:]] = content.decode(errors="replace")
-                yield {**row, "images": images}
+        try:
+            with tarfile.open(name) as tar:
+                yield from _samples(tar)
+        except tarfile.TarError as error:
+            raise ValueError(f"{name} cannot be read ({error}), expected a whole WebDataset (.tar).") from error
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[dict]:
+    members = (member for member in tar if member.isfile())
+    for key, parts in groupby(members, lambda member: str(_stem(member.name))):
+        row, images = {"id": key, "json": "{}", "txt": None}, []
+        for member in parts:
+            suffix = PurePosixPath(member.name).suffix.lower()
+            content = tar.extractfile(member).read()
+            if suffix in IMAGE_SUFFIXES:
+                images.append({"bytes": content, "path": member.name})
+            elif suffix in (".json", ".txt"):
+                row[suffix[1:]] = content.decode(errors="replace")
+        yield {**row, "images": images}
 
 
 def _stem(name: str) -> PurePosixPath:
@@ -249,6 +261,11 @@ def _parse(text: str) -> dict:
         raise BadRow("no chat", f"no JSON ({error}): {text[:100]!r}") from error
     if not isinstance(row, dict):
         raise BadRow("no chat", f"found {text[:100]!r}, expected an object with the fields of the row")
+    if "\\ud" in text.lower():  # a surrogate pair is one character, half of one cannot be stored
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise BadRow("no text", f"half a surrogate pair in {text[:100]!r} ({error})") from error
     return row
 
 

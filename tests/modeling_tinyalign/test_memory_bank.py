@@ -307,8 +307,16 @@ def test_datasets_that_do_not_fit(dataset, model, processor, value_encoder):
         build([{"image": None, "caption": "x"}], skip_bad_rows=True)
     with pytest.raises(ValueError, match="no column 'author' to keep"):
         build(dataset, keep_columns=["author"])
-    with pytest.raises(ValueError, match="expected a list of columns other than id"):
-        build(dataset, keep_columns=["key"])
+    for columns in (["key"], ["licence", "licence"], "licence"):
+        with pytest.raises(ValueError, match="expected a list of columns, each once, other than id"):
+            build(dataset, keep_columns=columns)
+    with pytest.raises(ValueError, match="batch_size is -2, expected 1 or more"):
+        build(dataset, batch_size=-2)
+    for size in (-5, 0, 5000):
+        with pytest.raises(ValueError, match=f"thumbnail_size is {size}, expected 1 to 4096"):
+            build(dataset, thumbnail_size=size)
+    with pytest.raises(ValueError, match="Row 0 of the dataset: .*surrogates not allowed"):
+        build([{**dataset[0], "caption": "half a smile \ud83d"}])
 
 
 def test_latents_of_another_shape(dataset, make_model, processor, value_encoder):
@@ -333,6 +341,16 @@ def test_from_dataset_deletes_rows(bank, saved, tmp_path):
     smaller = MemoryBank.from_dataset(table.filter(lambda row: row["id"] != 4), like=bank)
     assert smaller.captions == bank.captions[:4] + bank.captions[5:]
     torch.testing.assert_close(smaller.gather([4]), bank.gather([5]))
+
+
+def test_no_row(bank):
+    """-1 is no row, and not the last one."""
+    with pytest.raises(ValueError, match="Row 1 of the ids is -1, which has no key"):
+        bank.keys([0, -1])
+    assert bank.thumbnail(-1) is None and bank.rows([-1]) == [None]
+    assert len(bank.remove(np.int64(2))) == len(bank) - 1
+    with pytest.raises(ValueError, match=r"The columns are \['a'\], expected those of a bank"):
+        MemoryBank.from_dataset(datasets.Dataset.from_dict({"a": [1]}), like=bank)
 
 
 def test_shuffled(bank):

@@ -255,6 +255,17 @@ def test_formats(build, place, pictures, tmp_path):
         "missing image",
         "missing column",
     ]
+    odd = [{"image": "0.png"}, {"image": ["0.png", "1.png"], "caption": "two"}, {"caption": "none"}]
+    odd += [{"image": "1.png", "caption": "half a smile \ud83d"}, {"image": "2.png", "caption": "a smile \U0001f600"}]
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    assert build(out="odd", dataset=tmp_path / "odd.json").captions == ["a smile \U0001f600"]
+    left_out = [json.loads(line)["reason"] for line in (tmp_path / "odd/left_out.jsonl").read_text().splitlines()]
+    assert [reason.partition(":")[0] for reason in left_out] == [
+        "no caption",
+        "several images",
+        "missing image",
+        "no text",
+    ]
     labelled = [{"image": name, "label": name} for name in names]
     (tmp_path / "labels.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in labelled))
     options = ["--caption_column", "label", "--set", "license=cc0", "--keep", "license"]
@@ -391,6 +402,26 @@ def test_bad_inputs(build, place, tmp_path):
     )
     fails("has no usable row. 40 left out .40 missing column", "--keep", "source")
     fails("keep_columns is .*caption", "--keep", "caption")
+    fails("keep_columns is .*each once", "--keep", "license", "license")
+    fails("batch_size is -2, expected 1 or more", "--batch_size", "-2")
+    fails("batch_size is 0, expected 1 or more", "--batch_size", "0")
+    fails("thumbnail_size is 5000, expected 1 to 4096", "--thumbnail_size", "5000")
+    fails("value_encoder_steps is -1, expected 0 or more", "--value_encoder_steps", "-1")
+    assert not (tmp_path / ".bad.build").exists()
+    like = ["--like", str(place / "bank"), "--keep", "license", "--whiten_dim", "3"]
+    fails(r"keeps \[\] and has encoders.*leave --keep, --value_encoder, --whiten_dim out", *like)
+    for name, content in {"rows.json": b'[{"image":', "latin.jsonl": b'{"caption": "\xe9"}', "cut.tar": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        fails(f"{name} cannot be read", dataset=tmp_path / name)
+    (tmp_path / "none.json").write_text("[]")
+    fails("none.json has no rows", dataset=tmp_path / "none.json")
+    shards = datasets.Dataset.from_parquet(str(place / "data.parquet"))
+    shards.remove_columns("license").to_parquet(tmp_path / "shard 0.parquet")
+    shards.to_parquet(tmp_path / "shard 1.parquet")
+    fails("has files of different columns: the first has not all", dataset=tmp_path / "shard ?.parquet")
+    with pytest.raises(SystemExit) as nowhere:
+        build(out="bad", dataset="nobody/nothing")
+    assert "nobody/nothing" in nowhere.value.code and "Free some space" not in nowhere.value.code
     fails("whiten_dim is 99, but 36 rows .* at most 16", "--whiten_dim", "99")
     with pytest.raises(SystemExit) as done:
         build("--learning_rate", "1")

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import constants
 
 from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.modeling_tinyalign import bank_shards
 from tinyalign_vlm.modeling_tinyalign.bank_config import config_sha256
 from tinyalign_vlm.modeling_tinyalign.bank_storage import cache_root
 from tinyalign_vlm.training import cli
@@ -247,6 +248,48 @@ def test_verify_files_that_are_missing_or_cut(folder, capsys):
     assert "shards hold 12 rows, but bank_config.json says 13" in problems(folder, capsys)[0]
     (folder / "bank_config.json").unlink()
     assert "bank_config.json is missing" in problems(folder, capsys)[0]
+
+
+def test_verify_files_beside_the_shards(folder, capsys):
+    shutil.copy(folder / SHARD, folder / "data/train-00007-of-00008.parquet")
+    assert "train-00007-of-00008.parquet is none of the bank's 1 shards, but `datasets` would read it" in " ".join(
+        problems(folder, capsys)
+    )
+    (folder / "data/train-00007-of-00008.parquet").unlink()
+    for name in ("value_encoder/config.json", "log.jsonl"):
+        path = folder / name
+        content = path.read_bytes() if path.is_file() else b""
+        path.write_bytes(content.replace(b"num_", b"mum_") or b"{")
+        assert any(str(path) in line for line in problems(folder, capsys))
+        path.write_bytes(content)
+    assert problems(folder, capsys) == []
+
+
+def test_verify_blames_the_shard_that_is_damaged(kept, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bank_shards, "SHARD_BYTES", 1)
+    monkeypatch.setattr(bank_shards, "BATCH_ROWS", 4)
+    kept.save_pretrained(tmp_path / "bank")
+    first, second, _ = sorted((tmp_path / "bank" / "data").iterdir())
+    content = bytearray(first.read_bytes())
+    content[5] ^= 0x10  # of the first page's header: pyarrow reads no row, and says nothing
+    first.write_bytes(content)
+    found = problems(tmp_path / "bank", capsys)
+    assert found[0] == f"{first} is damaged: 4 of its rows cannot be read." and str(second) not in " ".join(found)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("cut", [lambda content: b"", lambda content: content[:-9]])
+def test_verify_names_each_cut_file_of_this_machines_copy(cut, packed, kept, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    bank = kept._with_rows(kept._batches(), [], packed)
+    bank.save_pretrained(tmp_path / "bank")
+    for path in bank._files.paths:
+        content = path.read_bytes()
+        path.unlink()  # it is mapped
+        path.write_bytes(cut(content))
+        assert str(path) in problems(tmp_path / "bank", capsys)[0]
+        path.write_bytes(content)
+    assert problems(tmp_path / "bank", capsys) == []
 
 
 @pytest.mark.parametrize("part", ["keys", "values", "rows"])
