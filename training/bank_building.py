@@ -173,9 +173,7 @@ def add_rows(settings: RowSettings, folder: str | os.PathLike, ray: int | None =
                 bank = bank.with_encoded(parts.batches())
                 save_change(bank, folder, {"change": "add", "settings": kept}, parts.left_out)
         shutil.rmtree(work)
-    print(
-        f"{folder}: {len(bank)} rows, {parts.rows} of them new; {count_kinds(parts.left_out)}{_listed(name, parts)}."
-    )
+    print(f"{name}: {len(bank)} rows, {parts.rows} of them new; {count_kinds(parts.left_out)}{_listed(name, parts)}.")
 
 
 @dataclass
