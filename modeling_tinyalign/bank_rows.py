@@ -158,7 +158,7 @@ class BankRows:
 
     @cached_property
     def index_facts(self) -> dict:
-        """How the bank is searched here, measured with 200 of its own keys as queries.
+        """How the bank is searched here, measured with up to 500 of its own keys as queries.
 
         `{"index": "exact", "gpu" or a faiss factory string, "k_factor": candidates compared for every neighbour,
         "recall_at_5": against exact search, "milliseconds": of a query alone}`.

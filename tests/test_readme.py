@@ -1,5 +1,6 @@
-"""The README's Python runs as printed, with tiny models in place of the Hub's."""
+"""The README's Python runs as printed, with tiny models in place of the Hub's; what all pages name is there."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,9 +9,16 @@ import pytest
 from huggingface_hub import constants
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
-from tinyalign_vlm.training import bank_preparation
+from tinyalign_vlm.training import bank_cli, bank_preparation, cli
+from tinyalign_vlm.training.run import STAGES
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+# a field of a stage, or an option of a command
+OPTIONS = {field.name for stage, _ in STAGES.values() for field in dataclasses.fields(stage)}
+for file in (cli, bank_cli):
+    OPTIONS.update(re.findall(r'"--([a-z_]+)"', Path(file.__file__).read_text()))
 
 
 def test_your_own_data(checkpoints, images, tmp_path, monkeypatch):
@@ -32,6 +40,14 @@ def test_your_own_data(checkpoints, images, tmp_path, monkeypatch):
     assert len(model.memory_bank) == len(images)
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README.read_text()))))
-def test_links_lead_somewhere(link):
-    assert (README.parent / link).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_imports_and_options_lead_somewhere(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    for line in re.findall(r"^ *from tinyalign_vlm.* import .*$", text, re.M):
+        if "lance_bank" not in line:  # takes seconds; test_lance_bank.py has it
+            exec(line.strip(), {})
+    commands = re.findall(r"(?:tinyalign|training\.cli) (?:(?:bank|data) )?\w+ (?:\\\n|[^\n`&])*", text)
+    options = set(re.findall(r" --([a-z_]+)", " ".join(commands)))
+    assert sorted(options - OPTIONS) == []

@@ -132,7 +132,7 @@ def add_bank_commands(commands: argparse._SubParsersAction, calibrate_help: str)
     _add_row_options(build)
     build.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="keep these columns: source, license")
     build.add_argument("--like", metavar="BANK", help="use the encoders of this bank: folder or repository")
-    build.add_argument("--value_encoder", metavar="BANK", help="use its value encoder, with new keys")
+    build.add_argument("--value_encoder", metavar="BANK", help="use that of this bank, or of a folder, with new keys")
     build.add_argument(
         "--value_encoder_steps", type=int, default=1000, metavar="N", help="to train a new one (default: %(default)s)"
     )

@@ -1,8 +1,8 @@
 """Runs the code blocks of a Markdown file, one after the other, and knows the output that it shows for them.
 
 A ```python block continues the Python session of the blocks before it, a ```bash block is run by bash; a ```text block
-behind one is what it prints. `python tests/hub/documents.py FILE FOLDER` runs a file in a folder against a fake Hub
-and puts the output that came into the file.
+behind one is what it prints. `PYTHONPATH=tests python tests/hub/documents.py FILE FOLDER` runs a file in a folder
+against a fake Hub and puts the output that came into the file.
 """
 
 import json
