@@ -29,7 +29,7 @@ def download(url: str) -> bytes:
     try:
         with get_session().stream("GET", url, timeout=MAX_SECONDS) as response:
             response.raise_for_status()
-            return _collect(response.iter_bytes(CHUNK_BYTES), deadline)
+            return _collect(response.iter_bytes(), deadline)  # as they come: to fill a chunk may take for ever
     except Exception as error:  # of httpx or of its successor, by the version of huggingface_hub
         raise ValueError(f"{url} cannot be downloaded ({error}), expected the URL of an image") from error
 

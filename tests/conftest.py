@@ -33,6 +33,8 @@ from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 
 torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, and of pyarrow
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # all servers of tests are on this machine
 
 IMAGE_SIZE = 32
 CORPUS = ["a red square on a white background", "what is in the image? a blue circle.", "user assistant system"]

@@ -101,7 +101,7 @@ def main(name: str, path: str, bank: str | None) -> dict:
     prompt = processor.apply_chat_template(chat({"image": picture}), add_generation_prompt=True)
     report["without a chat"] = pipe(images=picture, text=prompt, **settings)[0]["generated_text"]
 
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
     generate = {**settings["generate_kwargs"], "streamer": streamer}
     thread = threading.Thread(target=pipe, kwargs={"text": chat({"image": picture}), "generate_kwargs": generate})
     thread.start()

@@ -28,7 +28,7 @@ class Server:
         while not self._server.started:
             time.sleep(0.01)
         self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600)
 
     def chat(self, *urls, **settings):
         settings = {"model": NAME, "max_tokens": 6, "temperature": 0, **settings}

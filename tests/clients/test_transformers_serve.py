@@ -1,11 +1,11 @@
 """The two commands that serve a checkpoint, each in a process of its own and asked by the `openai` client."""
 
+import json
 import os
-import socket
+import re
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from types import SimpleNamespace
 
@@ -27,21 +27,15 @@ def start(tmp_path):
     processes = []
 
     def start(code: str, *arguments: str) -> openai.OpenAI:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", code, "serve", *arguments, "--port", str(port)]
-        with open(tmp_path / "log", "w+") as log:
+        command = [sys.executable, "-c", code, "serve", *arguments, "--port", "0"]
+        with open(tmp_path / "log", "w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-            for _ in range(1200):
-                assert processes[-1].poll() is None, (tmp_path / "log").read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                    break
-                except urllib.error.URLError:
-                    time.sleep(0.1)
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+        while not (url := re.search(r"running on (http://\S+:\d+)", (tmp_path / "log").read_text())):
+            assert processes[-1].poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        assert json.load(urllib.request.urlopen(f"{url[1]}/health")) == {"status": "ok"}
+        return openai.OpenAI(base_url=f"{url[1]}/v1", api_key="none", max_retries=0, timeout=600)
 
     yield start
     for process in processes:

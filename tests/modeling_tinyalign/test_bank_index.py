@@ -251,7 +251,7 @@ def test_a_fast_index_is_made_once(small_limits, monkeypatch, tmp_path):
     _, found = bank.search(queries, 5)
     bank.save_pretrained(tmp_path / "bank")
     recorded_facts = json.loads((tmp_path / "bank" / "bank_config.json").read_text())["index"]
-    assert recorded_facts == recorded(facts) and recorded_facts["milliseconds"] in (1, 2, 5, 10, 20, 50)
+    assert recorded_facts == recorded(facts) and str(recorded_facts["milliseconds"])[0] in "125"
     monkeypatch.setattr(bank_fast_index, "train_index", None)
     loaded = MemoryBank.from_pretrained(tmp_path / "bank")
     assert loaded.index_facts == facts and (loaded.search(queries, 5)[1] == found).all()
@@ -466,9 +466,9 @@ def read(barrier, results):
     for start in range(0, len(bank), 1000):
         rows = np.arange(start, start + 1000)
         bank._keys[rows], bank.gather(rows)
-    barrier.wait(100)  # until everybody has read everything
+    barrier.wait(600)  # until everybody has read everything
     found = {"anonymous": memory("Anonymous") - before, "mapped": memory("Rss", cache), "share": memory("Pss", cache)}
-    barrier.wait(100)
+    barrier.wait(600)
     results.put(found)
 
 context = multiprocessing.get_context("fork")
@@ -476,7 +476,7 @@ barrier, results = context.Barrier(readers), context.Queue()
 processes = [context.Process(target=read, args=(barrier, results)) for _ in range(readers)]
 for process in processes:
     process.start()
-print(json.dumps([results.get(timeout=200) for _ in processes]))
+print(json.dumps([results.get(timeout=1200) for _ in processes]))
 """
 
 

@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import time
 
 import datasets
 import numpy as np
@@ -582,9 +581,10 @@ def test_many_shards(bank, tmp_path, monkeypatch, empty_cache):
 def test_second_load_reads_no_shard(saved, empty_cache, monkeypatch):
     MemoryBank.from_pretrained(saved)
     monkeypatch.setattr(saved_bank, "read_shards", None)
-    start = time.perf_counter()
+    monkeypatch.setattr(saved_bank, "write_local_files", None)
+    for shard in (saved / "data").iterdir():
+        shard.write_bytes(b"")
     MemoryBank.from_pretrained(saved).search(unit(1, 16), 1)
-    assert time.perf_counter() - start < 0.3
 
 
 def test_saving_keeps_other_files(bank, saved):
@@ -662,7 +662,7 @@ def small_disk(tmp_path):
     if not mounted:
         pytest.skip("mounting a tmpfs needs root")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a bank that was mapped there may still be
 
 
 def test_really_full_disk(bank, saved, small_disk, monkeypatch, dataset, model, processor, value_encoder):

@@ -332,7 +332,7 @@ def read_on(folder: str, home: str, ready, changed, answers):
     maps = Path("/proc/self/maps").read_text().splitlines()
     mapped = sorted({line.split()[4] for line in maps if home in line})
     ready.put(mapped)
-    changed.wait(60)
+    changed.wait()
     again = (bank.search(keys, 2)[1].tolist(), bank.gather(np.arange(len(bank))).sum().item())
     answers.put((len(bank), again == before, len(MemoryBank.from_pretrained(folder))))
 
@@ -343,18 +343,19 @@ def test_eight_readers_share_a_copy_and_are_not_disturbed(folder, tmp_path):
     MemoryBank.from_pretrained(folder)  # the first one lays it out
     ready, answers, changed = context.Queue(), context.Queue(), context.Event()
     home = str(tmp_path / "home")
-    readers = [context.Process(target=read_on, args=(str(folder), home, ready, changed, answers)) for _ in range(8)]
+    arguments = (str(folder), home, ready, changed, answers)
+    readers = [context.Process(target=read_on, args=arguments, daemon=True) for _ in range(8)]
     for reader in readers:
         reader.start()
-    mapped = [ready.get(timeout=240) for _ in readers]
+    mapped = [ready.get(timeout=1200) for _ in readers]
     # the same inodes: keys, values and rows, mapped and not read
     assert len(mapped[0]) >= 3 and mapped.count(mapped[0]) == 8
     tinyalign("remove", folder, "--where", "source=a")
     tinyalign("compact", folder)
     changed.set()
-    assert [answers.get(timeout=240) for _ in readers] == [(12, True, 6)] * 8
+    assert [answers.get(timeout=1200) for _ in readers] == [(12, True, 6)] * 8
     for reader in readers:
-        reader.join(60)
+        reader.join(600)
         assert reader.exitcode == 0
 
 

@@ -36,7 +36,7 @@ def tinyalign(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         text=True,
         env=environment,
         cwd=folder,
-        timeout=300,
+        timeout=1200,
     )
 
 

@@ -31,7 +31,7 @@ def launch(*command: str, folder: Path, environment: dict[str, str] | None = Non
     }
     environment |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=folder, timeout=500
+        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=folder, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-5000:]
 

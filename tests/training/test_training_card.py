@@ -86,7 +86,7 @@ def test_snippet_runs_as_printed(folder, captions):
     (seen,) = json.loads(output.splitlines()[-1].replace("'", '"'))
     assert len(seen) == 2 and set(seen) <= set(captions)
     example = run_snippet(folder / "out1", read_facts(folder / "out1"))
-    assert example.output == output.rstrip() and 0 < example.seconds < 60 and 0.1 < example.memory_gb < 8
+    assert example.output == output.rstrip() and 0 < example.seconds and 0.1 < example.memory_gb < 8
 
 
 def test_stage2_goes_on_with_the_facts_of_stage1(folder, monkeypatch):
