@@ -158,6 +158,8 @@ class RunArguments(TuningArguments):
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bfloat16_is_fast(self.use_cpu)
+        if str(self.resume_from_checkpoint).lower() == "true":
+            self.resume_from_checkpoint = None  # a run goes on from its last checkpoint anyway
         self.logging_nan_inf_filter = False  # it waits for the device at every batch; LossCheck does once a step
         if self.eval_dataset is not None and self.eval_strategy == "no":
             self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1
@@ -192,10 +194,16 @@ class RunArguments(TuningArguments):
         if self.model_kwargs is not None and not isinstance(self.model_kwargs, dict):
             raise ValueError(f"model_kwargs is {self.model_kwargs!r}, expected {{name: value, ...}}.")
         least = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "num_proc": 1}
-        for name, minimum in {**least, "eval_samples": 0}.items():
+        least |= {"eval_samples": 0, "eval_steps": 0, "weight_decay": 0, "dataloader_num_workers": 0}
+        for name, minimum in least.items():
             value = vars(self)[name]
             if value is not None and value < minimum:
                 raise ValueError(f"{name} is {value}, expected {minimum} or more.")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs is {self.num_train_epochs:g} and max_steps {self.max_steps}: expected passes over "
+                "the data, more than 0, or a number of steps."
+            )
         if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
             raise ValueError(
                 f"deepspeed is {self.deepspeed!r}, but DeepSpeed is not installed: pip install deepspeed, or leave it "

@@ -117,7 +117,7 @@ def calibrate_rows(
             scores.append(similarities[:top_k])
             captions.append(["" if found is None else found["caption"] for found in bank.rows(ids[:top_k])])
             answers.append("".join(part["text"] for part in answer if part["type"] == "text"))
-    return calibrate(np.array(scores).reshape(len(scores), -1), captions, answers, target)
+    return calibrate(np.array(scores).reshape(-1, top_k), captions, answers, target)
 
 
 def _falling(values: np.ndarray) -> np.ndarray:

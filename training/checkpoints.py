@@ -81,11 +81,14 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike):
         model.load_state_dict(load_file(path), strict=False)
 
 
-def last_checkpoint(output_dir: str | os.PathLike, settings: dict, write: bool = True) -> str | None:
+def last_checkpoint(
+    output_dir: str | os.PathLike, settings: dict, chosen: str | None = None, write: bool = True
+) -> str | None:
     """
-    The last complete checkpoint of the run with these settings, which are kept beside the checkpoints (`write`).
+    The last complete checkpoint of the run with these settings, or that which was `chosen`. The settings are kept
+    beside the checkpoints (`write`).
 
-    Raises `ValueError`, naming what differs, when the checkpoints are of another run.
+    Raises `ValueError`, naming what differs, when the checkpoints are of another run, or the chosen one is not there.
     """
     settings = json.loads(json.dumps(settings, default=str))
     run = Path(output_dir, RUN_NAME)
@@ -103,9 +106,14 @@ def last_checkpoint(output_dir: str | os.PathLike, settings: dict, write: bool =
                 f"{output_dir} holds checkpoints of another run ({'; '.join(changed)}). Use another output_dir, or "
                 "delete this one to train anew."
             )
+    if chosen is not None and Path(chosen).resolve() not in [Path(path).resolve() for path in complete]:
+        raise ValueError(
+            f"resume_from_checkpoint is {chosen}, but the complete checkpoints in {output_dir} are "
+            f"{', '.join(complete) or 'none'}: choose one of them, or leave it out to go on from the last, if any."
+        )
     if write:  # one process does
         _write_settings(run, settings)
-    return complete[-1] if complete else None
+    return chosen or (complete[-1] if complete else None)
 
 
 def _write_settings(run: Path, settings: dict):

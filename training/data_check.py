@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import torch
 from accelerate import PartialState
 from transformers import ProcessorMixin
 from transformers.utils import logging
@@ -156,7 +157,7 @@ def _stream(config: RunArguments, reader: RowReader) -> datasets.IterableDataset
         remove_columns=list(raw.features),
         features=datasets.Features(features),
     )
-    rows = rows.filter(partial(_keep, config.dataset, config.strict), with_indices=True)
+    rows = rows.filter(_Keep(config), with_indices=True)
     return rows.remove_columns(["kind", "problem"])
 
 
@@ -164,11 +165,19 @@ def _numbered(reader: RowReader, row: dict, number: int) -> dict:
     return {**reader(row), "row": number}
 
 
-def _keep(dataset: str, strict: bool, row: dict, number: int) -> bool:
-    if row["problem"] is None:
-        return True
-    message = f"row {number} of {dataset}: {row['problem']}"
-    if strict:
-        raise ValueError(f"{message}. Repair or remove it, or train without --strict, which skips it.")
-    logger.warning(f"Skipped {message}")
-    return False
+class _Keep:
+    """Whether a streamed row is good. Says which are not, and how many have been skipped, by all workers together."""
+
+    def __init__(self, config: RunArguments):
+        self.dataset, self.strict = config.dataset, config.strict
+        self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __call__(self, row: dict, number: int) -> bool:
+        if row["problem"] is None:
+            return True
+        message = f"row {number} of {self.dataset}: {row['problem']}"
+        if self.strict:
+            raise ValueError(f"{message}. Repair or remove it, or train without --strict, which skips it.")
+        self.skipped += 1
+        logger.warning(f"Skipped {message} ({int(self.skipped)} skipped so far)")
+        return False

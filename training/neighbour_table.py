@@ -136,9 +136,11 @@ def summary(table: datasets.Dataset, top_k: int) -> str:
     scores = np.array(table["memory_scores"][:])[:, :top_k]
     found = np.isfinite(scores)
     own = np.array(table["own_rows"][:]) > 0
+    images = f"{len(table)} images, {own.mean():.1%} of them in the bank themselves and kept from their own rows"
+    if not found.any():
+        return f"{images}: none has a neighbour, all rows of the bank are its own"
     return (
-        f"{len(table)} images, {own.mean():.1%} of them in the bank themselves and kept from their own rows; mean "
-        f"similarity of the nearest neighbour {scores[:, 0][found[:, 0]].mean():.3f}, of all {top_k} "
+        f"{images}; mean similarity of the nearest neighbour {scores[:, 0][found[:, 0]].mean():.3f}, of all {top_k} "
         f"{scores[found].mean():.3f}"
     )
 

@@ -28,7 +28,9 @@ from .neighbour_table import neighbour_table, read_neighbours, summary
 logger = logging.get_logger(__name__)
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TAR_SUFFIXES = (".tar", ".gz", ".tgz")
+SUFFIXES = (".json", ".jsonl", ".parquet", *TAR_SUFFIXES)
 STORED_IMAGE = datasets.Image(decode=False)
 
 # What every format becomes. Rows that are bad have no messages but a `problem`, whose first words are `kind`.
@@ -59,12 +61,14 @@ def open_rows(config: RunArguments) -> datasets.Dataset | datasets.IterableDatas
         raise ValueError("No data set: set `dataset` in the YAML file, or pass --dataset FILE_OR_REPOSITORY.")
     files = sorted(glob(os.path.join(config.dataset, "*.tar"))) or sorted(glob(config.dataset))
     suffix = Path(files[0]).suffix if files else ""
-    if not files and Path(config.dataset).suffix in (".json", ".jsonl", ".parquet", ".tar"):
+    if not files and Path(config.dataset).suffix in SUFFIXES:
         raise ValueError(f"{config.dataset} does not exist, expected a file, a folder or a dataset repository.")
+    if files and suffix not in SUFFIXES and not os.path.isdir(files[0]):
+        raise ValueError(f"{files[0]} is no data set, expected a file ending in {', '.join(SUFFIXES)}.")
     try:
         if suffix in (".json", ".jsonl"):
             return _from_generator(_read_json, files, {"json": datasets.Value("string")}, config)
-        if suffix == ".tar":
+        if suffix in TAR_SUFFIXES:
             features = {name: datasets.Value("string") for name in ("id", "json", "txt")}
             features["images"] = datasets.List(STORED_IMAGE)
             return _from_generator(_read_tar, files, features, config)
@@ -79,6 +83,8 @@ def open_rows(config: RunArguments) -> datasets.Dataset | datasets.IterableDatas
                 streaming=config.streaming,
             )
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{config.dataset} has no rows, expected at least one.") from error
         raise ValueError(
             f"{config.dataset} cannot be read ({error.__cause__ or error}), expected JSON, JSON-lines, Parquet or "
             "WebDataset (.tar) files, a folder, or a dataset repository."
@@ -191,7 +197,7 @@ class RowReader:
             return row
         return {
             **(_parse(fields) if isinstance(fields, str) else fields),
-            **{n: v for n, v in row.items() if v},
+            **{name: value for name, value in row.items() if value and name != "json"},
         }
 
     def read(self, row: dict[str, Any]) -> tuple[list, list[dict]]:
@@ -244,7 +250,9 @@ class RowReader:
     def check_image(self, image: Any) -> str | None:
         """Decodes the image; its name if that is wanted."""
         path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
-        if path is None or (isinstance(path, str) and not os.path.isfile(path)):
+        if path is None or isinstance(path, (int, float, list)):
+            raise BadRow("missing image", f"the image is {str(image)[:100]}, expected a path, or a list of paths")
+        if isinstance(path, str) and not os.path.isfile(path):
             raise BadRow("missing image", f"{path} is no file: set image_folder, or remove the row")
         try:
             if self.name_images:
@@ -257,7 +265,8 @@ class RowReader:
 def _parse(text: str) -> dict:
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as error:
+        json.dumps(row, ensure_ascii=False).encode()  # half a character, as "\\ud83d", is JSON and no text
+    except (json.JSONDecodeError, UnicodeEncodeError) as error:
         raise BadRow("no chat", f"no JSON ({error}): {text[:100]!r}") from error
     if not isinstance(row, dict):
         raise BadRow("no chat", f"found {text[:100]!r}, expected an object with the fields of the row")

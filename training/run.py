@@ -1,12 +1,16 @@
 """`tinyalign train`: a stage from YAML files."""
 
 import copy
+import dataclasses
 import os
 import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import datasets
 import numpy as np
@@ -17,7 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from transformers.utils import logging
 from trl import TrlParser
 
-from ..modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration
+from ..modeling_tinyalign import MemoryBank, TinyAlignConfig, TinyAlignForConditionalGeneration
 from ..modeling_tinyalign.composition import check_origins
 from ..processing import TinyAlignProcessor
 from .arguments import RunArguments
@@ -200,11 +204,44 @@ def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> RunArg
 
 
 def _parse(config_class: type[RunArguments], settings: dict, fields: list[str], prog: str) -> RunArguments:
-    parser = TrlParser(config_class, prog=prog, allow_abbrev=False)
+    parser = TrlParser(config_class, prog=prog, usage=f"{prog} [--FIELD VALUE ...]", allow_abbrev=False)
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder, "merged.yaml")
-        merged.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return parser.parse_args_and_config(["--config", str(merged), *fields])[0]
+        merged.write_text(yaml.safe_dump(_as_text(config_class, settings)), encoding="utf-8")
+        arguments = ["--config", str(merged), *fields]
+        config, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        close = " or ".join(get_close_matches(name, vars(config)))
+        raise ValueError(
+            f"{unknown[0]} is no setting of {config_class.__name__}{close and f', did you mean {close}'}? They are "
+            f"--NAME VALUE on the command line and NAME: VALUE in a file; `{prog} --help` lists them."
+        )
+    return config
+
+
+def _as_text(config_class: type[RunArguments], settings: dict) -> dict:
+    """
+    The settings with numbers as text, so that the parser, which takes other values of a file as they are, converts
+    them and refuses `max_steps: 2.5`, as it does on the command line; YAML takes `no` for false. Raises `ValueError`
+    for what the parser would overlook: lists and nothing (`null`) where there is a value, and values that are not
+    among `choices`.
+    """
+    kinds, text = get_type_hints(config_class), dict(settings)
+    for field in dataclasses.fields(config_class):
+        if field.name not in settings:
+            continue
+        value, kind, choices = settings[field.name], kinds[field.name], field.metadata.get("choices")
+        allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        allowed = {get_origin(kind) or kind for kind in allowed}
+        if isinstance(value, (list, dict, NoneType)) and type(value) not in allowed:
+            names = " or ".join(sorted(kind.__name__ for kind in allowed - {NoneType}))
+            raise ValueError(f"{field.name} is {'null' if value is None else value}, expected {names}.")
+        if choices is not None and value is not None and value not in choices:
+            raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(choices)}.")
+        if isinstance(value, (int, float)):
+            text[field.name] = "no" if value is False and bool not in allowed else str(value)
+    return text
 
 
 def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
@@ -239,7 +276,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 def read_bank(config: RunArguments) -> MemoryBank | None:
     """The bank that a config names, or None if it names none or is of the baseline."""
-    if config.memory_bank is None or (config.model_kwargs or {}).get("memory_top_k") == 0:
+    if not config.memory_bank or (config.model_kwargs or {}).get("memory_top_k") == 0:
         return None
     bank = MemoryBank.from_pretrained(config.memory_bank)
     return bank.for_any_tower() if config.any_tower else bank
@@ -262,9 +299,15 @@ def load_model(config: RunArguments, bank: MemoryBank | None) -> tuple[PreTraine
             "No model: set `model` (a TinyAlign checkpoint), or `vision_model` and `language_model` to compose one."
         )
     fields = {} if bank is None else {"latents_per_word": bank.config["value_encoder"]["latents_per_word"]}
-    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
-        config.vision_model, config.language_model, **{**fields, **model_fields(config)}
-    )
+    try:
+        model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
+            config.vision_model, config.language_model, **{**fields, **model_fields(config)}
+        )
+    except OSError as error:  # which may not say of which of them
+        raise OSError(
+            f"vision_model {config.vision_model} and language_model {config.language_model}, expected folders or Hub "
+            f"repositories: {error}"
+        ) from error
     if config.baseline == "wider_connector":
         widen_connector(model)
     processor = TinyAlignProcessor.from_vision_text_pretrained(
@@ -280,11 +323,18 @@ def _load_trained(config: RunArguments) -> PreTrainedModel:
     fields = model_fields(config)
     try:
         model = TinyAlignForConditionalGeneration.from_pretrained(config.model, **fields)
+    except OSError as error:
+        raise OSError(f"model {config.model}, expected a folder or a Hub repository: {error}") from error
     except RuntimeError as error:  # transformers has printed which weights
         raise ValueError(
             f"The weights of {config.model} are not of the shapes that its config with {fields} asks for: fields that "
             "change them are for a newly composed model. Leave them out, or train stage 1 with them."
         ) from error
+    if fields.get("memory_top_k") and TinyAlignConfig.from_pretrained(config.model).memory_top_k == 0:
+        raise ValueError(
+            f"memory_top_k is {fields['memory_top_k']}, but {config.model} was trained without memory: set it to 0, "
+            "name the baseline that it is of (--baseline), or train stage 1 with memory."
+        )
     if config.baseline == "wider_connector" and model.config.connector_size is None:
         raise ValueError(
             f"baseline is wider_connector, but the connector of {config.model} is not wider: train stage 1 with "

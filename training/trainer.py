@@ -159,8 +159,13 @@ def collator_of(
     bank: MemoryBank | None,
     vision_features: np.ndarray | None,
 ) -> TrainingCollator:
-    """What makes the batches of a run."""
+    """What makes the batches of a run. Raises `ValueError` if neighbours that are not there should be dropped."""
     neighbours = model.config.num_neighbours
+    if config.memory_dropout and not neighbours:
+        raise ValueError(
+            f"memory_dropout is {config.memory_dropout}, but the model reads no neighbours (memory_top_k: 0, or a "
+            "baseline without memory): leave it out."
+        )
     return TrainingCollator(
         processor,
         vision_features,
@@ -296,7 +301,8 @@ def train(trainer: Trainer, bank: MemoryBank | None):
     )
     for name in MODEL_TRAJECTORY:
         settings[name] = vars(model.config)[name]
-    checkpoint = last_checkpoint(args.output_dir, settings, write=trainer.is_world_process_zero())
+    write = trainer.is_world_process_zero()
+    checkpoint = last_checkpoint(args.output_dir, settings, args.resume_from_checkpoint, write)
     trainer.add_callback(Clock())
     trainer.add_callback(Curves())
     if trainer.eval_dataset is not None and args.eval_samples:
@@ -315,6 +321,8 @@ def train(trainer: Trainer, bank: MemoryBank | None):
                 print(table(trainer.parts), flush=True)
             if checkpoint is None or not _load_finished(trainer, checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
+                if trainer.state.global_step == 0:
+                    raise ValueError(f"No step was taken: {args.dataset or 'the data set'} gave no row to train on.")
     finally:
         trainer.meter.close()
         for name in ("forward", "_original_forward"):

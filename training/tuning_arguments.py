@@ -1,6 +1,7 @@
 """Settings that say what trains, and how fast."""
 
 import importlib.util
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -118,9 +119,10 @@ class TuningArguments:
                 f"tune_vision_tower is {self.tune_vision_tower!r}, expected frozen, full, or 'from layer N' with the "
                 "number of the first layer that trains, counted from 0."
             )
-        for part in PARTS:
-            if self.rate(part) < 0:
-                raise ValueError(f"The learning rate of the {part} is {self.rate(part)}, expected 0 or more.")
+        for name in ("learning_rate", *(f"{part}_lr" for part in PARTS)):
+            rate = vars(self)[name]
+            if rate is not None and not 0 <= rate < math.inf:  # nor NaN
+                raise ValueError(f"{name} is {rate}, expected a number, 0 or more.")
         names = [name for name in vars(self) if name.startswith("lora_") and vars(self)[name] is not None]
         if names and not self.uses_lora:
             raise ValueError(

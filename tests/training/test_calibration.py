@@ -1,9 +1,10 @@
 """Choosing retrieval_threshold from training neighbours."""
 
+import datasets
 import numpy as np
 import pytest
 
-from tinyalign_vlm.training.calibration import agreement, calibrate
+from tinyalign_vlm.training.calibration import agreement, calibrate, calibrate_rows
 
 
 def test_agreement_is_the_f1_of_the_words():
@@ -60,3 +61,10 @@ def test_what_cannot_be_calibrated_is_refused():
         calibrate(scores, [["nothing"] * 3] * 200, answers)
     with pytest.raises(ValueError, match="no similarity is high enough to expect 1.100"):
         calibrate(scores, captions, answers, 1.1)
+
+
+def test_rows_of_text_have_nothing_to_calibrate_on(bank):
+    chat = [{"role": "assistant", "content": [{"type": "text", "text": "blue"}]}]
+    rows = datasets.Dataset.from_list([{"messages": chat, "memory_ids": [], "memory_scores": []}] * 3)
+    with pytest.raises(ValueError, match="Found 0 neighbours, expected at least 50"):
+        calibrate_rows(rows, bank, 2)

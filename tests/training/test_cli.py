@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,13 @@ def test_rows_are_streamed(stage, files, monkeypatch):
         cli.main(["train", f"stage{stage}.yaml", *fields, "--max_steps", "-1", "--output_dir", "endless"])
 
 
+def test_streamed_rows_that_are_all_bad(files, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "bad.json").write_text(json.dumps([{"image": "0.png", "messages": []}] * 3))
+    with pytest.raises(SystemExit, match="No step was taken: bad.json gave no row to train on"):
+        cli.main(["train", "stage1.yaml", "--streaming", "True", "--dataset", "bad.json"])
+
+
 def test_streamed_rows_are_shuffled_by_seed_and_go_on_where_a_run_was_killed(files, monkeypatch):
     """In the second epoch, whose order is another than the first's."""
     monkeypatch.chdir(files)
@@ -120,6 +128,21 @@ def test_streamed_rows_are_shuffled_by_seed_and_go_on_where_a_run_was_killed(fil
         patch.setattr(Stage1Trainer, "compute_loss", killed)
         train("killed")
     assert train("killed")[0] == losses
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--model_kwargs", '{"memory_top_k": 2}'], "memory_top_k is 2, but baseline was trained without memory"),
+        (["--memory_dropout", "0.5"], "memory_dropout is 0.5, but the model reads no neighbours"),
+        (["--baseline", "static_rag", "--memory_bank", ""], "retrieves 5 neighbours an image, but there is no bank"),
+    ],
+)
+def test_what_a_baseline_without_memory_does_not_have(fields, message, files, monkeypatch):
+    monkeypatch.chdir(files)
+    cli.main(["train", "baseline.yaml", "--max_steps", "1"])
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["train", "stage2.yaml", "--model", "baseline", *fields])
 
 
 def test_padded_images_in_both_stages(files, checkpoints, monkeypatch):
@@ -171,6 +194,13 @@ def test_a_composed_model_reads_the_banks_words(files, checkpoints, dataset, cap
         ({"image_column": "picture"}, "12 missing image.*no column 'picture'"),
         ({"image_aspect_ratio": "anyres"}, "anyres"),
         ({"global_batch_size": 6}, "global_batch_size is 6, expected a multiple of 4"),
+        ({"learning_rate": [1, 2]}, r"learning_rate is \[1, 2\], expected float"),
+        ({"dataset": ["pairs.parquet"]}, "dataset is .*, expected str"),
+        ({"baseline": "rag"}, "baseline is 'rag', expected one of wider_connector, static_rag, text_rag"),
+        ({"lerning_rate": 1e-3}, "lerning_rate is no setting of Stage1Config, did you mean learning_rate"),
+        ({"model": "nowhere"}, "model nowhere, expected a folder or a Hub repository"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs is 0 and max_steps -1"),
+        ({"resume_from_checkpoint": "out9/checkpoint-1"}, "complete checkpoints in out1 are none"),
     ],
 )
 def test_mistakes_in_the_file(change, message, files, monkeypatch):
@@ -253,8 +283,37 @@ def test_rows_without_an_answer_are_named(labels, message, files, monkeypatch):
 
 def test_an_unknown_field_is_refused(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
-    with pytest.raises(SystemExit, match="2|learning_rat"):
+    with pytest.raises(SystemExit, match="--learning_rat is no setting of Stage1Config, did you mean learning_rate"):
         cli.main(["train", "stage1.yaml", "--learning_rat", "1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_steps": 2.5}, "argument --max_steps.*: invalid int value: '2.5'"),
+        ({"per_device_train_batch_size": True}, "invalid int value: 'True'"),
+        ({"strict": 5}, "Truthy value expected: got 5"),
+    ],
+)
+def test_values_of_a_file_are_checked_as_on_the_command_line(change, message, files, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "changed.yaml").write_text(yaml.safe_dump(change))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "stage1.yaml", "changed.yaml"])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: tinyalign train stage1.yaml + changed.yaml [--FIELD VALUE ...]"
+    assert re.search(message, error)
+
+
+def test_nothing_in_a_file_is_a_value_where_there_may_be_none(files):
+    changed = "save_total_limit: null\nmemory_bank: null\nlearning_rate: 1e-2\nsave_strategy: no\n"
+    (files / "changed.yaml").write_text(changed)
+    config = read_config([files / "stage1.yaml", files / "changed.yaml"], [])
+    assert config.save_total_limit is None and config.save_strategy == "no"
+    assert config.memory_bank is None and config.learning_rate == 1e-2
+    (files / "changed.yaml").write_text("learning_rate: null\n")
+    with pytest.raises(ValueError, match="learning_rate is null, expected float"):
+        read_config([files / "stage1.yaml", files / "changed.yaml"], [])
 
 
 def test_help_teaches(capsys, files, monkeypatch):

@@ -219,6 +219,9 @@ BAD = {
         {**GOOD, "image": None},
         {**GOOD, "image": ""},
         {**GOOD, "image": "../images"},
+        {**GOOD, "image": 5},
+        {**GOOD, "image": [["red.png"]]},
+        {**GOOD, "image": {"url": "red.png"}},
     ],
     "broken image": [{**GOOD, "image": "broken.png"}],
     "turn order": [
@@ -250,6 +253,7 @@ BAD = {
         {**GOOD, "conversations": conversation(7, "red")},
         {**GOOD, "conversations": conversation("<image>", {"text": "red"})},
         {"image": "red.png", "messages": [{"role": "user", "content": [{"type": "video"}]}]},
+        {**GOOD, "conversations": conversation("<image>", "half an emoji: \ud83d")},
     ],
 }
 
@@ -263,6 +267,7 @@ def test_a_bad_row_is_named_and_skipped(kind, row, folder, processor, caplog):
     assert simple(rows) == [EXPECTED[0], EXPECTED[3]]
     streamed = config("rows.jsonl", max_length=120, streaming=True, max_steps=1)
     assert simple(training_data(streamed, processor)) == simple(rows)
+    assert caplog.messages[-1].endswith(" (1 skipped so far)")
     streamed.strict = True
     with pytest.raises(ValueError, match=f"row 1 of rows.jsonl: {kind}: "):
         list(training_data(streamed, processor))
@@ -299,6 +304,23 @@ def test_data_check_prints_every_bad_row(folder, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["data", "check", "--help"])
     assert "<image> anywhere in a question" in capsys.readouterr().out
+
+
+def test_other_endings(folder):
+    """A packed shard with images that are neither JPEG nor PNG; a file that is no data set; and one without rows."""
+    with tarfile.open("shard.tar.gz", "w:gz") as tar:
+        for number, suffix in enumerate(("bmp", "gif", "tiff")):
+            Image.new("RGB", (4, 4)).save(f"{number}.{suffix}")
+            Path(f"{number}.json").write_text(json.dumps({"conversations": GOOD["conversations"]}))
+            tar.add(f"{number}.{suffix}")
+            tar.add(f"{number}.json")
+    assert str(check_rows(config("shard.tar.gz"))[1]) == "3 rows: 3 good"
+    Path("rows.csv").write_text("image,caption\n")
+    with pytest.raises(ValueError, match="rows.csv is no data set, expected a file ending in .json, .jsonl"):
+        check_rows(config("rows.csv"))
+    Path("rows.json").write_text("[]")
+    with pytest.raises(ValueError, match="rows.json has no rows, expected at least one"):
+        check_rows(config("rows.json"))
 
 
 def test_truncation_never_cuts_an_image_or_all_that_is_to_be_learnt(folder, processor):

@@ -78,7 +78,7 @@ ADAPTERS = {"tune_language_model": "lora", "memory_dropout": 0.5}
 def test_resuming_gives_the_uninterrupted_trajectory(
     stage, settings, make_model, processor, dataset, bank, features, tmp_path
 ):
-    settings = {"max_steps": 6, "save_steps": 3, **settings}
+    settings = {"max_steps": 6, "save_steps": 3, "save_total_limit": 2, **settings}
     features = None if "tune_vision_tower" in settings else features
     whole, resumed = make_model(), make_model()
     trainer = run(stage, whole, processor, dataset, bank, tmp_path / "whole", features, **settings)
@@ -106,6 +106,12 @@ def test_resuming_gives_the_uninterrupted_trajectory(
     again = run(stage, resumed, processor, dataset, bank, tmp_path / "resumed", features, **settings)
     assert losses(again) == losses(trainer) and len(losses(again)) == 6
     assert not changed_parts(weights(whole), weights(resumed))
+
+    # from an earlier checkpoint, if one asks for it
+    chosen = make_model()
+    earlier = {**settings, "resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-3")}
+    again = run(stage, chosen, processor, dataset, bank, tmp_path / "whole", features, **earlier)
+    assert losses(again) == losses(trainer) and not changed_parts(weights(whole), weights(chosen))
 
     # a complete run is not trained again, and another run is not taken for it
     once_more = make_model()
