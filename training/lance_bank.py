@@ -51,6 +51,7 @@ logger = logging.get_logger(__name__)
 # there is no bank.
 ROWS, FILES = "rows", "bank"
 SEARCH_NAME = "search.json"
+KINDS = (EXACT, "IVF_RQ", "IVF_SQ")
 # Candidates compared for every neighbour, to try.
 K_FACTORS = (8, 16, 32, 64, 128)
 SAMPLE = 200
@@ -305,8 +306,13 @@ class LanceBank(LanceRows, MemoryBank):
                 "written."
             )
         database = LanceDatabase(str(uri), storage_options, cache_bytes)
-        rows, files = database.open()
-        small = files.search().where(f"name in ('{CONFIG_NAME}', '{SEARCH_NAME}')").to_arrow().to_pylist()
+        try:
+            rows, files = database.open()
+            small = files.search().where(f"name in ('{CONFIG_NAME}', '{SEARCH_NAME}')").to_arrow().to_pylist()
+        except RuntimeError as error:  # LanceDB's
+            raise ValueError(
+                f"{uri} cannot be read ({error}). If nothing is wrong with the way there, write the bank again."
+            ) from error
         contents = {row["name"]: row["content"] for row in small}
         if len(contents) < 2:
             raise ValueError(f"{uri}: the table {FILES!r} lacks {CONFIG_NAME} or {SEARCH_NAME}: write the bank again.")
@@ -357,9 +363,9 @@ def write_lance(
         ValueError: there is a bank already, or `index` is none of these.
         OSError: LanceDB could not write all rows.
     """
+    if index not in (None, *KINDS):
+        raise ValueError(f"index is {index!r}, expected one of {list(KINDS)}, or None.")
     connection = LanceDatabase(str(uri), storage_options).connect()
-    if index not in (None, EXACT, *INDEXES):
-        raise ValueError(f"index is {index!r}, expected one of {[EXACT, *INDEXES]}, or None.")
     if index is None:
         index = EXACT if len(bank) <= EXACT_ROWS else "IVF_SQ" if bank.key_dim % 8 else "IVF_RQ"
     found = connection.list_tables().tables

@@ -62,6 +62,8 @@ def test_numbers():
     # b and b are one image: the pairs are (0, 1) and (0, 2)
     assert (found["low"], found["high"]) == (-1, 1)
     assert found["random"][0] == 0.5 and sum(found["random"]) == pytest.approx(1) and sum(found["nearest"]) == 1
+    many = np.ones((40_000, 1), np.float32)  # only some are paired: all would not fit in memory
+    assert similarities(many, many[:, 0], list(map(str, range(40_000))))["random"][-1] == 1
     places, share = principal_components(np.ones((2, 1), np.float32), 2)
     assert places.shape == (2, 2) and share == 1
 
@@ -76,6 +78,7 @@ def test_bad_inputs(place, tmp_path):
     fails("Found --image without --model", "--image", str(place / "query.png"))
     fails("the image cannot be read", "--image", "missing.png", "--model", str(place / "model"))
     fails("--rows is 0", "--rows", "0")
+    fails("--seed -1, expected 1, 1 and 0 or more", "--seed", "-1")
 
 
 def test_a_bank_without_thumbnails_and_one_row(images, model, processor, value_encoder, tmp_path):

@@ -230,6 +230,7 @@ def test_what_is_no_bank_is_refused(bank, tmp_path, monkeypatch):
         LanceBank.from_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match="IVF1024"):
         write_lance(bank, tmp_path / "lance", index="IVF1024")
+    assert not (tmp_path / "lance").exists()
     write_lance(bank, tmp_path / "lance")
     with pytest.raises(ValueError, match="already"):
         write_lance(bank, tmp_path / "lance")
@@ -244,6 +245,12 @@ def test_what_is_no_bank_is_refused(bank, tmp_path, monkeypatch):
     table.add(last.set_column(0, "id", pa.array([99])))
     with pytest.raises(ValueError, match="changed after"):
         LanceBank.from_pretrained(tmp_path / "lance").gather([len(bank) - 1])
+    (manifest, *_) = (tmp_path / "lance" / "bank.lance" / "_versions").glob("*.manifest")
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:9])
+    with pytest.raises(ValueError, match="lance cannot be read .*write the bank again"):
+        LanceBank.from_pretrained(tmp_path / "lance")
+    manifest.write_bytes(content)
     lancedb.connect(tmp_path / "lance").open_table("bank").delete("name = 'bank_config.json'")
     with pytest.raises(ValueError, match="lacks bank_config.json"):
         LanceBank.from_pretrained(tmp_path / "lance")
