@@ -13,6 +13,7 @@ from ..modeling_tinyalign.bank_builder import evaluating
 from ..modeling_tinyalign.bank_images import load_image, thumbnail_bytes
 from ..processing import TinyAlignProcessor
 from .bank_log import open_bank
+from .bank_parts import save_file
 from .bank_report import bank_info
 
 TEMPLATE = Path(__file__).with_name("bank_view.html")
@@ -85,7 +86,7 @@ def view_bank(
     # in a script, "<" could end it
     text = json.dumps(data).replace("<", "\\u003c")
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1), encoding="utf-8")
+    save_file(page, TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1).encode())
     print(f"{page}: {len(chosen)} of {len(bank):,} rows with their neighbours, {page.stat().st_size / 2**20:.1f} MiB.")
 
 

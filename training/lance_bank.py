@@ -373,11 +373,23 @@ def write_lance(
         raise ValueError(f"{uri} holds a memory bank already: delete it, or choose another place.")
     if ROWS in found:  # of a process that was killed
         connection.drop_table(ROWS)
+    try:
+        _write_tables(bank, connection, index)
+    except RuntimeError as error:  # LanceDB's
+        raise OSError(
+            f"LanceDB could not write the bank to {uri}: {error}. There is none as yet. Free some space, or see what "
+            "else is wrong there, and run the same again: it starts anew."
+        ) from error
+    return LanceBank.from_pretrained(uri, storage_options)
+
+
+def _write_tables(bank: MemoryBank, connection: lancedb.DBConnection, index: str) -> None:
+    """See `write_lance`."""
     schema = config_schema(bank.config).remove_metadata()
     reader = pa.RecordBatchReader.from_batches(schema, _aligned(bank, schema))
     rows = connection.create_table(ROWS, reader)
     if rows.count_rows() != len(bank):
-        raise OSError(f"LanceDB wrote {rows.count_rows()} of {len(bank)} rows to {uri}: its own message is above.")
+        raise OSError(f"LanceDB wrote {rows.count_rows()} of {len(bank)} rows: its own message is above.")
     rows.create_index("source_id", config=BTree())
     keys = LanceMatrix(rows, "key", (len(bank), bank.key_dim))
     searched, recall = LanceIndex(keys), 1.0
@@ -396,7 +408,6 @@ def write_lance(
         shutil.rmtree(folder)
     columns = {"name": list(contents), "content": pa.array(list(contents.values()), pa.large_binary())}
     connection.create_table(FILES, pa.table(columns))
-    return LanceBank.from_pretrained(uri, storage_options)
 
 
 def _aligned(bank: MemoryBank, schema: pa.Schema) -> Iterator[pa.RecordBatch]:

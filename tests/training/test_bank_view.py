@@ -1,6 +1,7 @@
 """`tinyalign bank view`: the page, opened and clicked in a real browser where there is one."""
 
 import json
+import os
 import re
 import shutil
 
@@ -86,6 +87,15 @@ def test_a_bank_without_thumbnails_and_one_row(images, model, processor, value_e
     MemoryBank.build(rows, model, processor, value_encoder, thumbnail_size=None).save_pretrained(tmp_path / "bank")
     cli.main(["bank", "view", str(tmp_path / "bank"), "-o", str(tmp_path / "page.html")])
     assert "alone" in (tmp_path / "page.html").read_text()
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(place, small_disk):
+    page, space = small_disk / "page.html", os.statvfs(small_disk)
+    page.write_text("earlier")
+    (small_disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 8192))
+    with pytest.raises(SystemExit, match="No space left"):
+        cli.main(["bank", "view", str(place / "bank"), "-o", str(page)])
+    assert page.read_text() == "earlier" and len(list(small_disk.iterdir())) == 2
 
 
 @pytest.fixture(scope="module")

@@ -285,6 +285,20 @@ def test_a_write_that_was_killed_is_begun_anew(bank, tmp_path, monkeypatch):
     assert write_lance(bank, tmp_path / "lance").rows([1]) == bank.rows([1])
 
 
+def test_a_full_disk(bank, tmp_path, small_disk):
+    bank.save_pretrained(tmp_path / "bank")
+    command = ["bank", "lance", str(tmp_path / "bank"), str(small_disk / "lance")]
+    space = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 20_000))
+    with pytest.raises(SystemExit, match="could not write the bank to .*No space left.*the same again"):
+        main(command)
+    (small_disk / "filler").unlink()
+    with pytest.raises(SystemExit, match="--storage_option is 'x', expected NAME=VALUE"):
+        main([*command, "--storage_option", "x"])
+    main(command)
+    assert LanceBank.from_pretrained(small_disk / "lance").rows([1]) == bank.rows([1])
+
+
 def test_above_a_size_there_is_an_index(bank, tmp_path, monkeypatch):
     monkeypatch.setattr(lance_bank, "EXACT_ROWS", 500)
     assert write_lance(many_rows(bank, 600), tmp_path / "lance").index_facts["index"] == "IVF_RQ"
