@@ -265,6 +265,9 @@ def run_bank_command(arguments: argparse.Namespace):
         from ..modeling_tinyalign import MemoryBank
         from .lance_bank import write_lance
 
+        for option in arguments.storage_option:
+            if option.find("=") < 1:
+                raise ValueError(f"--storage_option is {option!r}, expected NAME=VALUE, region=eu-west-1 say.")
         settings = dict(option.partition("=")[::2] for option in arguments.storage_option)
         bank = MemoryBank.from_pretrained(arguments.bank)
         print(f"{arguments.uri}: {write_lance(bank, arguments.uri, settings or None, arguments.index)}")

@@ -13,10 +13,12 @@ from ..modeling_tinyalign.bank_builder import evaluating
 from ..modeling_tinyalign.bank_images import load_image, thumbnail_bytes
 from ..processing import TinyAlignProcessor
 from .bank_log import open_bank
+from .bank_parts import save_file
 from .bank_report import bank_info
 
 TEMPLATE = Path(__file__).with_name("bank_view.html")
 BINS = 50
+PAIRED = 1000  # rows whose similarities with each other are counted
 THUMBNAIL = 64  # of query images, in pixels
 
 
@@ -53,8 +55,8 @@ def view_bank(
         raise ValueError(
             "Found --image without --model, expected both: the model's vision tower makes the image's key."
         )
-    if rows < 1 or top_k < 1:
-        raise ValueError(f"--rows is {rows} and --top_k {top_k}, expected 1 or more.")
+    if rows < 1 or top_k < 1 or seed < 0:
+        raise ValueError(f"--rows is {rows}, --top_k {top_k}, --seed {seed}, expected 1, 1 and 0 or more.")
     chosen = np.random.default_rng(seed).permutation(len(bank))[:rows]
     chosen = np.array(list(dict.fromkeys([*wanted, *chosen.tolist()])))
     top_k = min(top_k, len(bank))
@@ -72,7 +74,7 @@ def view_bank(
         "name": folder.resolve().name,
         "facts": [line.split("  ", 1) for line in bank_info(folder).splitlines()],
         "sample": chosen.tolist(),
-        "rows": {int(row): _row(bank, int(row)) for row in shown if row >= 0},
+        "rows": {row["id"]: _row(bank, row) for row in bank.rows(shown[shown >= 0])},
         "neighbours": {
             int(row): _pairs(of_row, similar) for row, of_row, similar in zip(chosen, ids, scores, strict=True)
         },
@@ -84,13 +86,13 @@ def view_bank(
     # in a script, "<" could end it
     text = json.dumps(data).replace("<", "\\u003c")
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1), encoding="utf-8")
+    save_file(page, TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1).encode())
     print(f"{page}: {len(chosen)} of {len(bank):,} rows with their neighbours, {page.stat().st_size / 2**20:.1f} MiB.")
 
 
 def similarities(keys: np.ndarray, nearest: np.ndarray, names: Sequence[str]) -> dict:
     """Shares of rows by the similarity of their nearest neighbour, and of pairs of `keys` `(n, key_dim)` by theirs."""
-    names = np.array(names)
+    keys, names = keys[:PAIRED], np.array(names[:PAIRED])
     pairs = (keys @ keys.T)[np.triu(names[:, None] != names[None], 1)]
     nearest = nearest[np.isfinite(nearest)]
     both = np.concatenate([pairs, nearest, [0.0, 1.0]])
@@ -132,10 +134,9 @@ def _queries(bank: MemoryBank, images: Sequence[str], model: str | None) -> tupl
     return queries, keys
 
 
-def _row(bank: MemoryBank, number: int) -> dict:
-    (row,) = bank.rows([number])
+def _row(bank: MemoryBank, row: dict) -> dict:
     kept = [f"{name}: {row[name]}" for name in bank.config["columns"] if row[name] is not None]
-    picture = bank._table["thumbnail"][number].as_py() if bank.config["thumbnail_size"] else None
+    picture = bank._table["thumbnail"][row["id"]].as_py() if bank.config["thumbnail_size"] else None
     thumbnail = _data_url(picture["bytes"]) if picture and picture["bytes"] else None
     return {"caption": row["caption"], "source_id": row["source_id"], "kept": kept, "thumbnail": thumbnail}
 

@@ -51,6 +51,7 @@ logger = logging.get_logger(__name__)
 # there is no bank.
 ROWS, FILES = "rows", "bank"
 SEARCH_NAME = "search.json"
+KINDS = (EXACT, "IVF_RQ", "IVF_SQ")
 # Candidates compared for every neighbour, to try.
 K_FACTORS = (8, 16, 32, 64, 128)
 SAMPLE = 200
@@ -305,8 +306,13 @@ class LanceBank(LanceRows, MemoryBank):
                 "written."
             )
         database = LanceDatabase(str(uri), storage_options, cache_bytes)
-        rows, files = database.open()
-        small = files.search().where(f"name in ('{CONFIG_NAME}', '{SEARCH_NAME}')").to_arrow().to_pylist()
+        try:
+            rows, files = database.open()
+            small = files.search().where(f"name in ('{CONFIG_NAME}', '{SEARCH_NAME}')").to_arrow().to_pylist()
+        except RuntimeError as error:  # LanceDB's
+            raise ValueError(
+                f"{uri} cannot be read ({error}). If nothing is wrong with the way there, write the bank again."
+            ) from error
         contents = {row["name"]: row["content"] for row in small}
         if len(contents) < 2:
             raise ValueError(f"{uri}: the table {FILES!r} lacks {CONFIG_NAME} or {SEARCH_NAME}: write the bank again.")
@@ -357,9 +363,9 @@ def write_lance(
         ValueError: there is a bank already, or `index` is none of these.
         OSError: LanceDB could not write all rows.
     """
+    if index not in (None, *KINDS):
+        raise ValueError(f"index is {index!r}, expected one of {list(KINDS)}, or None.")
     connection = LanceDatabase(str(uri), storage_options).connect()
-    if index not in (None, EXACT, *INDEXES):
-        raise ValueError(f"index is {index!r}, expected one of {[EXACT, *INDEXES]}, or None.")
     if index is None:
         index = EXACT if len(bank) <= EXACT_ROWS else "IVF_SQ" if bank.key_dim % 8 else "IVF_RQ"
     found = connection.list_tables().tables
@@ -367,11 +373,23 @@ def write_lance(
         raise ValueError(f"{uri} holds a memory bank already: delete it, or choose another place.")
     if ROWS in found:  # of a process that was killed
         connection.drop_table(ROWS)
+    try:
+        _write_tables(bank, connection, index)
+    except RuntimeError as error:  # LanceDB's
+        raise OSError(
+            f"LanceDB could not write the bank to {uri}: {error}. There is none as yet. Free some space, or see what "
+            "else is wrong there, and run the same again: it starts anew."
+        ) from error
+    return LanceBank.from_pretrained(uri, storage_options)
+
+
+def _write_tables(bank: MemoryBank, connection: lancedb.DBConnection, index: str) -> None:
+    """See `write_lance`."""
     schema = config_schema(bank.config).remove_metadata()
     reader = pa.RecordBatchReader.from_batches(schema, _aligned(bank, schema))
     rows = connection.create_table(ROWS, reader)
     if rows.count_rows() != len(bank):
-        raise OSError(f"LanceDB wrote {rows.count_rows()} of {len(bank)} rows to {uri}: its own message is above.")
+        raise OSError(f"LanceDB wrote {rows.count_rows()} of {len(bank)} rows: its own message is above.")
     rows.create_index("source_id", config=BTree())
     keys = LanceMatrix(rows, "key", (len(bank), bank.key_dim))
     searched, recall = LanceIndex(keys), 1.0
@@ -390,7 +408,6 @@ def write_lance(
         shutil.rmtree(folder)
     columns = {"name": list(contents), "content": pa.array(list(contents.values()), pa.large_binary())}
     connection.create_table(FILES, pa.table(columns))
-    return LanceBank.from_pretrained(uri, storage_options)
 
 
 def _aligned(bank: MemoryBank, schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import secrets
+import shutil
 import signal
 import tempfile
 import time
@@ -124,6 +125,21 @@ def test_a_worker_is_killed_and_the_same_bank(build, cluster, monkeypatch, capsy
     assert capsys.readouterr().out.endswith(said)
     assert len(pids) == 2 and pids[0] not in encoding()
     assert len(saved) == PARTS and sorted(os.listdir(build.out)) == [".bank.lock", "bank", "local"]
+
+
+def test_rows_are_added_by_actors(build, cluster, place, capsys):
+    """To the same bank, with the same ids; rows that it has are left out."""
+    added = {}
+    for name, options in (("local", []), ("ray", ["--ray", "2"])):
+        build("bank", "--rows", "20", "--seed", "1")
+        more = ["--model", str(place / "model"), "--dataset", str(place / "data.parquet"), "--batch_size", "2"]
+        capsys.readouterr()
+        cli.main(["bank", "add", str(build.out / "bank"), *more, *options])
+        added[name] = capsys.readouterr().out, content(build.out / "bank")
+        assert sorted(os.listdir(build.out)) == [".bank.lock", "bank"]
+        shutil.rmtree(build.out / "bank")
+    assert added["ray"] == added["local"]
+    assert f"bank: {ROWS - 3} rows, {ROWS - 23} of them new" in added["ray"][0]
 
 
 def test_goes_on_where_it_stopped_with_and_without_ray(build, cluster, monkeypatch):

@@ -1,6 +1,7 @@
 """`tinyalign bank view`: the page, opened and clicked in a real browser where there is one."""
 
 import json
+import os
 import re
 import shutil
 
@@ -62,6 +63,8 @@ def test_numbers():
     # b and b are one image: the pairs are (0, 1) and (0, 2)
     assert (found["low"], found["high"]) == (-1, 1)
     assert found["random"][0] == 0.5 and sum(found["random"]) == pytest.approx(1) and sum(found["nearest"]) == 1
+    many = np.ones((40_000, 1), np.float32)  # only some are paired: all would not fit in memory
+    assert similarities(many, many[:, 0], list(map(str, range(40_000))))["random"][-1] == 1
     places, share = principal_components(np.ones((2, 1), np.float32), 2)
     assert places.shape == (2, 2) and share == 1
 
@@ -76,6 +79,7 @@ def test_bad_inputs(place, tmp_path):
     fails("Found --image without --model", "--image", str(place / "query.png"))
     fails("the image cannot be read", "--image", "missing.png", "--model", str(place / "model"))
     fails("--rows is 0", "--rows", "0")
+    fails("--seed -1, expected 1, 1 and 0 or more", "--seed", "-1")
 
 
 def test_a_bank_without_thumbnails_and_one_row(images, model, processor, value_encoder, tmp_path):
@@ -83,6 +87,15 @@ def test_a_bank_without_thumbnails_and_one_row(images, model, processor, value_e
     MemoryBank.build(rows, model, processor, value_encoder, thumbnail_size=None).save_pretrained(tmp_path / "bank")
     cli.main(["bank", "view", str(tmp_path / "bank"), "-o", str(tmp_path / "page.html")])
     assert "alone" in (tmp_path / "page.html").read_text()
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(place, small_disk):
+    page, space = small_disk / "page.html", os.statvfs(small_disk)
+    page.write_text("earlier")
+    (small_disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 8192))
+    with pytest.raises(SystemExit, match="No space left"):
+        cli.main(["bank", "view", str(place / "bank"), "-o", str(page)])
+    assert page.read_text() == "earlier" and len(list(small_disk.iterdir())) == 2
 
 
 @pytest.fixture(scope="module")

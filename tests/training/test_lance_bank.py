@@ -230,6 +230,7 @@ def test_what_is_no_bank_is_refused(bank, tmp_path, monkeypatch):
         LanceBank.from_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match="IVF1024"):
         write_lance(bank, tmp_path / "lance", index="IVF1024")
+    assert not (tmp_path / "lance").exists()
     write_lance(bank, tmp_path / "lance")
     with pytest.raises(ValueError, match="already"):
         write_lance(bank, tmp_path / "lance")
@@ -244,6 +245,12 @@ def test_what_is_no_bank_is_refused(bank, tmp_path, monkeypatch):
     table.add(last.set_column(0, "id", pa.array([99])))
     with pytest.raises(ValueError, match="changed after"):
         LanceBank.from_pretrained(tmp_path / "lance").gather([len(bank) - 1])
+    (manifest, *_) = (tmp_path / "lance" / "bank.lance" / "_versions").glob("*.manifest")
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:9])
+    with pytest.raises(ValueError, match="lance cannot be read .*write the bank again"):
+        LanceBank.from_pretrained(tmp_path / "lance")
+    manifest.write_bytes(content)
     lancedb.connect(tmp_path / "lance").open_table("bank").delete("name = 'bank_config.json'")
     with pytest.raises(ValueError, match="lacks bank_config.json"):
         LanceBank.from_pretrained(tmp_path / "lance")
@@ -276,6 +283,20 @@ def test_a_write_that_was_killed_is_begun_anew(bank, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no whole memory bank"):
         LanceBank.from_pretrained(tmp_path / "lance")
     assert write_lance(bank, tmp_path / "lance").rows([1]) == bank.rows([1])
+
+
+def test_a_full_disk(bank, tmp_path, small_disk):
+    bank.save_pretrained(tmp_path / "bank")
+    command = ["bank", "lance", str(tmp_path / "bank"), str(small_disk / "lance")]
+    space = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 20_000))
+    with pytest.raises(SystemExit, match="could not write the bank to .*No space left.*the same again"):
+        main(command)
+    (small_disk / "filler").unlink()
+    with pytest.raises(SystemExit, match="--storage_option is 'x', expected NAME=VALUE"):
+        main([*command, "--storage_option", "x"])
+    main(command)
+    assert LanceBank.from_pretrained(small_disk / "lance").rows([1]) == bank.rows([1])
 
 
 def test_above_a_size_there_is_an_index(bank, tmp_path, monkeypatch):
