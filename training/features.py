@@ -1,6 +1,7 @@
 """Frozen visual features of a data set, computed once and kept in a memory-mapped file."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -99,7 +100,9 @@ def fingerprint_images(model: PreTrainedModel, processor: ProcessorMixin, images
     digest = hashlib.sha256()
     config, tower = model.config, model.base_model.vision_tower
     settings = (tower.dtype, config.vision_feature_layer, config.vision_feature_select_strategy)
-    digest.update(f"{processor.image_processor.to_json_string()}{settings}{len(images)}".encode())
+    preprocessing = json.loads(processor.image_processor.to_json_string())
+    preprocessing.pop("auto_map", None)  # saving a processor adds it
+    digest.update(f"{preprocessing}{settings}{len(images)}".encode())
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     for image in tqdm(images, "Checking for cached features", leave=False):

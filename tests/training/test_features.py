@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 
+from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 from tinyalign_vlm.training import features as module
 from tinyalign_vlm.training.features import cache_vision_features
 from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
@@ -53,6 +54,19 @@ def test_a_changed_input_is_computed_anew(change, make_model, make_processor, im
     assert forward_passes == [4, 4]
     pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     np.testing.assert_allclose(found, model.get_vision_features(pixel_values).numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_next_stage_finds_the_features(make_model, make_processor, images, tmp_path, forward_passes):
+    """Its model and processor are saved ones, those of the first were composed."""
+    model = make_model()
+    processor = make_processor(model)
+    cache_vision_features(model, processor, images[:4], tmp_path / "features")
+    model.save_pretrained(tmp_path / "stage1")
+    processor.save_pretrained(tmp_path / "stage1")
+    model = TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "stage1")
+    processor = TinyAlignProcessor.from_pretrained(tmp_path / "stage1")
+    cache_vision_features(model, processor, images[:4], tmp_path / "features")
+    assert forward_passes == [4]
 
 
 @pytest.mark.parametrize("torn", [0, 7, 200])
