@@ -388,7 +388,7 @@ def test_a_full_disk(build, small_disk, tmp_path):
     assert sorted(os.listdir(small_disk)) == [".out.lock", "out"]
 
 
-def test_bad_inputs(build, place, tmp_path):
+def test_bad_inputs(build, place, tmp_path, monkeypatch):
     def fails(message: str, *options, **more):
         with pytest.raises(SystemExit, match=f"(?s)tinyalign: .*{message}"):
             build(*options, out="bad", **more)
@@ -419,6 +419,8 @@ def test_bad_inputs(build, place, tmp_path):
     shards.remove_columns("license").to_parquet(tmp_path / "shard 0.parquet")
     shards.to_parquet(tmp_path / "shard 1.parquet")
     fails("has files of different columns: the first has not all", dataset=tmp_path / "shard ?.parquet")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the Hub is not asked
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as nowhere:
         build(out="bad", dataset="nobody/nothing")
     assert "nobody/nothing" in nowhere.value.code and "Free some space" not in nowhere.value.code
