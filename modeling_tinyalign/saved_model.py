@@ -57,6 +57,10 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         if config.connectors_only:  # from_pretrained gets them from elsewhere
             self._keys_to_ignore_on_load_missing = {"vision_tower", "language_model", "lm_head"}
 
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        """Connectors alone have no weights to tie: what is missing is no sign of a corrupted checkpoint."""
+        super().tie_weights(None if self.config.connectors_only else missing_keys, recompute_mapping)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -262,7 +262,8 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, StrictDataclassError, yaml.YAMLError) as error:
-        sys.exit(f"tinyalign: {error}")
+        name = f"\n{type(error).__name__}: "  # of a worker process comes its traceback as text
+        sys.exit(f"tinyalign: {str(error).rpartition(name)[2]}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from itertools import accumulate, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -57,9 +57,11 @@ def open_rows(config: RunArguments) -> datasets.Dataset | datasets.IterableDatas
 
     Raises `ValueError` when they cannot be read.
     """
-    if config.dataset is None:
+    if not config.dataset:
         raise ValueError("No data set: set `dataset` in the YAML file, or pass --dataset FILE_OR_REPOSITORY.")
-    files = sorted(glob(os.path.join(config.dataset, "*.tar"))) or sorted(glob(config.dataset))
+    files = sorted(glob(os.path.join(escape(config.dataset), "*.tar"))) or sorted(
+        glob(escape(config.dataset) if os.path.exists(config.dataset) else config.dataset)
+    )
     suffix = Path(files[0]).suffix if files else ""
     if not files and Path(config.dataset).suffix in SUFFIXES:
         raise ValueError(f"{config.dataset} does not exist, expected a file, a folder or a dataset repository.")

@@ -188,7 +188,7 @@ def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> RunArg
             f"{named} has stage: {stage}, expected `stage: 1` (connectors) or `stage: 2` (and the language model). "
             "A recipe of a model needs that of a stage before it: tinyalign train stage1.yaml qwen2-0.5b-siglip.yaml"
         )
-    config = _parse(STAGES[stage][0], settings, fields, f"tinyalign train {named}")
+    config = _parse(STAGES[stage][0], settings, fields, shlex.join(["tinyalign", "train", *map(str, paths)]))
     if config.stage != stage:
         raise ValueError(f"{named} is of stage {stage}, found --stage {config.stage}: name the file of that stage.")
     config.model_kwargs = {**settings["model_kwargs"], **(config.model_kwargs or {})}
@@ -198,7 +198,7 @@ def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> RunArg
             f"baseline is {config.baseline} and memory_top_k 0: it takes as many neighbours, or parameters, as the "
             "TinyAlign that it is compared with has. Leave baseline or memory_top_k out."
         )
-    if config.output_dir is None or config.output_dir == "trainer_output":
+    if config.output_dir in (None, "", "trainer_output"):
         raise ValueError(f"{named} has no output_dir: say where checkpoints and the trained model go.")
     return config
 
@@ -213,10 +213,10 @@ def _parse(config_class: type[RunArguments], settings: dict, fields: list[str], 
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         close = " or ".join(get_close_matches(name, vars(config)))
-        raise ValueError(
-            f"{unknown[0]} is no setting of {config_class.__name__}{close and f', did you mean {close}'}? They are "
-            f"--NAME VALUE on the command line and NAME: VALUE in a file; `{prog} --help` lists them."
-        )
+        hint = f", did you mean {close}?" if close else "."
+        if name in ("top_k", *(field.name for field in dataclasses.fields(TinyAlignConfig))):
+            hint = f", but a field of the model's config: --model_kwargs '{{\"{name}\": ...}}' sets it."
+        raise ValueError(f"{name} is no setting of {config_class.__name__}{hint} `{prog} --help` lists them.")
     return config
 
 

@@ -41,7 +41,9 @@ class Stage2Config(RunArguments, SFTConfig):
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Less memory, a slower step."})
     save_steps: float = field(default=0.25, metadata={"help": "Steps between two checkpoints, or a share of all."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
-    report_to: str | None = field(default="none", metadata={"help": "wandb, trackio, tensorboard or none."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "wandb, trackio, tensorboard or none; in a file also a list of them."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses, not logits."})
     dataset_kwargs: dict | None = field(

@@ -33,7 +33,7 @@ def same(first, second) -> bool:
         ("siglip", "phi", {"memory_top_k": 0}),
     ],
 )
-def test_one_call_loads_all(vision, text, config, checkpoints, tmp_path):
+def test_one_call_loads_all(vision, text, config, checkpoints, tmp_path, capfd):
     model = compose(checkpoints, vision, text, **config)
     model.save_pretrained(tmp_path / "alone", connectors_only=True)
     with safe_open(tmp_path / "alone" / "model.safetensors", "pt") as file:
@@ -41,6 +41,7 @@ def test_one_call_loads_all(vision, text, config, checkpoints, tmp_path):
     assert names and all("connector" in name for name in names)
     loaded = TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "alone")
     assert same(loaded, model) and not loaded.training
+    assert "corrupted" not in capfd.readouterr().err
     assert same(AutoModelForImageTextToText.from_pretrained(tmp_path / "alone"), model)
     assert same(TinyAlignModel.from_pretrained(tmp_path / "alone"), model.model)
     half, info = TinyAlignForConditionalGeneration.from_pretrained(

@@ -196,6 +196,7 @@ def test_a_composed_model_reads_the_banks_words(files, checkpoints, dataset, cap
         ({"global_batch_size": 6}, "global_batch_size is 6, expected a multiple of 4"),
         ({"learning_rate": [1, 2]}, r"learning_rate is \[1, 2\], expected float"),
         ({"dataset": ["pairs.parquet"]}, "dataset is .*, expected str"),
+        ({"report_to": ["paper"]}, "report_to is paper, expected one of"),
         ({"baseline": "rag"}, "baseline is 'rag', expected one of wider_connector, static_rag, text_rag"),
         ({"lerning_rate": 1e-3}, "lerning_rate is no setting of Stage1Config, did you mean learning_rate"),
         ({"model": "nowhere"}, "model nowhere, expected a folder or a Hub repository"),
@@ -283,8 +284,10 @@ def test_rows_without_an_answer_are_named(labels, message, files, monkeypatch):
 
 def test_an_unknown_field_is_refused(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
-    with pytest.raises(SystemExit, match="--learning_rat is no setting of Stage1Config, did you mean learning_rate"):
+    with pytest.raises(SystemExit, match="learning_rat is no setting of Stage1Config, did you mean learning_rate"):
         cli.main(["train", "stage1.yaml", "--learning_rat", "1"])
+    with pytest.raises(SystemExit, match="top_k is no setting of Stage1Config, but a field of the model's config"):
+        cli.main(["train", "stage1.yaml", "--top_k", "0"])
 
 
 @pytest.mark.parametrize(
@@ -301,7 +304,7 @@ def test_values_of_a_file_are_checked_as_on_the_command_line(change, message, fi
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "stage1.yaml", "changed.yaml"])
     usage, error = capsys.readouterr().err.splitlines()
-    assert usage == "usage: tinyalign train stage1.yaml + changed.yaml [--FIELD VALUE ...]"
+    assert usage == "usage: tinyalign train stage1.yaml changed.yaml [--FIELD VALUE ...]"
     assert re.search(message, error)
 
 

@@ -315,6 +315,8 @@ def test_other_endings(folder):
             tar.add(f"{number}.{suffix}")
             tar.add(f"{number}.json")
     assert str(check_rows(config("shard.tar.gz"))[1]) == "3 rows: 3 good"
+    Path("rows[1] 数.json").write_text(json.dumps([{**GOOD, "image": "red.png"}]))
+    assert str(check_rows(config("rows[1] 数.json"))[1]) == "1 rows: 1 good"
     Path("rows.csv").write_text("image,caption\n")
     with pytest.raises(ValueError, match="rows.csv is no data set, expected a file ending in .json, .jsonl"):
         check_rows(config("rows.csv"))
