@@ -19,7 +19,7 @@ from ..modeling_tinyalign.saved_bank import KEY_ENCODER_NAME, VALUE_ENCODER_NAME
 from .bank_changes import size_of
 from .bank_log import open_bank, read_log
 
-COMMON = 8  # values of a column that are shown
+COMMON, WIDTH = 8, 80  # values of a column that are shown, and their characters
 SEARCHED = 32  # rows that must find themselves
 
 
@@ -73,7 +73,8 @@ def _mib(size: int) -> str:
 def _common_values(column: pa.ChunkedArray) -> str:
     """`cc0 12, cc-by 3, (none) 1`, the most frequent first."""
     counts = Counter(column.to_pylist()).most_common()
-    shown = [f"{'(none)' if value is None else value} {count:,}" for value, count in counts[:COMMON]]
+    names = {None: "(none)", "": "(empty)"}
+    shown = [f"{names.get(value) or ' '.join(value.split())[:WIDTH]} {count:,}" for value, count in counts[:COMMON]]
     more = len(counts) - COMMON
     return ", ".join(shown + ([f"and {more} other values"] if more > 0 else []))
 
