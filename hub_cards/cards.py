@@ -154,7 +154,9 @@ def render_bank_card(facts: BankFacts) -> DatasetCard:
     bank, rows = ".", Markup('"parquet", data_files="data/train-*.parquet"')  # datasets can't load "."
     if "/" in facts.repo_id:
         bank, rows = facts.repo_id, literal(facts.repo_id)
-    return DatasetCard(_render("bank_card.md", data, facts, config=config, bank=bank, rows=rows))
+    return DatasetCard(
+        _render("bank_card.md", data, facts, config=config, packed=config.get("packed"), bank=bank, rows=rows)
+    )
 
 
 def render_space_card(facts: SpaceFacts) -> SpaceCard:

@@ -1,4 +1,4 @@
-"""The command line: `tinyalign demo`, `train`, `data check`, `bank` and `push`."""
+"""The command line: `tinyalign demo`, `train`, `data check`, `neighbours`, `bank`, `push` and `serve`."""
 
 import argparse
 import sys
@@ -30,7 +30,7 @@ A file, complete:
   vision_model: google/siglip-base-patch16-224            # or `model:`, a TinyAlign checkpoint, to go on with
   language_model: HuggingFaceTB/SmolLM2-135M-Instruct
   model_kwargs: {memory_top_k: 5}                         # fields of TinyAlignConfig; 0 is the baseline without memory
-  memory_bank: bank                                       # folder or Hub repository (MemoryBank.build makes one)
+  memory_bank: bank                                       # folder or Hub repository (`tinyalign bank build`)
   dataset: chats.json                                     # LLaVA's or TRL's rows: `tinyalign data check --help`
   global_batch_size: 256                                  # whatever the number of processes
   output_dir: out/stage1

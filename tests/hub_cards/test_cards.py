@@ -189,6 +189,14 @@ def test_size_category(bank_facts, num_rows, category):
     assert render_bank_card(bank_facts).data.size_categories == [category]
 
 
+@pytest.mark.parametrize(("packed", "key", "value"), [(False, "", ""), ("keys", "12", ""), (True, "12", "8")])
+def test_the_card_of_a_packed_bank(packed, key, value, bank_facts):
+    bank_facts.config["packed"] = packed
+    text = render_bank_card(bank_facts).text
+    for kind, bits in (("float32", key), ("float16", value)):
+        assert f"x {kind}, rounded to {bits} bits |" in text if bits else f"x {kind} |" in text
+
+
 def test_bank_card_with_a_gap_is_refused(bank_facts):
     with pytest.raises(ValueError, match="'org/bank' lacks license, limits: .* fields of BankFacts"):
         render_bank_card(dataclasses.replace(bank_facts, limits=[], license=None))
