@@ -94,7 +94,10 @@ def training_data(
         ValueError: As [`check_rows`]; or `config.strict` and a row is bad, or none is good.
     """
     if config.streaming:
-        return _stream(config, row_reader(config, processor, name_images))
+        rows = _stream(config, row_reader(config, processor, name_images))
+        if next(iter(rows), None) is None:
+            raise ValueError(f"{config.dataset} has no good row: none is left to train on.")
+        return rows
     rows, check = check_rows(config, processor)
     if not check.problems:
         return rows

@@ -321,8 +321,6 @@ def train(trainer: Trainer, bank: MemoryBank | None):
                 print(table(trainer.parts), flush=True)
             if checkpoint is None or not _load_finished(trainer, checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
-                if trainer.state.global_step == 0:
-                    raise ValueError(f"No step was taken: {args.dataset or 'the data set'} gave no row to train on.")
     finally:
         trainer.meter.close()
         for name in ("forward", "_original_forward"):

@@ -89,7 +89,7 @@ def test_rows_are_streamed(stage, files, monkeypatch):
 def test_streamed_rows_that_are_all_bad(files, monkeypatch):
     monkeypatch.chdir(files)
     (files / "bad.json").write_text(json.dumps([{"image": "0.png", "messages": []}] * 3))
-    with pytest.raises(SystemExit, match="No step was taken: bad.json gave no row to train on"):
+    with pytest.raises(SystemExit, match="bad.json has no good row: none is left to train on"):
         cli.main(["train", "stage1.yaml", "--streaming", "True", "--dataset", "bad.json"])
 
 
@@ -262,6 +262,12 @@ def test_what_is_wrong_is_told_without_a_traceback(files, checkpoints, monkeypat
     monkeypatch.setattr(demo, "run_demo", uninstalled)
     with pytest.raises(SystemExit, match="tinyalign: No module named 'matplotlib'"):
         cli.main(["demo"])
+
+
+def test_an_error_of_a_worker_process_is_told_without_its_traceback():
+    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback ...\nValueError: row 3: no image"
+    with pytest.raises(SystemExit, match="^tinyalign: row 3: no image$"), cli.plain_errors():
+        raise ValueError(text)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -180,3 +181,10 @@ def command_of(pid: str) -> bytes:
             return file.read()
     except (FileNotFoundError, ProcessLookupError):
         return b""
+
+
+def test_a_table_without_a_neighbour_says_so():
+    """All rows of the bank are the images' own: a mean of none is no number."""
+    scores = np.full((3, 2), -np.inf).tolist()
+    table = datasets.Dataset.from_dict({"own_rows": [2, 2, 2], "memory_scores": scores})
+    assert module.summary(table, 2).endswith("none has a neighbour, all rows of the bank are its own")
