@@ -242,7 +242,7 @@ def _in_processes(search: NeighbourSearch, todo: list[int], parts: Path, num_pro
 
 
 def _process(number: int, num_proc: int, search: bytes, todo: list[int], parts: Path):
-    torch.set_num_threads(max(1, os.cpu_count() // num_proc))
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_proc))  # of those that OMP_NUM_THREADS allows
     pickle.loads(search).write_parts(todo[number::num_proc], parts, number)
 
 
