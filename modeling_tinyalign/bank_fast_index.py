@@ -69,7 +69,10 @@ def open_index(keys: PlainKeys | PackedKeys, folder: Path, wanted: str | None) -
         with locked(folder):
             if not record.exists():
                 make_fast_index(keys, folder / f"{name}.faiss", record, wanted)
-    facts = json.loads(record.read_text())
+    try:
+        facts = json.loads(record.read_text())
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged ({error}). Delete {folder} and load the bank again.") from error
     facts.pop("sha256", None)
     if facts["index"] == EXACT:
         return KeyIndex(keys), facts

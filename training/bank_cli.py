@@ -131,7 +131,11 @@ def add_bank_commands(commands: argparse._SubParsersAction, calibrate_help: str)
     build.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
     _add_row_options(build)
     build.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="keep these columns: source, license")
-    build.add_argument("--like", metavar="BANK", help="use the encoders of this bank: folder or repository")
+    build.add_argument(
+        "--like",
+        metavar="BANK",
+        help="use the encoders, columns and thumbnail size of this bank: folder or repository",
+    )
     build.add_argument("--value_encoder", metavar="BANK", help="use that of this bank, or of a folder, with new keys")
     build.add_argument(
         "--value_encoder_steps", type=int, default=1000, metavar="N", help="to train a new one (default: %(default)s)"
@@ -203,7 +207,9 @@ def _add_row_options(parser: argparse.ArgumentParser):
     data.add_argument("--dataset", required=True, metavar="DATA", help="files, folder or repository")
     data.add_argument("--dataset_config", metavar="NAME", help="of a repository")
     data.add_argument("--dataset_revision", metavar="REVISION", help="of a repository: branch, tag or commit")
-    data.add_argument("--dataset_split", default="train", metavar="SPLIT", help="(default: %(default)s)")
+    data.add_argument(
+        "--dataset_split", default="train", metavar="SPLIT", help="of a folder or repository (default: %(default)s)"
+    )
     data.add_argument("--image_folder", metavar="DIR", help="what paths of images are relative to")
     data.add_argument("--image_column", metavar="COLUMN", help="images or paths (default: image or images)")
     data.add_argument("--caption_column", metavar="COLUMN", help="(default: caption or txt, else the chat's answer)")

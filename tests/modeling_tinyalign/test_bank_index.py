@@ -321,6 +321,11 @@ def test_lists_that_are_damaged(small_limits):
         lists.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"\.lists is damaged. Delete .* and load the bank again"):
             bank.without_encoders().search(np.ones((1, 48)), 5)
+    lists.write_bytes(whole)
+    (record,) = bank._files.keys_folder.glob("auto*.json")
+    record.write_text(record.read_text()[:40])
+    with pytest.raises(ValueError, match=r"\.json is damaged .*Delete .* and load the bank again"):
+        bank.without_encoders().search(np.ones((1, 48)), 5)
 
 
 def test_a_bank_that_is_saved_again_says_what_was_measured_first(tmp_path, monkeypatch):

@@ -422,8 +422,8 @@ def test_bad_inputs(build, place, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the Hub is not asked
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as nowhere:
-        build(out="bad", dataset="nobody/nothing")
-    assert "nobody/nothing" in nowhere.value.code and "Free some space" not in nowhere.value.code
+        build(out="bad", dataset=tmp_path / "no such folder")
+    assert "no such folder" in nowhere.value.code and "Free some space" not in nowhere.value.code
     fails("whiten_dim is 99, but 36 rows .* at most 16", "--whiten_dim", "99")
     with pytest.raises(SystemExit) as done:
         build("--learning_rate", "1")
