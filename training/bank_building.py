@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
 
 from ..modeling_tinyalign import MemoryBank, ValueEncoder, ValueEncoderConfig
 from ..modeling_tinyalign.bank_builder import RowEncoder, check_row_settings, evaluating
+from ..modeling_tinyalign.bank_folders import scratch_folder
 from ..modeling_tinyalign.bank_storage import Packed
 from .bank_log import LEFT_OUT_NAME, changing, count_kinds, is_last_change, open_bank, read_log, save_change
 from .bank_parts import Parts
@@ -125,7 +126,7 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike, ray: int | None 
         work = out.with_name(f".{out.name}.build")
         log = read_log(out)
         if log and log[0].get("settings") == kept:
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
             print(f"{name} is complete: there is nothing to do.")
             return
         if out.exists() and (out.is_file() or any(out.iterdir())):
@@ -157,14 +158,14 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike, ray: int | None 
         with keeping(work):
             parts = run.encode(encoder, set(), ray)
             if parts.rows == 0:
-                shutil.rmtree(work)
+                discard(work)
                 raise ValueError(f"{settings.dataset} has no usable row. {_examples(parts)}")
             if like is None:
                 bank = MemoryBank.from_encoded(encoder, parts.batches, settings.whiten_dim)
             else:
                 bank = like.of_encoded(parts.batches(), settings.packed)
             save_change(bank, out, {"change": "build", "settings": kept}, parts.left_out)
-        shutil.rmtree(work)
+        discard(work)
     print(f"{name}: {len(bank)} rows; {count_kinds(parts.left_out)}{_listed(name, parts)}.")
 
 
@@ -182,7 +183,7 @@ def add_rows(settings: RowSettings, folder: str | os.PathLike, ray: int | None =
         if (work / SETTINGS_NAME).is_file() and _read(work)["settings"]["bank"] != bank.config["sha256"]:
             same = kept | {"bank": _read(work)["settings"]["bank"]}
             complete = is_last_change(folder, json.loads(json.dumps({"change": "add", "settings": same})))
-            shutil.rmtree(work)
+            discard(work)
             if complete:
                 print(f"{name}: {len(bank)} rows; these were added before, there is nothing to do.")
                 return
@@ -192,12 +193,12 @@ def add_rows(settings: RowSettings, folder: str | os.PathLike, ray: int | None =
         with keeping(work):
             parts = run.encode(encoder, seen, ray)
             if parts.rows == 0 and not any(row["reason"].startswith("duplicate") for row in parts.left_out):
-                shutil.rmtree(work)
+                discard(work)
                 raise ValueError(f"{settings.dataset} has no usable row. {_examples(parts)}")
             if parts.rows:
                 bank = bank.with_encoded(parts.batches())
                 save_change(bank, folder, {"change": "add", "settings": kept}, parts.left_out)
-        shutil.rmtree(work)
+        discard(work)
     print(f"{name}: {len(bank)} rows, {parts.rows} of them new; {count_kinds(parts.left_out)}{_listed(name, parts)}.")
 
 
@@ -344,6 +345,20 @@ def keeping(work: Path) -> Iterator[None]:
             f"{(reason or str(error)).rstrip('.')}. Nothing is lost: {work} keeps what was encoded. Free some space "
             "and run the same command again; it goes on from there.",
         ) from error
+
+
+def discard(work: Path):
+    """
+    Deletes the work of a command. `settings.json` goes last: with it, a command that is killed meanwhile and run again
+    knows whose work is left. What else there was is never seen in part.
+    """
+    if not work.is_dir():
+        return
+    with scratch_folder(work.parent, f"{work.stem}.new-") as scratch:  # as of the bank, which clears up after a kill
+        for path in work.iterdir():
+            if path.name != SETTINGS_NAME:
+                path.rename(scratch / path.name)
+    shutil.rmtree(work)
 
 
 def _read(work: Path) -> dict:

@@ -24,8 +24,10 @@ COMMANDS = {
     "compact": ["bank"],
 }
 
+LAST = 20
 # In forked processes, so that imports, which take longer than the work, are done once. Each works in a copy of `start`
-# with its own HF_HOME. A killed command is followed by a look at all banks that are there, in another process.
+# with its own HF_HOME. A killed command is followed by a look at all banks that are there, in another process. Besides
+# random moments, each command is killed before each of the last steps at which names of files and folders change.
 CHANGES = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
@@ -36,7 +38,7 @@ from tinyalign_vlm.training import bank_building, bank_changes, bank_parts, cli
 from tinyalign_vlm.training.bank_report import bank_problems
 
 bank_parts.PART_ROWS = 2
-root, seeds, commands = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+root, seeds, last, commands = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
 
 def forked(place, work, home="home"):
     pid = os.fork()
@@ -50,6 +52,21 @@ def forked(place, work, home="home"):
             os._exit(1)
         os._exit(0)
     return pid
+
+# killed before this step, if there is one; else `file` says how many there are
+def before_step(step, run, file):
+    steps = 0
+    def hook(event, _):
+        nonlocal steps
+        if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            if steps == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            steps += 1
+    def work():
+        sys.addaudithook(hook)
+        run()
+        file.write_text(str(steps))
+    return work
 
 def answers(folder):
     bank = MemoryBank.from_pretrained(folder)
@@ -72,7 +89,8 @@ for command, options in commands.items():
     undisturbed = root / command / "undisturbed"
     shutil.copytree(root / "start", undisturbed)
     began = time.time()
-    assert os.waitpid(forked(undisturbed, run), 0)[1] == 0
+    steps = root / command / "steps"
+    assert os.waitpid(forked(undisturbed, before_step(None, run, steps)), 0)[1] == 0
     took = time.time() - began
     recorded = [root / "before.json", root / command / "after.json"]
     for place, file in zip((root / "start", undisturbed), recorded):
@@ -107,6 +125,12 @@ for command, options in commands.items():
         assert os.waitpid(forked(place, run), 0)[1] == 0
         assert (place / "bank" / "bank_config.json").stat().st_mtime_ns == before
         print(json.dumps([command, kills]))
+    for number in range(last):
+        place = root / command / f"step {number}"
+        shutil.copytree(root / "start", place)
+        status = os.waitpid(forked(place, before_step(int(steps.read_text()) - 1 - number, run, steps)), 0)[1]
+        assert os.WIFSIGNALED(status), status
+        assert os.waitpid(forked(place, run), 0)[1] == 0
 """
 
 
@@ -150,6 +174,7 @@ def killed(root) -> dict[str, list[int]]:
         CHANGES,
         root,
         str(SEEDS),
+        str(LAST),
         json.dumps({name: options(name, root) for name in COMMANDS}),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -170,8 +195,8 @@ def test_killed_at_any_moment_and_run_again(command, killed, root):
     expected = content(root / command / "undisturbed")
     if command != "merge":
         assert content(root / "start" / "bank") != content(root / command / "undisturbed" / "bank")
-    for seed in range(SEEDS):
-        place = root / command / str(seed)
+    for name in [*range(SEEDS), *(f"step {number}" for number in range(LAST))]:
+        place = root / command / str(name)
         assert content(place / out) == content(root / command / "undisturbed" / out)
         left = {name for name in content(place) if not name.startswith("home/")}
         assert left == {name for name in expected if not name.startswith("home/")}, "something was left beside it"
