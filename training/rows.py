@@ -4,9 +4,11 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import escape, glob
+from gzip import BadGzipFile
 from itertools import accumulate, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -128,7 +130,8 @@ def _read_tar(files: list[str], versions: list) -> Iterator[dict]:
         try:
             with tarfile.open(name) as tar:
                 yield from _samples(tar)
-        except tarfile.TarError as error:
+                _check_end(tar)
+        except (tarfile.TarError, EOFError, BadGzipFile, zlib.error) as error:
             raise ValueError(f"{name} cannot be read ({error}), expected a whole WebDataset (.tar).") from error
 
 
@@ -144,6 +147,15 @@ def _samples(tar: tarfile.TarFile) -> Iterator[dict]:
             elif suffix in (".json", ".txt"):
                 row[suffix[1:]] = content.decode(errors="replace")
         yield {**row, "images": images}
+
+
+def _check_end(tar: tarfile.TarFile):
+    """tarfile takes a damaged header for the end, and gzip looks at its checksum at the end only."""
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError("a header is damaged or cut")
+    while tar.fileobj.read(2**20):
+        pass
 
 
 def _stem(name: str) -> PurePosixPath:

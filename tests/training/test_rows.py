@@ -1,5 +1,6 @@
 """Every format people have, to the same rows; and what is wrong with them."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -304,6 +305,31 @@ def test_data_check_prints_every_bad_row(folder, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["data", "check", "--help"])
     assert "<image> anywhere in a question" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_shards(packed, folder):
+    """No row is lost in silence: tarfile itself takes a header that is cut or damaged for the end of the file."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for number in range(3):
+            Image.new("RGB", (4, 4)).save(f"{number}.png")
+            Path(f"{number}.json").write_text(json.dumps({"conversations": GOOD["conversations"]}))
+            tar.add(f"{number}.png")
+            tar.add(f"{number}.json")
+        header = tar.getmember("1.png").offset
+    whole, name = content.getvalue(), "shard.tar.gz" if packed else "shard.tar"
+    damaged = bytearray(whole)
+    damaged[header] ^= 1
+    shards = [whole[: header + 1], whole[: header + 511], whole[: header + 513], bytes(damaged)]
+    if packed:
+        shards = [gzip.compress(shard) for shard in shards] + [gzip.compress(whole)[:-9], gzip.compress(whole)[:300]]
+    for shard in shards:
+        Path(name).write_bytes(shard)
+        with pytest.raises(ValueError, match=f"(?s){name} cannot be read .*expected a whole WebDataset"):
+            check_rows(config(name))
+    Path(name).write_bytes(gzip.compress(whole) if packed else whole)
+    assert str(check_rows(config(name))[1]) == "3 rows: 3 good"
 
 
 def test_other_endings(folder):
