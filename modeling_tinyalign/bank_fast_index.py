@@ -240,8 +240,9 @@ def tune(index: KeyIndex, k_factors: Sequence[int]) -> float:
     truth, _ = KeyIndex(index.keys).search(queries, TOP_K, own)
 
     def recall(k_factor: int) -> float:
-        index.k_factor = k_factor
+        index.k_factor = k_factor * TOP_K / (TOP_K + 1)  # no more candidates than for a query that excludes nothing
         scores, _ = index.search(queries, TOP_K, own)
+        index.k_factor = k_factor
         return float((scores >= truth[:, -1:] - TIE).mean())
 
     cells = faiss.try_extract_index_ivf(index.fast)

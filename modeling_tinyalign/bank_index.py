@@ -136,7 +136,7 @@ class KeyIndex:
             was left out whose rough score is better.
         """
         error = self.keys.error(queries)
-        compared = min(len(self.keys), max(fetch, self.k_factor * wanted))
+        compared = min(len(self.keys), max(fetch, round(self.k_factor * wanted)))
         if self.fast is not None and compared <= MAX_CANDIDATES:
             refined = faiss.IndexRefine(self.fast, self.keys.index)
             refined.k_factor = compared / fetch

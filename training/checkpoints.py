@@ -92,8 +92,7 @@ def last_checkpoint(
     """
     settings = json.loads(json.dumps(settings, default=str))
     run = Path(output_dir, RUN_NAME)
-    # the trainer's state is written last
-    complete = [path for path in sort_checkpoints(str(output_dir)) if Path(path, TRAINER_STATE_NAME).is_file()]
+    complete = [path for path in sort_checkpoints(str(output_dir)) if _is_complete(Path(path))]
     if complete and run.is_file():
         earlier = json.loads(run.read_text())
         changed = [  # an earlier version may have kept fewer settings
@@ -114,6 +113,15 @@ def last_checkpoint(
     if write:  # one process does
         _write_settings(run, settings)
     return chosen or (complete[-1] if complete else None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether its last file, the trainer's state, is there, and whole: the disk may have been full."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _write_settings(run: Path, settings: dict):

@@ -157,7 +157,7 @@ class LanceIndex(KeyIndex):
     def _candidates(
         self, queries: np.ndarray, fetch: int, wanted: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        compared = min(len(self.keys), max(fetch, self.k_factor * wanted))
+        compared = min(len(self.keys), max(fetch, round(self.k_factor * wanted)))
         error = ROUNDING * np.linalg.norm(queries, axis=1)
         if self.name == EXACT or compared > MAX_CANDIDATES:
             return *self._found(queries, fetch, None), error, True
@@ -432,14 +432,16 @@ def tuned(index: LanceIndex) -> tuple[LanceIndex, float]:
     truth, _ = LanceIndex(index.keys).search(queries, TOP_K, own)
     lists = num_lists(len(index.keys))
 
-    def recall() -> float:
-        return float((index.search(queries, TOP_K, own)[0] >= truth[:, -1:] - TIE).mean())
+    def recall(k_factor: int) -> float:
+        index.k_factor = k_factor * TOP_K / (TOP_K + 1)  # no more candidates than for a query that excludes nothing
+        scores, _ = index.search(queries, TOP_K, own)
+        index.k_factor = k_factor
+        return float((scores >= truth[:, -1:] - TIE).mean())
 
-    index.k_factor = K_FACTORS[-1]
-    while recall() < GOOD_RECALL and index.nprobes < lists:
+    while recall(K_FACTORS[-1]) < GOOD_RECALL and index.nprobes < lists:
         index.nprobes = min(2 * index.nprobes, lists)
-    for index.k_factor in K_FACTORS:
-        if (found := recall()) >= GOOD_RECALL:
+    for k_factor in K_FACTORS:
+        if (found := recall(k_factor)) >= GOOD_RECALL:
             break
     if found >= MIN_RECALL:
         return index, found

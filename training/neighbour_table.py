@@ -98,6 +98,8 @@ def neighbour_table(
         state.wait_for_everyone()
         path = _deep_enough(folder, name, depth)
         if path is not None:
+            if state.is_main_process:  # killed when the table was complete
+                shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
             return path
         path, parts = folder / f"{name}-{depth}.parquet", folder / f"{name}-{depth}.parts"
         parts.mkdir(exist_ok=True)

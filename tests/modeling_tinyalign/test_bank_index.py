@@ -286,6 +286,22 @@ def test_batches_and_exclusion_with_a_fast_index(small_limits):
     assert sorted(bank.search(keys[:2], 3, exclude=most)[1][0].tolist()) == [-1, 3998, 3999]
 
 
+def test_recall_is_what_new_queries_get(small_limits, monkeypatch):
+    """The bank's own keys, each of which is in its own way, are not compared with more candidates."""
+    compared, search = [], bank_fast_index.KeyIndex._candidates
+
+    def candidates(self, queries, fetch, wanted):
+        compared.append(round(self.k_factor * wanted) if self.fast else None)
+        return search(self, queries, fetch, wanted)
+
+    monkeypatch.setattr(bank_fast_index.KeyIndex, "_candidates", candidates)
+    bank = bank_of(clustered_keys(4000, 48))
+    k_factor = bank.index_facts["k_factor"]
+    assert 5 * k_factor in compared
+    bank.search(random_keys(1, 48), 5)
+    assert compared[-1] == 5 * k_factor
+
+
 def test_a_finer_index_for_keys_that_need_it(small_limits, monkeypatch):
     monkeypatch.setattr(bank_fast_index, "DEFAULTS", {4: (32,), 2: (32,)})
     facts = bank_of(random_keys(6000, 48)).index_facts

@@ -101,7 +101,9 @@ def test_resuming_gives_the_uninterrupted_trajectory(
 
         patch.setattr(trainer_class, "train", train)
         run(stage, resumed, processor, dataset, bank, tmp_path / "resumed", features, **settings)
-    (tmp_path / "resumed" / "checkpoint-4").mkdir()  # killed while saving
+    for step in ("4", "5"):  # killed while saving; out of space
+        (tmp_path / "resumed" / f"checkpoint-{step}").mkdir()
+    (tmp_path / "resumed" / "checkpoint-5" / "trainer_state.json").write_text('{"epoch":')
     resumed = make_model()
     again = run(stage, resumed, processor, dataset, bank, tmp_path / "resumed", features, **settings)
     assert losses(again) == losses(trainer) and len(losses(again)) == 6
