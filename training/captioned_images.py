@@ -15,7 +15,7 @@ from ..modeling_tinyalign.bank_images import image_source_id, load_image
 from .arguments import RunArguments
 from .data import BadRow
 from .data_check import row_reader
-from .rows import open_rows
+from .row_files import open_rows
 
 CAPTION_COLUMNS = ("caption", "txt")
 

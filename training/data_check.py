@@ -15,7 +15,8 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from .arguments import RunArguments
-from .rows import FEATURES, STORED_IMAGE, RowReader, open_rows
+from .row_files import STORED_IMAGE, open_rows
+from .rows import FEATURES, RowReader
 
 logger = logging.get_logger(__name__)
 BAD_ROWS_NAME = "bad_rows.json"
