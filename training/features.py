@@ -4,14 +4,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
@@ -20,6 +23,8 @@ from transformers.utils import logging
 from ..modeling_tinyalign.bank_images import load_image
 
 logger = logging.get_logger(__name__)
+
+PART_IMAGES = 256  # what a killed process loses at most
 
 
 def cache_vision_features(
@@ -35,6 +40,7 @@ def cache_vision_features(
 
     The features are in `<path>-<fingerprint>.npy`. The fingerprint covers the images' bytes, the tower's weights and
     the preprocessing, so another input never gets an old file. What a killed call had finished is used by the next.
+    Under `accelerate launch` or `torchrun` all processes must call this: each computes a share, on its own device.
 
     Args:
         model: A TinyAlign model; its tower runs where it is, in its dtype.
@@ -57,16 +63,22 @@ def cache_vision_features(
     images = undecoded(images)
     if len(images) == 0:
         raise ValueError("There are no images, expected at least one.")
-    fingerprint = fingerprint_images(model, processor, images)
+    state = PartialState()
+    names = [fingerprint_images(model, processor, images) if state.is_main_process else None]
+    (fingerprint,) = broadcast_object_list(names)
     path = Path(path)
     complete = path.with_name(f"{path.name}-{fingerprint}.npy")
     complete.parent.mkdir(parents=True, exist_ok=True)
     # another run that wants the same waits for this one, and then finds them
-    with nullcontext() if complete.exists() else FileLock(complete.with_suffix(".lock")):
+    first = state.is_main_process and not complete.exists()
+    with FileLock(complete.with_suffix(".lock")) if first else nullcontext():
+        state.wait_for_everyone()
         if not complete.exists():
             partial = complete.with_suffix(".partial")
             _compute(model, processor, images, partial, batch_size, desc)
-            os.replace(partial, complete)
+            if state.is_main_process:
+                os.replace(partial, complete)
+            state.wait_for_everyone()
     return np.load(complete, mmap_mode="r", allow_pickle=False)
 
 
@@ -129,33 +141,55 @@ def _compute(
     batch_size: int,
     desc: str,
 ):
-    """Appends to `partial`, an .npy file that is complete up to its last whole row."""
-    with open(partial, "ab+") as file:
-        done = _rows_in(file, len(images))
-        if done:
-            logger.info(f"{partial}: going on after {done} of {len(images)} images.")
-        starts = range(done, len(images), batch_size)
-        with tqdm(total=len(images), initial=done, desc=desc, unit="image") as bar:
-            for start, features in zip(starts, _batches(model, processor, images, starts, batch_size), strict=True):
-                if file.tell() == 0:
-                    _check_room(partial, features, len(images))
-                    header = {"descr": "<f2", "fortran_order": False, "shape": (len(images), *features.shape[1:])}
-                    np.lib.format.write_array_header_1_0(file, header)
-                features = features.to("cpu", torch.float16)
-                finite = features.flatten(1).isfinite().all(dim=1)
-                if not finite.all():
-                    raise ValueError(
-                        f"Image {start + int(finite.int().argmin())} has features that are NaN or do not fit in "
-                        "float16: check the tower's weights and dtype."
-                    )
-                file.write(features.numpy().tobytes())
+    """
+    Fills `partial`, an .npy file of full size. Until all is there, a byte for each part stands behind the rows: 1 when
+    the part is written.
+    """
+    state = PartialState()
+    ((_, features),) = _batches(model, processor, images, range(1), 1)
+    header, row_bytes, num_parts = BytesIO(), 2 * features.numel(), -(-len(images) // PART_IMAGES)
+    shape = (len(images), *features.shape[1:])
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    end = header.tell() + len(images) * row_bytes
+    if state.is_main_process and not (partial.exists() and partial.stat().st_size in (end, end + num_parts)):
+        _check_room(partial, len(images), end)
+        with open(partial, "wb") as file:
+            file.write(header.getvalue())
+            file.truncate(end + num_parts)
+    state.wait_for_everyone()
+    with open(partial, "rb+") as file:
+        file.seek(end)
+        written = file.read() or bytes([1]) * num_parts
+        state.wait_for_everyone()  # all know what is to do before one of them starts to do it
+        todo = [part for part in range(num_parts) if not written[part]]
+        if len(todo) < num_parts:
+            logger.info(f"{partial}: {num_parts - len(todo)} of {num_parts} parts are there.")
+        todo = todo[state.process_index :: state.num_processes]
+        spans = [range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, len(images))) for part in todo]
+        with tqdm(total=sum(map(len, spans)), desc=desc, unit="image", position=state.process_index) as bar:
+            for part, span in zip(todo, spans, strict=True):
+                file.seek(header.tell() + span.start * row_bytes)
+                for start, features in _batches(model, processor, images, span, batch_size):
+                    features = features.to("cpu", torch.float16)
+                    finite = features.flatten(1).isfinite().all(dim=1)
+                    if not finite.all():
+                        raise ValueError(
+                            f"Image {start + int(finite.int().argmin())} has features that are NaN or do not fit in "
+                            "float16: check the tower's weights and dtype."
+                        )
+                    file.write(features.numpy().tobytes())
+                    bar.update(len(features))
                 file.flush()
-                bar.update(len(features))
-        os.fsync(file.fileno())
+                os.fsync(file.fileno())
+                file.seek(end + part)
+                file.write(b"\1")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        os.truncate(partial, end)
 
 
-def _check_room(partial: Path, features: torch.Tensor, num_images: int):
-    needed, free = features[0].numel() * 2 * num_images, shutil.disk_usage(partial.parent).free
+def _check_room(partial: Path, num_images: int, needed: int):
+    free = shutil.disk_usage(partial.parent).free
     if needed > free:
         raise OSError(
             f"The features of {num_images} images take {needed / 1e9:.1f} GB, but {partial.parent} has "
@@ -164,30 +198,10 @@ def _check_room(partial: Path, features: torch.Tensor, num_images: int):
 
 
 def _batches(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    images: Sequence[Any],
-    starts: Iterable[int],
-    batch_size: int,
-):
-    for start in starts:
-        batch = [read_image(images, index) for index in range(start, min(start + batch_size, len(images)))]
+    model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any], span: range, batch_size: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Of each batch of the images in `span`, the number of its first, and their features `(n, T, C)`."""
+    for start in range(span.start, span.stop, batch_size):
+        batch = [read_image(images, index) for index in range(start, min(start + batch_size, span.stop))]
         pixel_values = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
-        yield model.get_vision_features(pixel_values)
-
-
-def _rows_in(file, num_images: int) -> int:
-    """Whole rows in an unfinished file; the rest of it is cut off."""
-    file.seek(0)
-    try:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    except ValueError:  # killed before the header was written
-        file.truncate(0)
-        return file.seek(0)
-    header = file.tell()
-    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-    done = min((file.seek(0, os.SEEK_END) - header) // row_bytes, num_images)
-    file.truncate(header + done * row_bytes)
-    file.seek(0, os.SEEK_END)
-    return done
+        yield start, model.get_vision_features(pixel_values)

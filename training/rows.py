@@ -275,6 +275,8 @@ def with_features(
     """
     With `config.cache_features` the visual features and the rows with `feature_index`. They are kept under `HF_HOME`,
     for other runs with the same images, tower and preprocessing.
+
+    All processes of a run must call this at once: they share the work.
     """
     images = RowImages(rows) if config.cache_features else []
     if len(images) == 0:

@@ -89,9 +89,9 @@ def prepare(config: RunArguments) -> Run:
         rows = training_data(config, processor, name_images=bank is not None)
         if config.streaming:
             rows = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
-        rows, features = with_features(config, model, processor, rows)
         of_evaluation = None if config.eval_dataset is None else evaluation_config(config)
         eval_rows = None if of_evaluation is None else training_data(of_evaluation, processor)
+    rows, features = with_features(config, model, processor, rows)
     if bank is not None:
         top_k = model.config.num_neighbours or neighbours_of_baseline(config)
         rows = with_neighbours(config, model, processor, rows, bank, top_k, features)

@@ -1,6 +1,10 @@
 """Cached features and neighbours."""
 
 import io
+import os
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,14 +17,14 @@ from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
 
 @pytest.fixture
 def forward_passes(monkeypatch):
-    """The numbers of images that went through the tower."""
+    """The numbers of images that went through the tower: first one, for the shape of its features."""
     calls = []
     original = module._batches
 
     def batches(*args):
-        for features in original(*args):
+        for start, features in original(*args):
             calls.append(len(features))
-            yield features
+            yield start, features
 
     monkeypatch.setattr(module, "_batches", batches)
     return calls
@@ -28,10 +32,10 @@ def forward_passes(monkeypatch):
 
 def test_features_are_computed_once(model, processor, images, dataset, features, tmp_path, forward_passes):
     found = cache_vision_features(model, processor, images, tmp_path / "a" / "features", batch_size=5)
-    assert isinstance(found, np.memmap) and found.dtype == np.float16 and forward_passes == [5, 5, 2]
+    assert isinstance(found, np.memmap) and found.dtype == np.float16 and forward_passes == [1, 5, 5, 2]
     np.testing.assert_allclose(found, features, rtol=1e-3, atol=1e-3)
     again = cache_vision_features(model, processor, images, tmp_path / "a" / "features", batch_size=3)
-    assert np.array_equal(found, again) and len(forward_passes) == 3
+    assert np.array_equal(found, again) and len(forward_passes) == 4
     of_column = cache_vision_features(model, processor, dataset["image"], tmp_path / "b")
     assert np.array_equal(found, of_column)
     assert len(list(tmp_path.glob("b-*.npy"))) == 1 and not list(tmp_path.rglob("*.partial"))
@@ -51,7 +55,7 @@ def test_a_changed_input_is_computed_anew(change, make_model, make_processor, im
     else:
         processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     found = cache_vision_features(model, processor, images, tmp_path / "features")
-    assert forward_passes == [4, 4]
+    assert forward_passes == [1, 4, 1, 4]
     pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     np.testing.assert_allclose(found, model.get_vision_features(pixel_values).numpy(), rtol=1e-3, atol=1e-3)
 
@@ -66,38 +70,78 @@ def test_the_next_stage_finds_the_features(make_model, make_processor, images, t
     model = TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "stage1")
     processor = TinyAlignProcessor.from_pretrained(tmp_path / "stage1")
     cache_vision_features(model, processor, images[:4], tmp_path / "features")
-    assert forward_passes == [4]
+    assert forward_passes == [1, 4]
 
 
-@pytest.mark.parametrize("torn", [0, 7, 200])
-def test_goes_on_where_it_was_killed(torn, model, processor, images, tmp_path, forward_passes, monkeypatch):
+def test_goes_on_where_it_was_killed(model, processor, images, tmp_path, forward_passes, monkeypatch):
     whole = cache_vision_features(model, processor, images, tmp_path / "whole")
     forward_passes.clear()
-    original = module._batches
+    monkeypatch.setattr(module, "PART_IMAGES", 5)
+    original = module.read_image
 
-    def killed(*args):
-        batches = original(*args)
-        yield next(batches)
-        yield next(batches)
-        raise KeyboardInterrupt
+    def killed(images, index):
+        if index == 8:
+            raise KeyboardInterrupt
+        return original(images, index)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_batches", killed)
-        cache_vision_features(model, processor, images, tmp_path / "features", batch_size=4)
-    (partial,) = tmp_path.glob("*.partial")
-    assert forward_passes == [4, 4]
-    with open(partial, "ab") as file:  # part of a row
-        file.write(b"x" * torn)
-    found = cache_vision_features(model, processor, images, tmp_path / "features", batch_size=4)
-    assert forward_passes == [4, 4, 4] and np.array_equal(found, whole)
+        patch.setattr(module, "read_image", killed)
+        cache_vision_features(model, processor, images, tmp_path / "features", batch_size=3)
+    assert forward_passes == [1, 3, 2, 3] and not list(tmp_path.glob("features*.npy"))
+    found = cache_vision_features(model, processor, images, tmp_path / "features", batch_size=3)
+    assert forward_passes == [1, 3, 2, 3, 1, 3, 2, 2] and np.array_equal(found, whole)
+    assert [path.suffix for path in sorted(tmp_path.glob("features*"))] == [".lock", ".npy"]
 
 
-def test_a_file_without_header_starts_anew(model, processor, images, tmp_path):
+def test_killed_when_all_was_written(model, processor, images, tmp_path, forward_passes):
     whole = cache_vision_features(model, processor, images, tmp_path / "features")
     (complete,) = tmp_path.glob("*.npy")
-    complete.with_suffix(".partial").write_bytes(complete.read_bytes()[:5])
+    complete.rename(complete.with_suffix(".partial"))
+    assert np.array_equal(cache_vision_features(model, processor, images, tmp_path / "features"), whole)
+    assert forward_passes == [1, 8, 4, 1]
+
+
+@pytest.mark.parametrize("size", [0, 5, 200])
+def test_a_cut_file_is_begun_anew(size, model, processor, images, tmp_path):
+    whole = cache_vision_features(model, processor, images, tmp_path / "features")
+    (complete,) = tmp_path.glob("*.npy")
+    complete.with_suffix(".partial").write_bytes(complete.read_bytes()[:size])
     complete.unlink()
     assert np.array_equal(cache_vision_features(model, processor, images, tmp_path / "features"), whole)
+
+
+PROCESSES = """
+import pickle
+from pathlib import Path
+from accelerate import PartialState
+from tinyalign_vlm import TinyAlignForConditionalGeneration
+from tinyalign_vlm.training import features as module
+
+state = PartialState(cpu=True)
+module.PART_IMAGES = 5
+read_image, read = module.read_image, []
+module.read_image = lambda images, index: read.append(index) or read_image(images, index)
+processor, images = pickle.loads(Path("inputs.pkl").read_bytes())
+model = TinyAlignForConditionalGeneration.from_pretrained("model")
+found = module.cache_vision_features(model, processor, images, "features", batch_size=3)
+Path(f"{state.process_index}.pkl").write_bytes(pickle.dumps((read, found[:])))
+"""
+
+
+def test_processes_share_the_work(model, processor, images, tmp_path):
+    whole = cache_vision_features(model, processor, images, tmp_path / "whole")
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "inputs.pkl").write_bytes(pickle.dumps((processor, images)))
+    (tmp_path / "script.py").write_text(PROCESSES)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    read, found = zip(*(pickle.loads((tmp_path / f"{number}.pkl").read_bytes()) for number in range(2)), strict=True)
+    assert read == ([0, *range(5), 10, 11], [0, *range(5, 10)])
+    for features in found:
+        np.testing.assert_allclose(features, whole, rtol=1e-3, atol=1e-3)
 
 
 def test_a_bad_image_is_named(model, processor, images, tmp_path):

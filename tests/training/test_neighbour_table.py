@@ -99,6 +99,7 @@ def test_bad_images_are_named(bank, model, processor, images, small_parts, tmp_p
 SCRIPT = """
 import pickle, sys, time
 from pathlib import Path
+from accelerate import PartialState
 from tinyalign_vlm import TinyAlignForConditionalGeneration
 from tinyalign_vlm.training import neighbour_table as module
 
@@ -110,6 +111,10 @@ if __name__ == "__main__":
     folder, num_proc, *endless = sys.argv[1:]
     if endless:  # it never ends before it is killed
         module._join = lambda *_: time.sleep(3600)
+    state = PartialState(cpu=True)
+    search, module.NeighbourSearch.write_parts = module.NeighbourSearch.write_parts, lambda self, todo, *rest: (
+        Path(f"{folder} {state.process_index} {len(todo)}").touch(), search(self, todo, *rest)
+    )
     module.neighbour_table(bank, model, processor, images, 3, folder=folder, batch_size=2, num_proc=int(num_proc))
 """
 
@@ -163,6 +168,7 @@ def test_launched_processes_make_the_same_table(script, bank, model, processor, 
     whole = neighbour_table(bank, model, processor, script.images, 3, folder=tmp_path / "whole", batch_size=2)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert script("launched", "1", launcher=launcher).wait(1200) == 0
+    assert sorted(path.name for path in tmp_path.glob("launched *")) == ["launched 0 15", "launched 1 15"]
     (path,) = (tmp_path / "launched").glob("*.parquet")
     assert path.name == whole.name and path.read_bytes() == whole.read_bytes()
 
