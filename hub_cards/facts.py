@@ -211,7 +211,9 @@ def facts_json(facts: ModelFacts | BankFacts) -> str:
 
 def write_facts(folder: str | os.PathLike, facts: ModelFacts | BankFacts) -> None:
     """Keeps the facts as `card_facts.json` in the folder of a checkpoint or a bank."""
-    Path(folder, FACTS_NAME).write_text(facts_json(facts), encoding="utf-8")
+    fresh = Path(folder, f"{FACTS_NAME}.new")  # there may be facts in it that a person filled in
+    fresh.write_text(facts_json(facts), encoding="utf-8")
+    fresh.replace(fresh.with_suffix(""))
 
 
 def read_facts(folder: str | os.PathLike) -> ModelFacts | BankFacts:

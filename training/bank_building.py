@@ -1,19 +1,15 @@
 """`tinyalign bank build` and `bank add`: from a data set to rows of a memory bank, in steps that survive a kill."""
 
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
 
 from ..modeling_tinyalign import MemoryBank, ValueEncoder, ValueEncoderConfig
@@ -25,6 +21,7 @@ from .bank_parts import Parts
 from .bank_preparation import ValueEncoderTrainingConfig, train_value_encoder
 from .captioned_images import CaptionedImages, fingerprint_files
 from .data import BadRow
+from .disk import keeping
 from .rows import batch_size_of
 from .run import load_model
 from .stage1 import Stage1Config
@@ -32,7 +29,6 @@ from .stage1 import Stage1Config
 SETTINGS_NAME = "settings.json"
 # What the value encoder is trained on.
 ENCODER_IMAGES, ENCODER_CAPTIONS = 256, 10_000
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the last: safetensors' and faiss's
 
 
 @dataclass
@@ -141,7 +137,7 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike, ray: int | None 
             settings.check_like(keep)
         run = Encoding.begin(settings, work, kept, keep, like)
         if like is None:
-            with keeping(work):
+            with keeping(work, "what was encoded"):
                 value_encoder = prepare_value_encoder(run, settings)
             encoder = RowEncoder.for_new_bank(
                 run.model,
@@ -155,7 +151,7 @@ def build_bank(settings: BuildSettings, out: str | os.PathLike, ray: int | None 
             )
         else:
             encoder = like.row_encoder(run.model, run.processor, batch_size=run.batch_size)
-        with keeping(work):
+        with keeping(work, "what was encoded"):
             parts = run.encode(encoder, set(), ray)
             if parts.rows == 0:
                 discard(work)
@@ -190,7 +186,7 @@ def add_rows(settings: RowSettings, folder: str | os.PathLike, ray: int | None =
         run = Encoding.begin(settings, work, kept, bank.config["columns"], bank)
         encoder = bank.row_encoder(run.model, run.processor, batch_size=run.batch_size, num_rows=len(bank))
         seen = {bytes.fromhex(image) for image in bank._table["source_id"].to_pylist()}
-        with keeping(work):
+        with keeping(work, "what was encoded"):
             parts = run.encode(encoder, seen, ray)
             if parts.rows == 0 and not any(row["reason"].startswith("duplicate") for row in parts.left_out):
                 discard(work)
@@ -255,7 +251,7 @@ class Encoding:
                 f"--rows is {settings.rows}, but {settings.dataset} has {total} rows, expected 1 to {total}."
             )
         work.mkdir(exist_ok=True)
-        with keeping(work):
+        with keeping(work, "what was encoded"):
             fresh = work / f"{SETTINGS_NAME}.new"
             fresh.write_text(json.dumps({"settings": kept, "total": total}, indent=1), encoding="utf-8")
             fresh.replace(work / SETTINGS_NAME)
@@ -329,22 +325,6 @@ def prepare_value_encoder(run: Encoding, settings: BuildSettings) -> ValueEncode
     encoder.save_pretrained(fresh)
     fresh.replace(folder)
     return ValueEncoder.from_pretrained(folder).to(run.model.device).eval()
-
-
-@contextmanager
-def keeping(work: Path) -> Iterator[None]:
-    """A full disk is reported with what to do about it."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.EIO, str(error))
-        if number not in FULL:
-            raise
-        raise OSError(
-            number,
-            f"{(reason or str(error)).rstrip('.')}. Nothing is lost: {work} keeps what was encoded. Free some space "
-            "and run the same command again; it goes on from there.",
-        ) from error
 
 
 def discard(work: Path):

@@ -1,7 +1,6 @@
 """Encoded rows on their way into a memory bank: kept in parts, so that a killed run goes on where it stopped."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,9 +12,9 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from ..modeling_tinyalign.bank_builder import RowEncoder
-from ..modeling_tinyalign.bank_folders import sync
 from .captioned_images import CaptionedImages
 from .data import BadRow
+from .disk import save_file
 
 PART_ROWS = 512  # of the data set: what a killed run loses at most
 # As BadRow takes it.
@@ -154,16 +153,3 @@ def part_content(batches: list[pa.RecordBatch], schema: pa.Schema, left_out: lis
         for batch in batches:
             writer.write_batch(pa.record_batch(batch.columns, schema=schema))
     return content.getvalue()
-
-
-def save_file(path: Path, content: bytes | pa.Buffer):
-    """Writes a file that is there whole or not at all. Raises `OSError` when it cannot."""
-    fresh = path.with_suffix(".new")
-    try:
-        with open(fresh, "wb") as file:
-            file.write(content)
-        sync(fresh)
-        os.replace(fresh, path)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{fresh} cannot be written ({error.strerror})") from error

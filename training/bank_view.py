@@ -13,8 +13,8 @@ from ..modeling_tinyalign.bank_builder import evaluating
 from ..modeling_tinyalign.bank_images import load_image, thumbnail_bytes
 from ..processing import TinyAlignProcessor
 from .bank_log import open_bank
-from .bank_parts import save_file
 from .bank_report import bank_info
+from .disk import save_file
 
 TEMPLATE = Path(__file__).with_name("bank_view.html")
 BINS = 50

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
+from .disk import save_file
 
 MIN_NEIGHBOURS = 50
 
@@ -137,6 +138,4 @@ def write_threshold(folder: Path, threshold: float):
     """Sets `retrieval_threshold` in the config.json of a saved model."""
     path = folder / "config.json"
     content = {**json.loads(path.read_text()), "retrieval_threshold": threshold}
-    fresh = path.with_name("config.json.new")
-    fresh.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    fresh.replace(path)
+    save_file(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())

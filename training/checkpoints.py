@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from .disk import save_file as write_file
 from .tuning_arguments import part_of
 
 CONNECTORS_NAME = "connectors.safetensors"
@@ -111,7 +112,8 @@ def last_checkpoint(
             f"{', '.join(complete) or 'none'}: choose one of them, or leave it out to go on from the last, if any."
         )
     if write:  # one process does
-        _write_settings(run, settings)
+        run.parent.mkdir(parents=True, exist_ok=True)
+        write_file(run, f"{json.dumps(settings, indent=2)}\n".encode())
     return chosen or (complete[-1] if complete else None)
 
 
@@ -122,10 +124,3 @@ def _is_complete(checkpoint: Path) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     return True
-
-
-def _write_settings(run: Path, settings: dict):
-    run.parent.mkdir(parents=True, exist_ok=True)
-    fresh = run.with_suffix(".new")
-    fresh.write_text(json.dumps(settings, indent=2) + "\n")
-    fresh.replace(run)

@@ -209,8 +209,10 @@ def main(argv: list[str] | None = None):
             parser.error(f"unknown arguments: {' '.join(rest)}")
         with plain_errors():
             from .demo import run_demo
+            from .disk import keeping
 
-            run_demo(arguments.output, arguments.quick)
+            with keeping(arguments.output, "the steps that are done"):
+                run_demo(arguments.output, arguments.quick)
     elif arguments.command == "serve":
         if rest:
             serve.error(f"unknown arguments: {' '.join(rest)}")

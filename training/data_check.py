@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from .arguments import RunArguments
+from .disk import save_file
 from .row_files import STORED_IMAGE, open_rows
 from .rows import FEATURES, RowReader
 
@@ -112,7 +113,7 @@ def training_data(
     if PartialState().is_main_process:
         path = Path(config.output_dir, BAD_ROWS_NAME)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(check.problems, indent=1) + "\n")
+        save_file(path, f"{json.dumps(check.problems, indent=1)}\n".encode())
         logger.warning(f"{message}\nThey are skipped; {path} names them.")
     return rows
 

@@ -24,6 +24,7 @@ from .bank_preparation import ValueEncoderTrainingConfig, train_value_encoder
 from .data import to_messages
 from .demo_cards import write_demo_cards
 from .demo_report import write_report
+from .disk import save_file
 from .evaluation import Evaluation, evaluate_answers
 from .features import cache_vision_features
 from .neighbours import find_neighbours, source_ids_of
@@ -60,9 +61,7 @@ QUICK = DemoConfig(concepts=160, value_encoder_steps=600, stage1_steps=15, stage
 def write_json(path: Path, content) -> None:
     """Whole or not at all: what is there is taken for finished by the next run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(content, indent=1, default=np.ndarray.tolist) + "\n")
-    fresh.replace(path)
+    save_file(path, f"{json.dumps(content, indent=1, default=np.ndarray.tolist)}\n".encode())
 
 
 def check_settings(path: Path, config: "DemoConfig") -> None:

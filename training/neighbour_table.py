@@ -188,7 +188,7 @@ class NeighbourSearch:
                 for batch in batches:
                     tables.append(self._search(batch, *next(prepared)))
                     bar.update(len(batch))
-                _write(_part_path(parts, part), pa.concat_tables(tables))
+                _write(_part_path(parts, part), pa.concat_tables(tables), parts)
 
     def _batches_of(self, part: int) -> list[range]:
         stop = min((part + 1) * self.part_images, len(self.images))
@@ -266,15 +266,18 @@ def _part_path(parts: Path, part: int) -> Path:
     return parts / f"{part:06d}.parquet"
 
 
-def _write(path: Path, table: pa.Table):
-    """Whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    pq.write_table(table, fresh)
-    sync(fresh)
-    os.replace(fresh, path)
+def _write(path: Path, table: pa.Table, parts: Path):
+    """Whole or not at all: what a killed process leaves is in `parts`."""
+    fresh = parts / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        pq.write_table(table, fresh)
+        sync(fresh)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _join(parts: Path, path: Path):
     """The parts, in order, as one file."""
-    _write(path, pa.concat_tables(pq.read_table(part) for part in sorted(parts.glob("[0-9]*.parquet"))))
+    _write(path, pa.concat_tables(pq.read_table(part) for part in sorted(parts.glob("[0-9]*.parquet"))), parts)
     shutil.rmtree(parts)

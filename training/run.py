@@ -22,12 +22,14 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from ..modeling_tinyalign import MemoryBank, TinyAlignConfig, TinyAlignForConditionalGeneration
+from ..modeling_tinyalign.bank_storage import cache_root
 from ..modeling_tinyalign.composition import check_origins
 from ..processing import TinyAlignProcessor
 from .arguments import RunArguments
 from .baselines import model_fields, neighbours_of_baseline, widen_connector, with_static_captions
 from .calibration import calibrate_rows, write_threshold
 from .data_check import DataCheck, check_rows, training_data
+from .disk import keeping
 from .rows import with_features, with_neighbours
 from .stage1 import Stage1Config, train_stage1
 from .stage2 import Stage2Config, train_stage2
@@ -47,19 +49,20 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
     Raises `ValueError` or `OSError` that says what is wrong with the files, the data, the model or the bank.
     """
     config = read_config(paths, fields)
-    run = prepare(config)
-    bank = run.bank
-    if config.baseline == "static_rag":
-        run.rows = with_static_captions(config, run.processor, run.rows, bank)
-        if run.eval_rows is not None:
-            run.eval_rows = with_static_captions(config, run.processor, run.eval_rows, bank)
-        bank = None
-    train = STAGES[config.stage][1]
-    trainer = train(config, run.model, run.processor, run.rows, bank, run.features, run.eval_rows)
-    save(trainer, run.model, run.processor)
-    if trainer.is_world_process_zero():
-        command = shlex.join(["tinyalign", "train", *map(str, paths), *fields])
-        write_training_card(config, run.model, trainer, bank, command)
+    with keeping(config.output_dir, "the checkpoints so far"):
+        run = prepare(config)
+        bank = run.bank
+        if config.baseline == "static_rag":
+            run.rows = with_static_captions(config, run.processor, run.rows, bank)
+            if run.eval_rows is not None:
+                run.eval_rows = with_static_captions(config, run.processor, run.eval_rows, bank)
+            bank = None
+        train = STAGES[config.stage][1]
+        trainer = train(config, run.model, run.processor, run.rows, bank, run.features, run.eval_rows)
+        save(trainer, run.model, run.processor)
+        if trainer.is_world_process_zero():
+            command = shlex.join(["tinyalign", "train", *map(str, paths), *fields])
+            write_training_card(config, run.model, trainer, bank, command)
 
 
 @dataclass
@@ -113,7 +116,9 @@ def find_neighbours_from_files(paths: Sequence[str | os.PathLike], fields: list[
     config = read_config(paths, [*fields, "--cache_features", "False"])
     if config.streaming:
         raise ValueError("streaming is true: neighbours of streamed rows are looked up in every step.")
-    if prepare(config).bank is None:
+    with keeping(cache_root(), "what was computed"):
+        bank = prepare(config).bank
+    if bank is None:
         raise ValueError("The model has no memory (memory_top_k: 0): there is nothing to look up.")
 
 
@@ -125,7 +130,8 @@ def calibrate_from_files(paths: Sequence[str | os.PathLike], fields: list[str], 
     if target is not None and not 0 <= target <= 1:
         raise ValueError(f"min_agreement is {target}, expected a share, 0 (no word shared) to 1 (the same words).")
     config = read_config(paths, [*fields, "--cache_features", "False"])
-    run = prepare(config)
+    with keeping(cache_root(), "what was computed"):
+        run = prepare(config)
     if run.model.config.num_neighbours == 0 or config.streaming:
         raise ValueError(
             f"memory_top_k is {run.model.config.memory_top_k} and streaming {config.streaming}: to calibrate takes a "

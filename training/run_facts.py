@@ -1,6 +1,7 @@
 """What a run records for its card: stages, losses, time, memory, machine."""
 
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..hub_cards.cards import usage_snippet
 from ..hub_cards.facts import Example, ModelFacts, Stage
+from .disk import save_file
 
 try:
     import resource
@@ -137,7 +139,7 @@ def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None
     """Keeps the records as training_record.json, and their losses as training_curves.png, beside a checkpoint."""
     plot_curves(Path(folder, CURVES_NAME), records)
     content = json.dumps([asdict(record) for record in records], indent=1)
-    Path(folder, RECORD_NAME).write_text(content + "\n", encoding="utf-8")
+    save_file(Path(folder, RECORD_NAME), f"{content}\n".encode())
 
 
 def read_records(folder: str | os.PathLike) -> list[StageRecord]:
@@ -173,7 +175,9 @@ def plot_curves(path: Path, records: list[StageRecord]) -> None:
         if record.eval_losses:
             losses.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    save_file(path, picture.getvalue())
 
 
 def peak_memory_gb() -> float:

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .data import count_images
+from .disk import save_file
 from .generation import greedy_answers, reference_of
 
 logger = logging.get_logger(__name__)
@@ -81,7 +82,7 @@ def write_samples(path: Path, samples: list[dict]):
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = [line for line in lines if json.loads(line)["step"] < samples[0]["step"]]
     lines += [json.dumps(sample, ensure_ascii=False) for sample in samples]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_file(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def as_text(sample: dict) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
@@ -111,6 +113,17 @@ class SupervisedTrainer(Trainer):
             epochs = int(self.state.epoch)
             batches = round((self.state.epoch - epochs) * max_steps * self.args.gradient_accumulation_steps)
         return epochs, batches
+
+    def _save_checkpoint(self, model, trial):
+        """The last file of a checkpoint says that it is complete: that of one that is written again goes first."""
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(self.args.output_dir, folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # each process has a file of its own; the last file comes after all
 
     def _save(self, output_dir=None, state_dict=None):
         """What trains, or all of the model if that is nearly the same."""

@@ -1,0 +1,115 @@
+"""Full disks, and files that are there whole or not at all."""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
+from tinyalign_vlm.training.cli import main
+from tinyalign_vlm.training.demo import write_json
+from tinyalign_vlm.training.neighbour_table import neighbour_table
+from tinyalign_vlm.training.run_facts import StageRecord, write_records
+from tinyalign_vlm.training.samples import write_samples
+
+
+def sample(step: int) -> list[dict]:
+    return [{"step": step, "answer": "a blue circle"}]
+
+
+def facts(summary: str) -> ModelFacts:
+    return ModelFacts(**{**dict.fromkeys(field.name for field in fields(ModelFacts)), "summary": summary})
+
+
+def record(step: int) -> list[StageRecord]:
+    return [StageRecord("a stage", {}, [[step, 1.0]], [], 1.0, 1.0)]
+
+
+@dataclass
+class Killed(BaseException):
+    """Instead of a SIGKILL."""
+
+    source: str
+
+
+WRITERS = {
+    "samples.jsonl": lambda folder, step: write_samples(folder / "samples.jsonl", sample(step)),
+    "training_record.json": lambda folder, step: write_records(
+        folder, [StageRecord("a", {}, [[step, 1.0]], [], 1, 1)]
+    ),
+    "training_curves.png": lambda folder, step: write_records(folder, record(step)),
+    "card_facts.json": lambda folder, step: write_facts(folder, facts(f"After {step} steps.")),
+    "history.json": lambda folder, step: write_json(folder / "history.json", [step]),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_killed_process_leaves_the_file_that_was_there(name, tmp_path, monkeypatch):
+    """It is killed when the new file is written and not yet in its place; then all goes on."""
+    write, replace = WRITERS[name], os.replace
+    write(tmp_path, 1)
+    earlier = (tmp_path / name).read_bytes()
+
+    def kill(source, target):
+        if Path(target).name == name:
+            raise Killed(str(source))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        with pytest.raises(Killed):
+            write(tmp_path, 2)
+    assert (tmp_path / name).read_bytes() == earlier
+    write(tmp_path, 2)
+    assert (tmp_path / name).read_bytes() != earlier and not list(tmp_path.glob("*.new"))
+
+
+def test_what_a_killed_process_leaves_of_a_neighbour_table_goes_with_its_parts(
+    bank, model, processor, images, tmp_path, monkeypatch
+):
+    write, begun = pq.write_table, []
+
+    def note(table, path):
+        begun.append(path)
+        write(table, path)
+
+    monkeypatch.setattr(pq, "write_table", note)
+    path = neighbour_table(bank, model, processor, images, 3, folder=tmp_path)
+    assert len(begun) == 2 and {file.parent for file in begun} == {path.with_suffix(".parts")}
+    assert not path.with_suffix(".parts").exists()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_on_a_full_disk_and_again(stage, files, small_disk, monkeypatch):
+    """A message in one line, whatever was being written; with space again, the same command ends with the same."""
+    monkeypatch.chdir(files)
+    settings = {**yaml.safe_load((files / f"stage{stage}.yaml").read_text()), "model": "model", "save_steps": 1}
+    (files / "run.yaml").write_text(yaml.safe_dump(settings))
+    main(["train", "run.yaml", "--output_dir", "whole"])
+    expected, said = content(files / "whole"), []
+    space, out = os.statvfs(small_disk), small_disk / "out"
+    for free in (0, 8192, 16384, *range(32768, 1_900_000, 131072)):
+        (small_disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - free))
+        try:
+            main(["train", "run.yaml", "--output_dir", str(out)])
+            break  # enough for all
+        except SystemExit as error:
+            said.append(error.code)
+        (small_disk / "filler").unlink()
+        if free in (8192, 16384):
+            main(["train", "run.yaml", "--output_dir", str(out)])
+            assert content(out) == expected
+        shutil.rmtree(out, ignore_errors=True)
+    assert content(out) == expected and len(said) > 4
+    assert all(re.fullmatch("tinyalign: .*Nothing is lost: .*and run the same command again.*", text) for text in said)
+    for part in ("torch.save", "serializing", "Errno 28"):
+        assert any(part in text for text in said), part

@@ -1,0 +1,63 @@
+"""Files that are there whole or not at all, and disks that are full."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+
+from ..modeling_tinyalign.bank_folders import sync
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the last: faiss's
+
+
+def save_file(path: Path, content: bytes | pa.Buffer):
+    """Writes a file that is there whole or not at all. Raises `OSError` when it cannot."""
+    fresh = path.with_suffix(".new")
+    try:
+        with open(fresh, "wb") as file:
+            file.write(content)
+        sync(fresh)
+        os.replace(fresh, path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{fresh} cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def keeping(folder: str | os.PathLike, what: str) -> Iterator[None]:
+    """
+    A full disk is reported with what to do about it, and `what` of the work is kept in `folder`.
+
+    Raises `OSError` for whatever a full disk makes of Python, safetensors, tokenizers, PyTorch and `datasets`.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever each library makes of it
+        cause = _of_full_disk(error)
+        if cause is None:
+            raise
+        reason = cause.args[1] if len(cause.args) > 1 else str(cause)
+        place = cause.filename2 or cause.filename
+        raise OSError(
+            cause.errno,
+            f"{str(reason).rstrip('.')}{f' ({place})' if place else ''}. Nothing is lost: {folder} keeps {what}. Free "
+            "some space and run the same command again; it goes on from there.",
+        ) from error
+
+
+def _of_full_disk(error: BaseException) -> OSError | None:
+    """What a full disk has raised, if that is what is behind an error."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return error
+    of_rust = re.search(
+        r"\(os error (\d+)\)$", str(error)
+    )  # safetensors and tokenizers, which raises a bare Exception
+    if of_rust and int(of_rust[1]) in FULL:
+        return OSError(int(of_rust[1]), str(error))
+    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "Reader" not in str(error):
+        return OSError(errno.EIO, f"torch.save could not write a whole file: {error}")
+    return None if error.__cause__ is None else _of_full_disk(error.__cause__)
