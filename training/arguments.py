@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from .inherited import refuse_what_has_no_effect
 from .precision import bfloat16_is_fast
 from .tuning_arguments import TuningArguments
 
@@ -156,6 +157,7 @@ class RunArguments(TuningArguments):
         self._check_run()
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        refuse_what_has_no_effect(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bfloat16_is_fast(self.use_cpu)
         if str(self.resume_from_checkpoint).lower() == "true":
@@ -165,6 +167,11 @@ class RunArguments(TuningArguments):
             self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1
         super().__post_init__()
         self._check_trackers()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"This process sees {self.n_gpu} GPUs, expected one: start one for each with accelerate launch "
+                "--config_file ddp.yaml (see docs/training.md), or choose one with CUDA_VISIBLE_DEVICES=0."
+            )
         if self.tune_vision_tower != "frozen":
             self._check_trained_vision_tower()
         if self.streaming and self.cache_features:

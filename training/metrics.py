@@ -47,7 +47,8 @@ class Meter(TrainerCallback):
     - `mfu`: model FLOPs utilisation, see [`ModelFlops`], of GPUs that `PEAK_FLOPS` knows.
     - `memory_gb`: the peak so far, see [`peak_memory_gb`], of the process that needs most.
     - `grad_norm_<part>` for each of `PARTS` that trains: the norm before clipping, at the step that is logged. Not
-      with DeepSpeed, which keeps gradients to itself, nor with a `logging_strategy` other than `"steps"`.
+      with DeepSpeed, which keeps gradients to itself, nor, but at the last step, with a `logging_strategy` other than
+      `"steps"`.
     - `neighbour_similarity`: the mean over the neighbours that the model read.
     - `own_samples_excluded`: share of the images that are in the bank themselves, whose own rows were left out.
     - `memory_slots_off`: share of the slots without a neighbour: too few were found, memory dropout took it away, or
@@ -121,7 +122,7 @@ class Meter(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         step = state.global_step + 1
         logged = step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        if args.logging_strategy == IntervalStrategy.STEPS and logged:
+        if (args.logging_strategy == IntervalStrategy.STEPS and logged) or step >= state.max_steps:
             self.norms = gradient_norms(model)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -90,8 +90,9 @@ def prepare(config: RunArguments) -> Run:
         config.max_length = context_length(model)
     with PartialState().main_process_first():
         rows = training_data(config, processor, name_images=bank is not None)
-        if config.streaming:
-            rows = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
+        if config.streaming and config.train_sampling_strategy == "random":
+            seed = config.seed if config.data_seed is None else config.data_seed
+            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         of_evaluation = None if config.eval_dataset is None else evaluation_config(config)
         eval_rows = None if of_evaluation is None else training_data(of_evaluation, processor)
     rows, features = with_features(config, model, processor, rows)

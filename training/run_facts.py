@@ -42,6 +42,7 @@ class StageRecord:
         losses, eval_losses, learning_rates: `[step, value]` each.
         seconds: Of training, with those before an interruption.
         peak_memory_gb: See [`peak_memory_gb`].
+        saved_step: The step that the weights are of, where it is not the last one (`load_best_model_at_end`).
     """
 
     name: str
@@ -51,6 +52,7 @@ class StageRecord:
     seconds: float
     peak_memory_gb: float
     learning_rates: list[list[float]] = field(default_factory=list)
+    saved_step: int | None = None
 
     @property
     def stage(self) -> Stage:
@@ -59,7 +61,10 @@ class StageRecord:
 
 
 class Clock(TrainerCallback):
-    """Adds `seconds` to every entry of the log: of training, those before an interruption included."""
+    """
+    Adds `seconds` to every entry of the log: of training, those before an interruption included. And has the last step
+    logged, however few there are: its loss is that of the card.
+    """
 
     started: float | None = None
 
@@ -69,6 +74,9 @@ class Clock(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         if self.started is not None:
             state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 3)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_train_end(self, args, state, control, **kwargs):
         self.started = None
@@ -82,6 +90,7 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
     """What `trainer`, whose training has ended, says of it."""
     args, state, config = trainer.args, trainer.state, trainer.model.config
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
     rates = {part.name.replace("_", " "): part.learning_rate for part in trainer.parts if part.trained}
     memory = {
         "neighbours an image": config.memory_top_k,
@@ -102,6 +111,7 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
             **({"rows": len(trainer.train_dataset)} if isinstance(trainer.train_dataset, Sized) else {}),
             "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "steps": state.global_step,
+            **({} if best is None else {"weights of the best step": best}),
             "precision": precision,
             "seed": args.seed,
             "trained parameters": f"{sum(part.trained for part in trainer.parts):,}",
@@ -111,6 +121,7 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
         **curves_of(state.log_history),
         seconds=logged_seconds(state.log_history),
         peak_memory_gb=peak_memory_gb(),
+        saved_step=best,
     )
 
 

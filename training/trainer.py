@@ -33,8 +33,10 @@ from .tuning_arguments import part_of
 TRAJECTORY = (
     "learning_rate vision_tower_lr connector_lr memory_connector_lr language_model_lr lr_scheduler_type warmup_steps "
     "tune_vision_tower tune_connector tune_memory_connector tune_language_model lora_r lora_alpha lora_dropout "
-    "lora_target_modules weight_decay optim max_grad_norm num_train_epochs max_steps seed data_seed bf16 fp16 "
-    "memory_dropout"
+    "lora_target_modules weight_decay optim optim_args adam_beta1 adam_beta2 adam_epsilon lr_scheduler_kwargs "
+    "max_grad_norm neftune_noise_alpha num_train_epochs max_steps seed data_seed train_sampling_strategy "
+    "dataloader_drop_last bf16 fp16 memory_dropout max_length truncation save_only_model model vision_model "
+    "language_model"
 ).split()
 
 MODEL_TRAJECTORY = (
@@ -301,7 +303,7 @@ def train(trainer: Trainer, bank: MemoryBank | None):
     """
     Trains, from the last checkpoint in `output_dir` on if there is one; leaves the model in evaluation mode and free
     of what accelerate and TRL put around its forward. A run that is finished is loaded and not trained. Raises
-    `ValueError` when the checkpoints are of another run.
+    `ValueError` when the checkpoints are of another run, or no step could be taken.
     """
     model, args = trainer.model, trainer.args
     settings = {name: vars(args)[name] for name in TRAJECTORY}
@@ -309,9 +311,16 @@ def train(trainer: Trainer, bank: MemoryBank | None):
     if isinstance(trainer.train_dataset, datasets.Dataset):
         settings["rows"] = len(trainer.train_dataset)
         settings["rows_hash"] = content_hash(trainer.train_dataset)
+        if args.dataloader_drop_last and settings["rows"] < args.train_batch_size * args.world_size:
+            raise ValueError(
+                f"There are {settings['rows']} rows, but a batch of all processes has "
+                f"{args.train_batch_size * args.world_size}, and dataloader_drop_last drops what is less: no step "
+                "could be taken. Leave it out, or set a smaller per_device_train_batch_size."
+            )
     settings["memory_bank"] = (
         None if bank is None else {name: bank.config["sha256"][name] for name in ("keys", "values")}
     )
+    settings["image_aspect_ratio"] = trainer.data_collator.processor.image_aspect_ratio
     for name in MODEL_TRAJECTORY:
         settings[name] = vars(model.config)[name]
     write = trainer.is_world_process_zero()
@@ -333,6 +342,11 @@ def train(trainer: Trainer, bank: MemoryBank | None):
             if trainer.is_world_process_zero():
                 print(table(trainer.parts), flush=True)
             if checkpoint is None or not _load_finished(trainer, checkpoint):
+                if checkpoint is not None and args.save_only_model:
+                    raise ValueError(
+                        f"{checkpoint} was saved with save_only_model: a run cannot go on without the optimizer's "
+                        "state. Use another output_dir, or delete this one to train anew."
+                    )
                 trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.meter.close()

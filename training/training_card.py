@@ -159,8 +159,10 @@ def _summary(parts: list[Part], data: Part, bank: MemoryBank | None) -> str:
 
 
 def _evaluation(record: StageRecord, data: Part) -> Evaluation:
-    """The loss on the evaluation rows, or on the last training rows where there were none."""
+    """The loss on the evaluation rows, or on the last training rows where there were none, at the step saved."""
     losses, split = (record.eval_losses, "evaluation rows") if record.eval_losses else (record.losses, "training rows")
+    if record.saved_step is not None:
+        losses = [[step, loss] for step, loss in losses if step <= record.saved_step]
     score = Score(metric="loss", value=losses[-1][1] if losses else math.nan)
     return Evaluation(
         dataset=data.source.replace(" ", "-"),

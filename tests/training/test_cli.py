@@ -105,9 +105,9 @@ def test_streamed_rows_are_shuffled_by_seed_and_go_on_where_a_run_was_killed(fil
 
     monkeypatch.setattr(TrainingCollator, "__call__", noting)
 
-    def train(folder: str, seed: int = 1) -> tuple[list[float], list[list[int]]]:
+    def train(folder: str, seed: int = 1, *more: str) -> tuple[list[float], list[list[int]]]:
         seen.clear()
-        cli.main(["train", "stage1.yaml", *fields, "--output_dir", folder, "--seed", str(seed)])
+        cli.main(["train", "stage1.yaml", *fields, "--output_dir", folder, "--seed", str(seed), *more])
         (state,) = files.glob(f"{folder}/checkpoint-7/trainer_state.json")
         return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry], [*seen]
 
@@ -117,6 +117,8 @@ def test_streamed_rows_are_shuffled_by_seed_and_go_on_where_a_run_was_killed(fil
     assert epochs[0] != epochs[1]
     assert train("again") == (losses, order)
     assert train("other", seed=2)[1] != order
+    assert train("data", 2, "--data_seed", "1")[1] == order
+    assert sum(train("sequential", 1, "--train_sampling_strategy", "sequential")[1][:3], []) == list(range(12))
     compute_loss = Stage1Trainer.compute_loss
 
     def killed(trainer, *arguments, **kwargs):
