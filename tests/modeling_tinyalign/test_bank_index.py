@@ -229,6 +229,16 @@ def test_exact_search(packed, queries):
     assert (bank.search(asked, 5, exclude=exclude)[1] == ids[:, [1, 3, 4, 5, 6]]).all()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_row(packed):
+    """Exclusion leaves none, or none is asked for."""
+    bank = bank_of(random_keys(3, 7), packed)
+    scores, ids = bank.search(bank.keys([0]), 2, exclude=[[0, 1, 2]])
+    assert ids.tolist() == [[-1, -1]] and np.isneginf(scores).all()
+    assert bank.keys([]).shape == (0, 7) and bank.gather(np.zeros((2, 0), int)).shape == (2, 0, 3, 5)
+    assert bank.rows(np.zeros((2, 0), int)) == [[], []] and bank.rows([]) == []
+
+
 @pytest.mark.parametrize("index", ["exact", None])
 @pytest.mark.parametrize("copies", [3, 40, 700])
 def test_ties_in_a_large_bank(index, copies, small_limits):
