@@ -296,6 +296,15 @@ def test_batches_and_exclusion_with_a_fast_index(small_limits):
     assert sorted(bank.search(keys[:2], 3, exclude=most)[1][0].tolist()) == [-1, 3998, 3999]
 
 
+def test_all_rows_of_a_small_bank_with_an_inverted_file(small_limits):
+    """Its lists that are not looked into hold rows as well."""
+    keys = clustered_keys(600, 16)
+    bank = bank_of(keys)
+    bank.index = "IVF32,Flat"
+    _, ids = bank.search(keys[:3], 590, exclude=[list(range(100, 110)), None, None])
+    assert (ids >= 0).all() and bank.index_facts["index"] == "IVF32,Flat"
+
+
 def test_recall_is_what_new_queries_get(small_limits, monkeypatch):
     """The bank's own keys, each of which is in its own way, are not compared with more candidates."""
     compared, search = [], bank_fast_index.KeyIndex._candidates
