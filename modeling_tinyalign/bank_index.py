@@ -136,8 +136,8 @@ class KeyIndex:
             was left out whose rough score is better.
         """
         error = self.keys.error(queries)
-        compared = min(len(self.keys), max(fetch, round(self.k_factor * wanted)))
-        if self.fast is not None and compared <= MAX_CANDIDATES:
+        compared = max(fetch, round(self.k_factor * wanted))
+        if self.fast is not None and compared <= MAX_CANDIDATES and compared < len(self.keys):
             refined = faiss.IndexRefine(self.fast, self.keys.index)
             refined.k_factor = compared / fetch
             return *refined.search(queries, fetch), error, False

@@ -84,7 +84,8 @@ class PackedKeys:
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         fine = self._fine[rows]
-        fine = np.stack([fine & 15, fine >> 4], axis=-1).reshape(*fine.shape[:-1], -1)[..., : self.shape[1]]
+        fine = np.stack([fine & 15, fine >> 4], axis=-1).reshape(*fine.shape[:-1], 2 * fine.shape[-1])
+        fine = fine[..., : self.shape[1]]
         codes = self._coarse[rows].astype(np.float32) * FINE + (fine.astype(np.float32) - (MAX_CODE + 1))
         return codes * self._steps
 

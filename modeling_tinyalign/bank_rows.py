@@ -133,11 +133,9 @@ class BankRows:
     def rows(self, ids: torch.Tensor | np.ndarray | Sequence) -> list:
         """`{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
         ids = self._checked_ids(ids)
-        found = iter(self._text_of(ids[ids >= 0]))
-        flat = [next(found) if row >= 0 else None for row in ids.reshape(-1)]
-        for length in reversed(ids.shape[1:]):
-            flat = [flat[i : i + length] for i in range(0, len(flat), length)]
-        return flat
+        found = np.full(ids.shape or 1, None, object)
+        found[ids >= 0] = self._text_of(ids[ids >= 0])
+        return found.tolist()
 
     def _text_of(self, ids: np.ndarray) -> list[dict]:
         table = self._table.drop_columns([name for name in self._table.column_names if name == "thumbnail"])

@@ -37,23 +37,21 @@ def bank_info(folder: Path) -> str:
     index = config.get("index") or {"index": "exact"}
     on_disk = f"{_mib(size_of(folder / 'data'))} rows in {config['num_shards']} shards, {_mib(encoders)} encoders"
     revision = f" at {tower['revision']}" if tower["revision"] else ""
-    lines = {
-        "rows": f"{len(bank):,} of {len(np.unique(bank._source_order[0])):,} images",
-        "on disk": on_disk,
-        "keys": ", ".join(keys),
-        "values": f"{bank.num_latents} x {bank.latent_dim} numbers of {8 if packed is True else 16} bits",
-        "thumbnails": f"{config['thumbnail_size']} pixels" if config["thumbnail_size"] else "none",
-        "tower": f"{tower['name']}{revision}, images of {' x '.join(map(str, tower['image_shape']))}",
-        "index": ", ".join(f"{value}" if name == "index" else f"{name} {value}" for name, value in index.items()),
-    }
-    for column in config["columns"]:
-        lines[column] = _common_values(bank._table[column])
-    log = read_log(folder)
-    for number, change in enumerate(log, 1):
-        lines[f"change {number}"] = f"{_describe(change)}: {change['rows']:,} rows"
-    lines |= {f"sha256 {name}": digest for name, digest in config["sha256"].items() if name != "config"}
-    width = max(map(len, lines)) + 2
-    return "\n".join(f"{name:{width}}{value}" for name, value in lines.items())
+    lines = [  # pairs: a column may be named like one of these
+        ("rows", f"{len(bank):,} of {len(np.unique(bank._source_order[0])):,} images"),
+        ("on disk", on_disk),
+        ("keys", ", ".join(keys)),
+        ("values", f"{bank.num_latents} x {bank.latent_dim} numbers of {8 if packed is True else 16} bits"),
+        ("thumbnails", f"{config['thumbnail_size']} pixels" if config["thumbnail_size"] else "none"),
+        ("tower", f"{tower['name']}{revision}, images of {' x '.join(map(str, tower['image_shape']))}"),
+        ("index", ", ".join(f"{value}" if name == "index" else f"{name} {value}" for name, value in index.items())),
+        *((column, _common_values(bank._table[column])) for column in config["columns"]),
+    ]
+    for number, change in enumerate(read_log(folder), 1):
+        lines.append((f"change {number}", f"{_describe(change)}: {change['rows']:,} rows"))
+    lines += [(f"sha256 {name}", digest) for name, digest in config["sha256"].items() if name != "config"]
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:{width}}{value}" for name, value in lines)
 
 
 def _describe(change: dict) -> str:

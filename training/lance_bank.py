@@ -157,9 +157,9 @@ class LanceIndex(KeyIndex):
     def _candidates(
         self, queries: np.ndarray, fetch: int, wanted: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        compared = min(len(self.keys), max(fetch, round(self.k_factor * wanted)))
+        compared = max(fetch, round(self.k_factor * wanted))
         error = ROUNDING * np.linalg.norm(queries, axis=1)
-        if self.name == EXACT or compared > MAX_CANDIDATES:
+        if self.name == EXACT or compared > MAX_CANDIDATES or compared >= len(self.keys):
             return *self._found(queries, fetch, None), error, True
         scores, rows = self._found(queries, compared, self.nprobes)
         step = max(1, COMPARED_ROWS // compared)

@@ -229,6 +229,16 @@ def test_exact_search(packed, queries):
     assert (bank.search(asked, 5, exclude=exclude)[1] == ids[:, [1, 3, 4, 5, 6]]).all()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_row(packed):
+    """Exclusion leaves none, or none is asked for."""
+    bank = bank_of(random_keys(3, 7), packed)
+    scores, ids = bank.search(bank.keys([0]), 2, exclude=[[0, 1, 2]])
+    assert ids.tolist() == [[-1, -1]] and np.isneginf(scores).all()
+    assert bank.keys([]).shape == (0, 7) and bank.gather(np.zeros((2, 0), int)).shape == (2, 0, 3, 5)
+    assert bank.rows(np.zeros((2, 0), int)) == [[], []] and bank.rows([]) == []
+
+
 @pytest.mark.parametrize("index", ["exact", None])
 @pytest.mark.parametrize("copies", [3, 40, 700])
 def test_ties_in_a_large_bank(index, copies, small_limits):
@@ -284,6 +294,15 @@ def test_batches_and_exclusion_with_a_fast_index(small_limits):
     assert (np.sort(everything) == np.arange(4000)).all()
     most = [list(range(3998)), None]
     assert sorted(bank.search(keys[:2], 3, exclude=most)[1][0].tolist()) == [-1, 3998, 3999]
+
+
+def test_all_rows_of_a_small_bank_with_an_inverted_file(small_limits):
+    """Its lists that are not looked into hold rows as well."""
+    keys = clustered_keys(600, 16)
+    bank = bank_of(keys)
+    bank.index = "IVF32,Flat"
+    _, ids = bank.search(keys[:3], 590, exclude=[list(range(100, 110)), None, None])
+    assert (ids >= 0).all() and bank.index_facts["index"] == "IVF32,Flat"
 
 
 def test_recall_is_what_new_queries_get(small_limits, monkeypatch):
