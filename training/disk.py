@@ -53,9 +53,7 @@ def _of_full_disk(error: BaseException) -> OSError | None:
     """What a full disk has raised, if that is what is behind an error."""
     if isinstance(error, OSError) and error.errno in FULL:
         return error
-    of_rust = re.search(
-        r"\(os error (\d+)\)$", str(error)
-    )  # safetensors and tokenizers, which raises a bare Exception
+    of_rust = re.search(r"\(os error (\d+)\)$", str(error))  # safetensors' and tokenizers' own exceptions
     if of_rust and int(of_rust[1]) in FULL:
         return OSError(int(of_rust[1]), str(error))
     if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "Reader" not in str(error):
