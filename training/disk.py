@@ -53,9 +53,12 @@ def _of_full_disk(error: BaseException) -> OSError | None:
     """What a full disk has raised, if that is what is behind an error."""
     if isinstance(error, OSError) and error.errno in FULL:
         return error
+    if isinstance(error, OSError) and str(error).startswith("Not enough disk space"):  # of datasets
+        return OSError(errno.ENOSPC, str(error))
     of_rust = re.search(r"\(os error (\d+)\)$", str(error))  # safetensors' and tokenizers' own exceptions
     if of_rust and int(of_rust[1]) in FULL:
         return OSError(int(of_rust[1]), str(error))
     if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "Reader" not in str(error):
         return OSError(errno.EIO, f"torch.save could not write a whole file: {error}")
-    return None if error.__cause__ is None else _of_full_disk(error.__cause__)
+    earlier = error.__cause__ or error.__context__
+    return None if earlier is None else _of_full_disk(earlier)

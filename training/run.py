@@ -273,7 +273,8 @@ def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
             f"max_length is {config.max_length}, but no model says what a token is: add --model, or "
             "--vision_model and --language_model."
         )
-    return check_rows(config, processor)[1]
+    with keeping(cache_root(), "what was read"):
+        return check_rows(config, processor)[1]
 
 
 def context_length(model: PreTrainedModel) -> int | None:

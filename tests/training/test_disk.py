@@ -6,9 +6,11 @@ import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
 from tinyalign_vlm.training.cli import main
@@ -88,6 +90,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
+def message_of(command: list[str]) -> str | None:
+    """What a command ends with; None if all is well."""
+    try:
+        main(command)
+    except SystemExit as error:
+        return error.code or None
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_training_on_a_full_disk_and_again(stage, files, small_disk, monkeypatch):
     """A message in one line, whatever was being written; with space again, the same command ends with the same."""
@@ -99,17 +109,35 @@ def test_training_on_a_full_disk_and_again(stage, files, small_disk, monkeypatch
     space, out = os.statvfs(small_disk), small_disk / "out"
     for free in (0, 8192, 16384, *range(32768, 1_900_000, 131072)):
         (small_disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - free))
-        try:
-            main(["train", "run.yaml", "--output_dir", str(out)])
+        said.append(message_of(["train", "run.yaml", "--output_dir", str(out)]))
+        if said[-1] is None:
             break  # enough for all
-        except SystemExit as error:
-            said.append(error.code)
         (small_disk / "filler").unlink()
         if free in (8192, 16384):
             main(["train", "run.yaml", "--output_dir", str(out)])
             assert content(out) == expected
         shutil.rmtree(out, ignore_errors=True)
-    assert content(out) == expected and len(said) > 4
+    assert content(out) == expected and said.pop() is None and len(said) > 4
     assert all(re.fullmatch("tinyalign: .*Nothing is lost: .*and run the same command again.*", text) for text in said)
     for part in ("torch.save", "serializing", "Errno 28"):
         assert any(part in text for text in said), part
+
+
+@pytest.mark.parametrize("command", [["neighbours", "stage1.yaml"], ["data", "check", "chats.json"]])
+def test_a_cache_on_a_full_disk_and_again(command, files, small_disk, monkeypatch):
+    monkeypatch.chdir(files)
+    space, said = os.statvfs(small_disk), []
+    for free in range(0, 200_000, 4096):
+        home, filler = small_disk / f"home {free}", small_disk / "filler"
+        monkeypatch.setattr(constants, "HF_HOME", str(home))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+        filler.write_bytes(bytes(space.f_bavail * space.f_frsize - free))
+        said.append(message_of(command))
+        filler.unlink()
+        if free % 16384 == 0:
+            assert message_of(command) is None
+        shutil.rmtree(home)
+        if said[-1] is None:
+            break  # enough for all
+    assert said.pop() is None and len(said) > 2
+    assert all(re.fullmatch("tinyalign: .*and run the same command again.*", text) for text in said), said
