@@ -1,5 +1,7 @@
 """Both stages: what trains, the loss, accumulation, resuming."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -121,6 +123,29 @@ def test_resuming_gives_the_uninterrupted_trajectory(
     assert not changed_parts(weights(whole), weights(once_more))
     with pytest.raises(ValueError, match="learning_rate: 0.01 then, 0.02 now"):
         run(stage, whole, processor, dataset, bank, tmp_path / "resumed", features, learning_rate=2e-2, **settings)
+
+
+def test_killed_while_a_checkpoint_is_written_again(
+    make_model, processor, dataset, bank, features, tmp_path, monkeypatch
+):
+    """The run goes on from an earlier checkpoint, by choice, and dies within the next one, which was complete."""
+    settings = {"max_steps": 4, "save_steps": 2, "save_total_limit": 2}
+    whole, resumed = make_model(), make_model()
+    trainer = run(1, whole, processor, dataset, bank, tmp_path, features, **settings)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self, folder):
+        Path(folder, "connectors.safetensors").write_bytes(b"half")
+        raise Killed
+
+    chosen = {**settings, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Stage1Trainer, "_save_optimizer_and_scheduler", kill)
+        run(1, make_model(), processor, dataset, bank, tmp_path, features, **chosen)
+    again = run(1, resumed, processor, dataset, bank, tmp_path, features, **settings)
+    assert losses(again) == losses(trainer) and not changed_parts(weights(whole), weights(resumed))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
