@@ -36,6 +36,7 @@ from ..modeling_tinyalign.bank_shards import BATCH_ROWS, check_schema, config_sc
 from ..modeling_tinyalign.bank_storage import cache_root
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from ..modeling_tinyalign.saved_bank import KEY_ENCODER_NAME, VALUE_ENCODER_NAME
+from .bank_log import LOCAL
 
 try:
     import lancedb
@@ -349,7 +350,7 @@ def write_lance(
     Above 20,000 rows an IVF_RQ index is made (RaBitQ: a bit for each number of a key; IVF_SQ, 8 bits, where keys
     are of a width that 8 does not divide), and searched in as many lists, with as many candidates compared, as find
     99.5% of the five nearest of 200 of the bank's own keys. A write that was killed leaves no bank: the same call
-    starts anew.
+    starts anew. If the bank is there already, it is returned as it is.
 
     Args:
         uri, storage_options: as of `LanceBank.from_pretrained`.
@@ -360,7 +361,7 @@ def write_lance(
 
     Raises:
         ImportError: lancedb is missing.
-        ValueError: there is a bank already, or `index` is none of these.
+        ValueError: there is another bank already, or `index` is none of these.
         OSError: LanceDB could not write all rows.
     """
     if index not in (None, *KINDS):
@@ -369,10 +370,15 @@ def write_lance(
     if index is None:
         index = EXACT if len(bank) <= EXACT_ROWS else "IVF_SQ" if bank.key_dim % 8 else "IVF_RQ"
     found = connection.list_tables().tables
-    if FILES in found:
-        raise ValueError(f"{uri} holds a memory bank already: delete it, or choose another place.")
-    if ROWS in found:  # of a process that was killed
-        connection.drop_table(ROWS)
+    if FILES in found and _is_whole(connection):
+        there = LanceBank.from_pretrained(uri, storage_options)
+        if all(
+            there.config["sha256"][part] == bank.config["sha256"][part] for part in LOCAL
+        ):  # killed at the very end
+            return there  # killed at the very end
+        raise ValueError(f"{uri} holds another memory bank already: delete it, or choose another place.")
+    for name in {FILES, ROWS}.intersection(found):  # of a process that was killed
+        connection.drop_table(name)
     try:
         _write_tables(bank, connection, index)
     except RuntimeError as error:  # LanceDB's
@@ -381,6 +387,15 @@ def write_lance(
             "else is wrong there, and run the same again: it starts anew."
         ) from error
     return LanceBank.from_pretrained(uri, storage_options)
+
+
+def _is_whole(connection: lancedb.DBConnection) -> bool:
+    """Whether the table that is written last is there; killed meanwhile, LanceDB leaves a name and nothing to open."""
+    try:
+        connection.open_table(FILES)
+    except ValueError:
+        return False
+    return True
 
 
 def _write_tables(bank: MemoryBank, connection: lancedb.DBConnection, index: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -232,8 +233,8 @@ def test_what_is_no_bank_is_refused(bank, tmp_path, monkeypatch):
         write_lance(bank, tmp_path / "lance", index="IVF1024")
     assert not (tmp_path / "lance").exists()
     write_lance(bank, tmp_path / "lance")
-    with pytest.raises(ValueError, match="already"):
-        write_lance(bank, tmp_path / "lance")
+    with pytest.raises(ValueError, match="another memory bank already"):
+        write_lance(bank.remove([0]), tmp_path / "lance")
     with pytest.raises(ValueError, match="index is 'IVF_RQ'"):
         LanceBank.from_pretrained(tmp_path / "lance", index="IVF_RQ")
     # a row too few, then another in its place
@@ -282,6 +283,17 @@ def test_a_write_that_was_killed_is_begun_anew(bank, tmp_path, monkeypatch):
             write_lance(bank, tmp_path / "lance")
     with pytest.raises(ValueError, match="no whole memory bank"):
         LanceBank.from_pretrained(tmp_path / "lance")
+    assert write_lance(bank, tmp_path / "lance").rows([1]) == bank.rows([1])
+
+
+def test_a_write_that_was_killed_at_its_very_end(bank, tmp_path):
+    """Within the table that is written last, or after it."""
+    write_lance(bank, tmp_path / "lance")
+    versions = tmp_path / "lance" / f"{lance_bank.FILES}.lance" / "_versions"
+    before = versions.stat().st_mtime_ns
+    assert write_lance(bank, tmp_path / "lance").rows([1]) == bank.rows([1])
+    assert versions.stat().st_mtime_ns == before
+    shutil.rmtree(versions)
     assert write_lance(bank, tmp_path / "lance").rows([1]) == bank.rows([1])
 
 
