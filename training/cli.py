@@ -225,11 +225,14 @@ def main(argv: list[str] | None = None):
         if rest or len(arguments.model) not in (0, 2) or not (arguments.model or arguments.bank):
             push.error("give the checkpoint's folder and its repository, or --bank, or both")
         with plain_errors():
+            from .disk import keeping
             from .push import push as push_to_hub
 
-            push_to_hub(
-                arguments.model or None, arguments.bank, arguments.private, arguments.revision, arguments.space
-            )
+            folders = " and ".join([*arguments.model[:1], *(arguments.bank or [])[:1]])
+            with keeping(folders, "what is pushed"):
+                push_to_hub(
+                    arguments.model or None, arguments.bank, arguments.private, arguments.revision, arguments.space
+                )
     elif arguments.command == "bank" and arguments.subcommand != "calibrate":
         if rest:
             bank_commands.choices[arguments.subcommand].error(f"unknown arguments: {' '.join(rest)}")

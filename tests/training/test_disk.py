@@ -12,6 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
 from tinyalign_vlm.training.cli import main
 from tinyalign_vlm.training.demo import write_json
@@ -141,3 +142,16 @@ def test_a_cache_on_a_full_disk_and_again(command, files, small_disk, monkeypatc
             break  # enough for all
     assert said.pop() is None and len(said) > 2
     assert all(re.fullmatch("tinyalign: .*and run the same command again.*", text) for text in said), said
+
+
+def test_a_push_that_has_no_room_to_write_the_bank(files, small_disk, monkeypatch):
+    """It is written before the Hub is asked for anything."""
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(constants, "HF_HOME", str(small_disk))
+    (files / "bank" / "README.md").write_text("A bank.")
+    MemoryBank.from_pretrained("bank")
+    space = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 8192))
+    said = message_of(["push", "--bank", "bank", "somebody/bank"])
+    assert "No space left" in said and "Nothing is lost: bank keeps what is pushed. Free some space" in said
+    assert not list((small_disk / "tinyalign").glob(".tmp-*"))
