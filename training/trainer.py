@@ -12,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -64,9 +65,8 @@ class SupervisedTrainer(Trainer):
         """The mean over all supervised tokens of the batch, also when it is accumulated in parts."""
         rows = inputs.get("rows") or [f"row {index} of the batch" for index in range(len(inputs["labels"]))]
         batch = {name: value for name, value in inputs.items() if name not in ("rows", "_prediction_loss_only")}
-        # Trainer has just put all of the model in training mode. Checkpointing needs that mode.
-        if self.args.tune_language_model == "frozen" and not self.args.gradient_checkpointing:
-            self.model.base_model.language_model.eval()
+        if self.args.tune_language_model == "frozen" and self.model.training:
+            without_dropout(self.model.base_model.language_model)  # Trainer has just put it in training mode
         inputs = {**batch, "supervised_logits_only": True, "use_cache": False}
         if self.model.training and self.meter is not None:
             self.meter.count(inputs)
@@ -145,6 +145,14 @@ class SupervisedTrainer(Trainer):
             super()._load_best_model()
         else:
             load_trained(self.model, self.state.best_model_checkpoint)
+
+
+def without_dropout(language_model: PreTrainedModel):
+    """Evaluation mode for all but the layers themselves, which checkpoint their activations in training mode only."""
+    language_model.eval()
+    for module in language_model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = module.gradient_checkpointing
 
 
 def with_blank_image(model: PreTrainedModel, processor: ProcessorMixin, inputs: dict) -> dict:

@@ -186,6 +186,26 @@ def test_the_loss_is_that_of_the_full_logits(stage, make_model, processor, datas
     assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_frozen_language_model_has_no_dropout_with_checkpointing_either(
+    make_model, make_processor, dataset, bank, tmp_path
+):
+    """Phi-2 has; the layers themselves stay in training mode, in which they recompute their activations."""
+    found = {}
+    for checkpointing in (False, True):
+        model = make_model(text="phi")
+        language_model = model.base_model.language_model
+        for layer in language_model.layers:
+            layer.resid_dropout.p = layer.self_attn.attention_dropout = 0.5
+        modes = []
+        language_model.layers[0].register_forward_pre_hook(lambda layer, _, modes=modes: modes.append(layer.training))
+        processor = make_processor(model, text="phi")
+        settings = {"gradient_checkpointing": checkpointing, "max_steps": 2, "warmup_steps": 0}
+        trainer = run(1, model, processor, dataset, bank, tmp_path / str(checkpointing), **settings)
+        found[checkpointing] = losses(trainer)
+        assert set(modes) == {checkpointing}
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
 def test_learning_rates_of_the_parts(make_model, processor, dataset, bank, features, tmp_path):
     model = make_model()
     before = weights(model)
