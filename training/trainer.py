@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
@@ -54,6 +54,7 @@ class SupervisedTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss_check = LossCheck(self)
+        self.evaluated = torch.zeros(2)  # the loss summed over supervised tokens, and their number
         self.add_callback(self.loss_check)
         if self.args.uses_lora and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -75,7 +76,17 @@ class SupervisedTrainer(Trainer):
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         if self.model.training:
             self.loss_check.add(loss, batch, rows)
+        else:
+            tokens = (inputs["labels"][:, 1:] != -100).sum()
+            self.evaluated += torch.stack([loss.detach().float() * tokens, tokens.float()])
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """The loss is the mean over all supervised tokens. That of the batches' means would depend on the batches."""
+        self.evaluated = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
+        return output._replace(metrics={**output.metrics, f"{metric_key_prefix}_loss": loss / tokens})
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if self.meter is not None and "loss" in logs:
