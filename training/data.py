@@ -148,7 +148,7 @@ class TrainingCollator:
     The batch has `input_ids`, `attention_mask`, `labels` (what the assistant says and its end, -100 elsewhere), all
     padded on the right, and of its n images, those of the first row first, `pixel_values (n, 3, H, W)` or
     `vision_features (n, T, C)`, and `memory_ids (n, k)` with `memory_values (n, k, L, D)` and `memory_scores (n, k)`,
-    and `exclude_ids`, if there are `source_ids`.
+    and `exclude_ids`, those of all images in its row, if there are `source_ids`.
 
     Args:
         bank: Its rows are read, from memory-mapped files; its encoders do not go to worker processes.
@@ -224,7 +224,10 @@ class TrainingCollator:
         else:
             inputs = {"vision_features": torch.from_numpy(self.vision_features[images])}
         if self.bank is not None and "source_ids" in rows[0]:
-            inputs["exclude_ids"] = of_images("source_ids")
+            of_images("source_ids")  # as many as images
+            inputs["exclude_ids"] = [
+                row["source_ids"] for row, count in zip(rows, counts, strict=True) for _ in range(count)
+            ]
         if "exclude_ids" in inputs and "memory_ids" not in rows[0]:
             if self.processor.key_space == "language":
                 queries = [self.processor._query_text(row["messages"]) for row in rows]

@@ -50,7 +50,8 @@ class Meter(TrainerCallback):
       with DeepSpeed, which keeps gradients to itself, nor, but at the last step, with a `logging_strategy` other than
       `"steps"`.
     - `neighbour_similarity`: the mean over the neighbours that the model read.
-    - `own_samples_excluded`: share of the images that are in the bank themselves, whose own rows were left out.
+    - `own_samples_excluded`: share of the images that are in the bank themselves, or have one in their row that is:
+      those rows of the bank were left out.
     - `memory_slots_off`: share of the slots without a neighbour: too few were found, memory dropout took it away, or
       it is below `retrieval_threshold`.
     """
@@ -96,7 +97,7 @@ class Meter(TrainerCallback):
             "images": encoded + cached,
             "encoded_images": encoded,
             "named_images": len(names),
-            "own_images": sum(len(self.bank.ids_of(name)) > 0 for name in names),
+            "own_images": sum(any(len(self.bank.ids_of(name)) for name in of_row) for of_row in names),
         }
         for name, count in found.items():
             self.on_host[name] += count

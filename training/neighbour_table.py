@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import uuid
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ def neighbour_table(
     images: Sequence[Any],
     depth: int,
     *,
+    rows: Sequence[int] | None = None,
     queries: Sequence[str] | None = None,
     vision_features: np.ndarray | None = None,
     folder: str | os.PathLike | None = None,
@@ -52,7 +55,8 @@ def neighbour_table(
 ) -> Path:
     """
     Looks up the neighbours of each image in the bank, unless an earlier run has. An image's own rows of the bank
-    (those with its `source_id`) are left out: it would retrieve its own answer.
+    (those with its `source_id`) are left out, and those of the other images in its row: it would retrieve its own
+    answer.
 
     The table is a Parquet file named by the fingerprints of the data (images, questions, tower, preprocessing) and of
     the bank (keys, sources, captions), so another run finds it and another bank does not. It is computed in parts,
@@ -63,6 +67,7 @@ def neighbour_table(
         model: Its vision tower runs where it is; the bank is checked against it.
         images: A column of a `datasets.Dataset`, or PIL images, bytes or paths.
         depth: Neighbours to keep of each image; a bank with fewer rows gives fewer.
+        rows: The row that each image is of, in ascending order. By default each is of its own.
         queries: The question asked about each image; only for a bank with keys in the language space.
         vision_features: `(n, T, C)`, as [`cache_vision_features`] returns, to skip the tower.
         folder: Where the tables are. Defaults to `HF_HOME/tinyalign/neighbours`.
@@ -71,7 +76,7 @@ def neighbour_table(
         num_proc: Processes to start on this machine, if this is the only one and needs the tower.
 
     Returns:
-        The file. One row an image: `source_id`, `own_rows` (how many rows of the bank were left out as its own),
+        The file. One row an image: `source_id`, `own_rows` (how many rows of the bank are of this image),
         `memory_ids` `(depth,)` int64, best first, and `memory_scores` `(depth,)` float32, their inner products with
         the query; -1 and -inf where too few rows are left.
 
@@ -82,14 +87,14 @@ def neighbour_table(
     images = undecoded(images)
     if len(images) == 0:
         raise ValueError("There are no images, expected at least one.")
-    for name, column in (("queries", queries), ("vision_features", vision_features)):
+    for name, column in (("rows", rows), ("queries", queries), ("vision_features", vision_features)):
         if column is not None and len(column) != len(images):
             raise ValueError(f"Found {len(column)} {name} for {len(images)} images, expected one for each.")
     if not bank.any_tower:
         bank.check_probes(model)
     depth = min(depth, len(bank))
     state = PartialState()
-    names = [_name(bank, model, processor, images, queries) if state.is_main_process else None]
+    names = [_name(bank, model, processor, images, rows, queries) if state.is_main_process else None]
     (name,) = broadcast_object_list(names)
     folder = cache_root() / "neighbours" if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +115,7 @@ def neighbour_table(
             model.base_model,
             processor,
             images,
+            range(len(images)) if rows is None else rows,
             queries,
             vision_features,
             depth,
@@ -155,6 +161,7 @@ class NeighbourSearch:
     model: PreTrainedModel
     processor: ProcessorMixin
     images: Sequence[Any]
+    rows: Sequence[int]
     queries: Sequence[str] | None
     vision_features: np.ndarray | None
     depth: int
@@ -195,7 +202,9 @@ class NeighbourSearch:
         starts = range(part * self.part_images, stop, self.batch_size)
         return [range(start, min(start + self.batch_size, stop)) for start in starts]
 
-    def _search(self, batch: range, source_ids: list[str], pixel_values: torch.Tensor | None) -> pa.Table:
+    def _search(
+        self, batch: range, source_ids: list[str], excluded: list[list[str]], pixel_values: torch.Tensor | None
+    ) -> pa.Table:
         rows = slice(batch.start, batch.stop)
         if pixel_values is None:
             features = torch.from_numpy(np.array(self.vision_features[rows])).to(self.model.vision_tower.device)
@@ -205,7 +214,7 @@ class NeighbourSearch:
         keys = self.bank.encode_queries(
             features, **{name: tensor.to(features.device) for name, tensor in query.items()}
         )
-        scores, ids = self.bank.search(keys, self.depth, exclude=source_ids)
+        scores, ids = self.bank.search(keys, self.depth, exclude=excluded)
         return pa.table(
             {
                 "source_id": source_ids,
@@ -217,21 +226,33 @@ class NeighbourSearch:
 
 
 class PreparedImages(Dataset):
-    """Item i is batch i, ready for the tower: the images' `source_id`s and, if it is needed, `pixel_values`."""
+    """
+    Item i is batch i, ready for the tower: the images' `source_id`s, for each of them those of all images in its row,
+    and, if they are needed, `pixel_values`.
+    """
 
     def __init__(self, search: NeighbourSearch, batches: list[range]):
-        self.images, self.batches = search.images, batches
+        self.images, self.rows, self.batches = search.images, search.rows, batches
         self.image_processor = search.processor.image_processor if search.vision_features is None else None
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> tuple[list[str], torch.Tensor | None]:
-        images = [read_image(self.images, index) for index in self.batches[number]]
+    def __getitem__(self, number: int) -> tuple[list[str], list[list[str]], torch.Tensor | None]:
+        batch = self.batches[number]
+        start = bisect_left(self.rows, self.rows[batch.start])  # the first and last row may go on in other batches
+        stop = bisect_right(self.rows, self.rows[batch.stop - 1])
+        images = [read_image(self.images, index) for index in range(start, stop)]
         source_ids = [image_source_id(image) for image in images]
+        of_row = defaultdict(list)
+        for row, source_id in zip(self.rows[start:stop], source_ids, strict=True):
+            of_row[row].append(source_id)
+        excluded = [of_row[self.rows[index]] for index in batch]
+        own = slice(batch.start - start, batch.stop - start)
         if self.image_processor is None:
-            return source_ids, None
-        return source_ids, self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+            return source_ids[own], excluded, None
+        pixel_values = self.image_processor(images=images[own], return_tensors="pt")["pixel_values"]
+        return source_ids[own], excluded, pixel_values
 
 
 def _in_processes(search: NeighbourSearch, todo: list[int], parts: Path, num_proc: int):
@@ -248,10 +269,19 @@ def _process(number: int, num_proc: int, search: bytes, todo: list[int], parts: 
     pickle.loads(search).write_parts(todo[number::num_proc], parts, number)
 
 
-def _name(bank: MemoryBank, model, processor: ProcessorMixin, images, queries: Sequence[str] | None) -> str:
+def _name(
+    bank: MemoryBank,
+    model,
+    processor: ProcessorMixin,
+    images,
+    rows: Sequence[int] | None,
+    queries: Sequence[str] | None,
+) -> str:
     """Fingerprints of the data and of the bank, 32 hex digits each."""
     data = hashlib.sha256(fingerprint_images(model, processor, images).encode())
     data.update(json.dumps(None if queries is None else list(queries)).encode())
+    if rows is not None and len(set(rows)) < len(rows):
+        data.update(json.dumps(list(rows)).encode())
     of_bank = hashlib.sha256("".join(bank.config["sha256"][name] for name in ("keys", "rows")).encode())
     return f"{data.hexdigest()[:32]}-{of_bank.hexdigest()[:32]}"
 

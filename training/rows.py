@@ -261,6 +261,10 @@ class RowImages(Sequence):
         row = int(np.searchsorted(self.starts, index, "right")) - 1
         return images_of(self.rows[row])[index - self.starts[row]]
 
+    def row_numbers(self) -> list[int]:
+        """The row that each image is of."""
+        return [row for row, images in enumerate(self.by_row(range(len(self)))) for _ in images]
+
     def by_row(self, values: Sequence) -> list:
         """Something about each image -> lists of it, one a row."""
         return [list(values[start:end]) for start, end in zip(self.starts, self.starts[1:], strict=False)]
@@ -297,8 +301,8 @@ def with_neighbours(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     The rows with `memory_ids` and `memory_scores`, lists of `2 * top_k` for each of their images: the second half are
-    spare ones, for [`MemoryDropout`]. And `source_ids`, the names of the images, whose own rows of the bank are not
-    among them. Streamed rows get none: the model retrieves for each batch.
+    spare ones, for [`MemoryDropout`]. And `source_ids`, the names of the images: no row of the bank that is of one of
+    a row's images is a neighbour of any of them. Streamed rows get none: the model retrieves for each batch.
 
     All processes of a run must call this at once: they share the work.
     """
@@ -317,6 +321,7 @@ def with_neighbours(
             processor,
             images,
             2 * top_k,
+            rows=images.row_numbers(),
             queries=queries,
             vision_features=features,
             batch_size=batch_size_of(config),

@@ -192,18 +192,18 @@ def plot_curves(path: Path, records: list[StageRecord]) -> None:
 
 
 def peak_memory_gb() -> float:
-    """Most memory so far, in GB: of the GPU where there is one, of the process otherwise (Linux, macOS)."""
-    if torch.cuda.is_available():
+    """Most memory so far, in GB: of the GPU where one is used, of the process otherwise (Linux, macOS)."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
     if resource is None:
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
 
 
-def hardware() -> str:
-    """The accelerators, or the processor's cores."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+def hardware(processes: int = 1, use_cpu: bool = False) -> str:
+    """The accelerators that were used, one a process, or the processor's cores."""
+    if torch.cuda.is_available() and not use_cpu:
+        return f"{processes} x {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} cores of {processor_name()}"
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..modeling_tinyalign.memory_bank import MemoryBank
 from .arguments import RunArguments
@@ -53,6 +54,7 @@ class SupervisedTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss_check = LossCheck(self)
+        self.evaluated = torch.zeros(2)  # the loss summed over supervised tokens, and their number
         self.add_callback(self.loss_check)
         if self.args.uses_lora and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -64,9 +66,8 @@ class SupervisedTrainer(Trainer):
         """The mean over all supervised tokens of the batch, also when it is accumulated in parts."""
         rows = inputs.get("rows") or [f"row {index} of the batch" for index in range(len(inputs["labels"]))]
         batch = {name: value for name, value in inputs.items() if name not in ("rows", "_prediction_loss_only")}
-        # Trainer has just put all of the model in training mode. Checkpointing needs that mode.
-        if self.args.tune_language_model == "frozen" and not self.args.gradient_checkpointing:
-            self.model.base_model.language_model.eval()
+        if self.args.tune_language_model == "frozen" and self.model.training:
+            without_dropout(self.model.base_model.language_model)  # Trainer has just put it in training mode
         inputs = {**batch, "supervised_logits_only": True, "use_cache": False}
         if self.model.training and self.meter is not None:
             self.meter.count(inputs)
@@ -75,7 +76,17 @@ class SupervisedTrainer(Trainer):
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         if self.model.training:
             self.loss_check.add(loss, batch, rows)
+        else:
+            tokens = (inputs["labels"][:, 1:] != -100).sum()
+            self.evaluated += torch.stack([loss.detach().float() * tokens, tokens.float()])
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """The loss is the mean over all supervised tokens. That of the batches' means would depend on the batches."""
+        self.evaluated = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
+        return output._replace(metrics={**output.metrics, f"{metric_key_prefix}_loss": loss / tokens})
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if self.meter is not None and "loss" in logs:
@@ -145,6 +156,14 @@ class SupervisedTrainer(Trainer):
             super()._load_best_model()
         else:
             load_trained(self.model, self.state.best_model_checkpoint)
+
+
+def without_dropout(language_model: PreTrainedModel):
+    """Evaluation mode for all but the layers themselves, which checkpoint their activations in training mode only."""
+    language_model.eval()
+    for module in language_model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = module.gradient_checkpointing
 
 
 def with_blank_image(model: PreTrainedModel, processor: ProcessorMixin, inputs: dict) -> dict:

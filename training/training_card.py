@@ -84,7 +84,7 @@ def _facts(
         curves=CURVES_NAME,
         command=command,
         evaluation=_evaluation(records[-1], data),
-        hardware=hardware(),
+        hardware=hardware(config.world_size, config.use_cpu),
         training_hours=sum(record.seconds for record in records) / 3600,
         peak_memory_gb=max(record.peak_memory_gb for record in records),
         limits=_limits(parts, data, bank, records[-1]),

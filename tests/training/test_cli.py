@@ -73,6 +73,16 @@ def test_the_baseline_is_composed_and_trained(files, monkeypatch):
     assert model.config.memory_top_k == 0 and not list(files.rglob("vision_features-*"))
 
 
+@pytest.mark.parametrize("fields", [["--model_kwargs", '{"memory_top_k": 0}'], ["--baseline", "text_rag"]])
+def test_a_model_goes_on_without_its_memory(fields, files, monkeypatch):
+    """The processor makes room for the visual tokens alone."""
+    monkeypatch.chdir(files)
+    cli.main(["train", "stage2.yaml", "--model", "model", *fields])
+    model = TinyAlignForConditionalGeneration.from_pretrained(files / "out2")
+    processor = TinyAlignProcessor.from_pretrained(files / "out2")
+    assert processor.num_image_tokens == model.config.num_image_tokens == model.config.image_seq_length
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_rows_are_streamed(stage, files, monkeypatch):
     """The model looks up their neighbours itself, also of rows that worker processes read."""

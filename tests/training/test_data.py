@@ -171,6 +171,11 @@ def test_streamed_rows_are_searched_by_the_model(make_model, processor, images, 
     with torch.no_grad():
         searched, given = model(**batch).loss, model(**TrainingCollator(processor, None, bank)(looked_up)).loss
     torch.testing.assert_close(searched, given, rtol=1e-3, atol=0)
+    question = [{"type": "image", "text": None}] * 2 + [{"type": "text", "text": "which is red?"}]
+    names = [row["source_ids"][0] for row in rows[:2]]
+    pair = {"messages": [{"role": "user", "content": question}, rows[0]["messages"][1]], "source_ids": names}
+    batch = TrainingCollator(processor, None, bank)([{**pair, "images": images[:2]}, rows[2]])
+    assert batch["exclude_ids"] == [names, names, rows[2]["source_ids"]]  # nor the image beside it
 
 
 def test_a_worker_maps_the_features_itself(model, processor, images, dataset, tmp_path):

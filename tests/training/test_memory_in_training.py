@@ -1,5 +1,6 @@
 """Neighbours in batches: similarities, spare ones, dropout, what workers hold, captions in prompts."""
 
+import json
 import pickle
 
 import numpy as np
@@ -14,6 +15,7 @@ from tinyalign_vlm.training.data import TrainingCollator, encode_chat, to_messag
 from tinyalign_vlm.training.evaluation import evaluate_answers
 from tinyalign_vlm.training.memory_dropout import MemoryDropout
 from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.training.run import prepare, read_config
 from tinyalign_vlm.training.stage1 import Stage1Config, train_stage1
 
 
@@ -258,3 +260,18 @@ def test_captions_that_do_not_fit_are_left_out(make_model, make_processor, rows,
 
     bare, full = len(encode_chat(processor, row["messages"])[0]), length(10_000)
     assert length(bare) == bare and bare < length(full - 1) < full
+
+
+def test_rows_of_several_images_do_not_retrieve_each_other(files, captions, monkeypatch):
+    monkeypatch.chdir(files)
+    question = {"from": "human", "value": "<image><image><image>which is red?"}
+    rows = [
+        {"images": [f"{3 * row + i}.png" for i in range(3)]}
+        | {"conversations": [question, {"from": "gpt", "value": captions[row]}]}
+        for row in range(4)
+    ]
+    (files / "several.json").write_text(json.dumps(rows))
+    rows = prepare(read_config(["stage1.yaml"], ["--dataset", "several.json"])).rows
+    for number, row in enumerate(rows):
+        found = {neighbour for image in row["memory_ids"] for neighbour in image}
+        assert found and not found & set(range(3 * number, 3 * number + 3))

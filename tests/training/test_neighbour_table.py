@@ -50,6 +50,23 @@ def test_it_is_the_search_without_own_rows(bank, model, processor, images, featu
     assert (columns(again)["memory_ids"] == table["memory_ids"]).all()
 
 
+def test_the_other_images_of_a_row_are_left_out_too(bank, model, processor, images, features, small_parts, tmp_path):
+    """Also where batches and parts divide a row: a neighbour would have the answer about the image beside it."""
+    rows = [0, 1, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4]
+    own = source_ids_of(images)
+    together = [[name for name, other in zip(own, rows, strict=True) if other == row] for row in rows]
+    _, ids = bank.search(bank.encode_queries(torch.from_numpy(features).float()), 3, exclude=together)
+    for more in ({}, {"vision_features": features, "num_workers": 2}):
+        settings = {"rows": rows, "batch_size": 2, "folder": tmp_path / str(len(more)), **more}
+        path = neighbour_table(bank, model, processor, images, 3, **settings)
+        table = columns(path)
+        assert (table["memory_ids"] == ids.numpy()).all() and table["source_id"].tolist() == own
+        assert (table["own_rows"] == 1).all()
+    alone = neighbour_table(bank, model, processor, images, 3, rows=range(12), folder=tmp_path)
+    assert (columns(alone)["memory_ids"] != table["memory_ids"]).any() and alone.name != path.name
+    assert neighbour_table(bank, model, processor, images, 3, folder=tmp_path) == alone
+
+
 def test_it_is_found_again_and_only_by_its_own_data_and_bank(
     bank, model, processor, images, small_parts, monkeypatch, tmp_path
 ):

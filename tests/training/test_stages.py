@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from tinyalign_vlm.training.checkpoints import load_connectors, save_connectors
 from tinyalign_vlm.training.data import TrainingCollator, encode_chat
+from tinyalign_vlm.training.evaluation import evaluate_answers
 from tinyalign_vlm.training.features import cache_vision_features
 from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
 from tinyalign_vlm.training.stage1 import Stage1Config, Stage1Trainer, train_stage1
@@ -209,6 +210,44 @@ def test_the_loss_is_that_of_the_full_logits(stage, make_model, processor, datas
         stage, model, processor, dataset, bank, tmp_path, features, per_device_train_batch_size=12, max_steps=1
     )
     assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_evaluation_loss_is_that_of_the_tokens_whatever_the_batches(
+    stage, make_model, processor, dataset, bank, features, tmp_path
+):
+    """Answers of 3 to 10 tokens: the mean of the batches' means would be another in batches of 5 and 2."""
+    config, train = STAGES[stage]
+    settings = {"max_steps": 1, "bf16": False, "disable_tqdm": True, "eval_samples": 0, "learning_rate": 0.0}
+    rows = dataset.select(range(7)).add_column("feature_index", list(range(7)))
+    model, found = make_model(), []
+    for size in (5, 7):
+        batches = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": size}
+        folder = str(tmp_path / str(size))
+        trainer = train(config(output_dir=folder, **settings, **batches), model, processor, rows, bank, features, rows)
+        found += [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    measured = evaluate_answers(model, processor, rows, bank, features, max_new_tokens=1)
+    assert found == pytest.approx([measured.losses.sum() / measured.num_tokens.sum()] * 2, rel=2e-5)
+
+
+def test_a_frozen_language_model_has_no_dropout_with_checkpointing_either(
+    make_model, make_processor, dataset, bank, tmp_path
+):
+    """Phi-2 has; the layers themselves stay in training mode, in which they recompute their activations."""
+    found = {}
+    for checkpointing in (False, True):
+        model = make_model(text="phi")
+        language_model = model.base_model.language_model
+        for layer in language_model.layers:
+            layer.resid_dropout.p = layer.self_attn.attention_dropout = 0.5
+        modes = []
+        language_model.layers[0].register_forward_pre_hook(lambda layer, _, modes=modes: modes.append(layer.training))
+        processor = make_processor(model, text="phi")
+        settings = {"gradient_checkpointing": checkpointing, "max_steps": 2, "warmup_steps": 0}
+        trainer = run(1, model, processor, dataset, bank, tmp_path / str(checkpointing), **settings)
+        found[checkpointing] = losses(trainer)
+        assert set(modes) == {checkpointing}
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
 
 
 def test_learning_rates_of_the_parts(make_model, processor, dataset, bank, features, tmp_path):

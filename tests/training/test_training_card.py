@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -20,7 +21,15 @@ from transformers import TrainerState
 from tinyalign_vlm.hub_cards.cards import render_space_card, usage_snippet, write_card, write_space
 from tinyalign_vlm.hub_cards.facts import BankFacts, Part, SpaceFacts, read_facts
 from tinyalign_vlm.training import cli, training_card
-from tinyalign_vlm.training.run_facts import Clock, StageRecord, plot_curves, read_records, run_snippet
+from tinyalign_vlm.training.run_facts import (
+    Clock,
+    StageRecord,
+    hardware,
+    peak_memory_gb,
+    plot_curves,
+    read_records,
+    run_snippet,
+)
 
 
 def run_without_package(code: str, folder: Path) -> str:
@@ -208,3 +217,14 @@ def test_local_parts_are_named_without_their_folder(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     assert training_card.part_of("vision tower", str(tmp_path), "model").license == "mit"
     assert training_card.part_of("data", "shards/*.tar", "dataset").source == "*.tar"
+
+
+def test_the_card_names_the_hardware_that_was_used(monkeypatch):
+    """Not all that the machine has."""
+    cuda = {"is_available": True, "device_count": 8, "get_device_name": "H200", "max_memory_allocated": 0}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert hardware() == "1 x H200" and hardware(2) == "2 x H200"
+    assert "cores of" in hardware(2, use_cpu=True) and peak_memory_gb() > 0.01
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000_000)
+    assert peak_memory_gb() == 3
