@@ -409,9 +409,9 @@ def test_exclusion_still_returns_k():
     _, ids = bank.search(queries, 5, exclude=[sources[4 * i] for i in range(20)])
     for i in range(20):
         assert ids[i].tolist() == [j for j in full[i] if j // 4 != i][:5]
-    mixed = [None, f"{1:032x}", [8, 9, -1], torch.tensor([12]), np.array([], int), *[None] * 15]
+    mixed = [None, f"{1:032x}", [8, 9, -1], torch.tensor([12]), np.array([], int), 20, *[None] * 14]
     _, ids = bank.search(queries, 5, exclude=mixed)
-    for i, unwanted in enumerate([[], [4, 5, 6, 7], [8, 9], [12], []]):
+    for i, unwanted in enumerate([[], [4, 5, 6, 7], [8, 9], [12], [], [20]]):
         assert ids[i].tolist() == [j for j in full[i] if j not in unwanted][:5]
 
 
@@ -450,6 +450,12 @@ def test_wrong_searches():
         bank.search(queries[:, :7], 1)
     with pytest.raises(ValueError, match="exclude has 1 items for 2 queries"):
         bank.search(queries, 1, exclude=[None])
+    with pytest.raises(ValueError, match="exclude is 'ab', expected a list with one item a query"):
+        bank.search(queries, 1, exclude="ab")
+    with pytest.raises(ValueError, match="top_k is 2.0"):
+        bank.search(queries, 2.0)
+    with pytest.raises(TypeError, match="row ids are of float64, expected integers"):
+        bank.search(queries, 1, exclude=[[0.5], None])
     with pytest.raises(ValueError, match="NaN"):
         bank.search(np.full((1, 8), np.nan), 1)
     with pytest.raises(ValueError, match="Row ids run from 0 to 5, expected -1 .none. to 4"):
