@@ -306,8 +306,8 @@ def test_datasets_that_do_not_fit(dataset, model, processor, value_encoder):
         build([{"image": None, "caption": "x"}], skip_bad_rows=True)
     with pytest.raises(ValueError, match="no column 'author' to keep"):
         build(dataset, keep_columns=["author"])
-    for columns in (["key"], ["licence", "licence"], "licence"):
-        with pytest.raises(ValueError, match="expected a list of columns, each once, other than id"):
+    for columns in (["key"], ["licence", "licence"], "licence", ["lic\nence"], [""]):
+        with pytest.raises(ValueError, match="expected a list of columns, each once, with printable names other than"):
             build(dataset, keep_columns=columns)
     with pytest.raises(ValueError, match="batch_size is -2, expected 1 or more"):
         build(dataset, batch_size=-2)
@@ -316,6 +316,12 @@ def test_datasets_that_do_not_fit(dataset, model, processor, value_encoder):
             build(dataset, thumbnail_size=size)
     with pytest.raises(ValueError, match="Row 0 of the dataset: .*surrogates not allowed"):
         build([{**dataset[0], "caption": "half a smile \ud83d"}])
+
+
+def test_the_tower_of_the_current_folder_has_a_name(model, checkpoints, monkeypatch):
+    monkeypatch.chdir(checkpoints["siglip"])
+    monkeypatch.setattr(model.config.vision_config, "_name_or_path", ".")
+    assert bank_builder.describe_tower(model, [3, 32, 32])["name"] == os.path.basename(checkpoints["siglip"])
 
 
 def test_latents_of_another_shape(dataset, make_model, processor, value_encoder):
