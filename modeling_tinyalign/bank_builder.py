@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .bank_config import FIXED_COLUMNS, MAX_THUMBNAIL
+from .bank_config import FIXED_COLUMNS, MAX_THUMBNAIL, are_columns
 from .bank_images import image_source_id, load_image, thumbnail_bytes
 from .bank_shards import list_column, matrix, row_schema
 from .bank_storage import BankFiles, Packed, check_packed, require_bank_packages, write_local_files
@@ -71,7 +71,7 @@ def describe_tower(model: PreTrainedModel, image_shape: list[int]) -> dict:
     settings.pop("_name_or_path", None)
     name = vision_config._name_or_path or vision_config.model_type
     return {
-        "name": Path(name).name if os.path.isabs(name) or os.path.isdir(name) else name,
+        "name": Path(os.path.abspath(name)).name if os.path.isabs(name) or os.path.isdir(name) else name,
         "revision": model.config.vision_model_revision,
         "config": settings,
         "vision_feature_layer": model.config.vision_feature_layer,
@@ -311,11 +311,10 @@ def check_latents(value_encoder: ValueEncoder, model: PreTrainedModel) -> None:
 
 def check_row_settings(keep_columns: Sequence[str], batch_size: int, thumbnail_size: int | None) -> None:
     """Raise ValueError for what no bank can be built with."""
-    names = [*FIXED_COLUMNS, *keep_columns]
-    if isinstance(keep_columns, str) or len(set(names)) < len(names):
+    if isinstance(keep_columns, str) or not are_columns(list(keep_columns)):
         raise ValueError(
-            f"keep_columns is {keep_columns!r}, expected a list of columns, each once, other than "
-            f"{', '.join(FIXED_COLUMNS)}: rename those columns first."
+            f"keep_columns is {keep_columns!r}, expected a list of columns, each once, with printable names other "
+            f"than {', '.join(FIXED_COLUMNS)}: rename those columns first."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more.")

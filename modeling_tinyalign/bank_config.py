@@ -89,7 +89,7 @@ FIELDS: dict[str, tuple[Check, str]] = {
     "key_encoder.alpha": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number between 0 and 1"),
     "key_encoder.connector_act": (is_text, "the name of an activation"),
     "value_encoder": (lambda value: isinstance(value, dict), "an object with the value encoder's sizes"),
-    "columns": (are_columns, f"a list of names other than {', '.join(FIXED_COLUMNS)}, each once"),
+    "columns": (are_columns, f"a list of printable names other than {', '.join(FIXED_COLUMNS)}, each once"),
     "thumbnail_size": optional(integer(1, MAX_THUMBNAIL)),
     "packed": later((lambda value: type(value) is bool or value == "keys", 'true, false or "keys"')),
     "index": later((is_index, "an object with index, k_factor, recall_at_5 and milliseconds")),

@@ -77,15 +77,15 @@ class BankRows:
         self,
         queries: torch.Tensor | np.ndarray,
         top_k: int,
-        exclude: Sequence[str | Sequence[int | str] | None] | None = None,
+        exclude: Sequence[int | str | Sequence[int | str] | None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[np.ndarray, np.ndarray]:
         """Maximum inner product search, exact or through a fast index (`index_facts`); equal scores are ordered by id.
 
         Args:
             queries: `(n, key_dim)`, a tensor or an array.
             top_k: number of neighbours, at most the size of the bank.
-            exclude: for each query None, a `source_id`, or several of them or of row ids (-1 is ignored), that must
-                not be returned.
+            exclude: for each query None, a `source_id` or row id (-1 is ignored), or several of them, that must not
+                be returned.
 
         Returns:
             scores `(n, top_k)` float32, best first, and row ids `(n, top_k)` int64, as tensors on the queries' device
@@ -101,11 +101,13 @@ class BankRows:
             raise ValueError(f"The queries have shape {vectors.shape}, expected (n, {self.key_dim}).")
         if not np.isfinite(vectors).all():
             raise ValueError("The queries hold NaN or infinity, expected finite numbers: check the vision features.")
-        if not 1 <= top_k <= len(self):
+        if not (isinstance(top_k, (int, np.integer)) and 1 <= top_k <= len(self)):
             raise ValueError(
                 f"top_k is {top_k}, but the bank has {len(self)} rows. Ask for 1 to {len(self)} neighbours, or add "
                 "rows."
             )
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude is {exclude!r}, expected a list with one item a query: [{exclude!r}] of one.")
         if exclude is not None and len(exclude) != len(vectors):
             raise ValueError(f"exclude has {len(exclude)} items for {len(vectors)} queries, expected one a query.")
         excluded = [self._excluded_ids(item) for item in exclude] if exclude is not None else [NO_IDS] * len(vectors)
@@ -207,9 +209,11 @@ class BankRows:
             yield pa.record_batch(columns)
             start += len(batch)
 
-    def _excluded_ids(self, item: str | Sequence[int | str] | None) -> np.ndarray:
+    def _excluded_ids(self, item: int | str | Sequence[int | str] | None) -> np.ndarray:
         if item is None:
             return NO_IDS
+        if isinstance(item, (int, np.integer)):
+            item = [item]
         if isinstance(item, str):
             return self.ids_of(item)
         if any(isinstance(entry, str) for entry in item):
@@ -219,7 +223,9 @@ class BankRows:
 
     def _checked_ids(self, ids: torch.Tensor | np.ndarray | Sequence) -> np.ndarray:
         ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-        ids = ids.astype(np.int64, casting="same_kind") if ids.size else ids.astype(np.int64)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"The row ids are of {ids.dtype}, expected integers.")
+        ids = ids.astype(np.int64)
         if ids.size and not -1 <= ids.min() <= ids.max() < len(self):
             raise ValueError(
                 f"Row ids run from {ids.min()} to {ids.max()}, expected -1 (none) to {len(self) - 1}: these ids are "

@@ -146,7 +146,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
                 With `memory_ids` or `memory_values`: their similarities, for `config.retrieval_threshold` and
                 `config.memory_scores`.
             exclude_ids (`list`, *optional*):
-                For each image what not to retrieve: `None`, a `source_id`, or a list of them or of row ids.
+                For each image what not to retrieve: `None`, a `source_id`, a row id, or a list of them.
             memory (`str`, *optional*, defaults to `"on"`): `"off"` fills all slots with "nothing retrieved".
             kwargs: For the vision tower, `output_hidden_states` and `output_attentions` among them.
         """
@@ -168,6 +168,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         if self.config.memory_top_k > 0:
             self._check_top_k()
             memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
+            memory_scores = None if memory_scores is None else torch.as_tensor(memory_scores)
             values = memory_values
             if memory == "off":
                 memory_ids = torch.full((tokens.shape[0], self.config.memory_top_k), -1)
@@ -180,7 +181,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
                     memory_scores, memory_ids = bank.search(keys, self.config.memory_top_k, exclude=exclude_ids)
                 values = bank.gather(memory_ids)
             values = torch.as_tensor(values)
-            self._check_memory_values(values, tokens.shape[0])
+            self._check_memory_values(values, tokens.shape[0], memory_ids=memory_ids, memory_scores=memory_scores)
             memory_ids, mask = self._used_slots(memory_ids, memory_scores)
             memory_tokens = self.memory_connector(
                 values.to(tokens.device),

@@ -189,7 +189,7 @@ class RetrievalMixin:
                 "train a model with the new number."
             )
 
-    def _check_memory_values(self, values: torch.Tensor, n: int):
+    def _check_memory_values(self, values: torch.Tensor, n: int, **of_each: torch.Tensor | None):
         config = self.config
         expected = (n, config.memory_top_k, config.num_latents, config.latent_dim)
         found = tuple(values.shape)
@@ -200,3 +200,6 @@ class RetrievalMixin:
             raise ValueError(
                 f"memory_values have shape {found}, expected (images, top_k, num_latents, latent_dim) = {expected}."
             )
+        for name, tensor in of_each.items():
+            if tensor is not None and tensor.shape != values.shape[:2]:
+                raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected (images, top_k) = {found[:2]}.")

@@ -202,6 +202,7 @@ class SavedBank(BankRows):
             check_foreign_index(path, len(bank), bank.key_dim, config["sha256"]["keys"])
             bank._files = dataclasses.replace(bank._files, trusted_index=path)
             index = index or EXACT
+        bank._keys, bank._values, bank._table  # noqa: B018  mapped now: `bank compact` may delete the files
         bank.index = index
         if index is not None:
             bank._searcher  # noqa: B018  an index that can't be made is refused now

@@ -206,7 +206,7 @@ def _unpacked(
 def _anywhere(source: CaptionedImages) -> CaptionedImages:
     """With absolute paths: workers run in another folder."""
     config = copy.copy(source.config)
-    if glob(config.dataset):
+    if os.path.exists(config.dataset) or glob(config.dataset):
         config.dataset = os.path.abspath(config.dataset)
     if config.image_folder is not None:
         config.image_folder = os.path.abspath(config.image_folder)

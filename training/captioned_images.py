@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,10 @@ class CaptionedImages:
 def fingerprint_files(dataset: str) -> str | None:
     """Of the names, sizes and times of change of a data set's files, None for a repository: is it still the same?"""
     path = Path(dataset)
-    files = [str(file) for file in path.rglob("*") if file.is_file()] if path.is_dir() else glob(dataset)
+    if path.is_dir():
+        files = [str(file) for file in path.rglob("*") if file.is_file()]
+    else:
+        files = glob(escape(dataset) if path.exists() else dataset)
     if not files:
         return None
     digest = hashlib.sha256()

@@ -306,8 +306,8 @@ def test_datasets_that_do_not_fit(dataset, model, processor, value_encoder):
         build([{"image": None, "caption": "x"}], skip_bad_rows=True)
     with pytest.raises(ValueError, match="no column 'author' to keep"):
         build(dataset, keep_columns=["author"])
-    for columns in (["key"], ["licence", "licence"], "licence"):
-        with pytest.raises(ValueError, match="expected a list of columns, each once, other than id"):
+    for columns in (["key"], ["licence", "licence"], "licence", ["lic\nence"], [""]):
+        with pytest.raises(ValueError, match="expected a list of columns, each once, with printable names other than"):
             build(dataset, keep_columns=columns)
     with pytest.raises(ValueError, match="batch_size is -2, expected 1 or more"):
         build(dataset, batch_size=-2)
@@ -316,6 +316,12 @@ def test_datasets_that_do_not_fit(dataset, model, processor, value_encoder):
             build(dataset, thumbnail_size=size)
     with pytest.raises(ValueError, match="Row 0 of the dataset: .*surrogates not allowed"):
         build([{**dataset[0], "caption": "half a smile \ud83d"}])
+
+
+def test_the_tower_of_the_current_folder_has_a_name(model, checkpoints, monkeypatch):
+    monkeypatch.chdir(checkpoints["siglip"])
+    monkeypatch.setattr(model.config.vision_config, "_name_or_path", ".")
+    assert bank_builder.describe_tower(model, [3, 32, 32])["name"] == os.path.basename(checkpoints["siglip"])
 
 
 def test_latents_of_another_shape(dataset, make_model, processor, value_encoder):
@@ -409,9 +415,9 @@ def test_exclusion_still_returns_k():
     _, ids = bank.search(queries, 5, exclude=[sources[4 * i] for i in range(20)])
     for i in range(20):
         assert ids[i].tolist() == [j for j in full[i] if j // 4 != i][:5]
-    mixed = [None, f"{1:032x}", [8, 9, -1], torch.tensor([12]), np.array([], int), *[None] * 15]
+    mixed = [None, f"{1:032x}", [8, 9, -1], torch.tensor([12]), np.array([], int), 20, *[None] * 14]
     _, ids = bank.search(queries, 5, exclude=mixed)
-    for i, unwanted in enumerate([[], [4, 5, 6, 7], [8, 9], [12], []]):
+    for i, unwanted in enumerate([[], [4, 5, 6, 7], [8, 9], [12], [], [20]]):
         assert ids[i].tolist() == [j for j in full[i] if j not in unwanted][:5]
 
 
@@ -450,6 +456,12 @@ def test_wrong_searches():
         bank.search(queries[:, :7], 1)
     with pytest.raises(ValueError, match="exclude has 1 items for 2 queries"):
         bank.search(queries, 1, exclude=[None])
+    with pytest.raises(ValueError, match="exclude is 'ab', expected a list with one item a query"):
+        bank.search(queries, 1, exclude="ab")
+    with pytest.raises(ValueError, match="top_k is 2.0"):
+        bank.search(queries, 2.0)
+    with pytest.raises(TypeError, match="row ids are of float64, expected integers"):
+        bank.search(queries, 1, exclude=[[0.5], None])
     with pytest.raises(ValueError, match="NaN"):
         bank.search(np.full((1, 8), np.nan), 1)
     with pytest.raises(ValueError, match="Row ids run from 0 to 5, expected -1 .none. to 4"):

@@ -114,6 +114,19 @@ def test_all_ways_to_the_same_memory(with_bank, inputs, bank):
     assert not with_bank(**inputs, memory_ids=ids.flip(1)).logits.equal(expected.logits)
 
 
+def test_ids_and_scores_of_other_shapes_than_the_values(with_bank, inputs, bank):
+    """They would be broadcast: every image would have the empty slots of the first."""
+    n = len(inputs["pixel_values"])
+    ids, scores = torch.zeros(n, 2, dtype=torch.long), torch.ones(n, 2)
+    for wrong in (
+        {"memory_ids": ids[:1], "memory_values": bank.gather(ids)},
+        {"memory_ids": ids, "memory_scores": scores[:, :1]},
+        {"memory_values": bank.gather(ids), "memory_scores": scores[0].tolist()},
+    ):
+        with pytest.raises(ValueError, match=rf"memory_(ids|scores) have shape .*, expected .* = \({n}, 2\)"):
+            with_bank(**inputs, **wrong)
+
+
 def test_generation_retrieves_once(with_bank, inputs, bank, monkeypatch):
     searches = []
     search = MemoryBank.search

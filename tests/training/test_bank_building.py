@@ -18,6 +18,7 @@ from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign.bank_images import image_source_id
 from tinyalign_vlm.training import bank_parts, cli
 from tinyalign_vlm.training.bank_log import changing
+from tinyalign_vlm.training.captioned_images import fingerprint_files
 
 ROWS = 40
 
@@ -328,6 +329,14 @@ def test_another_command_does_not_go_on_with_its_work(build, place, tmp_path, mo
     assert len(build("--rows", "12")) == 12
     with pytest.raises(SystemExit, match="is there already and was not made by this command"):
         build("--rows", "13")
+
+
+def test_a_file_whose_name_is_a_pattern_is_watched(tmp_path):
+    (tmp_path / "pairs[1].json").write_text("[]")
+    before = fingerprint_files(str(tmp_path / "pairs[1].json"))
+    (tmp_path / "pairs[1].json").write_text("[ ]")
+    assert None is not before != fingerprint_files(str(tmp_path / "pairs[1].json")) is not None
+    assert fingerprint_files("org/pairs") is None
 
 
 def test_add(build, place, rows, pictures, tmp_path, capsys):

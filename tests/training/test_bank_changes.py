@@ -369,6 +369,15 @@ def test_eight_readers_share_a_copy_and_are_not_disturbed(folder, tmp_path):
         assert reader.exitcode == 0
 
 
+def test_a_reader_that_has_read_nothing_yet_is_not_disturbed(folder, kept):
+    reader = MemoryBank.from_pretrained(folder)
+    tinyalign("remove", folder, "--where", "source=a")
+    tinyalign("compact", folder)
+    ids = np.arange(12)
+    assert (reader.search(reader.keys(ids), 1)[1][:, 0] == ids).all() and reader.rows(ids) == kept.rows(ids)
+    assert torch.equal(reader.gather(ids), kept.gather(ids))
+
+
 KILLED = """
 import os, signal, sys
 import pyarrow.parquet
