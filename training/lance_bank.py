@@ -372,9 +372,7 @@ def write_lance(
     found = connection.list_tables().tables
     if FILES in found and _is_whole(connection):
         there = LanceBank.from_pretrained(uri, storage_options)
-        if all(
-            there.config["sha256"][part] == bank.config["sha256"][part] for part in LOCAL
-        ):  # killed at the very end
+        if all(there.config["sha256"][part] == bank.config["sha256"][part] for part in LOCAL):
             return there  # killed at the very end
         raise ValueError(f"{uri} holds another memory bank already: delete it, or choose another place.")
     for name in {FILES, ROWS}.intersection(found):  # of a process that was killed
