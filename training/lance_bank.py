@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,8 @@ ROUNDING = 2e-6
 # How many keys are read at once to be compared.
 COMPARED_ROWS = 16_384
 CACHE_BYTES = 2**29
+# The process that imported this. LanceDB's threads do not survive a fork.
+PROCESS = os.getpid()
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,19 @@ class LanceColumns:
     """Columns of the rows table, read where they lie: row i is at offset i, for the table is written once."""
 
     def __init__(self, table: lancedb.table.Table, num_rows: int):
-        self.table = table
+        self._table = table
         self.num_rows = num_rows
+
+    @property
+    def table(self) -> lancedb.table.Table:
+        """Raises `RuntimeError` in a forked process, which LanceDB may crash."""
+        if os.getpid() != PROCESS:
+            raise RuntimeError(
+                "This process was forked from one that uses LanceDB, which may crash it. Let the workers be spawned: "
+                "dataloader_multiprocessing_context: spawn, or DataLoader(..., multiprocessing_context='spawn'); or "
+                "do without them (dataloader_num_workers: 0)."
+            )
+        return self._table
 
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray]:
         """Each of `rows` once, by id, and where in there they are, in the shape of `rows`."""

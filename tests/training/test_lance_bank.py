@@ -186,15 +186,18 @@ class Gathered(torch.utils.data.Dataset):
         return self.rows.gather([number])
 
 
-@pytest.mark.filterwarnings("ignore:lancedb fork support:RuntimeWarning")
-def test_workers_read_values(large, exact):
+def test_workers_read_values(large, exact, monkeypatch):
     rows = exact.without_encoders()
     rows.gather([0])
     pickled = pickle.dumps(rows)
     assert len(pickled) < 20_000 and pickle.loads(pickled).gather([3]).equal(large.gather([3]))
-    loader = DataLoader(Gathered(rows), num_workers=1, multiprocessing_context="fork", batch_size=4)
+    loader = DataLoader(Gathered(rows), num_workers=1, multiprocessing_context="spawn", batch_size=4)
     (batch,) = loader
     assert batch[:, 0].equal(large.gather(np.arange(4)))
+    monkeypatch.setattr(lance_bank, "PROCESS", 0)  # as if it had been forked
+    for use in (lambda: rows.gather([0]), lambda: exact.search(exact.keys([0]), 1), lambda: rows.rows([0])):
+        with pytest.raises(RuntimeError, match="forked .*multiprocessing_context: spawn"):
+            use()
 
 
 def test_the_command_and_a_new_process(bank, tmp_path, capsys):
