@@ -24,7 +24,7 @@ COMMANDS = {
     "compact": ["bank"],
 }
 
-LAST = 20
+LAST = 12
 # In forked processes, so that imports, which take longer than the work, are done once. Each works in a copy of `start`
 # with its own HF_HOME. A killed command is followed by a look at all banks that are there, in another process. Besides
 # random moments, each command is killed before each of the last steps at which names of files and folders change.
