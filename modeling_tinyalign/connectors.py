@@ -11,13 +11,13 @@ from .lexicon import LONGEST_REST, read_words
 
 
 class Connector(nn.Module):
-    """Two linear layers, from one space to another."""
+    """Two linear layers from one space to another, in float32 whatever torch's default dtype is."""
 
     def __init__(self, in_size: int, hidden_size: int, out_size: int, act: str):
         super().__init__()
-        self.linear_1 = nn.Linear(in_size, hidden_size)
+        self.linear_1 = nn.Linear(in_size, hidden_size, dtype=torch.float32)
         self.act = ACT2FN[act]
-        self.linear_2 = nn.Linear(hidden_size, out_size)
+        self.linear_2 = nn.Linear(hidden_size, out_size, dtype=torch.float32)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`(..., in_size)` of any dtype -> `(..., out_size)` in the connector's dtype."""
@@ -41,8 +41,8 @@ class MemoryConnector(nn.Module):
         self.memory_scores = config.memory_scores
         width = config.latent_dim + (1 if config.memory_scores else 0)
         in_size = width * (config.memory_top_k if config.memory_fusion == "channel" else 1)
-        self.null_latents = nn.Parameter(torch.zeros(config.num_latents, config.latent_dim))
-        self.slot_embedding = nn.Parameter(torch.zeros(config.num_latents, hidden_size))
+        self.null_latents = nn.Parameter(torch.zeros(config.num_latents, config.latent_dim, dtype=torch.float32))
+        self.slot_embedding = nn.Parameter(torch.zeros(config.num_latents, hidden_size, dtype=torch.float32))
         self.mlp = Connector(
             in_size, config.memory_connector_size or hidden_size, hidden_size, config.projector_hidden_act
         )
@@ -51,8 +51,8 @@ class MemoryConnector(nn.Module):
             self.set_lexicon(None, None, None)
         else:
             self.set_lexicon(
-                torch.zeros(words, config.latent_dim),
-                torch.zeros(words),
+                torch.zeros(words, config.latent_dim, dtype=torch.float32),
+                torch.zeros(words, dtype=torch.float32),
                 torch.full((config.latents_per_word, words, LONGEST_REST), -1),
             )
 

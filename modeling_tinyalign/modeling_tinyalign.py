@@ -1,5 +1,6 @@
 """TinyAlign model: a frozen vision tower and a language model, with retrieved memory beside the visual tokens."""
 
+import functools
 import os
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
@@ -8,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_tracing
@@ -23,6 +23,8 @@ from .outputs import (
     TinyAlignImageFeatures,
     TinyAlignModelOutputWithPast,
     TinyAlignRetrieval,
+    has_cache,
+    select_fields,
 )
 from .retrieval import RetrievalMixin
 from .saved_model import TinyAlignPreTrainedModel
@@ -248,12 +250,14 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, TinyAlignImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TinyAlignModelOutputWithPast:
-        """Takes the inputs of [`get_image_features`], or its output under `mm_encoder_outputs["image"]`, as well."""
+        """
+        Takes the inputs of [`get_image_features`], or its output under `mm_encoder_outputs["image"]`, as well. All
+        that the language model takes goes through `kwargs`, its cache among them.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
@@ -272,7 +276,6 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
                 self.check_placeholders(mask, images.pooler_output)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        features = None
         if images is not None:
             features = images.pooler_output
             features = features.flatten(0, 1) if torch.is_tensor(features) else torch.cat(features)
@@ -282,22 +285,14 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
                     f"Found {mask.sum()} image placeholders, expected {len(features)}, one per image token."
                 )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
-        elif input_ids is not None and past_key_values is None and checked:
+        elif input_ids is not None and checked and not has_cache(kwargs):
             self.check_no_placeholders(mask)
 
         outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         return TinyAlignModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=features,
+            **select_fields(outputs, TinyAlignModelOutputWithPast), image_outputs=images
         )
 
 
@@ -388,7 +383,6 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         vision_features: torch.Tensor | None = None,
@@ -417,7 +411,6 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
             query_input_ids=query_input_ids,
@@ -447,12 +440,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return TinyAlignCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            loss=loss, logits=logits, **select_fields(outputs, TinyAlignCausalLMOutputWithPast)
         )
 
     @torch.no_grad()
@@ -469,7 +457,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             images = self.model.get_image_features(**image_inputs, return_dict=True)
             self.model.check_placeholders(mask, images.pooler_output)
             kwargs["mm_encoder_outputs"] = {"image": images}
-        elif not {"mm_encoder_outputs", "past_key_values"} & kwargs.keys():
+        elif "mm_encoder_outputs" not in kwargs and not has_cache(kwargs):
             self.model.check_no_placeholders(mask)
         outputs = super().generate(inputs, *args, **kwargs)
         if images is not None and not torch.is_tensor(outputs):
@@ -492,6 +480,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         )
         return input_ids, {**model_kwargs, "mm_encoder_outputs": encoder_outputs}
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature says what `generate` takes
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         """Image tokens go in with the prompt, and again only when there is no cache (5.17 does not know of them)."""
         if not is_first_iteration and kwargs.get("use_cache", True):

@@ -1,10 +1,15 @@
 """What the TinyAlign models return."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 
 
 @dataclass
@@ -27,29 +32,23 @@ class TinyAlignImageFeatures(BaseModelOutputWithPooling):
 @dataclass
 class TinyAlignModelOutputWithPast(BaseModelOutputWithPast):
     r"""
-    image_hidden_states (`torch.Tensor` of shape `(image_tokens, hidden_size)`, *optional*):
-        Visual and memory tokens of all images of the batch.
+    image_outputs (`TinyAlignImageFeatures`, *optional*):
+        Features, visual and memory tokens, and neighbours of all images of the batch.
     """
 
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: TinyAlignImageFeatures | None = None
 
 
 @dataclass
-class TinyAlignCausalLMOutputWithPast(ModelOutput):
+class TinyAlignCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
-    loss (`torch.Tensor`, *optional*): Next-token loss, when `labels` are given.
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Or `(supervised positions, vocab_size)` with `supervised_logits_only=True`.
-    image_hidden_states (`torch.Tensor` of shape `(image_tokens, hidden_size)`, *optional*):
-        Visual and memory tokens of all images of the batch.
+    image_outputs (`TinyAlignImageFeatures`, *optional*):
+        Features, visual and memory tokens, and neighbours of all images of the batch.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: TinyAlignImageFeatures | None = None
 
 
 @dataclass
@@ -63,3 +62,14 @@ class TinyAlignRetrieval(ModelOutput):
     ids: torch.LongTensor | None = None
     captions: list[list[str]] | None = None
     source_ids: list[list[str]] | None = None
+
+
+def has_cache(kwargs: dict[str, Any]) -> bool:
+    """Return whether a cache is among these arguments: `cache`, called `past_key_values` before transformers 5.24."""
+    return kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
+
+
+def select_fields(outputs: ModelOutput, output_class: type[ModelOutput]) -> dict[str, Any]:
+    """Return those of a model's outputs that `output_class` has as well, by the names that this transformers uses."""
+    names = {field.name for field in fields(output_class)}
+    return {name: value for name, value in outputs.items() if name in names}

@@ -41,7 +41,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     # They are small, train in float32, and read and write whatever dtype the frozen parts have. The second line is
     # for half precision, the first for quantizers, which match whole names; a baseline has no memory_connector.
     _keep_in_fp32_modules = {r"(?:.*\.)?(?:memory_)?connector"}

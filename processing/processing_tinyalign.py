@@ -244,19 +244,18 @@ class TinyAlignProcessor(ProcessorMixin):
             )
         return re.sub(r"\s?<rag>", "", text)
 
-    def _fold_message(self, message: dict) -> dict:
+    def _fold_message(self, message: Any) -> dict:
         """In a chat the image may be an entry of its own, so `<rag>` is dropped wherever it stands."""
+        message = _as_dict(message)
         content = message.get("content")
         if isinstance(content, str):
-            return {**message, "content": content.replace("<rag>\n", "").replace("<rag>", "")}
-        if isinstance(content, list):
-            content = [
-                {**part, "text": part["text"].replace("<rag>\n", "").replace("<rag>", "")}
-                if part["type"] == "text"
-                else part
-                for part in content
-            ]
-            return {**message, "content": content}
+            message["content"] = _without_rag(content)
+        elif isinstance(content, list):
+            parts = [_as_dict(part) for part in content]
+            for part in parts:
+                if part["type"] == "text":
+                    part["text"] = _without_rag(part["text"])
+            message["content"] = parts
         return message
 
     def _query_text(self, messages: list[dict]) -> str:
@@ -293,6 +292,16 @@ class TinyAlignProcessor(ProcessorMixin):
                 spans.append((start, end))
             restored.append(spans)
         return restored
+
+
+def _as_dict(message: Any) -> dict:
+    """A message, or a part of its content, as a new dict: it may be a dataclass or a pydantic model as well."""
+    fields = message if isinstance(message, dict) else vars(message)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _without_rag(text: str) -> str:
+    return text.replace("<rag>\n", "").replace("<rag>", "")
 
 
 __all__ = ["TinyAlignProcessor"]

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field
 
 import torch
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from .inherited import refuse_what_has_no_effect
@@ -59,6 +60,8 @@ class RunArguments(TuningArguments):
         num_proc (`int`, *optional*): Processes that read and check the rows, and look up their neighbours.
         cache_features (`bool`, *optional*, defaults to `False`): The visual features of the frozen tower are computed
             once, and kept under `HF_HOME` for other runs. Not with `streaming`.
+        activation_checkpointing (`bool`, *optional*): Activations are computed again in the backward pass, for less
+            memory and a slower step.
 
         > What people watch
 
@@ -138,6 +141,9 @@ class RunArguments(TuningArguments):
     num_proc: int | None = field(
         default=None, metadata={"help": "Processes that read and check the rows, and look up their neighbours."}
     )
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Compute activations again in the backward pass: less memory, a slower step."}
+    )
     cache_features: bool = field(
         default=False, metadata={"help": "Compute the frozen visual features once and keep them under HF_HOME."}
     )
@@ -155,6 +161,8 @@ class RunArguments(TuningArguments):
 
     def __post_init__(self):
         self._check_run()
+        if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:  # before transformers 5.23
+            self.gradient_checkpointing = self.gradient_checkpointing or bool(self.activation_checkpointing)
         if not torch.accelerator.is_available():
             self.use_cpu = True
         refuse_what_has_no_effect(self)

@@ -38,7 +38,9 @@ class Stage2Config(RunArguments, SFTConfig):
         default=None,
         metadata={"help": "Autocast to bfloat16 (weights stay float32). Defaults to what the machine has."},
     )
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Less memory, a slower step."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Deprecated: set activation_checkpointing."}
+    )
     save_steps: float = field(default=0.25, metadata={"help": "Steps between two checkpoints, or a share of all."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     report_to: None | str | list[str] = field(

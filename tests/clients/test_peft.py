@@ -1,12 +1,17 @@
 """PEFT: a LoRA adapter is trained, saved, loaded onto the model as remote code gives it, and merged."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from .conftest import prompt
 
+TARGETS = (r".*language_model.*\.(q_proj|v_proj)", "all-linear")
 LORA = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
 
 
@@ -22,7 +27,7 @@ def remote_model(saved, tmp_path, monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("targets", [r".*language_model.*\.(q_proj|v_proj)", "all-linear"])
+@pytest.mark.parametrize("targets", TARGETS)
 def test_an_adapter_is_loaded_and_merged(targets, saved, remote_model, images, tmp_path):
     model = remote_model()
     assert type(model).__module__.startswith("transformers_modules.")
@@ -41,7 +46,21 @@ def test_an_adapter_is_loaded_and_merged(targets, saved, remote_model, images, t
     again = type(merged).from_pretrained(tmp_path / "merged")
     assert torch.equal(again(**inputs).logits, merged(**inputs).logits)
 
-    model = remote_model()  # transformers' own way to load adapters
+
+@pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"load_adapter of this transformers wants peft >= {MIN_PEFT_VERSION}, found {version('peft')}",
+)
+@pytest.mark.parametrize("targets", TARGETS)
+def test_an_adapter_is_loaded_by_transformers(targets, saved, remote_model, images, tmp_path):
+    model = remote_model()
+    inputs = {**prompt(saved, images[0]), "memory": "off"}
+    plain = model(**inputs).logits
+    trained = get_peft_model(model, LoraConfig(target_modules=targets, **LORA))
+    expected = trained(**inputs).logits.detach()
+    trained.save_pretrained(tmp_path / "adapter")
+
+    model = remote_model()
     model.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(model(**inputs).logits, expected)
     model.disable_adapters()

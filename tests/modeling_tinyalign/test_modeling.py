@@ -1,10 +1,13 @@
 """The model: towers, language models, batching, generation, saving, bad input."""
 
 import copy
+import inspect
 import json
+import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import (
     AutoModel,
@@ -14,6 +17,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlamaModel,
     PhiConfig,
     Qwen2Config,
     SiglipVisionConfig,
@@ -278,6 +282,80 @@ def test_chunked_prefill_is_right_or_refused(model, ragged):
         assert found.equal(answer(model, batch))
 
 
+def cache_names() -> list[str]:
+    """Names of the cache in this transformers: since 5.24 `cache`, and until 5.40 `past_key_values` as well."""
+    known = inspect.signature(LlamaModel.forward).parameters
+    return ["cache", "past_key_values"] if "cache" in known else ["past_key_values"]
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # the old name is the caller's
+@pytest.mark.parametrize("name", cache_names())
+@torch.no_grad()
+def test_a_cache_is_taken_and_returned(model, ragged, name):
+    """The last token alone, behind a cache of the others, has the logits that it has in the whole prompt."""
+    _, batch = ragged
+    images = {key: batch[key][:2] for key in ("pixel_values", "memory_values")}  # of the first row
+    prompt = {key: batch[key][:1] for key in ("input_ids", "attention_mask")}
+    whole = model(**prompt, **images)
+    outputs = model(**{key: value[:, :-1] for key, value in prompt.items()}, **images)
+    last = {"input_ids": prompt["input_ids"][:, -1:], "attention_mask": prompt["attention_mask"]}
+    again = model(**last, **{name: outputs[name]})
+    assert again[name].get_seq_length() == prompt["input_ids"].shape[1]
+    torch.testing.assert_close(again.logits[:, -1], whole.logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # the old name is the caller's
+@pytest.mark.parametrize("name", cache_names())
+def test_generate_takes_a_cache(model, ragged, name):
+    """Generated in two calls, the second from the cache of the first: what one call says."""
+    _, batch = ragged
+    expected = model.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, **settings)
+    mask = F.pad(batch["attention_mask"], (0, 3), value=1)
+    rest = {"input_ids": first.sequences, "attention_mask": mask, name: first[name]}
+    second = model.generate(**rest, max_new_tokens=3, min_new_tokens=3, **settings)
+    assert torch.equal(second.sequences, expected)
+
+
+def test_no_deprecation_of_ours(model, ragged, monkeypatch):
+    """transformers warns of old names through its loggers, once a process."""
+    messages = []
+
+    def warn(self, message, *args, **kwargs):
+        messages.append(str(message))
+
+    monkeypatch.setattr(logging.Logger, "warning_once", warn)
+    monkeypatch.setattr(logging.Logger, "warning", warn)
+    _, batch = ragged
+    model(**batch, labels=batch["input_ids"], output_hidden_states=True)
+    model(**batch, return_dict=False)
+    model.generate(**batch, max_new_tokens=2, do_sample=False, num_beams=2, return_dict_in_generate=True)
+    assert [message for message in messages if "deprecated" in message] == []
+
+
+def test_outputs_tell_of_the_images(model, ragged):
+    _, batch = ragged
+    for outputs in (model(**batch), model.model(**batch)):
+        assert [len(tokens) for tokens in outputs.image_outputs.pooler_output] == [model.config.num_image_tokens] * 3
+        assert len(outputs.image_outputs.last_hidden_state) == 3
+    text = model(input_ids=torch.tensor([[5, 6]]))
+    assert text.image_outputs is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_connectors_are_float32_whatever_the_default_dtype_is(make_model, dtype):
+    config = make_model().config
+    torch.set_default_dtype(dtype)
+    try:
+        model = TinyAlignForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    connectors = {parameter.dtype for name, parameter in model.named_parameters() if "connector" in name}
+    assert connectors == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == dtype
+
+
 def test_the_image_token_is_never_generated(make_model, make_processor, images):
     model = make_model()
     inputs = encode(make_processor(model), [chat(images[:1], PROMPTS[0])])
@@ -389,7 +467,8 @@ def test_gradients_and_checkpointing(make_model, ragged):
     for checkpointing in (False, True):
         model = make_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            newer = hasattr(model, "activation_checkpointing_enable")  # its name from transformers 5.23 on
+            (model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable)()
         model(**batch, labels=batch["input_ids"]).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

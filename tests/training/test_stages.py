@@ -243,7 +243,7 @@ def test_a_frozen_language_model_has_no_dropout_with_checkpointing_either(
         modes = []
         language_model.layers[0].register_forward_pre_hook(lambda layer, _, modes=modes: modes.append(layer.training))
         processor = make_processor(model, text="phi")
-        settings = {"gradient_checkpointing": checkpointing, "max_steps": 2, "warmup_steps": 0}
+        settings = {"activation_checkpointing": checkpointing, "max_steps": 2, "warmup_steps": 0}
         trainer = run(1, model, processor, dataset, bank, tmp_path / str(checkpointing), **settings)
         found[checkpointing] = losses(trainer)
         assert set(modes) == {checkpointing}
