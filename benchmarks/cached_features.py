@@ -20,9 +20,10 @@ from transformers import SiglipVisionModel as Tower
 from transformers.utils import logging
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
-from tinyalign_vlm.training.demo import DemoConfig, chats, load_pairs
-from tinyalign_vlm.training.features import cache_vision_features
-from tinyalign_vlm.training.stage1 import Stage1Config, train_stage1
+from tinyalign_vlm.training.arguments.alignment import Stage1Config
+from tinyalign_vlm.training.data.features import cache_vision_features
+from tinyalign_vlm.training.demo.run import DemoConfig, chats, load_pairs
+from tinyalign_vlm.training.stages.trainers import train_stage1
 
 
 def make_parts(folder: Path, demo: Path, share: float) -> tuple[str, str]:

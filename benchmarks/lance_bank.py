@@ -23,8 +23,8 @@ import bank as bench
 import numpy as np
 from huggingface_hub import constants
 
-from tinyalign_vlm.training.bank_changes import size_of
-from tinyalign_vlm.training.lance_bank import write_lance
+from tinyalign_vlm.training.bank.changes import size_of
+from tinyalign_vlm.training.bank.lance import write_lance
 
 
 def nearest(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
 from tinyalign_vlm.processing import TinyAlignProcessor
-from tinyalign_vlm.training.data import TrainingCollator
-from tinyalign_vlm.training.demo import BANKS, TOP_K, DemoConfig, chats, load_pairs, with_neighbours
-from tinyalign_vlm.training.neighbours import find_neighbours
-from tinyalign_vlm.training.trainer import training_rows
+from tinyalign_vlm.training.data.collator import TrainingCollator
+from tinyalign_vlm.training.data.neighbours import find_neighbours
+from tinyalign_vlm.training.data.training_rows import training_rows
+from tinyalign_vlm.training.demo.run import BANKS, TOP_K, DemoConfig, chats, load_pairs, with_neighbours
 
 BATCH = 32
 

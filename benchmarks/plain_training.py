@@ -33,12 +33,13 @@ from cached_features import make_parts
 from transformers.utils import logging
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, TinyAlignProcessor
-from tinyalign_vlm.training.checkpoints import connectors_of
-from tinyalign_vlm.training.data import TrainingCollator
-from tinyalign_vlm.training.demo import DemoConfig, chats, compose_with_memory, load_pairs, with_neighbours
-from tinyalign_vlm.training.features import cache_vision_features
-from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
-from tinyalign_vlm.training.precision import bfloat16_is_fast, bfloat16_language_model
+from tinyalign_vlm.training.arguments.run_arguments import bfloat16_is_fast
+from tinyalign_vlm.training.data.collator import TrainingCollator
+from tinyalign_vlm.training.data.features import cache_vision_features
+from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.training.demo.run import DemoConfig, chats, compose_with_memory, load_pairs, with_neighbours
+from tinyalign_vlm.training.stages.checkpoints import connectors_of
+from tinyalign_vlm.training.stages.precision import bfloat16_language_model
 
 # what is ours of each row: logits where there is a label, neighbours given, bfloat16, cached features
 ROWS = {

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign.lexicon import lexicon_words, read_words, slot_tokens
-from tinyalign_vlm.training.bank_preparation import CaptionSampler
-from tinyalign_vlm.training.demo import BANKS, DemoConfig, load_pairs
+from tinyalign_vlm.training.bank.value_encoder_training import CaptionSampler
+from tinyalign_vlm.training.demo.run import BANKS, DemoConfig, load_pairs
 
 
 class Reader:

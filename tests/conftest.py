@@ -31,6 +31,7 @@ from transformers import (
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 
+pytest_plugins = ["hub.fixtures"]  # of tests/hub and tests/training/hub
 torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, and of pyarrow

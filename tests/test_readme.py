@@ -9,23 +9,24 @@ import pytest
 from huggingface_hub import constants
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
-from tinyalign_vlm.training import bank_cli, bank_preparation, cli
-from tinyalign_vlm.training.run import STAGES
+from tinyalign_vlm.training.arguments.files import STAGE_CONFIGS
+from tinyalign_vlm.training.bank import value_encoder_training
+from tinyalign_vlm.training.cli import bank, main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 # a field of a stage, or an option of a command
-OPTIONS = {field.name for stage, _ in STAGES.values() for field in dataclasses.fields(stage)}
-for file in (cli, bank_cli):
+OPTIONS = {field.name for config in STAGE_CONFIGS.values() for field in dataclasses.fields(config)}
+for file in (main, bank):
     OPTIONS.update(re.findall(r'"--([a-z_]+)"', Path(file.__file__).read_text()))
 
 
 def test_your_own_data(checkpoints, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
-    settings = bank_preparation.ValueEncoderTrainingConfig(steps=2, batch_size=4)
-    monkeypatch.setattr(bank_preparation, "ValueEncoderTrainingConfig", lambda: settings)
+    settings = value_encoder_training.ValueEncoderTrainingConfig(steps=2, batch_size=4)
+    monkeypatch.setattr(value_encoder_training, "ValueEncoderTrainingConfig", lambda: settings)
     rows = {"image": images, "caption": [f"a plain square {i}" for i in range(len(images))]}
     dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
@@ -46,7 +47,7 @@ def test_links_imports_and_options_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
     for line in re.findall(r"^ *from tinyalign_vlm.* import .*$", text, re.M):
-        if "lance_bank" not in line:  # takes seconds; test_lance_bank.py has it
+        if "bank.lance" not in line:  # takes seconds; test_lance.py has it
             exec(line.strip(), {})
     commands = re.findall(r"(?:tinyalign|training\.cli) (?:(?:bank|data) )?\w+ (?:\\\n|[^\n`&])*", text)
     options = set(re.findall(r" --([a-z_]+)", " ".join(commands)))

@@ -11,7 +11,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from tinyalign_vlm.training import cli, serve
+from tinyalign_vlm.training import serve
+from tinyalign_vlm.training.cli.main import main
 
 from .conftest import answer, data_url, openai_chat
 
@@ -176,16 +177,16 @@ def test_without_a_bank(saved, images):
 
 def test_the_command_line(saved, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="tinyalign: .*its config names no memory bank"):
-        cli.main(["serve", saved.folder, "--device", "cpu"])
+        main(["serve", saved.folder, "--device", "cpu"])
     with pytest.raises(SystemExit, match="tinyalign: .*no file named model.safetensors"):
-        cli.main(["serve", str(tmp_path)])
+        main(["serve", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["serve", saved.folder, "--prot", "80"])
+        main(["serve", saved.folder, "--prot", "80"])
     assert "unknown arguments: --prot 80" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["serve", "--help"])
+        main(["serve", "--help"])
     assert "20 seconds, 32 MiB" in capsys.readouterr().out
     monkeypatch.delitem(sys.modules, "tinyalign_vlm.training.serve")
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     with pytest.raises(SystemExit, match=r"tinyalign: .*pip install tinyalign-vlm\[serve\]"):
-        cli.main(["serve", saved.folder])
+        main(["serve", saved.folder])

@@ -14,7 +14,7 @@ def upload(repo_id: str, repo_type: str, files: dict[str, str]) -> str:
 
 
 def part(name: str, hub_type: str, revision: str | None = None) -> dict:
-    from tinyalign_vlm.training.training_card import part_of
+    from tinyalign_vlm.training.hub.training_card import part_of
 
     return vars(part_of("a part", name, hub_type, revision))
 

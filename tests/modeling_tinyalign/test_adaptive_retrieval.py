@@ -11,7 +11,7 @@ from tinyalign_vlm import (
     ValueEncoder,
     ValueEncoderConfig,
 )
-from tinyalign_vlm.training.baselines import widen_connector
+from tinyalign_vlm.training.models import widen_connector
 
 CAPTIONS = ("red", "green", "blue", "white", "black", "yellow")
 FUSIONS = ("channel", "sequence")

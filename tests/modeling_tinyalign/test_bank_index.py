@@ -24,7 +24,7 @@ from tinyalign_vlm.modeling_tinyalign.bank_shards import list_column, row_schema
 from tinyalign_vlm.modeling_tinyalign.bank_storage import write_local_files
 from tinyalign_vlm.modeling_tinyalign.bank_values import PackedValues, PlainValues
 from tinyalign_vlm.modeling_tinyalign.key_encoder import KeyEncoder
-from tinyalign_vlm.training.bank_report import bank_problems
+from tinyalign_vlm.training.bank.verify import bank_problems
 
 VALUE_SHAPE = (3, 5)
 

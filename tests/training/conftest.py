@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from PIL import Image
 
 from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
-from tinyalign_vlm.training.data import to_messages
-from tinyalign_vlm.training.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.training.data.chats import to_messages
+from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
 
 NUM_ROWS = 12
 

@@ -14,11 +14,11 @@ from huggingface_hub import constants
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
-from tinyalign_vlm.training.cli import main
-from tinyalign_vlm.training.demo import write_json
-from tinyalign_vlm.training.neighbour_table import neighbour_table
-from tinyalign_vlm.training.run_facts import StageRecord, write_records
-from tinyalign_vlm.training.samples import write_samples
+from tinyalign_vlm.training.cli.main import main
+from tinyalign_vlm.training.data.neighbour_table import neighbour_table
+from tinyalign_vlm.training.demo.run import write_json
+from tinyalign_vlm.training.hub.run_facts import StageRecord, write_records
+from tinyalign_vlm.training.stages.samples import write_samples
 
 
 def sample(step: int) -> list[dict]:

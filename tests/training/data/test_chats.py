@@ -1,0 +1,43 @@
+"""What a chat must be, and its tokens."""
+
+import re
+
+import pytest
+import torch
+
+from tinyalign_vlm.training.data.chats import encode_chat, to_messages
+
+
+@pytest.mark.parametrize("text", ["llama", "phi"])
+def test_a_chat_is_encoded_as_the_processor_does(text, make_model, make_processor, images):
+    processor = make_processor(make_model(text=text), text=text)
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "what <rag>"}, {"type": "image"}]},
+        {"role": "assistant", "content": "a red square"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "blue"},
+    ]
+    expected = processor.apply_chat_template(
+        [
+            {**messages[0], "content": [messages[0]["content"][0], {"type": "image", "image": images[0]}]},
+            *messages[1:],
+        ],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+    )
+    ids, assistant = encode_chat(processor, messages)
+    assert ids == expected["input_ids"][0].tolist()
+    assert assistant == torch.as_tensor(expected["assistant_masks"])[0].tolist()
+    spoken = processor.tokenizer.decode([token for token, mask in zip(ids, assistant, strict=True) if mask])
+    assert (
+        spoken.split() == f"a red square{processor.tokenizer.eos_token}blue{processor.tokenizer.eos_token}".split()
+        or (spoken.replace(" ", "") == f"aredsquare{processor.tokenizer.eos_token}blue{processor.tokenizer.eos_token}")
+    )
+
+
+@pytest.mark.parametrize("answer", [None, 3, "", " \n"])
+def test_an_answer_is_text(answer):
+    with pytest.raises(ValueError, match=f"the answer is {re.escape(repr(answer))}, expected text that is not blank"):
+        to_messages("what?", answer)

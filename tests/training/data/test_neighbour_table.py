@@ -1,0 +1,213 @@
+"""The table of neighbours: what is in it, who finds it again, and what a kill leaves."""
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+
+from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.training.data import neighbour_table as module
+from tinyalign_vlm.training.data.neighbour_table import neighbour_table, read_neighbours
+from tinyalign_vlm.training.data.neighbours import source_ids_of
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(module, "PART_IMAGES", 5)
+
+
+def columns(path) -> dict[str, np.ndarray]:
+    table = pq.read_table(path)
+    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+
+
+def test_it_is_the_search_without_own_rows(bank, model, processor, images, features, small_parts, tmp_path):
+    path = neighbour_table(bank, model, processor, images, 3, folder=tmp_path, batch_size=2)
+    table = columns(path)
+    own = source_ids_of(images)
+    assert table["source_id"].tolist() == own and (table["own_rows"] == 1).all()
+    full = torch.from_numpy(features).float()
+    scores, ids = bank.search(bank.encode_queries(full), 3, exclude=own)
+    assert (table["memory_ids"] == ids.numpy()).all()
+    np.testing.assert_allclose(table["memory_scores"], scores.numpy(), atol=1e-2)
+    rows = read_neighbours(path)
+    assert rows[0]["memory_ids"] == ids[0].tolist() and len(rows) == len(images)
+    # cached features and workers give the same neighbours
+    again = neighbour_table(
+        bank, model, processor, images, 3, folder=tmp_path / "2", vision_features=features, num_workers=2
+    )
+    assert (columns(again)["memory_ids"] == table["memory_ids"]).all()
+
+
+def test_the_other_images_of_a_row_are_left_out_too(bank, model, processor, images, features, small_parts, tmp_path):
+    """Also where batches and parts divide a row: a neighbour would have the answer about the image beside it."""
+    rows = [0, 1, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4]
+    own = source_ids_of(images)
+    together = [[name for name, other in zip(own, rows, strict=True) if other == row] for row in rows]
+    _, ids = bank.search(bank.encode_queries(torch.from_numpy(features).float()), 3, exclude=together)
+    for more in ({}, {"vision_features": features, "num_workers": 2}):
+        settings = {"rows": rows, "batch_size": 2, "folder": tmp_path / str(len(more)), **more}
+        path = neighbour_table(bank, model, processor, images, 3, **settings)
+        table = columns(path)
+        assert (table["memory_ids"] == ids.numpy()).all() and table["source_id"].tolist() == own
+        assert (table["own_rows"] == 1).all()
+    alone = neighbour_table(bank, model, processor, images, 3, rows=range(12), folder=tmp_path)
+    assert (columns(alone)["memory_ids"] != table["memory_ids"]).any() and alone.name != path.name
+    assert neighbour_table(bank, model, processor, images, 3, folder=tmp_path) == alone
+
+
+def test_it_is_found_again_and_only_by_its_own_data_and_bank(
+    bank, model, processor, images, small_parts, monkeypatch, tmp_path
+):
+    first = neighbour_table(bank, model, processor, images, 3, folder=tmp_path)
+    assert not list(tmp_path.glob("*.parts"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module.NeighbourSearch, "write_parts", None)  # nothing is computed
+        assert neighbour_table(bank, model, processor, list(images), 3, folder=tmp_path) == first
+        assert neighbour_table(bank, model, processor, images, 2, folder=tmp_path) == first  # deep enough
+    others = [
+        neighbour_table(bank, model, processor, images, 4, folder=tmp_path),
+        neighbour_table(bank.shuffled(), model, processor, images, 3, folder=tmp_path),
+        neighbour_table(bank, model, processor, images[:-1], 3, folder=tmp_path),
+        neighbour_table(bank, model, processor, [*images[:-1], images[0]], 3, folder=tmp_path),
+    ]
+    assert len({first, *others}) == 5
+    whole = neighbour_table(bank, model, processor, images, 99, folder=tmp_path)
+    table = columns(whole)
+    assert table["memory_ids"].shape == (12, 12)  # a bank of 12 rows, one of them the image's own
+    assert (table["memory_ids"][:, -1] == -1).all() and (table["memory_scores"][:, -1] == -np.inf).all()
+
+
+def test_questions_count_in_language_space(make_model, make_processor, images, captions, value_encoder, tmp_path):
+    model = make_model(key_space="language")
+    processor = make_processor(model)
+    rows = [{"image": image, "caption": caption} for image, caption in zip(images, captions, strict=True)]
+    bank = MemoryBank.build(rows, model, processor, value_encoder)
+    paths = [
+        neighbour_table(bank, model, processor, images, 3, queries=[text] * 12, folder=tmp_path)
+        for text in ("a red square", "what is in the image? a blue circle.")
+    ]
+    scores = [columns(path)["memory_scores"] for path in paths]
+    assert paths[0] != paths[1] and not np.allclose(*scores)
+    with pytest.raises(ValueError, match="Found 2 queries for 12 images"):
+        neighbour_table(bank, model, processor, images, 3, queries=["a", "b"], folder=tmp_path)
+
+
+def test_bad_images_are_named(bank, model, processor, images, small_parts, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="^Image 7: the image cannot be read"):
+        neighbour_table(bank, model, processor, [*images[:7], str(broken)], 3, folder=tmp_path)
+    with pytest.raises(ValueError, match="There are no images"):
+        neighbour_table(bank, model, processor, [], 3, folder=tmp_path)
+
+
+SCRIPT = """
+import pickle, sys, time
+from pathlib import Path
+from accelerate import PartialState
+from tinyalign_vlm import TinyAlignForConditionalGeneration
+from tinyalign_vlm.training.data import neighbour_table as module
+
+if __name__ == "__main__":
+    module.PART_IMAGES = 5
+    bank, processor, images = pickle.loads(Path("inputs.pkl").read_bytes())
+    model = TinyAlignForConditionalGeneration.from_pretrained("model")
+    print("ready", flush=True)
+    folder, num_proc, *endless = sys.argv[1:]
+    if endless:  # it never ends before it is killed
+        module._join = lambda *_: time.sleep(3600)
+    state = PartialState(cpu=True)
+    search, module.NeighbourSearch.write_parts = module.NeighbourSearch.write_parts, lambda self, todo, *rest: (
+        Path(f"{folder} {state.process_index} {len(todo)}").touch(), search(self, todo, *rest)
+    )
+    module.neighbour_table(bank, model, processor, images, 3, folder=folder, batch_size=2, num_proc=int(num_proc))
+"""
+
+
+@pytest.fixture
+def script(bank, model, processor, tmp_path, small_parts):
+    """`script(arguments, launcher)`: starts a process that makes the table of 150 images and says when it begins."""
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (9, 8, 3), dtype=np.uint8)) for _ in range(150)]
+    (tmp_path / "inputs.pkl").write_bytes(pickle.dumps((bank, processor, images)))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+        command = [sys.executable, *launcher, "script.py", *arguments]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+
+    start.images = images
+    return start
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(script, bank, model, processor, tmp_path):
+    """Each goes on where the one before was killed; the last one has two processes, which end with it."""
+    whole = neighbour_table(bank, model, processor, script.images, 3, folder=tmp_path / "whole", batch_size=2)
+    moments = random.Random(0)
+    for num_proc, parts in (("1", 3), ("1", 8), ("2", 13)):  # of 30
+        process = script("killed", num_proc, "endless")
+        assert process.stdout.readline() == "ready\n"
+        while len(list(tmp_path.glob("killed/*.parts/[0-9]*.parquet"))) < parts:
+            assert process.poll() is None
+            time.sleep(0.001)
+        children = [pid for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == process.pid]
+        children = [pid for pid in children if b"spawn_main" in command_of(pid)]
+        time.sleep(moments.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        deadline = time.time() + 600
+        while any(b"spawn_main" in command_of(pid) for pid in children):
+            assert time.time() < deadline
+            time.sleep(0.1)
+    path = neighbour_table(
+        bank, model, processor, script.images, 3, folder=tmp_path / "killed", batch_size=2, num_proc=2
+    )
+    assert path.name == whole.name and path.read_bytes() == whole.read_bytes()
+    # a process of the one killed may end after the last run, and leave its part behind
+    assert {entry.suffix for entry in path.parent.iterdir()} - {".parts"} == {".parquet", ".lock"}
+
+
+def test_launched_processes_make_the_same_table(script, bank, model, processor, tmp_path):
+    whole = neighbour_table(bank, model, processor, script.images, 3, folder=tmp_path / "whole", batch_size=2)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert script("launched", "1", launcher=launcher).wait(1200) == 0
+    assert sorted(path.name for path in tmp_path.glob("launched *")) == ["launched 0 15", "launched 1 15"]
+    (path,) = (tmp_path / "launched").glob("*.parquet")
+    assert path.name == whole.name and path.read_bytes() == whole.read_bytes()
+
+
+def parent_of(pid: str) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):  # it ended before it was opened, or before it was read
+        return None
+
+
+def command_of(pid: str) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def test_a_table_without_a_neighbour_says_so():
+    """All rows of the bank are the images' own: a mean of none is no number."""
+    scores = np.full((3, 2), -np.inf).tolist()
+    table = datasets.Dataset.from_dict({"own_rows": [2, 2, 2], "memory_scores": scores})
+    assert module.summary(table, 2).endswith("none has a neighbour, all rows of the bank are its own")

@@ -1,0 +1,93 @@
+"""Evaluation on hand-made cases."""
+
+import numpy as np
+import pytest
+import torch
+
+from tinyalign_vlm.training.data.collator import TrainingCollator
+from tinyalign_vlm.training.evaluation.answers import ExactMatch, bootstrap_interval, evaluate_answers, reference_of
+
+
+def test_loss_and_tokens_of_each_row(model, processor, dataset, bank, features, captions):
+    result = evaluate_answers(model, processor, dataset, bank, features, batch_size=5, max_new_tokens=4)
+    rows = [{**row, "feature_index": index} for index, row in enumerate(dataset)]
+    collator = TrainingCollator(processor, features, bank)
+    for index, row in enumerate(rows):
+        batch = collator([row])
+        with torch.no_grad():
+            outputs = model(**batch)
+        supervised = batch["labels"][:, 1:] != -100
+        count = supervised.sum().item()
+        correct = (outputs.logits.argmax(-1)[:, :-1] == batch["labels"][:, 1:])[supervised].sum().item()
+        assert result.num_tokens[index] == count and result.correct_tokens[index] == correct
+        assert result.losses[index] == pytest.approx(outputs.loss.item() * count, rel=1e-4)
+    assert result.references == captions and len(result.answers) == 12
+    assert (result.seconds > 0).all() and not result.exact_match.any()
+    summary = result.summary()
+    value, low, high = summary["loss_per_token"]
+    assert low <= value <= high and value == pytest.approx(result.losses.sum() / result.num_tokens.sum())
+
+
+def test_answers_are_those_of_single_rows(model, processor, dataset, bank, features):
+    batched = evaluate_answers(model, processor, dataset, bank, features, batch_size=12, max_new_tokens=5)
+    single = evaluate_answers(model, processor, dataset, bank, features, batch_size=1, max_new_tokens=5)
+    assert batched.answers == single.answers
+
+
+def test_the_answer_in_the_data_does_not_change_the_models(model, processor, dataset, bank, features):
+    changed = dataset.map(
+        lambda row: {
+            "messages": [row["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]
+        }
+    )
+    first = evaluate_answers(model, processor, dataset, bank, features, max_new_tokens=5)
+    second = evaluate_answers(model, processor, changed, bank, features, max_new_tokens=5)
+    assert first.answers == second.answers and first.references != second.references
+
+
+def test_a_learned_answer_is_an_exact_match(make_model, processor, dataset, bank, features, tmp_path):
+    from tinyalign_vlm.training.arguments.instruction import Stage2Config
+    from tinyalign_vlm.training.stages.trainers import train_stage2
+
+    model = make_model()
+    same = dataset.map(
+        lambda row: {
+            "messages": [row["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "blue"}]}]
+        }
+    )
+    config = Stage2Config(
+        str(tmp_path), max_steps=25, learning_rate=1e-2, bf16=False, save_strategy="no", disable_tqdm=True
+    )
+    train_stage2(config, model, processor, same, bank, features)
+    result = evaluate_answers(model, processor, same, bank, features, max_new_tokens=8)
+    assert result.answers == ["blue"] * 12 and result.exact_match.all()
+    assert (result.correct_tokens == result.num_tokens).all()
+    assert result.summary()["exact_match"] == (1.0, 1.0, 1.0)
+
+
+def test_exact_match_ignores_only_spaces_around():
+    metric = ExactMatch()
+    result = metric.compute(
+        predictions=["red ", "Red", "red square", ""], references=["red", "red", "red  square", ""]
+    )
+    assert result == {"exact_match": 0.5}
+
+
+def test_bootstrap_intervals():
+    assert bootstrap_interval(np.ones(50)) == (1.0, 1.0)
+    values = np.random.default_rng(0).normal(3, 1, 400)
+    low, high = bootstrap_interval(values)
+    assert low < values.mean() < high and high - low == pytest.approx(4 * 1 / 400**0.5, rel=0.2)
+    assert bootstrap_interval(values) == (low, high) != bootstrap_interval(values, seed=1)
+    # a ratio of sums, not a mean of ratios
+    low, high = bootstrap_interval([2.0, 30.0] * 100, [1.0, 10.0] * 100)
+    assert low < 32 / 11 < high and low > 2.7
+    with pytest.raises(ValueError, match="0 values"):
+        bootstrap_interval([])
+
+
+def test_the_reference_is_the_last_turn():
+    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "blue"}]
+    assert reference_of(messages) == "blue"
+    with pytest.raises(ValueError, match="ends with a turn of 'user'"):
+        reference_of(messages[:1])

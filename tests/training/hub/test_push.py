@@ -1,0 +1,179 @@
+"""`tinyalign push`."""
+
+import json
+import shutil
+
+import pytest
+from huggingface_hub import DatasetCard, ModelCard, SpaceCard
+
+MODEL_FACTS = {
+    "summary": "Names noise.",
+    "license": "apache-2.0",
+    "language": ["en"],
+    "parts": [{"role": "vision tower", "source": "org/tower", "revision": "1", "license": "MIT", "hub_type": "model"}],
+    "bank": {"role": "memory bank", "source": "../bank", "revision": "sha256 00", "license": "MIT"},
+    "example": {"prompt": "what is it?"},
+    "stages": [{"name": "Alignment", "hyperparameters": {"steps": 3}}],
+    "curves": "curves.png",
+    "command": "tinyalign train",
+    "evaluation": {
+        "dataset": "noise",
+        "dataset_name": "Noise",
+        "split": "test",
+        "metrics": {"loss": "Loss"},
+        "systems": [{"name": "it", "scores": [{"metric": "loss", "value": 1.5}], "is_this_model": True}],
+    },
+    "hardware": "2 cores",
+    "training_hours": 0.1,
+    "peak_memory_gb": 1.0,
+    "limits": ["It knows noise only."],
+    "versions": {"torch": "2.13.0"},
+}
+BANK_FACTS = {
+    "summary": "Noise and its names.",
+    "license": ["mit"],
+    "language": ["en"],
+    "parts": MODEL_FACTS["parts"],
+    "command": "tinyalign demo",
+    "limits": ["It is noise."],
+    "model": "../model",
+}
+
+
+def command(*arguments: str) -> list:
+    """What is printed, and how it ends."""
+    import contextlib
+    import io
+
+    from tinyalign_vlm.training.cli.main import main
+
+    output, end = io.StringIO(), None
+    with contextlib.redirect_stdout(output):
+        try:
+            main(["push", *arguments])
+        except SystemExit as error:
+            end = str(error)
+    return [output.getvalue(), end]
+
+
+@pytest.fixture
+def folders(saved, tmp_path) -> dict[str, str]:
+    """Copies, with what training leaves beside a checkpoint."""
+    for name in ("model", "bank"):
+        shutil.copytree(saved[name], tmp_path / name)
+    for name in ("training_args.bin", "checkpoint-3/model.safetensors", "optimizer.pt"):
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(b"not for the Hub")
+    return {name: str(tmp_path / name) for name in ("model", "bank")}
+
+
+def write(folder: str, facts: dict | None = None, text: str | None = None):
+    name = "README.md" if facts is None else "card_facts.json"
+    with open(f"{folder}/{name}", "w") as file:
+        file.write(text if facts is None else json.dumps(facts))
+
+
+def test_push(hub, owner, folders):
+    write(folders["model"], text="A model card.")
+    write(folders["bank"], text="A bank card.")
+    arguments = [folders["model"], "cli/model", "--bank", folders["bank"], "cli/bank"]
+    output, end = owner.run(command, *arguments)
+    heads = {
+        kind: hub.repositories[kind, name].resolve("main")
+        for kind, name in (("dataset", "cli/bank"), ("model", "cli/model"))
+    }
+    assert end is None
+    assert output.splitlines() == [
+        f"bank:  {hub.url}/datasets/cli/bank at {heads['dataset']}",
+        f"model: {hub.url}/cli/model at {heads['model']}",
+    ]
+    files = hub.files("cli/model")
+    config = json.loads(files["config.json"])
+    assert (config["memory_bank"], config["memory_bank_revision"]) == ("cli/bank", heads["dataset"])
+    assert files["README.md"] == b"A model card." and hub.files("cli/bank", "dataset")["README.md"] == b"A bank card."
+    assert b"not for the Hub" not in files.values() and "_name_or_path" not in config
+    for name, content in files.items():
+        if name not in (".gitattributes", "config.json"):
+            assert content == open(f"{folders['model']}/{name}", "rb").read(), name
+    with open(f"{folders['model']}/config.json") as file:
+        before = json.load(file)
+    assert {**before, "memory_bank": "cli/bank", "memory_bank_revision": heads["dataset"]} == config
+    # nothing changed, nothing is committed
+    assert owner.run(command, *arguments) == [output, None]
+    # the bank may stay where it is
+    other = folders["model"] + "-2"
+    shutil.copytree(folders["model"], other)
+    with open(f"{other}/config.json", "w") as file:
+        json.dump(config, file)
+    output, end = owner.run(command, other, "cli/other", "--private", "--revision", "draft")
+    assert end is None and hub.repositories["model", "cli/other"].private
+    assert json.loads(hub.files("cli/other", revision="draft")["config.json"]) == config
+    assert hub.files("cli/other").keys() == {".gitattributes"}
+
+
+def test_cards_are_made_of_recorded_facts(hub, owner, folders):
+    write(folders["model"], MODEL_FACTS)
+    write(folders["bank"], BANK_FACTS)
+    output, end = owner.run(command, folders["model"], "cli/facts", "--bank", folders["bank"], "cli/facts-bank")
+    assert end is None
+    commit = hub.repositories["dataset", "cli/facts-bank"].resolve("main")
+    card = ModelCard(hub.files("cli/facts")["README.md"].decode())
+    assert card.data.datasets == ["cli/facts-bank"] and commit in card.text and "../bank" not in card.text
+    bank_card = DatasetCard(hub.files("cli/facts-bank", "dataset")["README.md"].decode())
+    assert "12 rows" in bank_card.text and "cli/facts" in bank_card.text
+    output, end = owner.run(command, folders["model"], "cli/facts-2")
+    assert "names the local bank ../bank: push it too, with --bank" in end
+
+
+def test_what_is_missing_is_said_before_anything_is_pushed(hub, owner, folders, tmp_path):
+    def push(*arguments: str) -> str:
+        known = set(hub.repositories)
+        _, end = owner.run(command, *arguments)
+        assert set(hub.repositories) == known, "something was pushed"
+        return end
+
+    both = [folders["model"], "cli/nothing", "--bank", folders["bank"], "cli/nothing-bank"]
+    assert "The card of 'cli/nothing-bank' lacks summary" in push(*both)
+    write(folders["bank"], text="A card.")
+    assert "The card of 'cli/nothing' lacks summary" in push(*both)
+    write(folders["model"], text="A card.")
+    (tmp_path / "model" / "connectors.py").unlink()
+    (tmp_path / "model" / "processor_config.json").unlink()
+    end = push(*both)
+    assert (
+        "it lacks" in end
+        and "connectors.py" in end
+        and "AutoProcessor in the auto_map of processor_config.json" in end
+    )
+    assert "give the checkpoint's folder and its repository" not in end
+    assert push(folders["model"]) == "2" and push() == "2"
+    assert "bank_config.json" in push("--bank", str(tmp_path / "model"), "cli/nothing-bank")
+
+
+def test_a_bank_that_does_not_fit_is_not_pushed(hub, owner, folders, make_model, make_processor):
+    import torch
+
+    for folder in folders.values():
+        write(folder, text="A card.")
+    model = make_model()
+    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.weight)
+    model.save_pretrained(folders["model"])
+    known = set(hub.repositories)
+    _, end = owner.run(command, folders["model"], "cli/misfit", "--bank", folders["bank"], "cli/misfit-bank")
+    assert "cosine" in end and set(hub.repositories) == known
+
+
+def test_a_space_chats_with_the_commit_that_was_pushed(hub, owner, folders):
+    write(folders["model"], MODEL_FACTS)
+    write(folders["bank"], BANK_FACTS)
+    arguments = [folders["model"], "cli/spaced", "--bank", folders["bank"], "cli/spaced-bank", "--space", "cli/space"]
+    output, end = owner.run(command, *arguments)
+    assert end is None and "space: " in output
+    files = hub.files("cli/space", "space")
+    assert files.keys() >= {"README.md", "app.py", "requirements.txt"}
+    data = SpaceCard(files["README.md"].decode()).data
+    assert (data.models, data.datasets, data["prompt"]) == (["cli/spaced"], ["cli/spaced-bank"], "what is it?")
+    assert data["model_revision"] == hub.repositories["model", "cli/spaced"].resolve("main")
+    facts = json.loads(hub.files("cli/spaced")["card_facts.json"])
+    assert (facts["repo_id"], facts["bank"]["source"]) == ("cli/spaced", "cli/spaced-bank")
+    assert "A Space needs a checkpoint with card_facts.json" in owner.run(command, *arguments[2:])[1]

@@ -1,0 +1,231 @@
+"""Cards that training writes, and the Python that cards print, run as it is printed."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, constants
+from PIL import Image
+from transformers import TrainerState
+
+from tinyalign_vlm.hub_cards.cards import render_space_card, usage_snippet, write_card, write_space
+from tinyalign_vlm.hub_cards.facts import BankFacts, Part, SpaceFacts, read_facts
+from tinyalign_vlm.training.cli.main import main
+from tinyalign_vlm.training.hub import training_card
+from tinyalign_vlm.training.hub.run_facts import (
+    Clock,
+    StageRecord,
+    hardware,
+    peak_memory_gb,
+    plot_curves,
+    read_records,
+    run_snippet,
+)
+
+
+def run_without_package(code: str, folder: Path) -> str:
+    """What code prints in a folder, in a new process that can't import this package."""
+    blocked = 'import sys; sys.modules["tinyalign_vlm"] = None\n'
+    environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", blocked + code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python_of(card: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", card, re.S))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_model, processor, bank, dataset, captions) -> Path:
+    """A model, its bank, and what stage 1 and stage 2 read; stage 1 has run."""
+    folder = tmp_path_factory.mktemp("training_card")
+    bank.save_pretrained(folder / "bank")
+    make_model().save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    dataset.select_columns(["image"]).add_column("label", captions).to_parquet(folder / "pairs.parquet")
+    shared = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "memory_bank": "bank"}
+    shared |= {"dataset": "pairs.parquet", "answer_column": "label", "prompt": 'what "is" in the image?'}
+    for stage, model in ((1, "model"), (2, "out1")):
+        settings = {"stage": stage, "model": model, "output_dir": f"out{stage}", **shared}
+        (folder / f"stage{stage}.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(["train", "stage1.yaml", "--learning_rate", "5e-3"])
+    return folder
+
+
+def test_card_at_save(folder, bank):
+    card = ModelCard.load(folder / "out1/README.md")
+    assert (card.data.license, card.data.pipeline_tag) == ("unknown", "image-text-to-text")
+    (result,) = card.data.eval_results
+    assert result.metric_type == "loss" and 0 < result.metric_value < 20
+    for line in (
+        "tinyalign train stage1.yaml --learning_rate 5e-3",
+        "| learning rate | 0.005 |",
+        "| rows a step | 4 |\n| steps | 2 |",
+        f"| memory bank | ../bank | sha256 of the keys: {bank.config['sha256']['keys'][:12]} | unknown |",
+        "| training data | pairs.parquet | sha256 of the rows: ",
+        "![Training curves](training_curves.png)",
+        "it says nothing about other images.",
+        "is not known: find out before you share the model.",
+    ):
+        assert line in card.text
+    assert not re.search(r"None|nan|More Information", card.text)
+    assert Image.open(folder / "out1/training_curves.png").size[0] > 300
+    facts = read_facts(folder / "out1")
+    assert facts.stages[0].name == "Stage 1: alignment pre-training"
+    assert facts.training_hours > 0 and facts.peak_memory_gb > 0.1
+
+
+def test_snippet_runs_as_printed(folder, captions):
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "out1/README.md").read_text(), re.S)
+    assert 'what \\"is\\" in the image?' in code and code.strip() == usage_snippet(read_facts(folder / "out1"))
+    output = run_without_package(code, folder / "out1")
+    (seen,) = json.loads(output.splitlines()[-1].replace("'", '"'))
+    assert len(seen) == 2 and set(seen) <= set(captions)
+    example = run_snippet(folder / "out1", read_facts(folder / "out1"))
+    assert example.output == output.rstrip() and 0 < example.seconds and 0.1 < example.memory_gb < 8
+
+
+def test_stage2_goes_on_with_the_facts_of_stage1(folder, monkeypatch):
+    shutil.copytree(folder, copy := folder.parent / "copy")
+    facts = read_facts(copy / "out1")
+    parts = [replace(part, license="Apache-2.0", source=f"org/{part.role[:6]}") for part in facts.parts[:2]]
+    write_card(copy / "out1", replace(facts, license="apache-2.0", language=["en"], parts=parts))
+    monkeypatch.chdir(copy)
+    main(["train", "stage2.yaml"])
+    card = ModelCard.load("out2/README.md")
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["en"])
+    assert "**1. Stage 1: alignment pre-training**" in card.text and "**2. Stage 2: instruction tuning**" in card.text
+    assert "| vision tower | org/vision | local, without a revision | Apache-2.0 |" in card.text
+    assert card.text.startswith(
+        "\n# out2\n\nvision and langua, trained on pairs.parquet, with a memory bank of 12 rows."
+    )
+    assert Image.open("out2/training_curves.png").width > 1.5 * Image.open("out1/training_curves.png").width
+
+
+def test_facts_that_cannot_be_read_leave_the_model(folder, tmp_path, monkeypatch, caplog):
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    Path("out1/card_facts.json").write_text("[")
+    main(["train", "stage2.yaml"])
+    assert Path("out2/model.safetensors").is_file() and not Path("out2/README.md").exists()
+    Path("out1/training_record.json").write_text('[{"stage": 1}]')
+    with pytest.raises(ValueError, match="training_record.json is no record of training"):
+        read_records("out1")
+
+
+def test_bank_card_runs_as_printed(folder):
+    bank_folder = shutil.copytree(folder / "bank", folder / "bank_with_card")
+    part = Part(role="vision tower", source="siglip", revision="1", license="Apache-2.0")
+    facts = BankFacts(
+        **{
+            **vars(read_facts(bank_folder)),
+            "summary": "Noise.",
+            "license": ["mit"],
+            "language": ["en"],
+            "parts": [part],
+            "command": "pytest",
+            "limits": ["It is noise."],
+            "model": "../model",
+        }
+    )
+    card = write_card(bank_folder, facts)
+    output = run_without_package(python_of(card.text), bank_folder).splitlines()
+    assert output[0] == "a red square 0" and len(output) == 2
+    kept = (
+        json.loads((bank_folder / name / "bank_config.json").read_text()) for name in ("bigger-bank", "smaller-bank")
+    )
+    assert [config["num_rows"] for config in kept] == [13, 11]
+
+
+def test_space_answers_with_what_it_has_seen(folder, tmp_path, monkeypatch, captions):
+    """Gradio is not installed here: the app's own function is called, with what Gradio would give it."""
+    chats = []
+    gradio = types.SimpleNamespace(ChatInterface=lambda *args, **kwargs: chats.append((args, kwargs)))
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    facts = SpaceFacts(
+        repo_id="org/space",
+        summary="A test",
+        license="mit",
+        model="org/model",
+        model_revision="main",
+        bank="org/bank",
+        prompt="What is this?",
+    )
+    write_space(tmp_path, facts)
+    text = (tmp_path / "README.md").read_text().replace("models:\n- org/model", f"models:\n- {folder / 'model'}")
+    (tmp_path / "README.md").write_text(text)
+    spec = importlib.util.spec_from_file_location("space_app", tmp_path / "app.py")
+    spec.loader.exec_module(app := importlib.util.module_from_spec(spec))
+    ((function,), options) = chats[0]
+    assert options["title"] == "space" and options["multimodal"]
+    app.PIPE.model.attach_memory_bank(str(folder / "bank"))
+    Image.new("RGB", (9, 5), "red").save(tmp_path / "red.png")
+    answer = function({"text": "", "files": [str(tmp_path / "red.png")]}, [])
+    seen = answer.split("Seen for it: ")[1].split(", ")
+    assert len(seen) == 2 and set(seen) <= set(captions)
+    assert function({"text": "Hello", "files": []}, []) == "Add an image to your question."
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(Image.DecompressionBombWarning):
+        function({"text": "", "files": [str(tmp_path / "red.png")]}, [])
+    assert "org/model" in render_space_card(facts).text
+
+
+def test_clock_goes_on_after_an_interruption(monkeypatch):
+    now = iter([100.0, 107.0, 1000.0, 1002.5])
+    monkeypatch.setattr("tinyalign_vlm.training.hub.run_facts.time.monotonic", lambda: next(now))
+    state, clock = TrainerState(log_history=[{"step": 1}]), Clock()
+    clock.on_log(None, state, None)  # an evaluation before training
+    assert "seconds" not in state.log_history[0]
+    clock.on_train_begin(None, state, None)
+    clock.on_log(None, state, None)
+    state = TrainerState(log_history=[*state.log_history, {"step": 2}])  # from a checkpoint
+    (again := Clock()).on_train_begin(None, state, None)
+    again.on_log(None, state, None)
+    assert [entry["seconds"] for entry in state.log_history] == [7.0, 9.5]
+
+
+def test_curves_show_what_there_is(tmp_path):
+    record = StageRecord("one", {}, [[1, 2.0], [2, 1.0]], [[2, 1.5]], 1.0, 1.0)
+    plot_curves(tmp_path / "a.png", [record])
+    plot_curves(tmp_path / "b.png", [record, StageRecord("two", {}, [], [], 1.0, 1.0)])
+    assert Image.open(tmp_path / "b.png").width == 2 * Image.open(tmp_path / "a.png").width
+
+
+@pytest.mark.parametrize(
+    ("licenses", "whole"), [(["MIT", "mit"], "mit"), (["mit", "apache-2.0"], "other"), (["mit", "unknown"], "unknown")]
+)
+def test_license_of_the_whole(licenses, whole):
+    assert training_card._common(licenses) == whole
+
+
+def test_local_parts_are_named_without_their_folder(tmp_path):
+    part = training_card.part_of("vision tower", str(tmp_path), "model")
+    assert (part.source, part.license, part.hub_type) == (tmp_path.name, "unknown", None)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert training_card.part_of("vision tower", str(tmp_path), "model").license == "mit"
+    assert training_card.part_of("data", "shards/*.tar", "dataset").source == "*.tar"
+
+
+def test_the_card_names_the_hardware_that_was_used(monkeypatch):
+    """Not all that the machine has."""
+    cuda = {"is_available": True, "device_count": 8, "get_device_name": "H200", "max_memory_allocated": 0}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert hardware() == "1 x H200" and hardware(2) == "2 x H200"
+    assert "cores of" in hardware(2, use_cpu=True) and peak_memory_gb() > 0.01
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000_000)
+    assert peak_memory_gb() == 3

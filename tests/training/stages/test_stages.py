@@ -1,0 +1,371 @@
+"""Both stages: what trains, the loss, accumulation, resuming."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tinyalign_vlm.training.arguments.alignment import Stage1Config
+from tinyalign_vlm.training.arguments.instruction import Stage2Config
+from tinyalign_vlm.training.data.chats import encode_chat
+from tinyalign_vlm.training.data.collator import TrainingCollator
+from tinyalign_vlm.training.data.features import cache_vision_features
+from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.training.evaluation.answers import evaluate_answers
+from tinyalign_vlm.training.stages.checkpoints import load_connectors, save_connectors
+from tinyalign_vlm.training.stages.trainers import Stage1Trainer, Stage2Trainer, train_stage1, train_stage2
+
+STAGES = {1: (Stage1Config, train_stage1), 2: (Stage2Config, train_stage2)}
+
+
+def run(stage, model, processor, dataset, bank, output_dir, features=None, **settings):
+    config, train = STAGES[stage]
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "bf16": False,
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+        **settings,
+    }
+    return train(config(output_dir=str(output_dir), **settings), model, processor, dataset, bank, features)
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed_parts(before, after) -> set[str]:
+    return {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize(
+    ("stage", "bf16", "expected"),
+    [
+        (1, False, {"connector", "memory_connector"}),
+        (1, True, {"connector", "memory_connector"}),
+        (2, False, {"connector", "memory_connector", "language_model", "weight"}),
+        (2, True, {"connector", "memory_connector", "language_model", "weight"}),
+    ],
+)
+def test_only_what_a_stage_trains_changes(
+    stage, bf16, expected, make_model, processor, dataset, bank, features, tmp_path
+):
+    model = make_model()
+    before = weights(model)
+    trainer = run(stage, model, processor, dataset, bank, tmp_path, features, bf16=bf16)
+    after = weights(model)
+    assert changed_parts(before, after) == expected
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    parts = ("connector.",) if stage == 1 else ("connector.", "language_model.", "lm_head.")
+    for name, parameter in model.named_parameters():
+        trains = any(part in name for part in parts)
+        assert parameter.requires_grad == trains and (parameter.grad is None or trains)
+    assert all(np.isfinite(losses(trainer))) and losses(trainer)[-1] < losses(trainer)[0]
+    assert not model.training and "forward" not in vars(model)
+
+
+ADAPTERS = {"tune_language_model": "lora", "memory_dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [(1, {}), (2, {}), (1, ADAPTERS), (2, ADAPTERS), (1, {"tune_vision_tower": "full", "memory_dropout": 1.0})],
+)
+def test_resuming_gives_the_uninterrupted_trajectory(
+    stage, settings, make_model, processor, dataset, bank, features, tmp_path
+):
+    settings = {"max_steps": 6, "save_steps": 3, "save_total_limit": 2, **settings}
+    features = None if "tune_vision_tower" in settings else features
+    whole, resumed = make_model(), make_model()
+    trainer = run(stage, whole, processor, dataset, bank, tmp_path / "whole", features, **settings)
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise Killed
+
+    trainer_class = Stage1Trainer if stage == 1 else Stage2Trainer
+    original = trainer_class.train
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+
+        def train(self, *args, **kwargs):
+            self.add_callback(Kill())
+            return original(self, *args, **kwargs)
+
+        patch.setattr(trainer_class, "train", train)
+        run(stage, resumed, processor, dataset, bank, tmp_path / "resumed", features, **settings)
+    for step in ("4", "5"):  # killed while saving; out of space
+        (tmp_path / "resumed" / f"checkpoint-{step}").mkdir()
+    (tmp_path / "resumed" / "checkpoint-5" / "trainer_state.json").write_text('{"epoch":')
+    resumed = make_model()
+    again = run(stage, resumed, processor, dataset, bank, tmp_path / "resumed", features, **settings)
+    assert losses(again) == losses(trainer) and len(losses(again)) == 6
+    assert not changed_parts(weights(whole), weights(resumed))
+
+    # from an earlier checkpoint, if one asks for it
+    chosen = make_model()
+    earlier = {**settings, "resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-3")}
+    again = run(stage, chosen, processor, dataset, bank, tmp_path / "whole", features, **earlier)
+    assert losses(again) == losses(trainer) and not changed_parts(weights(whole), weights(chosen))
+
+    # a complete run is not trained again, and another run is not taken for it
+    once_more = make_model()
+    run(stage, once_more, processor, dataset, bank, tmp_path / "resumed", features, **settings)
+    assert not changed_parts(weights(whole), weights(once_more))
+    with pytest.raises(ValueError, match="learning_rate: 0.01 then, 0.02 now"):
+        run(stage, whole, processor, dataset, bank, tmp_path / "resumed", features, learning_rate=2e-2, **settings)
+
+
+def test_killed_while_a_checkpoint_is_written_again(
+    make_model, processor, dataset, bank, features, tmp_path, monkeypatch
+):
+    """The run goes on from an earlier checkpoint, by choice, and dies within the next one, which was complete."""
+    settings = {"max_steps": 4, "save_steps": 2, "save_total_limit": 2}
+    whole, resumed = make_model(), make_model()
+    trainer = run(1, whole, processor, dataset, bank, tmp_path, features, **settings)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self, folder):
+        Path(folder, "connectors.safetensors").write_bytes(b"half")
+        raise Killed
+
+    chosen = {**settings, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Stage1Trainer, "_save_optimizer_and_scheduler", kill)
+        run(1, make_model(), processor, dataset, bank, tmp_path, features, **chosen)
+    again = run(1, resumed, processor, dataset, bank, tmp_path, features, **settings)
+    assert losses(again) == losses(trainer) and not changed_parts(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_finished_run_is_loaded_and_not_trained(stage, make_model, processor, dataset, bank, features, tmp_path):
+    """4 steps end within the second epoch of 3: `Trainer` would do a fifth."""
+    first, again = make_model(), make_model()
+    trainer = run(stage, first, processor, dataset, bank, tmp_path, features)
+    loaded = run(stage, again, processor, dataset, bank, tmp_path, features)
+    assert loaded.state.global_step == 4 and losses(loaded) == losses(trainer)
+    assert not changed_parts(weights(first), weights(again))
+    assert not again.training and "forward" not in vars(again)
+
+
+def test_other_rows_or_another_lexicon_are_another_run(make_model, processor, dataset, bank, features, tmp_path):
+    run(1, make_model(), processor, dataset, bank, tmp_path, features, max_steps=1)
+    copy = datasets.Dataset.from_list(list(dataset))  # its fingerprint is random
+    run(1, make_model(), processor, copy, bank, tmp_path, features, max_steps=1)
+    other = dataset.select(range(11, -1, -1))
+    with pytest.raises(ValueError, match="rows_hash: "):
+        run(1, make_model(), processor, other, bank, tmp_path, features, max_steps=1)
+    model = make_model(latents_per_word=1)
+    with pytest.raises(ValueError, match="latents_per_word: 2 then, 1 now"):
+        run(1, model, processor, dataset, bank, tmp_path, features, max_steps=1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_accumulation_equals_a_large_batch(stage, make_model, processor, dataset, bank, features, tmp_path):
+    """Rows of different lengths: a mean of the small batches' means would differ."""
+    large, small = make_model(), make_model()
+    settings = {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    of_large = run(
+        stage, large, processor, dataset, bank, tmp_path / "large", features, per_device_train_batch_size=6, **settings
+    )
+    of_small = run(
+        stage,
+        small,
+        processor,
+        dataset,
+        bank,
+        tmp_path / "small",
+        features,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        **settings,
+    )
+    np.testing.assert_allclose(losses(of_large), losses(of_small), rtol=1e-4)
+    after = weights(small)
+    for name, tensor in weights(large).items():
+        torch.testing.assert_close(tensor, after[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_loss_is_that_of_the_full_logits(stage, make_model, processor, dataset, bank, features, tmp_path):
+    model = make_model()
+    batch = TrainingCollator(processor, features, bank)(
+        [{**row, "feature_index": index} for index, row in enumerate(dataset)]
+    )
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    trainer = run(
+        stage, model, processor, dataset, bank, tmp_path, features, per_device_train_batch_size=12, max_steps=1
+    )
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_evaluation_loss_is_that_of_the_tokens_whatever_the_batches(
+    stage, make_model, processor, dataset, bank, features, tmp_path
+):
+    """Answers of 3 to 10 tokens: the mean of the batches' means would be another in batches of 5 and 2."""
+    config, train = STAGES[stage]
+    settings = {"max_steps": 1, "bf16": False, "disable_tqdm": True, "eval_samples": 0, "learning_rate": 0.0}
+    rows = dataset.select(range(7)).add_column("feature_index", list(range(7)))
+    model, found = make_model(), []
+    for size in (5, 7):
+        batches = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": size}
+        folder = str(tmp_path / str(size))
+        trainer = train(config(output_dir=folder, **settings, **batches), model, processor, rows, bank, features, rows)
+        found += [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    measured = evaluate_answers(model, processor, rows, bank, features, max_new_tokens=1)
+    assert found == pytest.approx([measured.losses.sum() / measured.num_tokens.sum()] * 2, rel=2e-5)
+
+
+def test_a_frozen_language_model_has_no_dropout_with_checkpointing_either(
+    make_model, make_processor, dataset, bank, tmp_path
+):
+    """Phi-2 has; the layers themselves stay in training mode, in which they recompute their activations."""
+    found = {}
+    for checkpointing in (False, True):
+        model = make_model(text="phi")
+        language_model = model.base_model.language_model
+        for layer in language_model.layers:
+            layer.resid_dropout.p = layer.self_attn.attention_dropout = 0.5
+        modes = []
+        language_model.layers[0].register_forward_pre_hook(lambda layer, _, modes=modes: modes.append(layer.training))
+        processor = make_processor(model, text="phi")
+        settings = {"activation_checkpointing": checkpointing, "max_steps": 2, "warmup_steps": 0}
+        trainer = run(1, model, processor, dataset, bank, tmp_path / str(checkpointing), **settings)
+        found[checkpointing] = losses(trainer)
+        assert set(modes) == {checkpointing}
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+def test_learning_rates_of_the_parts(make_model, processor, dataset, bank, features, tmp_path):
+    model = make_model()
+    before = weights(model)
+    trainer = run(1, model, processor, dataset, bank, tmp_path, features, memory_connector_lr=5e-3, connector_lr=0.0)
+    assert changed_parts(before, weights(model)) == {"memory_connector"}
+    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {0.0, 5e-3}
+
+
+def test_connectors_alone_are_saved_and_loaded(make_model, processor, dataset, bank, features, tmp_path):
+    trained, other = make_model(), make_model()
+    run(1, trained, processor, dataset, bank, tmp_path, features)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"connectors.safetensors"}
+    load_connectors(other, tmp_path)
+    assert not changed_parts(weights(trained), weights(other))
+    with pytest.raises(RuntimeError, match="memory_connector"):
+        load_connectors(make_model(memory_top_k=0), tmp_path)
+
+
+def test_connectors_bring_their_lexicon(make_model, processor, bank, tmp_path):
+    trained, other = make_model(), make_model(latents_per_word=1)
+    trained.build_lexicon(processor.tokenizer, bank)
+    save_connectors(trained, tmp_path)
+    load_connectors(other, tmp_path)
+    assert other.config.memory_lexicon_size == trained.config.memory_lexicon_size > 0
+    assert other.config.latents_per_word == 2
+    assert not changed_parts(weights(trained), weights(other))
+    save_connectors(make_model(), tmp_path)
+    load_connectors(other, tmp_path)
+    assert other.config.memory_lexicon_size == 0
+
+
+def test_a_random_bank_trains_as_well_and_differently(
+    make_model, model, processor, images, dataset, bank, features, tmp_path
+):
+    real = run(1, make_model(), processor, dataset, bank, tmp_path / "real", features)
+    shuffled = bank.shuffled()
+    _, neighbours = find_neighbours(shuffled, model, features, 2, source_ids_of(images))
+    dataset = dataset.remove_columns("memory_ids").add_column("memory_ids", neighbours.tolist())
+    random = run(1, make_model(), processor, dataset, shuffled, tmp_path / "random", features)
+    assert losses(real) != losses(random) and np.isfinite(losses(random)).all()
+
+
+def test_the_baseline_trains_without_a_bank_from_images_in_workers(make_model, make_processor, dataset, tmp_path):
+    model = make_model(memory_top_k=0)
+    processor = make_processor(model)
+    features = cache_vision_features(model, processor, dataset["image"], tmp_path / "features")
+    from_images = run(1, model, processor, dataset, None, tmp_path / "images", dataloader_num_workers=2, max_steps=2)
+    cached = run(1, make_model(memory_top_k=0), processor, dataset, None, tmp_path / "cached", features, max_steps=2)
+    np.testing.assert_allclose(losses(from_images), losses(cached), rtol=1e-3)
+
+
+def test_workers_read_the_bank(make_model, processor, dataset, bank, features, tmp_path):
+    bank.search(np.ones((1, bank.key_dim), np.float32), 1)  # a search in a worker would hang now
+    alone = run(1, make_model(), processor, dataset, bank, tmp_path / "alone", features)
+    workers = run(1, make_model(), processor, dataset, bank, tmp_path / "workers", features, dataloader_num_workers=2)
+    assert losses(alone) == losses(workers)
+
+
+def test_evaluation_during_training(make_model, processor, dataset, bank, features, tmp_path):
+    config = Stage1Config(
+        str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, bf16=False, disable_tqdm=True
+    )
+    indexed = dataset.add_column("feature_index", list(range(12)))
+    trainer = train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=indexed)
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
+    cached = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    config.output_dir = str(tmp_path / "images")
+    trainer = train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=dataset)
+    read = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    np.testing.assert_allclose(read, cached, rtol=1e-3)
+    with pytest.raises(ValueError, match="eval_dataset has the columns .* expected image, images or feature_index"):
+        unseen = dataset.remove_columns("image")
+        train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=unseen)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bank": None}, "memory_top_k = 2, but no bank was given"),
+        ({"model": {"memory_top_k": 0}}, "memory_top_k = 0, but a bank was given"),
+        ({"drop": "memory_ids"}, "no memory_ids, its columns are"),
+        ({"rows": 0}, "The data set has no rows"),
+        ({"features": 3}, "3 vision_features for 12 rows"),
+        ({"model": {"memory_top_k": 3}}, "2 memory_ids an image, expected memory_top_k = 3"),
+    ],
+)
+def test_bad_input(change, message, make_model, processor, dataset, bank, features, tmp_path):
+    model = make_model(**change.get("model", {}))
+    dataset = dataset.remove_columns(change["drop"]) if "drop" in change else dataset
+    dataset = dataset.select(range(change.get("rows", 12)))
+    with pytest.raises(ValueError, match=message):
+        run(1, model, processor, dataset, change.get("bank", bank), tmp_path, features[: change.get("features", 12)])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_batch_of_text_alone(stage, make_model, processor, dataset, bank, tmp_path):
+    """It trains nothing in stage 1, and the language model in stage 2; its loss is that of the text."""
+    model = make_model()
+    before = weights(model)
+    chat = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a red square"}]
+    rows = datasets.Dataset.from_list([{"images": [], "messages": chat, "memory_ids": []}] * 4)
+    with torch.no_grad():
+        expected = model(**TrainingCollator(processor, None, bank)(list(rows))).loss.item()
+    trainer = run(stage, model, processor, rows, bank, tmp_path, max_steps=2)
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+    assert changed_parts(before, weights(model)) == (set() if stage == 1 else {"language_model", "weight"})
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_long_rows_are_cut_in_training(stage, make_model, processor, dataset, bank, features, tmp_path):
+    longest = max(len(encode_chat(processor, row["messages"])[0]) for row in dataset)
+    settings = {"max_length": longest - 1, "max_steps": 1, "per_device_train_batch_size": 12}
+    with pytest.raises(ValueError, match="over-long"):
+        run(stage, make_model(), processor, dataset, bank, tmp_path / "a", features, **settings)
+    trainer = run(stage, make_model(), processor, dataset, bank, tmp_path / "b", features, truncation=True, **settings)
+    assert losses(trainer)[0] > 0

@@ -1,0 +1,1 @@
+"""Building, changing and looking at memory banks."""

@@ -1,0 +1,141 @@
+"""`tinyalign bank calibrate`: from which similarity on a neighbour is worth listening to."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from ...modeling_tinyalign.memory_bank import MemoryBank
+from ..disk import save_file
+
+MIN_NEIGHBOURS = 50
+
+
+def agreement(first: str, second: str) -> float:
+    """How much two texts say the same: F1 of their words, each as often as it is there; 0 to 1."""
+    words = [re.findall(r"\w+", text.lower()) for text in (first, second)]
+    shared = sum(min(words[0].count(word), words[1].count(word)) for word in set(words[0]))
+    return 2 * shared / max(1, len(words[0]) + len(words[1]))
+
+
+@dataclass
+class Calibration:
+    """
+    How much neighbours' captions agree with the answers of the rows they were found for, against their similarity.
+
+    Attributes:
+        threshold: The lowest similarity from which on a neighbour is expected to agree by `target` or more.
+        target: Half-way from `chance` to the agreement of the most similar tenth, unless another was asked for.
+        chance: Agreement of an answer with the neighbours of another row.
+        curve: For each tenth of the neighbours, the most similar first: `similarity`, the lowest in it; `agreement`,
+            the mean in it; `precision`, the mean of all neighbours down to it; `recall`, their share of all the
+            agreement there is beyond chance.
+    """
+
+    threshold: float
+    target: float
+    chance: float
+    curve: list[dict[str, float]]
+
+    def __str__(self) -> str:
+        row = "{similarity:15.3f} {agreement:11.3f} {precision:11.3f} {recall:8.3f}"
+        return "\n".join(
+            [
+                "similarity from   agreement   precision   recall",
+                *(row.format(**values) for values in self.curve),
+                f"Chance, the agreement with another row's neighbours: {self.chance:.3f}",
+                f"retrieval_threshold: {self.threshold:.3f}, where neighbours agree by {self.target:.3f} or more",
+            ]
+        )
+
+
+def calibrate(
+    scores: np.ndarray, captions: Sequence[Sequence[str]], answers: Sequence[str], target: float | None = None
+) -> Calibration:
+    """
+    Chooses `retrieval_threshold` on training rows and their neighbours, their own rows of the bank left out. Nothing
+    says whether a neighbour helps; that its caption says what the row's answer says is the next best thing.
+
+    Args:
+        scores: `(n, k)` similarities; not finite in empty slots.
+        captions: The neighbours' captions, `n` rows of `k`; what stands in empty slots is not read.
+        answers: The `n` answers in the training rows.
+        target: Agreement that a neighbour must be expected to have, 0 to 1.
+
+    Raises:
+        ValueError: There are fewer than 50 neighbours, or none agrees as much as it should.
+    """
+    slots = np.argwhere(np.isfinite(scores))
+    if len(slots) < MIN_NEIGHBOURS:
+        raise ValueError(
+            f"Found {len(slots)} neighbours, expected at least {MIN_NEIGHBOURS} to calibrate on: use more rows."
+        )
+    slots = slots[np.argsort(-scores[tuple(slots.T)], kind="stable")]
+    similarity = scores[tuple(slots.T)]
+    agrees = np.array([agreement(captions[row][slot], answers[row]) for row, slot in slots])
+    other = np.random.default_rng(0).permutation(len(answers))
+    chance = float(np.mean([agreement(captions[row][slot], answers[other[row]]) for row, slot in slots]))
+    expected = _falling(agrees)
+    if target is None:
+        target = (chance + expected[: -(-len(slots) // 10)].mean()) / 2
+    if expected[0] < target or expected[0] <= chance:
+        raise ValueError(
+            f"The most similar neighbours agree with the rows' answers by {expected[0]:.3f}, chance is {chance:.3f}: "
+            f"no similarity is high enough to expect {target:.3f}. Ask for less, or use a bank closer to the data."
+        )
+    bounds = np.linspace(0, len(slots), 11).round().astype(int)
+    beyond = np.cumsum(agrees - chance)
+    return Calibration(
+        threshold=float(similarity[expected >= target][-1]),
+        target=float(target),
+        chance=chance,
+        curve=[
+            {
+                "similarity": float(similarity[stop - 1]),
+                "agreement": float(agrees[start:stop].mean()),
+                "precision": float(agrees[:stop].mean()),
+                "recall": float(beyond[stop - 1] / beyond[-1]),
+            }
+            for start, stop in zip(bounds, bounds[1:], strict=False)
+        ],
+    )
+
+
+def calibrate_rows(
+    rows: datasets.Dataset, bank: MemoryBank, top_k: int, target: float | None = None, max_rows: int = 10_000
+) -> Calibration:
+    """[`calibrate`] on rows with `memory_ids` and `memory_scores` for each image; on some, if there are too many."""
+    if len(rows) > max_rows:
+        rows = rows.shuffle(seed=0).select(range(max_rows))
+    scores, captions, answers = [], [], []
+    for row in rows.select_columns(["messages", "memory_ids", "memory_scores"]):
+        answer = next(message for message in row["messages"] if message["role"] == "assistant")["content"]
+        for ids, similarities in zip(row["memory_ids"], row["memory_scores"], strict=True):
+            scores.append(similarities[:top_k])
+            captions.append(["" if found is None else found["caption"] for found in bank.rows(ids[:top_k])])
+            answers.append("".join(part["text"] for part in answer if part["type"] == "text"))
+    return calibrate(np.array(scores).reshape(-1, top_k), captions, answers, target)
+
+
+def _falling(values: np.ndarray) -> np.ndarray:
+    """The closest sequence, by squared error, that never rises (isotonic regression)."""
+    means, counts = [], []
+    for value in values:
+        means.append(value)
+        counts.append(1)
+        while len(means) > 1 and means[-2] < means[-1]:
+            mean, count = means.pop(), counts.pop()
+            means[-1] = (means[-1] * counts[-1] + mean * count) / (counts[-1] + count)
+            counts[-1] += count
+    return np.repeat(means, counts)
+
+
+def write_threshold(folder: Path, threshold: float):
+    """Sets `retrieval_threshold` in the config.json of a saved model."""
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), "retrieval_threshold": threshold}
+    save_file(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())

@@ -1,0 +1,153 @@
+"""Bank preparation: training the value encoder, before the bank is built and frozen with it."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import trange
+
+from ...modeling_tinyalign import ValueEncoder
+from ...modeling_tinyalign.value_encoder import PADDING_BYTE
+
+
+@dataclass
+class ValueEncoderTrainingConfig:
+    r"""
+    Settings of [`train_value_encoder`].
+
+    steps, batch_size (`int`, *optional*, default to 1000 and 64): Length of the training.
+    learning_rate (`float`, *optional*, defaults to 3e-3): Peak of the one-cycle schedule.
+    invented_share (`float`, *optional*, defaults to 0.5):
+        Share of words in made-up captions that are random letters, so that words never seen can be spelled.
+    vision_weight (`float`, *optional*, defaults to 0.1):
+        Weight of predicting the mean visual feature (cosine) from the mean latent. Without effect if the encoder reads
+        pixels (`image_input="pixels"`): there is no feature to predict.
+    seed (`int`, *optional*, defaults to 0): Of the data.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    invented_share: float = 0.5
+    vision_weight: float = 0.1
+    seed: int = 0
+
+
+class CaptionSampler:
+    """
+    Captions to practise reading on: half are `captions`, half are made up of known and other words.
+
+    Raises `ValueError` when a caption is no text, or all are blank.
+    """
+
+    def __init__(self, captions: Sequence[str], other_words: Sequence[str], other_share: float, seed: int):
+        for number, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(
+                    f"Caption {number} (the first is 0) is {caption!r}, expected text: fill it in or leave it out."
+                )
+        self.captions = [caption for caption in captions if caption.strip()]
+        if not self.captions:
+            raise ValueError(
+                f"Found {len(captions)} captions and none with a word in it, expected at least one: pass the captions "
+                "of the training images."
+            )
+        self.words = sorted({word for caption in self.captions for word in caption.split()})
+        self.other_words, self.other_share = other_words, other_share
+        self.rng = random.Random(seed)
+
+    def other_word(self) -> str:
+        if self.other_words:
+            return self.rng.choice(self.other_words)
+        return "".join(self.rng.choices("abcdefghijklmnopqrstuvwxyz", k=self.rng.randint(2, 12)))
+
+    def sample(self, n: int, max_words: int) -> list[str]:
+        """`n` captions; the made-up ones have up to `max_words` words."""
+        samples = []
+        for _ in range(n):
+            if self.rng.random() < 0.5:
+                samples.append(self.rng.choice(self.captions))
+                continue
+            length = self.rng.randint(1, max_words)
+            is_other = [self.rng.random() < self.other_share for _ in range(length)]
+            samples.append(" ".join(self.other_word() if other else self.rng.choice(self.words) for other in is_other))
+        return samples
+
+
+def spelling_loss(encoder: ValueEncoder, latents: torch.Tensor, caption_bytes: torch.Tensor) -> tuple:
+    """
+    Latents `(n, L, D)` and bytes `(n, words, bytes_per_patch)` -> the mean cross-entropy of the bytes, and the share
+    of words spelled without a fault. Latents without a word have to spell nothing; they weigh a tenth.
+    """
+    config = encoder.config
+    missing = config.max_words - caption_bytes.shape[1]
+    targets = F.pad(caption_bytes, (0, 0, 0, missing), value=PADDING_BYTE)
+    targets = targets.repeat_interleave(config.latents_per_word, dim=1)
+    logits = encoder.spell(latents[:, : targets.shape[1]])
+    error = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(targets.shape).mean(-1)
+    is_word = (targets != PADDING_BYTE).any(-1)
+    weight = torch.where(is_word, 1.0, 0.1)
+    correct = (logits.argmax(-1) == targets).all(-1)[is_word].float().mean()
+    return (error * weight).sum() / weight.sum(), correct
+
+
+def train_value_encoder(
+    encoder: ValueEncoder,
+    images: Sequence,
+    captions: Sequence[str],
+    config: ValueEncoderTrainingConfig | None = None,
+) -> list[dict]:
+    """
+    Trains the value encoder, in place, to spell: a linear layer reads word i out of latents 2i and 2i + 1.
+
+    No language model takes part: a language model's memory connector gets a lexicon of its own (`lexicon`).
+
+    Args:
+        encoder: With new weights; left frozen and in evaluation mode.
+        images: Vision features `(n, T, C)`, or pixels, as an array or tensor: what `encoder` reads.
+        captions: Of the training images. They may be fewer or more than the images.
+
+    Returns:
+        A row every 50 steps: `step`, `loss` (nats a byte) and `words_right` (share of words spelled without a fault).
+
+    Raises:
+        ValueError: There is no image, no caption with a word in it, or a caption is no text (its number is named).
+    """
+    config = config or ValueEncoderTrainingConfig()
+    if len(images) == 0:
+        raise ValueError("Found 0 images, expected at least one: pass the training images' features or pixels.")
+    sampler = CaptionSampler(captions, (), config.invented_share, config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    sees_features = encoder.config.image_input == "features"
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        look = nn.Linear(encoder.config.latent_dim, encoder.config.vision_feature_size).to(encoder.device)
+    parameters = [*encoder.train().requires_grad_(True).parameters(), *look.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
+    history = []
+    progress = trange(1, config.steps + 1, desc="Value encoder")
+    for step in progress:
+        caption_bytes = encoder.tokenize(sampler.sample(config.batch_size, encoder.config.max_words))
+        caption_bytes = caption_bytes.to(encoder.device)
+        rows = torch.randint(len(images), (config.batch_size,), generator=generator)
+        batch = torch.as_tensor(images[rows.numpy()]).to(encoder.device, torch.float32)
+        latents = encoder(batch, caption_bytes)
+        loss, words_right = spelling_loss(encoder, latents, caption_bytes)
+        total = loss
+        if config.vision_weight and sees_features:
+            seen = F.cosine_similarity(look(latents.mean(1)), batch.mean(1)).mean()
+            total = loss + config.vision_weight * (1 - seen)
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == config.steps:
+            history.append({"step": step, "loss": loss.item(), "words_right": words_right.item()})
+            progress.set_postfix(loss=f"{loss.item():.3f}", words_right=f"{words_right.item():.1%}")
+    encoder.requires_grad_(False).eval()
+    return history

@@ -1,0 +1,150 @@
+"""`tinyalign bank view`: a memory bank as one HTML page that needs nothing else, not even a network."""
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration
+from ...modeling_tinyalign.bank_builder import evaluating
+from ...modeling_tinyalign.bank_images import load_image, thumbnail_bytes
+from ...processing import TinyAlignProcessor
+from ..disk import save_file
+from .log import open_bank
+from .verify import bank_info
+
+TEMPLATE = Path(__file__).with_name("view.html")
+BINS = 50
+PAIRED = 1000  # rows whose similarities with each other are counted
+THUMBNAIL = 64  # of query images, in pixels
+
+
+def view_bank(
+    folder: Path,
+    page: Path,
+    rows: int = 300,
+    top_k: int = 5,
+    seed: int = 0,
+    wanted: Sequence[int] = (),
+    images: Sequence[str] = (),
+    model: str | None = None,
+):
+    """
+    Writes `page`: rows chosen by `seed` with their neighbours, the similarities, and a map of the keys.
+
+    Args:
+        rows: How many are chosen; they, their neighbours and their thumbnails are the size of the page.
+        top_k: Neighbours of each; rows of the same image are none.
+        wanted: Rows that are in the page anyway.
+        images: Files whose neighbours are shown, too; for their keys it takes
+        model: the folder or repository of a TinyAlign model with the bank's vision tower.
+
+    Raises:
+        ValueError: There is no bank, no such row, or images without a model, or of another vision tower.
+        OSError: The page cannot be written.
+    """
+    folder, page = Path(folder), Path(page)
+    bank = open_bank(folder)
+    wrong = [row for row in wanted if not 0 <= row < len(bank)]
+    if wrong:
+        raise ValueError(f"{folder} has no row {wrong[0]}, expected 0 to {len(bank) - 1}.")
+    if images and model is None:
+        raise ValueError(
+            "Found --image without --model, expected both: the model's vision tower makes the image's key."
+        )
+    if rows < 1 or top_k < 1 or seed < 0:
+        raise ValueError(f"--rows is {rows}, --top_k {top_k}, --seed {seed}, expected 1, 1 and 0 or more.")
+    chosen = np.random.default_rng(seed).permutation(len(bank))[:rows]
+    chosen = np.array(list(dict.fromkeys([*wanted, *chosen.tolist()])))
+    top_k = min(top_k, len(bank))
+    keys = bank.keys(chosen)
+    names = [row["source_id"] for row in bank.rows(chosen)]
+    scores, ids = bank.search(keys, top_k, exclude=names)
+    queries, query_keys = _queries(bank, images, model)
+    found = [bank.search(query_keys, top_k)] if len(queries) else []
+    shown = np.unique(np.concatenate([chosen, ids.ravel(), *(of_query.ravel() for _, of_query in found)]))
+    places, explained = principal_components(np.concatenate([keys, query_keys]), len(keys))
+    for number, query in enumerate(queries):
+        query["neighbours"] = _pairs(found[0][1][number], found[0][0][number])
+        query["place"] = places[len(keys) + number].tolist()
+    data = {
+        "name": folder.resolve().name,
+        "facts": [line.split("  ", 1) for line in bank_info(folder).splitlines()],
+        "sample": chosen.tolist(),
+        "rows": {row["id"]: _row(bank, row) for row in bank.rows(shown[shown >= 0])},
+        "neighbours": {
+            int(row): _pairs(of_row, similar) for row, of_row, similar in zip(chosen, ids, scores, strict=True)
+        },
+        "queries": queries,
+        "similarities": similarities(keys, scores[:, 0], names),
+        "map": [[int(row), *place] for row, place in zip(chosen, places.tolist(), strict=False)],
+        "explained": explained,
+    }
+    # in a script, "<" could end it
+    text = json.dumps(data).replace("<", "\\u003c")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    save_file(page, TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1).encode())
+    print(f"{page}: {len(chosen)} of {len(bank):,} rows with their neighbours, {page.stat().st_size / 2**20:.1f} MiB.")
+
+
+def similarities(keys: np.ndarray, nearest: np.ndarray, names: Sequence[str]) -> dict:
+    """Shares of rows by the similarity of their nearest neighbour, and of pairs of `keys` `(n, key_dim)` by theirs."""
+    keys, names = keys[:PAIRED], np.array(names[:PAIRED])
+    pairs = (keys @ keys.T)[np.triu(names[:, None] != names[None], 1)]
+    nearest = nearest[np.isfinite(nearest)]
+    both = np.concatenate([pairs, nearest, [0.0, 1.0]])
+    low, high = float(both.min()), float(both.max())
+    counts = [np.histogram(values, BINS, (low, high))[0] / max(1, len(values)) for values in (nearest, pairs)]
+    return {"low": low, "high": high, "nearest": counts[0].tolist(), "random": counts[1].tolist()}
+
+
+def principal_components(keys: np.ndarray, fitted: int) -> tuple[np.ndarray, float]:
+    """`keys` on the two principal components of the first `fitted`: `(n, 2)`, and their share of the variance."""
+    mean = keys[:fitted].mean(axis=0)
+    _, strengths, directions = np.linalg.svd(keys[:fitted] - mean, full_matrices=False)
+    places = np.zeros((len(keys), 2))
+    places[:, : len(directions[:2])] = (keys - mean) @ directions[:2].T
+    total = (strengths**2).sum()
+    return places, float((strengths[:2] ** 2).sum() / total) if total > 0 else 1.0
+
+
+def _queries(bank: MemoryBank, images: Sequence[str], model: str | None) -> tuple[list[dict], np.ndarray]:
+    """What the page says of image files, and their keys `(n, key_dim)`."""
+    if not images:
+        return [], np.empty((0, bank.key_dim), np.float32)
+    tower = TinyAlignForConditionalGeneration.from_pretrained(model)
+    bank.check_probes(tower)
+    loaded = [load_image(path) for path in images]
+    processor = TinyAlignProcessor.from_pretrained(model).image_processor
+    with evaluating(tower), torch.no_grad():
+        pixels = processor(images=loaded, return_tensors="pt")["pixel_values"]
+        keys = bank.encode_queries(tower.get_vision_features(pixels)).cpu().numpy()
+    queries = [
+        {
+            "caption": Path(path).name,
+            "note": "image",
+            "kept": [],
+            "thumbnail": _data_url(thumbnail_bytes(image, THUMBNAIL)),
+        }
+        for path, image in zip(images, loaded, strict=True)
+    ]
+    return queries, keys
+
+
+def _row(bank: MemoryBank, row: dict) -> dict:
+    kept = [f"{name}: {row[name]}" for name in bank.config["columns"] if row[name] is not None]
+    picture = bank._table["thumbnail"][row["id"]].as_py() if bank.config["thumbnail_size"] else None
+    thumbnail = _data_url(picture["bytes"]) if picture and picture["bytes"] else None
+    return {"caption": row["caption"], "source_id": row["source_id"], "kept": kept, "thumbnail": thumbnail}
+
+
+def _data_url(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
+def _pairs(ids: np.ndarray, scores: np.ndarray) -> list[list]:
+    """`[row, similarity]`, without the empty ones."""
+    return [[int(row), round(float(score), 4)] for row, score in zip(ids, scores, strict=True) if row >= 0]

@@ -1,0 +1,6 @@
+"""`python -m tinyalign_vlm.training.cli`, as torchrun and accelerate start it."""
+
+from .main import main
+
+if __name__ == "__main__":
+    main()

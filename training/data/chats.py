@@ -1,0 +1,170 @@
+"""Chats about images: what they must be, and their tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+
+from ...modeling_tinyalign.bank_rows import BankRows
+from ...processing.chat_templates import add_captions
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on. `kind` is one of a few words (`"empty answer"`), the message says more."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+
+
+def to_messages(prompt: str, answer: str) -> list[dict]:
+    """One question about an image and its answer, as a chat. Raises `BadRow` when one of them is no text."""
+    for name, text in (("prompt", prompt), ("answer", answer)):
+        if not isinstance(text, str) or not text.strip():
+            raise BadRow(
+                f"empty {name}" if text is None or isinstance(text, str) else "no chat",
+                f"the {name} is {text!r}, expected text that is not blank: fill it in or remove the row (a number "
+                'is written as text, "3")',
+            )
+    return [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": prompt}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def check_messages(messages: list[dict]):
+    """Raises `BadRow`, saying what was found, unless this is a chat in which the assistant says something."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadRow(
+            "no chat", f"the chat is {str(messages)[:200]}, expected a list of {{'role': ..., 'content': ...}}"
+        )
+    spoken = False
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not all(isinstance(part, dict) for part in parts):
+            raise BadRow(
+                "no chat",
+                f"a turn of {message.get('role')!r} has the content {str(content)[:200]}, expected text or a list of "
+                '{"type": "image"} and {"type": "text", "text": ...}',
+            )
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        for text in texts:
+            if text is None or not isinstance(text, str):
+                raise BadRow(
+                    "empty answer" if message.get("role") == "assistant" and text is None else "no chat",
+                    f"a turn of {message.get('role')!r} has the text {text!r}, expected a string: fill it in or "
+                    f"remove the row. The chat: {str(messages)[:200]}",
+                )
+        if message.get("role") == "assistant":
+            spoken = True
+            if not "".join(texts).strip():
+                raise BadRow(
+                    "empty answer",
+                    "an assistant turn is empty, expected text that is not blank: fill it in or remove the row. "
+                    f"The chat: {str(messages)[:200]}",
+                )
+    if not spoken:
+        raise BadRow("turn order", f"no token to learn: expected an assistant turn. The chat: {str(messages)[:200]}")
+
+
+def count_images(messages: list[dict]) -> int:
+    """Entries of a chat that are an image."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return sum(part["type"] == "image" for parts in contents for part in parts)
+
+
+def encode_chat(
+    processor: ProcessorMixin,
+    messages: list[dict],
+    add_generation_prompt: bool = False,
+    max_length: int | None = None,
+    truncation: bool = False,
+) -> tuple[list[int], list[int]]:
+    """
+    Token ids of a chat about any number of images, with their placeholders, and 1 where the assistant says something
+    to learn: in turns without `"train": False`.
+
+    The same as `processor.apply_chat_template`, without needing the images. Raises `BadRow` when there is nothing to
+    learn, or when the chat has more than `max_length` tokens and `truncation` is off, or would cut a placeholder or
+    all that is to be learnt.
+    """
+    encoded = processor.tokenizer.apply_chat_template(
+        [processor._fold_message(message) for message in messages],
+        chat_template=processor.chat_template,
+        add_generation_prompt=add_generation_prompt,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    trained = iter([message.get("train") is not False for message in messages if message["role"] == "assistant"])
+    ids, assistant, speaking, learn = [], [], False, False
+    for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        if spoken and not speaking:
+            learn = next(trained)
+        speaking = bool(spoken)
+        copies = processor.num_image_tokens if token == processor.image_token_id else 1
+        ids += [token] * copies
+        assistant += [int(speaking and learn)] * copies
+    if max_length is None or len(ids) <= max_length:
+        return ids, assistant
+    found = f"the row has {len(ids)} tokens, those of its images included, expected at most {max_length}"
+    if not truncation:
+        raise BadRow("over-long", f"{found}: raise max_length, or cut such rows with truncation.")
+    if processor.image_token_id in ids[max_length:]:
+        raise BadRow("over-long", f"{found}, and to cut it would cut an image: raise max_length or remove the row.")
+    if not any(assistant[:max_length]):
+        raise BadRow("over-long", f"{found}, and cut to that nothing is left to learn: raise max_length.")
+    return ids[:max_length], assistant[:max_length]
+
+
+def with_captions(
+    processor: ProcessorMixin,
+    bank: BankRows,
+    messages: list[dict],
+    neighbours: Sequence[Sequence[int]],
+    max_length: int | None = None,
+) -> list[dict]:
+    """
+    The chat with the captions of its images' neighbours in the first question: all that `max_length` tokens have room
+    for, the most similar first.
+
+    Args:
+        neighbours: Rows of the bank, `(images, k)`; -1 in empty slots.
+    """
+    captions = [[row["caption"] for row in bank.rows(list(image)) if row is not None] for image in neighbours]
+    for kept in range(max(map(len, captions), default=0), 0, -1):
+        candidate = add_captions(messages, [caption for image in captions for caption in image[:kept]])
+        if max_length is None or len(encode_chat(processor, candidate)[0]) <= max_length:
+            return candidate
+    return messages
+
+
+def query_inputs(processor: ProcessorMixin, queries: list[str]) -> dict[str, torch.Tensor]:
+    """Questions as `query_input_ids` and `query_attention_mask` `(n, Q)`, for keys in the language space."""
+    inputs = processor.tokenizer(
+        queries,
+        padding=True,
+        padding_side="right",
+        add_special_tokens=False,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    return {f"query_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def images_of(row: dict[str, Any]) -> list:
+    """The images of a row as they are stored, none for a row of text: its `images`, or its `image`."""
+    images = row.get("images")
+    if images is None:
+        image = row.get("image")
+        images = image if isinstance(image, list) else [image]
+    return [image for image in images if image is not None and image != ""]
+
+
+def name_row(row: dict[str, Any], images: list) -> str:
+    """`row 7 (id 1F578, images/a.png)`: its number in the data set, and what it says of where it is from."""
+    paths = [image.get("path") if isinstance(image, dict) else image for image in images]
+    origin = [f"id {row['id']}"] if row.get("id") is not None else []
+    origin += [path for path in paths if isinstance(path, str)]
+    return f"row {row['row']}" + (f" ({', '.join(origin)})" if origin else "")

@@ -1,0 +1,342 @@
+"""A row of any format, to what both stages train on: checked, with its features and neighbours."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import datasets
+import numpy as np
+from accelerate import PartialState
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
+
+from ...modeling_tinyalign.bank_images import image_source_id, load_image
+from ...modeling_tinyalign.bank_storage import cache_root
+from ...modeling_tinyalign.memory_bank import MemoryBank
+from ..arguments.run_arguments import RunArguments
+from .chats import BadRow, check_messages, count_images, encode_chat, images_of, to_messages
+from .features import cache_vision_features
+from .files import IMAGE_SUFFIXES
+from .neighbour_table import neighbour_table, read_neighbours, summary
+
+logger = logging.get_logger(__name__)
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+# What every format becomes. Rows that are bad have no messages but a `problem`, whose first words are `kind`.
+FEATURES = datasets.Features(
+    {
+        "messages": datasets.List(
+            {
+                "role": datasets.Value("string"),
+                "content": datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")}),
+                "train": datasets.Value("bool"),  # False: an answer that belongs to the question
+            }
+        ),
+        "id": datasets.Value("string"),
+        "kind": datasets.Value("string"),
+        "problem": datasets.Value("string"),
+    }
+)
+
+
+@dataclass
+class RowReader:
+    """
+    A row of any format, as `open_rows` gives it -> the columns of `FEATURES`, and the images.
+
+    The formats: `conversations` of turns with `from` and `value` (LLaVA), `messages` of turns with `role` and
+    `content`, `prompt` + `completion` (TRL), or the column `answer_column` with answers to `prompt`. `<image>` in a
+    question says where an image stands; where it is nowhere in `messages` or `prompt`, images come first, as in TRL.
+
+    Args:
+        folder: What paths are relative to.
+        processor: Without one, the length of the rows is not checked.
+        name_images: Add the `source_ids` of the images.
+    """
+
+    folder: str
+    image_column: str | None
+    messages_column: str | None
+    answer_column: str | None
+    prompt: str | None
+    processor: ProcessorMixin | None
+    max_length: int | None
+    truncation: bool
+    name_images: bool = False
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        result = {"images": [], "messages": [], "id": None, "kind": None, "problem": None}
+        source_ids = []
+        try:
+            row = self.fields(row)
+            result["id"] = None if row.get("id") is None else str(row["id"])
+            images, messages = self.read(row)
+            source_ids = [self.check_image(image) for image in images]
+            if self.processor is not None:
+                self.check_tokens(messages, len(images))
+            result |= {"images": images, "messages": messages}
+        except BadRow as error:
+            name = "" if row.get("id") is None else f" (id {row['id']})"
+            result |= {"kind": error.kind, "problem": f"{error}{name}"}
+        return {**result, "source_ids": source_ids} if self.name_images else result
+
+    def fields(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The columns of a row, where `json` is the text of the row (of a file of ours) or a part of it as well."""
+        fields = row.get("json")  # of a file of ours, or of a WebDataset as `datasets` reads it
+        if fields is None:
+            return row
+        return {
+            **(_parse(fields) if isinstance(fields, str) else fields),
+            **{name: value for name, value in row.items() if value and name != "json"},
+        }
+
+    def read(self, row: dict[str, Any]) -> tuple[list, list[dict]]:
+        """The images of a row, not yet looked at, and its messages. Raises `BadRow` unless they are a chat."""
+        images = [os.path.join(self.folder, image) if isinstance(image, str) else image for image in self.images(row)]
+        messages = self.messages(row, len(images))
+        check_turns(messages)
+        check_placeholders(messages, len(images))
+        check_messages(messages)
+        return images, messages
+
+    def images(self, row: dict[str, Any]) -> list:
+        if self.image_column is not None:
+            if self.image_column not in row:
+                raise BadRow("missing image", f"no column {self.image_column!r}, the columns are {sorted(row)}")
+            return images_of({"image": row[self.image_column]})
+        names = ("images", "image", *(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        return next((images for name in names if (images := images_of({"image": row.get(name)}))), [])
+
+    def messages(self, row: dict[str, Any], num_images: int) -> list[dict]:
+        columns = ("messages", "conversations") if self.messages_column is None else (self.messages_column,)
+        turns = next((row[name] for name in columns if row.get(name) is not None), None)
+        if self.prompt is not None and self.answer_column in row:
+            return to_messages(self.prompt, row[self.answer_column])
+        if turns is not None:
+            return place_images(turns, read_turns(turns), num_images)
+        if row.get("prompt") is not None and "completion" in row:
+            prompt, completion = (
+                [{"role": role, "content": row[name]}] if not isinstance(row[name], list) else row[name]
+                for role, name in (("user", "prompt"), ("assistant", "completion"))
+            )
+            question = [{**turn, "train": False} for turn in read_turns(prompt)]
+            return place_images(prompt, question + read_turns(completion), num_images)
+        raise BadRow(
+            "no chat",
+            f"the columns are {sorted(row)}, expected messages, conversations, or prompt and completion: name the "
+            "column with chats with messages_column, or the one with labels or captions with answer_column (found "
+            f"{self.answer_column!r}), and set prompt, what is asked about every image (found {self.prompt!r})",
+        )
+
+    def check_tokens(self, messages: list[dict], num_images: int):
+        processor = self.processor
+        ids, learn = encode_chat(processor, messages, max_length=self.max_length, truncation=self.truncation)
+        if not any(learn):
+            raise BadRow("empty answer", f"the tokenizer makes nothing of what is answered in {str(messages)[:200]}")
+        found = ids.count(processor.image_token_id)
+        if found != num_images * processor.num_image_tokens:
+            raise BadRow("placeholder mismatch", f"the text has the model's own token {processor.image_token!r}")
+
+    def check_image(self, image: Any) -> str | None:
+        """Decodes the image; its name if that is wanted."""
+        path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+        if path is None or isinstance(path, (int, float, list)):
+            raise BadRow("missing image", f"the image is {str(image)[:100]}, expected a path, or a list of paths")
+        if isinstance(path, str) and not os.path.isfile(path):
+            raise BadRow("missing image", f"{path} is no file: set image_folder, or remove the row")
+        try:
+            if self.name_images:
+                return image_source_id(image)
+            load_image(image)
+        except ValueError as error:
+            raise BadRow("broken image", f"{path if isinstance(path, str) else ''} {error}") from error
+
+
+def _parse(text: str) -> dict:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRow("no chat", f"no JSON ({error}): {text[:100]!r}") from error
+    if not isinstance(row, dict):
+        raise BadRow("no chat", f"found {text[:100]!r}, expected an object with the fields of the row")
+    if "\\ud" in text.lower():  # a surrogate pair is one character, half of one cannot be stored
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise BadRow("no text", f"half a surrogate pair in {text[:100]!r} ({error})") from error
+    return row
+
+
+def read_turns(turns: list[dict]) -> list[dict]:
+    """Turns of LLaVA or of TRL -> messages whose content is a list of parts; `<image>` becomes a part."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow("no chat", f"the chat is {str(turns)[:200]}, expected a list of turns")
+    messages = []
+    for turn in turns:
+        name = turn["role"] if turn.get("role") is not None else turn.get("from")
+        if not isinstance(name, str) or name not in ROLES:
+            raise BadRow("turn order", f"a turn is of {name!r}, expected one of {', '.join(ROLES)}")
+        content = turn["content"] if turn.get("content") is not None else turn.get("value")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        messages.append(
+            {"role": ROLES[name], "content": [new for part in parts for new in _split(part)], "train": None}
+        )
+    return messages
+
+
+def _split(part: dict) -> list[dict]:
+    """A part, or the text and images in it; the line break after `<image>` is left to the chat template."""
+    if not isinstance(part, dict) or part.get("type") not in ("image", "text"):
+        raise BadRow("no chat", f"a turn has {str(part)[:200]}, expected text or an image in its content")
+    if part["type"] == "image":
+        return [{"type": "image", "text": None}]
+    if part.get("text") is None:
+        return [{"type": "text", "text": None}]
+    if not isinstance(part["text"], str):
+        raise BadRow("no chat", f"a turn has the text {str(part['text'])[:200]}, expected a string")
+    first, *rest = re.split("<image>\n?", part["text"])
+    parts = [{"type": "text", "text": first}]
+    for text in rest:
+        parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
+    return [part for part in parts if part["text"] != ""]
+
+
+def place_images(turns: list[dict], messages: list[dict], num_images: int) -> list[dict]:
+    """Puts the images first where chats of plain text have no place for them, as TRL does."""
+    if count_images(messages) == 0 and all(isinstance(turn.get("content"), str) for turn in turns):
+        user = next((message for message in messages if message["role"] == "user"), None)
+        if user is not None:
+            user["content"] = [{"type": "image", "text": None}] * num_images + user["content"]
+    return messages
+
+
+def check_turns(messages: list[dict]):
+    """Raises `BadRow` unless user and assistant speak in turn, after at most one system prompt, the assistant last."""
+    roles = [message["role"] for message in messages]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise BadRow(
+            "turn order",
+            f"the turns are of {', '.join(roles) or 'nobody'}, expected user, assistant, user, assistant ..., with at "
+            "most one system prompt before them",
+        )
+
+
+def check_placeholders(messages: list[dict], num_images: int):
+    """Raises `BadRow` unless there is a place for each image, in what the user says."""
+    for message in messages:
+        if message["role"] != "user" and count_images([message]):
+            raise BadRow(
+                "placeholder mismatch", f"a turn of {message['role']} has an image, expected it in a question"
+            )
+    found = count_images(messages)
+    if found and not num_images:
+        raise BadRow("missing image", f"the chat has {found} <image>, but the row has no image")
+    if found != num_images:
+        raise BadRow(
+            "placeholder mismatch",
+            f"the chat has {found} <image>, but the row has {num_images} images: expected one for each",
+        )
+
+
+class RowImages(Sequence):
+    """All images of a data set, those of the first row first, as they are stored."""
+
+    def __init__(self, rows: datasets.Dataset):
+        counts = [count_images(messages) for messages in rows["messages"]]
+        self.starts = [0, *accumulate(counts)]
+        self.rows = rows.select_columns([name for name in ("image", "images") if name in rows.column_names])
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        row = int(np.searchsorted(self.starts, index, "right")) - 1
+        return images_of(self.rows[row])[index - self.starts[row]]
+
+    def row_numbers(self) -> list[int]:
+        """The row that each image is of."""
+        return [row for row, images in enumerate(self.by_row(range(len(self)))) for _ in images]
+
+    def by_row(self, values: Sequence) -> list:
+        """Something about each image -> lists of it, one a row."""
+        return [list(values[start:end]) for start, end in zip(self.starts, self.starts[1:], strict=False)]
+
+
+def with_features(
+    config: RunArguments,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset | datasets.IterableDataset,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, np.ndarray | None]:
+    """
+    With `config.cache_features` the visual features and the rows with `feature_index`. They are kept under `HF_HOME`,
+    for other runs with the same images, tower and preprocessing.
+
+    All processes of a run must call this at once: they share the work.
+    """
+    images = RowImages(rows) if config.cache_features else []
+    if len(images) == 0:
+        return rows, None
+    path = cache_root() / "features" / "vision"
+    features = cache_vision_features(model, processor, images, path, batch_size_of(config))
+    return rows.add_column("feature_index", images.by_row(range(len(images)))), features
+
+
+def with_neighbours(
+    config: RunArguments,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset | datasets.IterableDataset,
+    bank: MemoryBank,
+    top_k: int,
+    features: np.ndarray | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    The rows with `memory_ids` and `memory_scores`, lists of `2 * top_k` for each of their images: the second half are
+    spare ones, for [`MemoryDropout`]. And `source_ids`, the names of the images: no row of the bank that is of one of
+    a row's images is a neighbour of any of them. Streamed rows get none: the model retrieves for each batch.
+
+    All processes of a run must call this at once: they share the work.
+    """
+    if config.streaming:
+        return rows
+    images = RowImages(rows)
+    columns = {"memory_ids": [], "memory_scores": [], "source_ids": []}
+    if len(images):
+        queries = None
+        if bank.key_space == "language":
+            texts = [processor._query_text(messages) for messages in rows["messages"]]
+            queries = [text for text, own in zip(texts, images.by_row(range(len(images))), strict=True) for _ in own]
+        path = neighbour_table(
+            bank,
+            model,
+            processor,
+            images,
+            2 * top_k,
+            rows=images.row_numbers(),
+            queries=queries,
+            vision_features=features,
+            batch_size=batch_size_of(config),
+            num_workers=config.dataloader_num_workers,
+            num_proc=config.num_proc or 1,
+        )
+        table = read_neighbours(path)
+        if PartialState().is_main_process:
+            logger.warning(f"{path}: {summary(table, top_k)}")
+        columns = {name: table[name.replace("source_ids", "source_id")][:] for name in columns}
+    for name, values in columns.items():
+        rows = rows.add_column(name, images.by_row(values))
+    return rows
+
+
+def batch_size_of(config: RunArguments) -> int:
+    """Images that go through the tower at once: few are faster on a CPU."""
+    return 8 if config.device.type == "cpu" else 64

@@ -1,0 +1,117 @@
+"""The rows and columns of a data set that are trained and evaluated on."""
+
+import hashlib
+import json
+
+import datasets
+import numpy as np
+from transformers import PreTrainedModel
+
+from ...modeling_tinyalign.memory_bank import MemoryBank
+from .features import refuse_transforms
+
+
+def training_rows(
+    model: PreTrainedModel,
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    bank: MemoryBank | None,
+    vision_features: np.ndarray | None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    The columns the collator reads, with `feature_index` added where the features are those of the rows, in order.
+    Images stay as they are stored: the collator decodes them, and names the one that it cannot.
+
+    Raises `ValueError` when rows, a column or the bank are missing, or the features or neighbours do not fit.
+    """
+    if vision_features is not None and model.base_model.trains_vision_tower:
+        raise ValueError(
+            "The vision tower trains, but vision_features were given, which it made before: leave them out, or freeze "
+            "it (tune_vision_tower: frozen)."
+        )
+    top_k = model.config.num_neighbours
+    if (top_k > 0) != (bank is not None):
+        raise ValueError(
+            f"The model has memory_top_k = {top_k}, but {'no bank' if bank is None else 'a bank'} was given: a model "
+            "with memory trains with one, a model without (memory_top_k = 0) does not."
+        )
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    if len(dataset) == 0:
+        raise ValueError("The data set has no rows, expected at least one.")
+    columns = ["messages"]
+    columns += [name for name in ("image", "images") if name in dataset.column_names] or ["image"]
+    if vision_features is not None:
+        columns = ["messages", "feature_index"]
+    columns += [] if bank is None else ["memory_ids", *({"source_ids"} & set(dataset.column_names))]
+    scores_wanted = model.config.memory_scores or model.config.retrieval_threshold is not None
+    if bank is not None and (scores_wanted or "memory_scores" in dataset.column_names):
+        columns.append("memory_scores")
+    if vision_features is not None:
+        refuse_transforms(dataset)
+    index = None
+    if vision_features is not None and "feature_index" not in dataset.column_names:
+        if len(vision_features) != len(dataset):
+            raise ValueError(
+                f"There are {len(vision_features)} vision_features for {len(dataset)} rows: give the data set a "
+                "column feature_index that says which features are whose."
+            )
+        index = list(range(len(dataset)))
+        columns.remove("feature_index")
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"The data set has no {', '.join(missing)}, its columns are {dataset.column_names}. `messages` are chats, "
+            "`memory_ids` and `memory_scores` are what find_neighbours returns, `image` or `images` are not needed "
+            "with vision_features."
+        )
+    rows = dataset.select_columns(columns + [name for name in ("row", "id") if name in dataset.column_names])
+    if index is not None:
+        rows = rows.add_column("feature_index", index)
+    if "row" not in rows.column_names:
+        rows = rows.add_column("row", list(range(len(rows))))
+    if "image" in columns and isinstance(rows.features["image"], datasets.Image):
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    if "images" in columns and rows.features["images"] == datasets.List(datasets.Image()):
+        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    found = None if bank is None else _neighbours_of_an_image(rows[0]["memory_ids"])
+    if found is not None and found < top_k:
+        raise ValueError(
+            f"A row has {found} memory_ids an image, expected memory_top_k = {top_k} or more: look them up with "
+            "find_neighbours(..., top_k=model.config.memory_top_k)."
+        )
+    return rows
+
+
+def _neighbours_of_an_image(memory_ids: list) -> int | None:
+    """Of a row whose `memory_ids` are of one image or a list of such; None of a row of text."""
+    first = memory_ids[0] if memory_ids else None
+    return len(first) if isinstance(first, list) else len(memory_ids) if memory_ids else None
+
+
+def evaluation_rows(
+    model: PreTrainedModel,
+    dataset: datasets.Dataset | None,
+    bank: MemoryBank | None,
+    vision_features: np.ndarray | None,
+) -> datasets.Dataset | None:
+    """[`training_rows`] of an `eval_dataset`, with images or a `feature_index` into the training rows' features."""
+    if dataset is None:
+        return None
+    if vision_features is not None and "feature_index" not in dataset.column_names:
+        if not {"image", "images"} & set(dataset.column_names):
+            raise ValueError(
+                f"eval_dataset has the columns {dataset.column_names}, expected image, images or feature_index: "
+                "vision_features are one array for both data sets. Append the features of the evaluation rows to "
+                "those of the training rows and give both a column feature_index with the rows' positions in it."
+            )
+        vision_features = None
+    return training_rows(model, dataset, bank, vision_features)
+
+
+def content_hash(rows: datasets.Dataset) -> str:
+    """Of chats and neighbours; the same in every run, where `Dataset._fingerprint` may be random."""
+    digest = hashlib.sha256()
+    columns = [column for column in rows.column_names if column not in ("image", "images", "row", "id")]
+    for batch in rows.select_columns(columns).with_format(None).iter(1000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]

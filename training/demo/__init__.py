@@ -1,0 +1,1 @@
+"""`tinyalign demo`, from weights to report."""

@@ -1,0 +1,1 @@
+"""Answers of a trained model, and what they are compared with."""

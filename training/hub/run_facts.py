@@ -1,0 +1,251 @@
+"""What a run records for its card: stages, losses, time, memory, machine."""
+
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sized
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from transformers import Trainer, TrainerCallback
+
+from ...hub_cards.cards import usage_snippet
+from ...hub_cards.facts import Example, ModelFacts, Stage
+from ..disk import save_file
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+RECORD_NAME = "training_record.json"
+RUN_NAME = "run.json"
+CURVES_NAME = "training_curves.png"
+PACKAGES = ("torch", "transformers", "trl", "datasets", "faiss-cpu")
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage counts memory in
+
+
+@dataclass
+class StageRecord:
+    """
+    What is known of a stage that was trained.
+
+    Attributes:
+        name: As a reader should see it.
+        hyperparameters: By name, as a reader should see them.
+        losses, eval_losses, learning_rates: `[step, value]` each.
+        seconds: Of training, with those before an interruption.
+        peak_memory_gb: See [`peak_memory_gb`].
+        saved_step: The step that the weights are of, where it is not the last one (`load_best_model_at_end`).
+    """
+
+    name: str
+    hyperparameters: dict[str, str | int | float]
+    losses: list[list[float]]
+    eval_losses: list[list[float]]
+    seconds: float
+    peak_memory_gb: float
+    learning_rates: list[list[float]] = field(default_factory=list)
+    saved_step: int | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """As the model card has it."""
+        return Stage(name=self.name, hyperparameters={**self.hyperparameters, "minutes": f"{self.seconds / 60:.1f}"})
+
+
+class Clock(TrainerCallback):
+    """
+    Adds `seconds` to every entry of the log: of training, those before an interruption included. And has the last step
+    logged, however few there are: its loss is that of the card.
+    """
+
+    started: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic() - logged_seconds(state.log_history)
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.started is not None:
+            state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 3)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.started = None
+
+
+def logged_seconds(log_history: list[dict]) -> float:
+    return max((entry.get("seconds", 0.0) for entry in log_history), default=0.0)
+
+
+def stage_record(name: str, trainer: Trainer) -> StageRecord:
+    """What `trainer`, whose training has ended, says of it."""
+    args, state, config = trainer.args, trainer.state, trainer.model.config
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
+    rates = {part.name.replace("_", " "): part.learning_rate for part in trainer.parts if part.trained}
+    memory = {
+        "neighbours an image": config.memory_top_k,
+        "memory fusion": config.memory_fusion,
+        "memory tokens an image": config.num_memory_tokens,
+    }
+    return StageRecord(
+        name=name,
+        hyperparameters={
+            "learning rate": args.learning_rate,
+            **{f"learning rate of the {part}": rate for part, rate in rates.items() if rate != args.learning_rate},
+            **{f"trains the {part.name.replace('_', ' ')}": part.policy for part in trainer.parts if part.trained},
+            "schedule": args.lr_scheduler_type.value,
+            "warm-up": args.warmup_steps,
+            "optimiser": args.optim.value,
+            "weight decay": args.weight_decay,
+            "gradient clipping": args.max_grad_norm,
+            **({"rows": len(trainer.train_dataset)} if isinstance(trainer.train_dataset, Sized) else {}),
+            "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "steps": state.global_step,
+            **({} if best is None else {"weights of the best step": best}),
+            "precision": precision,
+            "seed": args.seed,
+            "trained parameters": f"{sum(part.trained for part in trainer.parts):,}",
+            "visual tokens an image": config.image_seq_length,
+            **(memory if config.memory_top_k > 0 else {}),
+        },
+        **curves_of(state.log_history),
+        seconds=logged_seconds(state.log_history),
+        peak_memory_gb=peak_memory_gb(),
+        saved_step=best,
+    )
+
+
+def curves_of(log_history: list[dict]) -> dict[str, list[list[float]]]:
+    """`[step, value]` of all that is plotted, by their names in [`StageRecord`]."""
+    names = {"losses": "loss", "eval_losses": "eval_loss", "learning_rates": "learning_rate"}
+    return {
+        curve: [[entry["step"], entry[name]] for entry in log_history if name in entry]
+        for curve, name in names.items()
+    }
+
+
+class Curves(TrainerCallback):
+    """Plots training_curves.png in `output_dir` at each evaluation and at the end."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            record = StageRecord("training", {}, seconds=0.0, peak_memory_gb=0.0, **curves_of(state.log_history))
+            plot_curves(Path(args.output_dir, CURVES_NAME), [record])
+
+    on_train_end = on_evaluate
+
+
+def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None:
+    """Keeps the records as training_record.json, and their losses as training_curves.png, beside a checkpoint."""
+    plot_curves(Path(folder, CURVES_NAME), records)
+    content = json.dumps([asdict(record) for record in records], indent=1)
+    save_file(Path(folder, RECORD_NAME), f"{content}\n".encode())
+
+
+def read_records(folder: str | os.PathLike) -> list[StageRecord]:
+    """
+    Of the stages that a checkpoint has behind it; none if it was not trained with this package.
+
+    Raises `ValueError` naming the file when it is not what [`write_records`] wrote.
+    """
+    path = Path(folder, RECORD_NAME)
+    if not path.is_file():
+        return []
+    try:
+        return [StageRecord(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no record of training ({error}). Delete it to do without.") from error
+
+
+def plot_curves(path: Path, records: list[StageRecord]) -> None:
+    """Training and evaluation losses, and below them the learning rate, by step; one picture for all stages."""
+    figure = Figure(figsize=(5 * len(records), 5))
+    axes = figure.subplots(2, len(records), squeeze=False, sharex="col", height_ratios=(3, 1))
+    for (losses, rates), record in zip(axes.T, records, strict=True):
+        for axis, curve, label in (
+            (losses, record.losses, "training"),
+            (losses, record.eval_losses, "evaluation"),
+            (rates, record.learning_rates, "learning rate"),
+        ):
+            if curve:
+                axis.plot(*zip(*curve, strict=True), label=label, marker="." if len(curve) < 10 else None)
+            axis.grid(True, alpha=0.3)
+        losses.set(title=record.name, ylabel="loss per token")
+        rates.set(xlabel="step", ylabel="learning rate")
+        if record.eval_losses:
+            losses.legend()
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    save_file(path, picture.getvalue())
+
+
+def peak_memory_gb() -> float:
+    """Most memory so far, in GB: of the GPU where one is used, of the process otherwise (Linux, macOS)."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if resource is None:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
+
+
+def hardware(processes: int = 1, use_cpu: bool = False) -> str:
+    """The accelerators that were used, one a process, or the processor's cores."""
+    if torch.cuda.is_available() and not use_cpu:
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} cores of {processor_name()}"
+
+
+def processor_name() -> str:
+    """The CPU's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run does."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def run_snippet(folder: str | os.PathLike, facts: ModelFacts) -> Example:
+    """
+    Runs the card's snippet in the checkpoint's folder, in a new process that can't import this package.
+
+    Returns:
+        The example with what was printed, the seconds of one more answer, and the memory of the process.
+
+    Raises:
+        RuntimeError: It failed; the end of its traceback is in the message.
+    """
+    script = f"""
+import sys
+sys.modules["tinyalign_vlm"] = None  # as where it was never installed
+{usage_snippet(facts)}
+import resource, time
+started = time.perf_counter()
+pipe(text=messages, max_new_tokens=16, return_full_text=False)
+print("MEASURED", time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * {RSS_UNIT} / 1e9)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise RuntimeError(f"The checkpoint in {folder} does not load without the package:\n{done.stderr[-3000:]}")
+    output, measured = done.stdout.rsplit("MEASURED", 1)
+    seconds, memory_gb = map(float, measured.split())
+    return replace(facts.example, output=output.rstrip(), seconds=seconds, memory_gb=memory_gb)

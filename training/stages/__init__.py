@@ -1,0 +1,1 @@
+"""Training: both stages, and what they share."""

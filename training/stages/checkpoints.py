@@ -1,0 +1,128 @@
+"""Connector weights as files, and which checkpoint a run goes on from."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+from ..arguments.tuning import part_of
+from ..disk import save_file as write_file
+from ..hub.run_facts import RUN_NAME
+
+CONNECTORS_NAME = "connectors.safetensors"
+
+
+TRAINED_NAME = "trained.safetensors"
+
+
+def connectors_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The connector and, in a model with memory, the memory connector."""
+    connectors = {"connector": model.base_model.connector}
+    if model.config.memory_top_k > 0:
+        connectors["memory_connector"] = model.base_model.memory_connector
+    return connectors
+
+
+def save_connectors(model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None):
+    """
+    Writes the connectors, and nothing else of the model, to `connectors.safetensors`; of a model that is divided among
+    processes from its gathered `state_dict`.
+    """
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    prefixes = {f"{model.base_model_prefix}.{part}.": f"{part}." for part in connectors_of(model)}
+    tensors = {
+        new + name.removeprefix(old): tensor.detach().cpu().contiguous()
+        for name, tensor in state_dict.items()
+        for old, new in prefixes.items()
+        if name.startswith(old)
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder, CONNECTORS_NAME), metadata={"format": "pt"})
+
+
+def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
+    """
+    Reads what [`save_connectors`] wrote; the model gets the lexicon that was saved with them, or none if none was.
+
+    Raises `RuntimeError` naming the tensors that do not fit the model.
+    """
+    tensors = load_file(Path(folder, CONNECTORS_NAME))
+    if model.config.memory_top_k > 0 and "memory_connector.lexicon_bias" in tensors:
+        lexicon = [tensors[f"memory_connector.lexicon_{part}"].to(model.device) for part in ("keys", "bias", "tokens")]
+        model.base_model.memory_connector.set_lexicon(*lexicon)
+        model.config.memory_lexicon_size = len(lexicon[1])
+        model.config.latents_per_word = len(lexicon[2])
+    elif model.config.memory_top_k > 0:
+        model.base_model.memory_connector.set_lexicon(None, None, None)
+        model.config.memory_lexicon_size = 0
+    nn.ModuleDict(connectors_of(model)).load_state_dict(tensors)
+
+
+def save_trained(model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None):
+    """Writes the connectors as [`save_connectors`], and all else that trains, if it does, to `trained.safetensors`."""
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    save_connectors(model, folder, state_dict)
+    others = {
+        name: state_dict[name].detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "connector" not in part_of(name)
+    }
+    if others:
+        save_file(others, Path(folder, TRAINED_NAME), metadata={"format": "pt"})
+
+
+def load_trained(model: PreTrainedModel, folder: str | os.PathLike):
+    """Reads what [`save_trained`] wrote; raises `RuntimeError` as [`load_connectors`]."""
+    load_connectors(model, folder)
+    path = Path(folder, TRAINED_NAME)
+    if path.is_file():
+        model.load_state_dict(load_file(path), strict=False)
+
+
+def last_checkpoint(
+    output_dir: str | os.PathLike, settings: dict, chosen: str | None = None, write: bool = True
+) -> str | None:
+    """
+    The last complete checkpoint of the run with these settings, or that which was `chosen`. The settings are kept
+    beside the checkpoints (`write`).
+
+    Raises `ValueError`, naming what differs, when the checkpoints are of another run, or the chosen one is not there.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    run = Path(output_dir, RUN_NAME)
+    complete = [path for path in sort_checkpoints(str(output_dir)) if _is_complete(Path(path))]
+    if complete and run.is_file():
+        earlier = json.loads(run.read_text())
+        changed = [  # an earlier version may have kept fewer settings
+            f"{name}: {earlier[name]!r} then, {settings[name]!r} now"
+            for name in sorted(earlier.keys() & settings.keys())
+            if earlier[name] != settings[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"{output_dir} holds checkpoints of another run ({'; '.join(changed)}). Use another output_dir, or "
+                "delete this one to train anew."
+            )
+    if chosen is not None and Path(chosen).resolve() not in [Path(path).resolve() for path in complete]:
+        raise ValueError(
+            f"resume_from_checkpoint is {chosen}, but the complete checkpoints in {output_dir} are "
+            f"{', '.join(complete) or 'none'}: choose one of them, or leave it out to go on from the last, if any."
+        )
+    if write:  # one process does
+        run.parent.mkdir(parents=True, exist_ok=True)
+        write_file(run, f"{json.dumps(settings, indent=2)}\n".encode())
+    return chosen or (complete[-1] if complete else None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether its last file, the trainer's state, is there, and whole: the disk may have been full."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
