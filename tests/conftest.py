@@ -1,7 +1,9 @@
 """Tiny random towers, language models and a tokenizer, built offline and shared by all tests."""
 
-import os
+# Before anything that reads the environment.
+import isolation
 
+# isort: split
 import pytest
 import torch
 from PIL import Image
@@ -33,9 +35,22 @@ from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 
 pytest_plugins = ["hub.fixtures"]  # of tests/hub and tests/training/hub
 torch.set_num_threads(1)
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, and of pyarrow
-os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # all servers of tests are on this machine
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session):
+    """Fail a run that wrote into the user's folders, or into the working tree."""
+    result = yield
+    if isolation.written_elsewhere():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    return result
+
+
+def pytest_terminal_summary(terminalreporter):
+    if paths := isolation.written_elsewhere():
+        terminalreporter.section("written elsewhere", red=True)
+        terminalreporter.line(isolation.complaint(paths))
+
 
 IMAGE_SIZE = 32
 CORPUS = ["a red square on a white background", "what is in the image? a blue circle.", "user assistant system"]

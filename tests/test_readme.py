@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from huggingface_hub import constants
+from isolation import set_hf_home
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
 from tinyalign_vlm.training.arguments.files import STAGE_CONFIGS
@@ -24,7 +24,7 @@ for file in (main, bank):
 
 def test_your_own_data(checkpoints, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
+    set_hf_home(monkeypatch, tmp_path / "hf_home")
     settings = value_encoder_training.ValueEncoderTrainingConfig(steps=2, batch_size=4)
     monkeypatch.setattr(value_encoder_training, "ValueEncoderTrainingConfig", lambda: settings)
     rows = {"image": images, "caption": [f"a plain square {i}" for i in range(len(images))]}

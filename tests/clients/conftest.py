@@ -6,20 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants
 from PIL import Image
 
 from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
 
 QUESTION = "what is in the image?"
-
-
-@pytest.fixture(scope="package", autouse=True)
-def cache(tmp_path_factory):
-    """Banks lay their files out under HF_HOME."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
-        yield
 
 
 @pytest.fixture(scope="package")

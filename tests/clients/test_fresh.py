@@ -51,7 +51,7 @@ def picture(images, tmp_path_factory) -> str:
 def run(name: str, folder: Path, *arguments: str, **environment: str) -> dict:
     """The report of fresh_process.py in the environment `name`, run in `folder`."""
     python = Path(os.environ["TINYALIGN_FRESH"], name, "bin", "python").absolute()
-    base = {"PATH": os.environ["PATH"], "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    base = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(
         [str(python), "-I", str(SCRIPT), *arguments],
         env={**base, **environment},

@@ -27,7 +27,7 @@ def start(tmp_path):
     processes = []
 
     def start(code: str, *arguments: str) -> openai.OpenAI:
-        environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", code, "serve", *arguments, "--port", "0"]
         with open(tmp_path / "log", "w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))

@@ -29,7 +29,7 @@ class Machine:
     """A Python process of its own that runs functions, one after the other; they import what they use."""
 
     def __init__(self, environment: dict[str, str], cwd):
-        environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        environment = {**os.environ, **environment, "PYTHONPATH": ""}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen([sys.executable, "-c", WORKER], env=environment, cwd=cwd, **pipes)
 

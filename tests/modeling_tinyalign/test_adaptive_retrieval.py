@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 from tinyalign_vlm import (
     MemoryBank,
@@ -15,14 +14,6 @@ from tinyalign_vlm.training.models import widen_connector
 
 CAPTIONS = ("red", "green", "blue", "white", "black", "yellow")
 FUSIONS = ("channel", "sequence")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Banks lay their files out under HF_HOME."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 def build_bank(model, processor, images) -> MemoryBank:

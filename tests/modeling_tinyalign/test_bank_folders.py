@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from isolation import set_hf_home
 from PIL import Image
 
 from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
@@ -83,13 +83,6 @@ killed(first_load)
 MOMENTS = ("rows", "encoders", "sync", "rename 0", "rename 1", "rename 2", "removal")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def bank(make_model, make_processor) -> MemoryBank:
     model = make_model()
@@ -111,7 +104,7 @@ def killed(bank, tmp_path_factory) -> Path:
     for name in (".", "often", *MOMENTS):
         bank.save_pretrained(root / name / "bank")
         (root / name / "bank" / "README.md").write_text("A card.")
-    environment = {**os.environ, "HF_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(root / "home")}
     done = subprocess.run([sys.executable, "-c", KILLED, root], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return root
@@ -144,7 +137,7 @@ def test_the_next_save_clears_up(bank, tmp_path):
 def test_scratch_of_killed_processes_is_removed(killed, bank, monkeypatch):
     home = killed / "home" / "tinyalign"
     assert [path.name for path in home.glob(".tmp-*/*.arrow")] == ["rows.arrow"], "the spool went when that began"
-    monkeypatch.setattr(constants, "HF_HOME", str(killed / "home"))
+    set_hf_home(monkeypatch, killed / "home")
     bank.shuffled(seed=3)
     assert not list(home.glob(".tmp-*"))
 
@@ -250,8 +243,7 @@ for kill in (False, True):
 def test_eight_first_loads_lay_a_bank_out_once(bank, tmp_path):
     bank.save_pretrained(tmp_path / "bank")
     command = [sys.executable, "-c", FIRST_LOADS, str(tmp_path / "bank"), str(tmp_path / "home")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=1200)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=1200)
     for kill, line in zip((False, True), done.stdout.splitlines(), strict=True):
         layouts, answers, statuses = json.loads(line)
         assert layouts == (2 if kill else 1) and statuses == ([-9] if kill else [0]) + [0] * 7
@@ -264,7 +256,7 @@ def test_eight_first_loads_lay_a_bank_out_once(bank, tmp_path):
 def test_first_load_where_nothing_can_be_locked(bank, tmp_path, monkeypatch):
     """Each process lays it out, and puts whole files in the place of the same files."""
     bank.save_pretrained(tmp_path / "bank")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     flock = "tinyalign_vlm.modeling_tinyalign.bank_folders.fcntl.flock"
     monkeypatch.setattr(flock, lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
     assert MemoryBank.from_pretrained(tmp_path / "bank").captions == bank.captions
@@ -272,7 +264,7 @@ def test_first_load_where_nothing_can_be_locked(bank, tmp_path, monkeypatch):
 
 def test_a_damaged_bank_keeps_nobody_waiting(bank, tmp_path, monkeypatch):
     bank.save_pretrained(tmp_path / "bank")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     (shard,) = (tmp_path / "bank" / "data").iterdir()
     content = shard.read_bytes()
     shard.write_bytes(content[:-20])
@@ -304,7 +296,7 @@ def test_a_home_that_cannot_be_written(bank, tmp_path, monkeypatch, read_only):
     """Banks that are laid out there can be used; of others an error says what to do."""
     bank.save_pretrained(tmp_path / "bank")
     bank.shuffled().save_pretrained(tmp_path / "other")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     MemoryBank.from_pretrained(tmp_path / "bank")
     read_only(tmp_path / "home")
     loaded = MemoryBank.from_pretrained(tmp_path / "bank")
@@ -313,6 +305,6 @@ def test_a_home_that_cannot_be_written(bank, tmp_path, monkeypatch, read_only):
         OSError, match="local files to .*home.tinyalign failed: .*Read-only.*set HF_HOME to a folder that"
     ):
         MemoryBank.from_pretrained(tmp_path / "other")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "bank" / "bank_config.json"))  # for those without root
+    set_hf_home(monkeypatch, tmp_path / "bank" / "bank_config.json")  # for those without root
     with pytest.raises(OSError, match="bank_config.json.tinyalign failed: .*set HF_HOME to a folder that can be"):
         MemoryBank.from_pretrained(tmp_path / "other")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import constants
+from isolation import set_hf_home
 from PIL import Image
 from torch.nn import functional as F
 
@@ -29,17 +30,10 @@ from tinyalign_vlm.modeling_tinyalign.value_encoder import ValueEncoder, ValueEn
 NUM_ROWS = 10
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
-        yield
-
-
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     """Nothing was loaded before: the shards are read and checked."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "fresh_home"))
+    set_hf_home(monkeypatch, tmp_path / "fresh_home")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +185,7 @@ def test_whitened_bank(dataset, model, processor, value_encoder, tmp_path):
 def test_key_grid(whiten_dim, dataset, model, processor, value_encoder, tmp_path, monkeypatch):
     bank = MemoryBank.build(dataset, model, processor, value_encoder, key_grid=2, whiten_dim=whiten_dim, batch_size=4)
     bank.save_pretrained(tmp_path / "bank")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "another_home"))
+    set_hf_home(monkeypatch, tmp_path / "another_home")
     loaded = MemoryBank.from_pretrained(tmp_path / "bank")
     assert loaded.config["key_encoder"]["grid"] == loaded.key_encoder.grid == 2
     assert loaded.probe_keys.shape == (4, 64) and loaded.key_dim == (whiten_dim or 64)
@@ -695,7 +689,7 @@ def test_really_full_disk(bank, saved, small_disk, monkeypatch, dataset, model, 
             filler.unlink()
             bank.save_pretrained(folder)
     assert len(MemoryBank.from_pretrained(folder)) == NUM_ROWS
-    monkeypatch.setattr(constants, "HF_HOME", str(small_disk / "home"))
+    set_hf_home(monkeypatch, small_disk / "home")
     filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
     with pytest.raises(OSError, match="HF_HOME|No space left"):
         MemoryBank.build(dataset, model, processor, value_encoder)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from huggingface_hub import constants
 from transformers import AutoModelForImageTextToText
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, ValueEncoder, ValueEncoderConfig
@@ -32,14 +31,6 @@ def build_bank(model, processor, rows: list, num_vision_tokens: int = 16) -> Mem
         num_vision_tokens=num_vision_tokens,
     )
     return MemoryBank.build(rows, model, processor, ValueEncoder(config))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Banks lay their files out under HF_HOME."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from isolation import set_hf_home
 from PIL import Image
 from security.attacks import Canary
 
@@ -28,26 +28,23 @@ VALUE_ENCODER = {
 def victims(make_model, make_processor, tmp_path_factory) -> Path:
     """A folder with `bank` and `checkpoint`, which fit together."""
     root = tmp_path_factory.mktemp("victims")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(root / "home"))
-        model = make_model()
-        processor = make_processor(model)
-        model.save_pretrained(root / "checkpoint")
-        processor.save_pretrained(root / "checkpoint")
-        pixels = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
-        rows = [
-            {"image": Image.fromarray(image), "caption": f"noise {i}", "licence": "CC0"}
-            for i, image in enumerate(pixels)
-        ]
-        encoder = ValueEncoder(ValueEncoderConfig(**VALUE_ENCODER)).eval()
-        MemoryBank.build(rows, model, processor, encoder, keep_columns=["licence"]).save_pretrained(root / "bank")
+    model = make_model()
+    processor = make_processor(model)
+    model.save_pretrained(root / "checkpoint")
+    processor.save_pretrained(root / "checkpoint")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
+    rows = [
+        {"image": Image.fromarray(image), "caption": f"noise {i}", "licence": "CC0"} for i, image in enumerate(pixels)
+    ]
+    encoder = ValueEncoder(ValueEncoderConfig(**VALUE_ENCODER)).eval()
+    MemoryBank.build(rows, model, processor, encoder, keep_columns=["licence"]).save_pretrained(root / "bank")
     return root
 
 
 @pytest.fixture
 def bank_folder(victims, tmp_path, monkeypatch) -> Path:
     """A copy of the bank; nothing was loaded before."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     return Path(shutil.copytree(victims / "bank", tmp_path / "bank"))
 
 

@@ -21,7 +21,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants
 from mutations import mutate
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -190,7 +189,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     faulthandler.enable()
     signal.signal(signal.SIGPROF, raise_hang)
-    constants.HF_HOME = str(arguments.folder / "home")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     bad = 0

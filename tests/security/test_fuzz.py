@@ -23,7 +23,7 @@ def test_damaged_files(victims, tmp_path):
     folder = shutil.copytree(victims, tmp_path / "victims")
     command = [sys.executable, FUZZING, str(folder), *KINDS, "--count", CASES, "--seed", SEED]
     quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
-    environment = {**os.environ, **quiet, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **quiet, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     with open(tmp_path / "log", "w+") as log:
         code = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=600 + 2 * int(CASES)

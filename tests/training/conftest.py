@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
 from PIL import Image
 
 from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
@@ -17,14 +16,6 @@ from tinyalign_vlm.training.data.chats import to_messages
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
 
 NUM_ROWS = 12
-
-
-@pytest.fixture(scope="package", autouse=True)
-def cache(tmp_path_factory):
-    """Banks lay their files out under HF_HOME."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
-        yield
 
 
 @pytest.fixture(scope="package")

@@ -10,7 +10,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from huggingface_hub import constants
+from isolation import set_hf_home
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
@@ -130,7 +130,7 @@ def test_a_cache_on_a_full_disk_and_again(command, files, small_disk, monkeypatc
     space, said = os.statvfs(small_disk), []
     for free in range(0, 200_000, 4096):
         home, filler = small_disk / f"home {free}", small_disk / "filler"
-        monkeypatch.setattr(constants, "HF_HOME", str(home))
+        set_hf_home(monkeypatch, home)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
         filler.write_bytes(bytes(space.f_bavail * space.f_frsize - free))
         said.append(message_of(command))
@@ -147,7 +147,7 @@ def test_a_cache_on_a_full_disk_and_again(command, files, small_disk, monkeypatc
 def test_a_push_that_has_no_room_to_write_the_bank(files, small_disk, monkeypatch):
     """It is written before the Hub is asked for anything."""
     monkeypatch.chdir(files)
-    monkeypatch.setattr(constants, "HF_HOME", str(small_disk))
+    set_hf_home(monkeypatch, small_disk)
     (files / "bank" / "README.md").write_text("A bank.")
     MemoryBank.from_pretrained("bank")
     space = os.statvfs(small_disk)

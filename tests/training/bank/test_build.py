@@ -293,9 +293,8 @@ def killed(place, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     root = tmp_path_factory.mktemp("killed")
     command = ["--model", place / "model", "--value_encoder", place / "bank", "--dataset", place / "data.parquet"]
     arguments = json.dumps([*map(str, command), "--batch_size", "2"])
-    environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BUILDS, arguments, root, str(SEEDS)]
-    return root, subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    return root, subprocess.run(command, capture_output=True, text=True, timeout=1800)
 
 
 def test_killed_at_any_moment_and_the_same_bank(killed):

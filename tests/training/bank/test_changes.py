@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from huggingface_hub import constants
+from isolation import set_hf_home
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign import bank_shards
@@ -42,7 +41,7 @@ def kept(rows, model, processor, value_encoder) -> MemoryBank:
 def folder(kept, tmp_path, monkeypatch) -> Path:
     """A saved bank; nothing was loaded before."""
     kept.save_pretrained(tmp_path / "bank")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     return tmp_path / "bank"
 
 
@@ -280,7 +279,7 @@ def test_verify_blames_the_shard_that_is_damaged(kept, tmp_path, capsys, monkeyp
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("cut", [lambda content: b"", lambda content: content[:-9]])
 def test_verify_names_each_cut_file_of_this_machines_copy(cut, packed, kept, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     bank = kept._with_rows(kept._batches(), [], packed)
     bank.save_pretrained(tmp_path / "bank")
     for path in bank._files.paths:
@@ -334,7 +333,6 @@ def test_info_of_columns_named_like_facts(rows, model, processor, value_encoder,
 
 def read_on(folder: str, home: str, ready, changed, answers):
     """In a process of its own: opens a bank, and reads it again after it has been changed."""
-    constants.HF_HOME = home
     bank = MemoryBank.from_pretrained(folder)
     keys = bank.keys(np.arange(len(bank)))
     before = (bank.search(keys, 2)[1].tolist(), bank.gather(np.arange(len(bank))).sum().item())
@@ -400,8 +398,7 @@ for folder, (module, name) in zip(
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_a_killed_change_leaves_a_whole_version(folder, tmp_path, capsys):
     folders = [shutil.copytree(folder, tmp_path / str(number) / "bank") for number in range(3)]
-    environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", KILLED, *folders], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [len(MemoryBank.from_pretrained(bank)) for bank in folders] == [12, 12, 12]
     for bank in folders:

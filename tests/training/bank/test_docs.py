@@ -30,7 +30,7 @@ def test_the_walk(model, processor, value_encoder, images, tmp_path):
     features = {"image": datasets.Image(), **dict.fromkeys(("label", "license", "group"), datasets.Value("string"))}
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(tmp_path / "pairs.parquet")
     Image.fromarray(pixels[0]).save(demo / "query.png")
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     blocks = run_blocks(DOCUMENT.read_text(), tmp_path, environment)
     assert len(blocks) > 8
     for block in blocks:  # the numbers are the demo's, the form is the same

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from isolation import set_hf_home
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.bank import encode
@@ -160,7 +160,7 @@ def root(images, captions, model, processor, value_encoder, tmp_path_factory) ->
     features = {"image": datasets.Image(), **dict.fromkeys(("caption", "license"), datasets.Value("string"))}
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(root / "data.parquet")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(root / "start" / "home"))
+        set_hf_home(patch, root / "start" / "home")
         bank = MemoryBank.build(rows[:9], model, processor, value_encoder, keep_columns=["license"])
         bank.save_pretrained(root / "start" / "bank")
         bank.add(rows[9:], model, processor).remove(list(range(6))).save_pretrained(root / "start" / "more")
@@ -182,7 +182,7 @@ def killed(root) -> dict[str, list[int]]:
         str(LAST),
         json.dumps({name: options(name, root) for name in COMMANDS}),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     kills = {name: [] for name in COMMANDS}
@@ -218,7 +218,7 @@ def test_out_of_space_and_run_again(command, killed, root, small_disk, monkeypat
         before = content(place / "bank")
         space = os.statvfs(small_disk)
         filler.write_bytes(bytes(max(0, space.f_bavail * space.f_frsize - free)))
-        monkeypatch.setattr(constants, "HF_HOME", str(place / "home"))
+        set_hf_home(monkeypatch, place / "home")
         try:
             main(["bank", command, *options(command, root)])
         except SystemExit as error:
@@ -226,10 +226,10 @@ def test_out_of_space_and_run_again(command, killed, root, small_disk, monkeypat
             assert "tinyalign: " in str(error.code) and "No space left" in str(error.code)
             assert content(place / "bank") == before and (out == "bank" or not Path(out).exists())
         filler.unlink()
-        monkeypatch.setattr(constants, "HF_HOME", elsewhere)
+        set_hf_home(monkeypatch, elsewhere)
         assert [*bank_problems(Path("bank"))] == [] and len(MemoryBank.from_pretrained("bank")) >= 4
     assert failed >= 2
-    monkeypatch.setattr(constants, "HF_HOME", str(place / "home"))
+    set_hf_home(monkeypatch, place / "home")
     main(["bank", command, *options(command, root)])
     assert content(place / out) == content(root / command / "undisturbed" / out)
     loaded = MemoryBank.from_pretrained(out)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from huggingface_hub import constants
+from isolation import set_hf_home
 from torch.utils.data import DataLoader
 
 from tinyalign_vlm import MemoryBank
@@ -331,7 +331,7 @@ def test_a_poor_index_is_not_used(large, tmp_path, monkeypatch, caplog):
 
 def test_encoders_are_kept_on_this_machine(bank, tmp_path, monkeypatch):
     write_lance(bank, tmp_path / "lance")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "fresh_home"))
+    set_hf_home(monkeypatch, tmp_path / "fresh_home")
     LanceBank.from_pretrained(tmp_path / "lance")
     (folder,) = (tmp_path / "fresh_home" / "tinyalign").iterdir()
     assert {path.name for path in Path(folder).iterdir()} >= {"bank_config.json", "key_encoder.safetensors"}

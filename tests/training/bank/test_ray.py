@@ -36,7 +36,7 @@ def cluster(tmp_path_factory):
     token.write_text(secrets.token_hex(32))
     with (
         pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder,
     ):
         patch.setenv("RAY_TMPDIR", folder)  # short: the names of sockets are
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
@@ -44,7 +44,6 @@ def cluster(tmp_path_factory):
         patch.setenv("RAY_worker_niceness", "0")  # or other tests that run starve the workers
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # or Ray kills workers when other tests take the memory
         patch.setenv("RAY_worker_register_timeout_seconds", "600")  # imports take long on a busy machine
-        patch.setenv("OMP_NUM_THREADS", "1")
         others = set(psutil.Process().children(recursive=True))  # of tests before
         ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
         processes = set(psutil.Process().children(recursive=True)) - others

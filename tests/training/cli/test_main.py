@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,7 +33,7 @@ SMALL = {"num_latents": 3, "latent_dim": 5, "memory_top_k": 2}
 
 def tinyalign(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = "from tinyalign_vlm.training.cli.main import main; main()"
-    environment = {"HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1", "PATH": "", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PATH": "", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-c", command, *arguments],
         capture_output=True,

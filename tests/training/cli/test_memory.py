@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from huggingface_hub import constants
+from isolation import set_hf_home
 from PIL import Image
 
 from tinyalign_vlm import MemoryBank, TinyAlignConfig, TinyAlignForConditionalGeneration
@@ -38,7 +38,7 @@ def folder(tmp_path, compose, processor, value_encoder, checkpoints, monkeypatch
         chat = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": WORDS[index % 5]}]
         rows.append({"image": f"{index}.png", "conversations": chat})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     pairs = [{"image": str(tmp_path / f"{index}.png"), "caption": WORDS[index % 5]} for index in range(20)]
     MemoryBank.build(pairs, compose(), processor, value_encoder).save_pretrained(tmp_path / "bank")
     settings = {

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from huggingface_hub import constants
 from PIL import Image
 
 from tinyalign_vlm import MemoryBank
@@ -144,7 +143,7 @@ def script(bank, model, processor, tmp_path, small_parts):
     (tmp_path / "inputs.pkl").write_bytes(pickle.dumps((bank, processor, images)))
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
 
     def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
         command = [sys.executable, *launcher, "script.py", *arguments]

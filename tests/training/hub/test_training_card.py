@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import TrainerState
 
@@ -36,7 +36,7 @@ from tinyalign_vlm.training.hub.run_facts import (
 def run_without_package(code: str, folder: Path) -> str:
     """What code prints in a folder, in a new process that can't import this package."""
     blocked = 'import sys; sys.modules["tinyalign_vlm"] = None\n'
-    environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", blocked + code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,6 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from huggingface_hub import constants
 from packaging import version
 from safetensors.torch import load_file
 
@@ -25,12 +24,7 @@ ACCELERATE = CONFIGS / "accelerate"
 
 
 def launch(*command: str, folder: Path, environment: dict[str, str] | None = None) -> None:
-    environment = (environment or {}) | {
-        "HF_HOME": constants.HF_HOME,
-        "OMP_NUM_THREADS": "1",
-        "PATH": os.environ["PATH"],
-    }
-    environment |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, **(environment or {}), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=folder, timeout=1200
     )

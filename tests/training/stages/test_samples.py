@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from isolation import set_hf_home
 from PIL import Image
 
 from tinyalign_vlm.training.arguments.alignment import Stage1Config
@@ -113,12 +114,11 @@ def test_evaluation_data_of_a_run(files, monkeypatch):
 
 
 def test_features_are_kept_for_other_runs(files, monkeypatch):
-    from huggingface_hub import constants
 
     from tinyalign_vlm.training.data import features as module
 
     monkeypatch.chdir(files)
-    monkeypatch.setattr(constants, "HF_HOME", str(files / "home"))
+    set_hf_home(monkeypatch, files / "home")
     calls, compute = [], module._compute
     monkeypatch.setattr(module, "_compute", lambda *arguments: calls.append(1) or compute(*arguments))
     losses = []
