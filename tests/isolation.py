@@ -21,8 +21,8 @@ FORGOTTEN += ("LANCE_", "WANDB_", "TRACKIO_", "GRADIO_", "EVALUATE_")
 # What tools are known to leave in a working tree.
 TOOLS = (".git", ".venv*", "__pycache__", "*.egg-info", ".pytest_cache", ".ruff_cache", ".hypothesis", ".cache")
 TOOLS += (".idea", ".vscode")
-# The system's temporary folder belongs to all programs: these names are given by libraries that the tests use.
-TEMPORARY = ("ray*", "torch*", "hf*", "huggingface*", "datasets*", "lance*", "matplotlib*", "*chromium*")
+# The temporary folder belongs to all programs. These names are of libraries that may not follow TMPDIR.
+TEMPORARY = ("ray", "torchinductor_*")
 
 
 @dataclass

@@ -36,7 +36,7 @@ def cluster(tmp_path_factory):
     token.write_text(secrets.token_hex(32))
     with (
         pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder,
     ):
         patch.setenv("RAY_TMPDIR", folder)  # short: the names of sockets are
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
