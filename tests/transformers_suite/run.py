@@ -16,10 +16,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-import transformers
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -44,7 +44,7 @@ ORDER = ("passed", "skipped", "failed")
 
 def download(cache: Path) -> Path:
     """The source distribution of the installed transformers. Raises `ValueError` if it is not the one we know."""
-    version = transformers.__version__
+    version = metadata.version("transformers")  # importing it here would be too early for tests/isolation.py
     if version not in SHA256:
         raise ValueError(
             f"The tests of transformers {version} are not known, only those of {', '.join(SHA256)}: add the sha256 of "
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
         pytest.main([*(str(HERE / name) for name in SUITES), *options, *arguments], plugins=[recorder])
     ours, others = read_list(LISTED.read_text())
     problems = disagreements(recorder.outcomes, recorder.reasons, ours, others)
-    print(f"\ntransformers {transformers.__version__}")
+    print(f"\ntransformers {metadata.version('transformers')}")
     for name, minimum in SUITES.items():
         counts = Counter(outcome for test, outcome in recorder.outcomes.items() if test.startswith(name))
         print(f"{name}: " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in ORDER))
