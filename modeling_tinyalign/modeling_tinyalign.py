@@ -24,7 +24,7 @@ from .outputs import (
     TinyAlignModelOutputWithPast,
     TinyAlignRetrieval,
     has_cache,
-    select_fields,
+    language_model_fields,
 )
 from .retrieval import RetrievalMixin
 from .saved_model import TinyAlignPreTrainedModel
@@ -292,7 +292,7 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         return TinyAlignModelOutputWithPast(
-            **select_fields(outputs, TinyAlignModelOutputWithPast), image_outputs=images
+            last_hidden_state=outputs.last_hidden_state, image_outputs=images, **language_model_fields(outputs)
         )
 
 
@@ -440,7 +440,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return TinyAlignCausalLMOutputWithPast(
-            loss=loss, logits=logits, **select_fields(outputs, TinyAlignCausalLMOutputWithPast)
+            loss=loss, logits=logits, image_outputs=outputs.image_outputs, **language_model_fields(outputs)
         )
 
     @torch.no_grad()

@@ -11,6 +11,11 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 
+# hidden states, attentions, and the cache: `cache` since transformers 5.24, `past_key_values` before
+LANGUAGE_MODEL_FIELDS = tuple(
+    field.name for field in fields(BaseModelOutputWithPast) if field.name != "last_hidden_state"
+)
+
 
 @dataclass
 class TinyAlignImageFeatures(BaseModelOutputWithPooling):
@@ -69,7 +74,6 @@ def has_cache(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
 
 
-def select_fields(outputs: ModelOutput, output_class: type[ModelOutput]) -> dict[str, Any]:
-    """Return those of a model's outputs that `output_class` has as well, by the names that this transformers uses."""
-    names = {field.name for field in fields(output_class)}
-    return {name: value for name, value in outputs.items() if name in names}
+def language_model_fields(outputs: ModelOutput) -> dict[str, Any]:
+    """Return what a language model puts out beside its last hidden state, by the names that this transformers uses."""
+    return {name: outputs[name] for name in LANGUAGE_MODEL_FIELDS if name in outputs}
