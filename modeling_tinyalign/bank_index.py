@@ -1,33 +1,56 @@
-"""Nearest-neighbour search over the keys of a memory bank."""
+"""Nearest-neighbour search over the keys of a memory bank: exact, or through a fast index whose recall is measured."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
-from .bank_keys import BLOCK_ROWS, PackedKeys, PlainKeys
+from .bank_arrays import SCRATCH_PREFIX, cache_errors, cache_root, read_only_tensor
+from .bank_format import file_sha256
+from .files import locked, scratch_folder, sync
 
 try:
     import faiss
 except ImportError:
     faiss = None
 
+logger = logging.get_logger(__name__)
+
+EXACT, GPU = "exact", "gpu"
+# Up to here exact search takes a few milliseconds (docs/bank_speed.md has the table).
+EXACT_ROWS = 20_000
+# A fast index is used from this recall on; its settings are raised until it is a little better.
+MIN_RECALL, GOOD_RECALL = 0.99, 0.995
+# How many numbers of a key share 4 bits of the default index, and how many of its candidates are compared for every
+# neighbour: a coarse index for most banks, a finer one for those whose keys are close to each other.
+DEFAULTS = {4: (16, 32, 64), 2: (16, 32, 64, 128, 256)}
+# Queries, and their neighbours, that recall is measured with.
+SAMPLE, TOP_K = 500, 5
+# The second for each cell of an inverted file.
+TRAINING_ROWS, TRAINING_ROWS_A_CELL, TRAINING_ROUNDS = 4096, 64, 10
+
 # Candidates looked at beyond top_k, so that ties and rounding at the edge can't change which rows are returned.
 SPARE = 27
 CHUNK = 256
+BLOCK_ROWS = 4096
 # From so many queries on, products with whole blocks of keys are faster than faiss's scan.
 MATRIX_QUERIES = 8
 # A fast index is asked for so many candidates at most; beyond, the exact search is not slower.
 MAX_CANDIDATES = 4096
 # What faiss finds on a GPU, and how exact float16 is.
 MAX_GPU_CANDIDATES, GPU_ROUNDING = 2048, 2.0**-11
-# Scores closer than this are taken for equal until float64 has told them apart.
-TIE = 1e-6
+# float32 products of unit vectors are this exact; closer ones are equal until float64 has told them apart.
+ROUNDING = 1e-6
 # The process that searched last: faiss's threads do not survive a fork.
 _searching_process: int | None = None
 
@@ -61,21 +84,28 @@ class KeyIndex:
     """Searches keys exactly, or compares only the candidates of a fast index with the query.
 
     Attributes:
-        keys: what is searched.
+        keys: `(num_rows, key_dim)`, float32 or float16, memory-mapped.
         name: "exact", "gpu", or the faiss factory string of the fast index.
         fast: an approximate faiss index of the same rows.
         k_factor: how many of its candidates are compared, for every neighbour asked for.
+        recall: recall@5 against exact search, measured when the index was made.
         gpu: an exact float16 index of the same rows on a GPU.
     """
 
-    keys: PlainKeys | PackedKeys
-    name: str = "exact"
+    keys: np.ndarray
+    name: str = EXACT
     fast: faiss.Index | None = None
     k_factor: int = 1
+    recall: float = 1.0
     gpu: faiss.Index | None = None
 
+    @property
+    def facts(self) -> dict:
+        """`{"index": its name, "k_factor", "recall_at_5"}`"""
+        return {"index": self.name, "k_factor": self.k_factor, "recall_at_5": self.recall}
+
     def search(self, queries: np.ndarray, top_k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The best rows that are not excluded; equal scores are ordered by row.
+        """Find the best rows that are not excluded; equal scores are ordered by row.
 
         Args:
             queries: `(n, key_dim)` float32, C-contiguous.
@@ -98,9 +128,9 @@ class KeyIndex:
     def _search(
         self, queries: np.ndarray, top_k: int, excluded: list[np.ndarray], spare: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """faiss finds candidates; float64 scores order them, so that a batch of n equals n single searches."""
+        """Order candidates by float64 scores, so that a batch of n equals n single searches."""
         fetch = min(len(self.keys), top_k + spare + max(map(len, excluded)))
-        rough, rows, error, complete = self._candidates(queries, fetch, fetch - spare)
+        rough, rows, error, complete = self.candidates(queries, fetch, fetch - spare)
         for query, unwanted in enumerate(excluded):
             if len(unwanted):
                 rows[query, np.isin(rows[query], unwanted)] = -1
@@ -117,42 +147,195 @@ class KeyIndex:
         scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
         if fetch < len(self.keys):
             # rows behind the last candidate may be as good
-            doubt = 2 * error if complete else TIE * np.linalg.norm(queries, axis=1)
+            doubt = 2 * error if complete else ROUNDING * np.linalg.norm(queries, axis=1)
             for query in np.flatnonzero((last[:, 0] - rough[:, -1] <= doubt) | (rows[:, -1] < 0)):
                 one = slice(query, query + 1)
                 scores[one], rows[one] = self._search(queries[one], top_k, excluded[one], 8 * spare)
         return scores, rows
 
-    def _candidates(
+    def candidates(
         self, queries: np.ndarray, fetch: int, wanted: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        """The best `fetch` rows, roughly.
+        """Find at least the best `fetch` rows, roughly.
 
         Args:
             wanted: of them, how many are really asked for.
 
         Returns:
-            rough scores `(n, fetch)`, rows `(n, fetch)`, by how much the scores may be off `(n,)`, and whether no row
-            was left out whose rough score is better.
+            rough scores and rows, both `(n, fetch or more)`, by how much the scores may be off `(n,)`, and whether no
+            row was left out whose rough score is better.
         """
-        error = self.keys.error(queries)
+        error = ROUNDING * np.linalg.norm(queries, axis=1)
         compared = max(fetch, round(self.k_factor * wanted))
         if self.fast is not None and compared <= MAX_CANDIDATES and compared < len(self.keys):
-            refined = faiss.IndexRefine(self.fast, self.keys.index)
-            refined.k_factor = compared / fetch
-            return *refined.search(queries, fetch), error, False
+            _, rows = self.fast.search(queries, compared)
+            return self._products(queries, rows), rows, error, False
         if self.gpu is not None and fetch <= MAX_GPU_CANDIDATES:
             error = error + GPU_ROUNDING * np.linalg.norm(queries, axis=1)
             return *self.gpu.search(queries, fetch), error, True
-        if len(queries) < MATRIX_QUERIES:
-            return *self.keys.index.search(queries, fetch), error, True
+        if len(queries) < MATRIX_QUERIES and self.keys.dtype == np.float32:
+            return *faiss.knn(queries, self.keys, fetch, metric=faiss.METRIC_INNER_PRODUCT), error, True
+        return *self._best_of_blocks(queries, fetch), error, True
+
+    def _products(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return the float32 products of each query with the keys of its candidates `rows`, both `(n, candidates)`."""
+        keys, vectors = read_only_tensor(self.keys), torch.from_numpy(queries)
+        products = torch.empty(rows.shape)
+        step = max(1, BLOCK_ROWS // rows.shape[1])
+        for start in range(0, len(rows), step):
+            block = torch.from_numpy(rows[start : start + step]).clamp(min=0)  # -1 where the index found too few
+            found = keys.index_select(0, block.flatten()).float().unflatten(0, block.shape)
+            products[start : start + step] = torch.bmm(found, vectors[start : start + step, :, None]).squeeze(2)
+        return products.numpy()
+
+    def _best_of_blocks(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores and rows `(n, fetch)`, best first, from products with all keys."""
         vectors = torch.from_numpy(queries)
         scores, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
         for start in range(0, len(self.keys), BLOCK_ROWS):
-            block = self.keys.index.reconstruct_n(start, min(BLOCK_ROWS, len(self.keys) - start))
-            products = vectors @ torch.from_numpy(block).T
+            block = read_only_tensor(self.keys[start : start + BLOCK_ROWS]).float()
+            products = vectors @ block.T
             numbers = torch.arange(start, start + len(block)).expand(products.shape)
             scores, rows = torch.cat([scores, products], dim=1), torch.cat([rows, numbers], dim=1)
             scores, best = scores.topk(min(fetch, scores.shape[1]), dim=1)
             rows = rows.gather(1, best)
-        return scores.numpy(), rows.numpy(), error, True
+        return scores.numpy(), rows.numpy()
+
+
+def open_index(keys: np.ndarray, folder: Path, wanted: str | None) -> KeyIndex:
+    """Return the index that a bank is searched with. A fast one is made by the first process that asks, and kept.
+
+    Args:
+        folder: of the bank's local files.
+        wanted: "exact", a faiss factory string, or None: a GPU's if faiss has one, exact up to `EXACT_ROWS` rows, and
+            beyond the fast index if it finds `MIN_RECALL` of the neighbours.
+
+    Raises:
+        ValueError: faiss can't make such an index, or its file is damaged.
+        OSError: it can't be written.
+        RuntimeError: in a DataLoader worker or another forked process.
+    """
+    if wanted is None and faiss.get_num_gpus() > 0:
+        return KeyIndex(keys, GPU, gpu=gpu_index(keys))
+    if wanted == EXACT or (wanted is None and len(keys) <= EXACT_ROWS):
+        return KeyIndex(keys)
+    path = folder / f"{quote(wanted or 'auto', safe='')}-faiss{faiss.__version__}.faiss"
+    record = path.with_suffix(".json")
+    if not record.exists():
+        with locked(folder):
+            if not record.exists():
+                write_index(make_fast_index(keys, wanted), path)
+    try:
+        facts = json.loads(record.read_text())
+        if facts["index"] == EXACT:
+            return KeyIndex(keys)
+        fast = faiss.read_index(str(path))
+        if (fast.ntotal, fast.d) != keys.shape:
+            raise ValueError(f"it has {fast.ntotal} keys of {fast.d} numbers, expected {keys.shape}")
+        return KeyIndex(keys, facts["index"], fast, facts["k_factor"], facts["recall_at_5"])
+    except (ValueError, LookupError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"The index {path}, or {record.name} beside it, is damaged ({error}). Delete both; they are made again."
+        ) from error
+
+
+def make_fast_index(keys: np.ndarray, wanted: str | None) -> KeyIndex:
+    """Return a fast index, or an exact one where none of the default ones is good enough."""
+    factories = {wanted: DEFAULTS[2]} if wanted else default_factories(keys.shape[1])
+    for factory, k_factors in factories.items():
+        with faiss_threads():
+            index = KeyIndex(keys, factory, train_index(keys, factory))
+        index.recall = tune(index, k_factors)
+        if index.recall >= MIN_RECALL:
+            return index
+    logger.warning(
+        f"The index {factory} finds {index.recall:.1%} of the nearest neighbours in this bank, expected "
+        f"{MIN_RECALL:.0%}{'' if wanted else ': it will be searched exactly'}."
+    )
+    return index if wanted else KeyIndex(keys)
+
+
+def write_index(index: KeyIndex, path: Path) -> None:
+    """Write a fast index, and what was measured of it, with the file's sha256, to a .json file beside it."""
+    facts, record = index.facts, path.with_suffix(".json")
+    with cache_errors(), scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
+        try:
+            if index.fast is not None:
+                faiss.write_index(index.fast, str(scratch / path.name))
+                facts["sha256"] = file_sha256(scratch / path.name)
+            (scratch / record.name).write_text(json.dumps(facts) + "\n")
+        except RuntimeError as error:  # faiss's
+            raise OSError(errno.EIO, str(error)) from error
+        for file in (path, record):  # the record comes last: without it there is no index
+            if (scratch / file.name).exists():
+                sync(scratch / file.name)
+                os.replace(scratch / file.name, file)
+
+
+def default_factories(key_dim: int) -> dict[str, tuple[int, ...]]:
+    """Return faiss factory strings of 4-bit codes, which are looked up in registers, and the k_factors to try."""
+    pad = -key_dim % 4
+    factory = f"{f'Pad{key_dim + pad},' if pad else ''}IVF1,PQ{{}}x4fs"
+    return {factory.format((key_dim + pad) // width): k_factors for width, k_factors in DEFAULTS.items()}
+
+
+def train_index(keys: np.ndarray, factory: str) -> faiss.Index:
+    """Return a faiss index of the keys, without its "Refine" part: candidates are compared with the keys anyway."""
+    try:
+        index = faiss.index_factory(keys.shape[1], factory.split(",Refine")[0], faiss.METRIC_INNER_PRODUCT)
+        cells = faiss.try_extract_index_ivf(index)
+        sample = max(TRAINING_ROWS, TRAINING_ROWS_A_CELL * cells.nlist if cells else 0)
+        rows = np.sort(np.random.default_rng(0).permutation(len(keys))[:sample])
+        if cells is not None and isinstance(part := faiss.downcast_index(cells), faiss.IndexIVFPQFastScan):
+            part.pq.cp.niter = TRAINING_ROUNDS
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1 if cells is None or cells.nlist == 1 else threads)  # its parts are too small
+        index.train(keys[rows].astype(np.float32))
+        faiss.omp_set_num_threads(threads)
+        for start in range(0, len(keys), BLOCK_ROWS):
+            index.add(keys[start : start + BLOCK_ROWS].astype(np.float32))
+    except RuntimeError as error:
+        raise ValueError(
+            f"faiss {faiss.__version__} can't make the index {factory!r} for {len(keys)} keys of {keys.shape[1]} "
+            f"numbers ({error}). Pass index='exact', or another factory string of faiss."
+        ) from error
+    return index
+
+
+def tune(index: KeyIndex, k_factors: Sequence[int]) -> float:
+    """Raise the settings of a fast index until its recall is good: the cells it looks into, the candidates compared.
+
+    Returns:
+        recall@5 against exact search, of a sample of the keys, none of which is its own neighbour.
+    """
+    rows = np.random.default_rng(1).permutation(len(index.keys))[:SAMPLE]
+    queries, own = index.keys[rows].astype(np.float32), list(rows[:, None])
+    truth, _ = KeyIndex(index.keys).search(queries, TOP_K, own)
+
+    def recall(k_factor: int) -> float:
+        index.k_factor = k_factor * TOP_K / (TOP_K + 1)  # no more candidates than for a query that excludes nothing
+        scores, _ = index.search(queries, TOP_K, own)
+        index.k_factor = k_factor
+        return float((scores >= truth[:, -1:] - ROUNDING).mean())
+
+    cells = faiss.try_extract_index_ivf(index.fast)
+    if cells and cells.nlist > 1:
+        for power in range(cells.nlist.bit_length()):
+            cells.nprobe = 2**power
+            if recall(k_factors[-1]) >= GOOD_RECALL:
+                break
+    for k_factor in k_factors:
+        if (found := recall(k_factor)) >= GOOD_RECALL:
+            break
+    return found
+
+
+def gpu_index(keys: np.ndarray) -> faiss.Index:
+    """Return the keys as float16 on the current GPU, searched exactly."""
+    settings = faiss.GpuIndexFlatConfig()
+    settings.useFloat16 = True
+    settings.device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), keys.shape[1], settings)
+    for start in range(0, len(keys), BLOCK_ROWS):
+        index.add(keys[start : start + BLOCK_ROWS].astype(np.float32))
+    return index

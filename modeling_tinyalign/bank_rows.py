@@ -1,21 +1,18 @@
-"""The rows of a memory bank: searched by key, their values gathered, their captions read."""
+"""The rows of a memory bank, without its encoders: searched by key, their values gathered, their captions read."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from .bank_fast_index import describe, open_index
-from .bank_images import load_image
-from .bank_index import KeyIndex
-from .bank_keys import PackedKeys, PlainKeys
-from .bank_shards import list_column
-from .bank_storage import BankFiles
-from .bank_values import PackedValues, PlainValues
+from .bank_arrays import BankFiles, QuantizedValues, Values
+from .bank_format import BATCH_ROWS, BankConfig, config_schema, list_column
+from .bank_index import KeyIndex, open_index
+from .row_encoder import read_thumbnail
 
 try:
     import pyarrow as pa
@@ -23,63 +20,73 @@ try:
 except ImportError:
     pa = Image = None
 
+Ids = torch.Tensor | np.ndarray | Sequence
+Excluded = int | str | Sequence[int | str] | None
+
 NO_IDS = np.empty(0, np.int64)
+# What a process opens for itself, and does not pass on to others.
+OPENED = ("captions", "key_array", "key_index", "source_order", "table", "values")
 
 
 class BankRows:
-    """What a bank does without its encoders.
-
-    Keys, values and rows are files that are memory-mapped from `HF_HOME/tinyalign/<sha256>/`, so copies and worker
-    processes share them.
+    """The rows of a bank, as files that are memory-mapped from `HF_HOME/tinyalign`: processes share one copy.
 
     Attributes:
         config: the content of bank_config.json.
         index: how to search: "exact", a faiss factory string, or None, which leaves it to the bank.
     """
 
-    def __init__(self, config: dict, files: BankFiles, index: str | None = None):
+    def __init__(self, config: BankConfig, index: str | None = None):
         self.config = config
         self.index = index
-        self._files = files
+        self.files = BankFiles(config)
 
     def __len__(self) -> int:
-        return self.config["num_rows"]
+        return self.config.num_rows
 
     def __getstate__(self) -> dict:
-        """Without the mapped files, which every process opens for itself."""
-        opened = ("_keys", "_searcher", "_values", "_table", "_source_order", "captions", "index_facts")
-        return {name: value for name, value in self.__dict__.items() if name not in opened}
+        return {name: value for name, value in self.__dict__.items() if name not in OPENED}
 
     def __deepcopy__(self, memo: dict) -> BankRows:
         return copy.copy(self)
 
-    def without_encoders(self) -> BankRows:
-        """The rows alone: small, for worker processes that only read them."""
-        return BankRows(self.config, self._files, self.index)
+    @cached_property
+    def key_array(self) -> np.ndarray:
+        """`(num_rows, key_dim)`, float32, or float16 in a quantized bank."""
+        return self.files.open_keys()
 
-    @property
-    def key_dim(self) -> int:
-        return self.config["key_dim"]
+    @cached_property
+    def values(self) -> Values | QuantizedValues:
+        return self.files.open_values()
 
-    @property
-    def num_latents(self) -> int:
-        return self.config["num_latents"]
+    @cached_property
+    def table(self) -> pa.Table:
+        """Every column but key and value."""
+        return self.files.open_table()
 
-    @property
-    def latent_dim(self) -> int:
-        return self.config["latent_dim"]
+    @cached_property
+    def key_index(self) -> KeyIndex:
+        return open_index(self.key_array, self.files.folder, self.index)
 
     @cached_property
     def captions(self) -> list[str]:
-        return self._table["caption"].to_pylist()
+        return self.table["caption"].to_pylist()
+
+    @cached_property
+    def source_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """The source ids, sorted, and the rows they belong to."""
+        column = self.table["source_id"].combine_chunks().cast(pa.binary()).cast(pa.binary(32))
+        names = np.frombuffer(column.buffers()[1], "S32", len(self))
+        order = np.argsort(names, kind="stable")
+        return names[order], order
 
     def search(
         self,
         queries: torch.Tensor | np.ndarray,
         top_k: int,
-        exclude: Sequence[int | str | Sequence[int | str] | None] | None = None,
+        exclude: Sequence[Excluded] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[np.ndarray, np.ndarray]:
-        """Maximum inner product search, exact or through a fast index (`index_facts`); equal scores are ordered by id.
+        """Find the rows with the largest inner products, exactly or through a fast index; equal ones ordered by id.
 
         Args:
             queries: `(n, key_dim)`, a tensor or an array.
@@ -97,8 +104,8 @@ class BankRows:
         """
         as_array = queries.detach().float().cpu().numpy() if isinstance(queries, torch.Tensor) else queries
         vectors = np.ascontiguousarray(as_array, dtype=np.float32)
-        if vectors.ndim != 2 or vectors.shape[1] != self.key_dim:
-            raise ValueError(f"The queries have shape {vectors.shape}, expected (n, {self.key_dim}).")
+        if vectors.ndim != 2 or vectors.shape[1] != self.config.key_dim:
+            raise ValueError(f"The queries have shape {vectors.shape}, expected (n, {self.config.key_dim}).")
         if not np.isfinite(vectors).all():
             raise ValueError("The queries hold NaN or infinity, expected finite numbers: check the vision features.")
         if not (isinstance(top_k, (int, np.integer)) and 1 <= top_k <= len(self)):
@@ -110,106 +117,73 @@ class BankRows:
             raise ValueError(f"exclude is {exclude!r}, expected a list with one item a query: [{exclude!r}] of one.")
         if exclude is not None and len(exclude) != len(vectors):
             raise ValueError(f"exclude has {len(exclude)} items for {len(vectors)} queries, expected one a query.")
-        excluded = [self._excluded_ids(item) for item in exclude] if exclude is not None else [NO_IDS] * len(vectors)
-        scores, ids = self._searcher[0].search(vectors, top_k, excluded)
+        excluded = [NO_IDS] * len(vectors)
+        if exclude is not None:
+            excluded = [self.excluded_ids(item) for item in exclude]
+        scores, ids = self.key_index.search(vectors, top_k, excluded)
         if isinstance(queries, torch.Tensor):
             return torch.from_numpy(scores).to(queries.device), torch.from_numpy(ids).to(queries.device)
         return scores, ids
 
-    def gather(self, ids: torch.Tensor | np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Values of rows: ids `(n, k)` (any shape) to `(n, k, num_latents, latent_dim)`; id -1 gives zeros."""
-        rows = self._checked_ids(ids)
+    def gather(self, ids: Ids, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return values of rows: ids `(n, k)` (any shape) to `(n, k, num_latents, latent_dim)`; id -1 gives zeros."""
+        rows = self.checked_ids(ids)
         device = ids.device if isinstance(ids, torch.Tensor) else "cpu"
-        values = self._values.gather(np.maximum(rows, 0), device, dtype)
+        values = self.values.gather(np.maximum(rows, 0), device, dtype)
         if (rows < 0).any():
             values[torch.from_numpy(rows < 0).to(device)] = 0
         return values
 
-    def keys(self, ids: torch.Tensor | np.ndarray | Sequence) -> np.ndarray:
-        """Keys of rows: ids `(n,)`, none of them -1, to `(n, key_dim)` float32."""
-        rows = self._checked_ids(ids)
+    def keys(self, ids: Ids) -> np.ndarray:
+        """Return keys of rows: ids `(n,)`, none of them -1, to `(n, key_dim)` float32."""
+        rows = self.checked_ids(ids)
         if (rows < 0).any():
             raise ValueError(f"Row {int(np.argmin(rows))} of the ids is -1, which has no key: leave it out.")
-        return np.array(self._keys[rows])
+        return self.key_array[rows].astype(np.float32)
 
-    def rows(self, ids: torch.Tensor | np.ndarray | Sequence) -> list:
-        """`{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
-        ids = self._checked_ids(ids)
+    def rows(self, ids: Ids) -> list:
+        """Return `{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
+        ids = self.checked_ids(ids)
         found = np.full(ids.shape or 1, None, object)
-        found[ids >= 0] = self._text_of(ids[ids >= 0])
+        found[ids >= 0] = self.texts(ids[ids >= 0])
         return found.tolist()
 
-    def _text_of(self, ids: np.ndarray) -> list[dict]:
-        table = self._table.drop_columns([name for name in self._table.column_names if name == "thumbnail"])
-        return table.take(pa.array(ids)).to_pylist()
+    def texts(self, ids: np.ndarray) -> list[dict]:
+        """Return what `rows` does, of a flat array of ids without -1."""
+        names = ["id", "source_id", "caption", *self.config.columns]
+        return self.table.select(names).take(pa.array(ids)).to_pylist()
 
     def thumbnail(self, row_id: int) -> Image.Image | None:
-        """The small picture kept of a row, None for id -1 and in a bank built without thumbnails."""
-        if "thumbnail" not in self._table.column_names or row_id == -1:
+        """Return the small picture kept of a row, None for id -1 and in a bank built without thumbnails."""
+        if self.config.thumbnail_size is None or row_id == -1:
             return None
-        picture = self._table["thumbnail"][int(self._checked_ids([row_id])[0])].as_py()
-        return load_image(picture and picture["bytes"])
+        picture = self.table["thumbnail"][int(self.checked_ids([row_id])[0])].as_py()
+        return read_thumbnail(picture and picture["bytes"])
 
     def ids_of(self, source_id: str) -> np.ndarray:
-        """Ids, int64 and ascending, of the rows made from the image with this `source_id`."""
-        names, order = self._source_order
+        """Return the ids, int64 and ascending, of the rows made from the image with this `source_id`."""
+        names, order = self.source_order
         wanted = np.bytes_(source_id.encode())
         return order[np.searchsorted(names, wanted, "left") : np.searchsorted(names, wanted, "right")]
 
-    @cached_property
-    def index_facts(self) -> dict:
-        """How the bank is searched here, measured with up to 500 of its own keys as queries.
+    def batches(self, keys_of: np.ndarray | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield all rows with keys and values, `BATCH_ROWS` at a time.
 
-        `{"index": "exact", "gpu" or a faiss factory string, "k_factor": candidates compared for every neighbour,
-        "recall_at_5": against exact search, "milliseconds": of a query alone}`.
+        Args:
+            keys_of: the row whose key each row gets; by default its own.
         """
-        index, facts = self._searcher
-        return facts or describe(index)
+        schema = config_schema(self.config)
+        for start in range(0, len(self), BATCH_ROWS):
+            rows = slice(start, min(start + BATCH_ROWS, len(self)))
+            part = self.table[rows].combine_chunks()
+            columns = {name: part[name].combine_chunks() for name in part.column_names}
+            keys = self.key_array[rows if keys_of is None else keys_of[rows]]
+            columns["key"] = list_column(keys.astype(np.float32, copy=False))
+            columns["value"] = list_column(self.values[rows].reshape(len(part), -1))
+            yield pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
-    @cached_property
-    def _keys(self) -> PlainKeys | PackedKeys:
-        return self._files.open_keys()
-
-    @cached_property
-    def _searcher(self) -> tuple[KeyIndex, dict | None]:
-        return open_index(self._keys, self._files.keys_folder, self.index)
-
-    @cached_property
-    def _values(self) -> PlainValues | PackedValues:
-        return self._files.open_values()
-
-    @cached_property
-    def _table(self) -> pa.Table:
-        """Every column but key and value."""
-        path = self._files.rows
-        try:
-            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"The local file {path} is damaged ({error}). Delete {path.parent} and load the bank again."
-            ) from error
-
-    @cached_property
-    def _source_order(self) -> tuple[np.ndarray, np.ndarray]:
-        """The source ids, sorted, and the rows they belong to."""
-        column = self._table["source_id"].combine_chunks().cast(pa.binary()).cast(pa.binary(32))
-        names = np.frombuffer(column.buffers()[1], "S32", len(self))
-        order = np.argsort(names, kind="stable")
-        return names[order], order
-
-    def _batches(self, keys_of: np.ndarray | None = None) -> Iterator[pa.RecordBatch]:
-        """The bank's rows with keys and values; `keys_of`: the row whose key each row gets."""
-        start = 0
-        for batch in self._table.to_batches():
-            rows = slice(start, start + len(batch))
-            keys = self._keys[rows if keys_of is None else keys_of[rows]]
-            values = self._values[rows].reshape(len(batch), -1)
-            columns = {name: batch.column(name) for name in batch.schema.names}
-            columns["key"], columns["value"] = list_column(keys), list_column(values)
-            yield pa.record_batch(columns)
-            start += len(batch)
-
-    def _excluded_ids(self, item: int | str | Sequence[int | str] | None) -> np.ndarray:
+    def excluded_ids(self, item: Excluded) -> np.ndarray:
+        """Return the ids that an item of `exclude` means."""
         if item is None:
             return NO_IDS
         if isinstance(item, (int, np.integer)):
@@ -217,11 +191,12 @@ class BankRows:
         if isinstance(item, str):
             return self.ids_of(item)
         if any(isinstance(entry, str) for entry in item):
-            return np.concatenate([self._excluded_ids(entry if isinstance(entry, str) else [entry]) for entry in item])
-        ids = self._checked_ids(item)
+            return np.concatenate([self.excluded_ids(entry if isinstance(entry, str) else [entry]) for entry in item])
+        ids = self.checked_ids(item)
         return ids[ids >= 0]
 
-    def _checked_ids(self, ids: torch.Tensor | np.ndarray | Sequence) -> np.ndarray:
+    def checked_ids(self, ids: Ids) -> np.ndarray:
+        """Return ids as an int64 array; ValueError if one is no row of the bank."""
         ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
         if ids.size and ids.dtype.kind not in "iu":
             raise TypeError(f"The row ids are of {ids.dtype}, expected integers.")
@@ -232,3 +207,15 @@ class BankRows:
                 "of another bank."
             )
         return ids
+
+
+def renumbered(tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a bank's tables with ids 0, 1, 2, ..."""
+    start = 0
+    for table in tables:
+        for batch in table.combine_chunks().to_batches():
+            if "id" not in batch.schema.names:
+                raise ValueError(f"The columns are {batch.schema.names}, expected those of a bank, id among them.")
+            ids = pa.array(range(start, start + len(batch)), pa.int64())
+            yield batch.set_column(batch.schema.names.index("id"), "id", ids)
+            start += len(batch)

@@ -1,4 +1,4 @@
-"""The memory bank: training examples as (key, value) rows, searched by image."""
+"""The memory bank: images with captions as (key, value) rows, searched by image."""
 
 from __future__ import annotations
 
@@ -6,70 +6,103 @@ import copy
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo, DatasetCard
 from torch.nn import functional as F
-from transformers import PreTrainedModel, ProcessorMixin, __version__
+from transformers import PreTrainedModel, ProcessorMixin
 
-from .bank_builder import (
-    RowEncoder,
-    describe_tower,
-    evaluating,
-    finished,
-    fit_and_write,
-    image_shape,
-    probe_pixels,
-    renumbered,
+from .bank_arrays import SCRATCH_PREFIX, cache_root, lay_out
+from .bank_folder import OpenedFolder, lay_out_folder, open_folder, write_folder
+from .bank_format import BATCH_ROWS, LEFT_OUT_NAME, VALUE_ENCODER_NAME, BankConfig, check_file
+from .bank_rows import BankRows, Excluded, Ids, renumbered
+from .files import (
+    CARD_NAME,
+    SHARDS,
+    evict_on_error,
+    make_bank_card,
+    push_files,
+    replace_folder,
+    scratch_folder,
 )
-from .bank_config import FORMAT_VERSION
-from .bank_shards import BATCH_ROWS, config_schema
-from .bank_storage import Packed, Spool, write_local_files
-from .hub_files import hub_origin
-from .saved_bank import SavedBank
+from .key_encoder import KeyEncoder, check_probes, evaluating
+from .row_encoder import LeftOutRow, RowEncoder, RowReader, finished, undecoded
 from .value_encoder import ValueEncoder
 
 try:
     import pyarrow as pa
+    from PIL import Image
 except ImportError:
-    pa = None
-
-MIN_PROBE_COSINE = 0.99
-MAX_PROBE_DIFFERENCE = 1e-3
+    pa = Image = None
 
 
-class MemoryBank(SavedBank):
-    """Rows of image, caption, key and value with the encoders that made them.
+class MemoryBank:
+    """Rows of image, caption, key and value, with the encoders that made them.
 
-    Make one with `MemoryBank.build`, `from_pretrained` or `from_dataset`; look things up with the methods of
-    `BankRows`; save and push it with those of `SavedBank`. It is immutable: `add`, `remove` and `shuffled` return a
-    new bank.
+    It is immutable: `add`, `remove` and `shuffled` return a new bank.
 
     Attributes:
-        config: the content of bank_config.json.
+        store: its `BankRows`, small to pass to worker processes that only read rows.
         key_encoder: the frozen `KeyEncoder`.
         probe_keys: `(4, raw_dim)`, raw keys of four fixed synthetic images.
-        repo_id, revision: the Hub repository and commit it came from, or None.
+        repo_id, revision: the Hub repository and commit it came from or was pushed to, or None.
+        left_out: rows of the data set that `build` or `add` has left out, and why; `save_pretrained` writes them to
+            left_out.jsonl, which is not read again.
         any_tower: see `for_any_tower`.
     """
 
     any_tower = False
 
+    def __init__(
+        self,
+        store: BankRows,
+        key_encoder: KeyEncoder,
+        probe_keys: torch.Tensor,
+        value_encoder: ValueEncoder | None = None,
+        opened: OpenedFolder | None = None,
+    ):
+        self.store = store
+        self.key_encoder = key_encoder.requires_grad_(False)
+        self.probe_keys = probe_keys
+        self.repo_id = opened and opened.repo_id
+        self.revision = opened and opened.revision
+        self.left_out: list[LeftOutRow] = []
+        self._opened = opened
+        self._value_encoder = value_encoder
+
+    def __len__(self) -> int:
+        return len(self.store)
+
     def __repr__(self) -> str:
+        config = self.config
         return (
-            f"MemoryBank({len(self)} rows, keys of {self.key_dim}, values of {self.num_latents} x {self.latent_dim}, "
-            f"{self.key_space} space, tower {self.config['tower']['name']})"
+            f"MemoryBank({len(self)} rows, keys of {config.key_dim}, values of {config.num_latents} x "
+            f"{config.latent_dim}, {config.key_encoder.key_space} space, tower {config.tower.name})"
         )
 
-    @property
-    def key_space(self) -> str:
-        return self.config["key_encoder"]["key_space"]
+    def __deepcopy__(self, memo: dict) -> MemoryBank:
+        return copy.copy(self)
 
     @property
-    def skipped_rows(self) -> list[dict]:
-        """`{"row": number, "reason": text}` of the dataset rows left out when the bank was built."""
-        return self.config["skipped_rows"]
+    def config(self) -> BankConfig:
+        """The content of bank_config.json."""
+        return self.store.config
+
+    @cached_property
+    def value_encoder(self) -> ValueEncoder:
+        """The value encoder the bank was built with, loaded when first asked for."""
+        if self._value_encoder is not None:
+            return self._value_encoder
+        path = self._opened.folder / VALUE_ENCODER_NAME
+        with evict_on_error([path] if self._opened.repo_id else []):
+            check_file(path, self.config.sha256.value_encoder)
+        return ValueEncoder.of_bank(path, self.config.value_encoder)
 
     # ------------------------------------------------------------------ making one
 
@@ -79,169 +112,120 @@ class MemoryBank(SavedBank):
         dataset: Iterable[dict],
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        value_encoder: ValueEncoder,
-        *,
-        image_column: str = "image",
-        caption_column: str = "caption",
-        keep_columns: Sequence[str] = (),
-        batch_size: int = 32,
-        key_grid: int = 1,
-        whiten_dim: int | None = None,
-        thumbnail_size: int | None = 64,
-        skip_bad_rows: bool = False,
-        vision_features: torch.Tensor | np.ndarray | None = None,
-        packed: Packed | None = None,
+        value_encoder: ValueEncoder | None = None,
+        **settings,
     ) -> MemoryBank:
-        """Encode a dataset into a bank.
+        """Encode a data set into a bank; see `tinyalign_vlm.training.bank.build.build_bank` for the settings.
 
         Args:
-            dataset: a split of a Hub dataset (streamed or not) or any iterable of dicts, with an image (PIL, bytes,
+            dataset: a split of a Hub data set (streamed or not) or any iterable of dicts, with an image (PIL, bytes,
                 path) and a caption in every row.
-            model: a TinyAlign model; its `get_vision_features` is used, and in language space (`config.key_space`)
-                snapshots of its connector and token embeddings.
-            processor: its `image_processor` is used, and in language space its `tokenizer`.
-            value_encoder: makes the values; it is saved with the bank.
-            keep_columns: other columns to keep with the rows as text, a source or licence say.
-            key_grid: keys hold this many rows and columns of the image and tell where something is; they get
-                `key_grid**2` times as wide, so give `whiten_dim` as well. 1: the whole image (the paper's keys).
-            whiten_dim: fit a PCA whitening to this many dimensions on the bank's raw keys (a sample of 4,096 in a
-                larger bank). None: only centre them.
-            thumbnail_size: side in pixels of the JPEG kept of every image, or None for no thumbnails.
-            skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `skipped_rows`.
-            vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
-            packed: round keys to 12 bits and values to 8, which halves the bank; "keys": only them. By default both
-                are rounded in banks of more than 20,000 rows. What is made of the bank later is packed as it is.
+            value_encoder: makes the values, and is saved with the bank. None: a new one, trained on the captions.
 
         Raises:
-            ValueError: a column is missing, a row is bad (its number is named), there is no row, `key_grid`,
-                `whiten_dim` or `packed` is impossible, or the value encoder makes latents of another shape than
-                `model.config` asks for.
+            ImportError: the package is not installed. A checkpoint's own code opens banks, but builds none.
         """
-        encoder = RowEncoder.for_new_bank(
-            model,
-            processor,
-            value_encoder,
-            key_grid,
-            image_column=image_column,
-            caption_column=caption_column,
-            keep_columns=keep_columns,
-            batch_size=batch_size,
-            thumbnail_size=thumbnail_size,
-            skip_bad_rows=skip_bad_rows,
-            vision_features=vision_features,
-            packed=packed,
-        )
-        with evaluating(model, value_encoder), Spool(encoder.batches(dataset)) as spool:
-            return cls.from_encoded(encoder, spool.batches, whiten_dim)
+        try:
+            from tinyalign_vlm.training.bank.build import build_bank
+        except ImportError as error:
+            raise ImportError("Building a memory bank needs the package: pip install tinyalign-vlm.") from error
+        return build_bank(dataset, model, processor, value_encoder, **settings)
 
     @classmethod
-    def from_encoded(
-        cls, encoder: RowEncoder, batches: Callable[[], Iterator[pa.RecordBatch]], whiten_dim: int | None = None
+    def from_batches(
+        cls,
+        batches: Iterable[pa.RecordBatch],
+        config: BankConfig,
+        key_encoder: KeyEncoder,
+        probe_keys: torch.Tensor,
+        value_encoder: ValueEncoder,
+        left_out: Sequence[LeftOutRow] = (),
     ) -> MemoryBank:
-        """The second half of `build`, when all rows are encoded.
+        """Make a bank of rows with keys and values; arguments as of `lay_out` and of the class."""
+        config = lay_out(batches, config, "The new memory bank")
+        config.num_left_out += len(left_out)  # which may have grown with the batches
+        bank = cls(BankRows(config), key_encoder, probe_keys, value_encoder)
+        bank.left_out = list(left_out)
+        return bank
 
-        Args:
-            encoder: of `RowEncoder.for_new_bank`; its `num_rows` and `skipped_rows` are those of all batches.
-            batches: starts over each time it is called.
-        """
-        model, processor, value_encoder, key_encoder = (
-            encoder.model,
-            encoder.processor,
-            encoder.value_encoder,
-            encoder.key_encoder,
-        )
-        with evaluating(model):
-            tower = describe_tower(model, image_shape(processor))
-            probe_features = model.get_vision_features(probe_pixels(tower["image_shape"]))
-            probe_keys = key_encoder.to(probe_features.device).raw_keys(probe_features).cpu()
-        files = fit_and_write(encoder, batches, whiten_dim)
-        config = {
-            "format_version": FORMAT_VERSION,
-            "num_rows": files.num_rows,
-            "key_dim": key_encoder.key_dim,
-            "num_latents": model.config.num_latents,
-            "latent_dim": model.config.latent_dim,
-            "packed": files.packed,
-            "tower": tower,
-            "preprocessing": json.loads(processor.image_processor.to_json_string()),
-            "key_encoder": {
-                "key_space": model.config.key_space,
-                "connector_act": model.config.projector_hidden_act,
-                "vision_pool_size": model.config.vision_pool_size,
-                "alpha": model.config.query_alpha,
-                "grid": key_encoder.grid,
-            },
-            "value_encoder": value_encoder.config.settings,
-            "columns": list(encoder.keep_columns),
-            "thumbnail_size": encoder.thumbnail_size,
-            "skipped_rows": encoder.skipped_rows,
-            "sha256": files.sha256,
-            "versions": {"torch": torch.__version__, "transformers": __version__},
-        }
-        return cls(config, key_encoder, probe_keys, files, copy.deepcopy(value_encoder).requires_grad_(False).eval())
-
-    def add(
-        self,
-        dataset: Iterable[dict],
-        model: PreTrainedModel,
-        processor: ProcessorMixin,
-        *,
-        image_column: str = "image",
-        caption_column: str = "caption",
-        batch_size: int = 32,
-        skip_bad_rows: bool = False,
-        vision_features: torch.Tensor | np.ndarray | None = None,
+    def with_rows(
+        self, batches: Iterable[pa.RecordBatch], left_out: Sequence[LeftOutRow] = (), quantized: bool | None = None
     ) -> MemoryBank:
-        """A new bank with the rows of `dataset` behind this one's, whose ids stay; this bank is unchanged.
-
-        Keys and values are made with this bank's own encoders (the mean and the whitening stay as they were fitted),
-        so nothing is retrained. Arguments and errors as in `build`; another vision tower is refused.
-        """
-        encoder = self.row_encoder(
-            model,
-            processor,
-            image_column=image_column,
-            caption_column=caption_column,
-            batch_size=batch_size,
-            skip_bad_rows=skip_bad_rows,
-            vision_features=vision_features,
-            num_rows=len(self),
-        )
-        with evaluating(model, self.value_encoder), Spool(encoder.batches(dataset)) as spool:
-            return self.with_encoded(spool.batches(), encoder.skipped_rows)
+        """Return a bank of other rows, made by this bank's encoders; quantized as this one by default."""
+        config = replace(self.config, quantized=self.config.quantized if quantized is None else quantized)
+        encoder = copy.deepcopy(self.key_encoder)
+        bank = self.from_batches(batches, config, encoder, self.probe_keys, self.value_encoder, left_out)
+        bank.store.index = self.store.index
+        return bank
 
     def row_encoder(self, model: PreTrainedModel, processor: ProcessorMixin, **settings) -> RowEncoder:
-        """What makes rows for this bank, with its own encoders; another vision tower is refused.
+        """Return what makes rows for this bank, with its own encoders; another vision tower is refused.
 
         Args:
             settings: fields of `RowEncoder`.
         """
         self.check_probes(model)
+        columns, size = self.config.columns, self.config.thumbnail_size
         return RowEncoder(
             model,
             processor,
             self.value_encoder,
             self.key_encoder,
-            keep_columns=self.config["columns"],
-            thumbnail_size=self.config["thumbnail_size"],
+            keep_columns=columns,
+            thumbnail_size=size,
             **settings,
         )
 
-    def with_encoded(self, batches: Iterable[pa.RecordBatch], skipped_rows: Sequence[dict] = ()) -> MemoryBank:
-        """The second half of `add`: a new bank with what the `row_encoder` has made behind this one's rows."""
-        added = self._finished(batches)
-        return self._with_rows(itertools.chain(self._batches(), added), [*self.skipped_rows, *skipped_rows])
+    def add(
+        self,
+        images_or_rows: Iterable[Any],
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        captions: Sequence[str] | None = None,
+        *,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        batch_size: int = 32,
+        skip_bad_rows: bool = False,
+        keep_duplicates: bool = False,
+        vision_features: torch.Tensor | np.ndarray | None = None,
+    ) -> MemoryBank:
+        """Return a bank with more rows behind this one's, whose ids stay.
 
-    def of_encoded(self, batches: Iterable[pa.RecordBatch], packed: Packed | None = None) -> MemoryBank:
-        """A new bank of nothing but what the `row_encoder` has made, packed as this one unless `packed` is given."""
-        return self._with_rows(self._finished(batches), [], packed)
+        Keys and values are made with this bank's own encoders (the mean and the whitening stay as they were fitted),
+        so nothing is retrained.
 
-    def _finished(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        self.key_encoder.cpu()
-        return finished(batches, self.key_encoder)
+        Args:
+            images_or_rows: dicts with an image (PIL, bytes, path) and a caption, or images alone, with `captions`.
+            skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `left_out`.
+            keep_duplicates: keep rows whose image, pixel for pixel, an earlier row has; by default they are left out
+                and listed.
+            vision_features: `(rows, tokens, width)`, to skip the tower where features are known.
+
+        Raises:
+            ValueError: a row is bad (its number is named), or the model has another vision tower.
+        """
+        rows = images_or_rows
+        if captions is not None:
+            pairs = zip(images_or_rows, captions, strict=True)
+            rows = ({image_column: image, caption_column: caption} for image, caption in pairs)
+        seen = None if keep_duplicates else set(map(bytes.fromhex, self.store.table["source_id"].to_pylist()))
+        encoder = self.row_encoder(
+            model,
+            processor,
+            read_row=RowReader(processor.decode_image, image_column, caption_column, self.config.columns),
+            batch_size=batch_size,
+            skip_bad_rows=skip_bad_rows,
+            seen=seen,
+            vision_features=vision_features,
+            next_id=len(self),
+        )
+        with evaluating(model, self.value_encoder):
+            added = finished(encoder.batches(enumerate(undecoded(rows, image_column))), self.key_encoder)
+            return self.with_rows(itertools.chain(self.store.batches(), added), encoder.left_out)
 
     def remove(self, rows: int | str | Sequence[int | str]) -> MemoryBank:
-        """A new bank without some rows, the others numbered anew; this bank is unchanged.
+        """Return a bank without some rows, the others numbered anew.
 
         Args:
             rows: the id of a row, a `source_id` (all rows of that image), or several of them.
@@ -257,75 +241,80 @@ class MemoryBank(SavedBank):
                     f"{len(self) - 1}."
                 )
         keep = np.ones(len(self), dtype=bool)
-        keep[self._excluded_ids(rows)] = False
+        keep[self.store.excluded_ids(rows)] = False
         if not keep.any():
             raise ValueError(f"All {len(self)} rows would be removed, but a memory bank needs at least one.")
-        tables = (pa.Table.from_batches([batch]) for batch in self._batches())
-        kept = (table.filter(pa.array(keep[table["id"].to_numpy()])) for table in tables)
-        return self._with_rows(renumbered(kept), self.skipped_rows)
+        tables = (pa.Table.from_batches([batch]) for batch in self.store.batches())
+        return self.with_rows(renumbered(table.filter(pa.array(keep[table["id"].to_numpy()])) for table in tables))
 
     def shuffled(self, seed: int = 0) -> MemoryBank:
-        """The control: the same rows, but every key leads to another row's value and caption."""
+        """Return the control: the same rows, but every key leads to another row's value and caption."""
         order = np.random.default_rng(seed).permutation(len(self))
         keys_of = np.empty_like(order)
         # one cycle through all rows: no row keeps its key
         keys_of[order] = np.roll(order, 1)
-        return self._with_rows(self._batches(keys_of), self.skipped_rows)
+        return self.with_rows(self.store.batches(keys_of))
 
     @classmethod
     def from_dataset(
         cls,
         dataset: Iterable[dict],
-        like: MemoryBank | str | os.PathLike | None = None,
+        like: MemoryBank | str | os.PathLike,
         revision: str | None = None,
-        packed: Packed | None = None,
+        quantized: bool | None = None,
     ) -> MemoryBank:
-        """A bank from the rows of a bank, loaded with `datasets` and filtered or concatenated; they are numbered anew.
+        """Make a bank of a bank's rows that were loaded with `datasets`, filtered or concatenated say.
 
         Args:
-            dataset: a `datasets.Dataset` or, streamed, an `IterableDataset` with a bank's columns. Filter the latter
-                after `.decode(False)`: `datasets` would encode its thumbnails anew.
-            like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which
-                no rows are downloaded. By default the repository that a `Dataset` was loaded from.
-            packed: as of `build`; by default as `like` is.
+            dataset: with a bank's columns. Filter a streamed one after `.decode(False)`: `datasets` would encode its
+                thumbnails anew.
+            like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which no
+                rows are downloaded.
 
         Raises:
-            ValueError: a column is missing or of another type, there is no row, or `like` is needed.
-            OSError: the encoders can't be downloaded.
+            ValueError: a column is missing or of another type, or there is no row.
         """
         if isinstance(dataset, dict):
             raise ValueError(f"The dataset has the splits {list(dataset)}: pass one of them, dataset['train'] say.")
-        if like is None:
-            like, revision = hub_origin(dataset)
-        if not isinstance(like, MemoryBank):
-            like = cls._open(like, revision)
-        return like._with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), [], packed)
-
-    def _with_rows(
-        self, batches: Iterable[pa.RecordBatch], skipped_rows: list[dict], packed: Packed | None = None
-    ) -> MemoryBank:
-        """This bank's encoders over other rows."""
-        value_shape = (self.num_latents, self.latent_dim)
-        if packed is None:
-            packed = self._files.packed
-        files = write_local_files(batches, config_schema(self.config), value_shape, "The new memory bank", packed)
-        changed = {
-            "num_rows": files.num_rows,
-            "packed": files.packed,
-            "sha256": files.sha256,
-            "skipped_rows": skipped_rows,
-            "index": None,
-        }
-        return MemoryBank(
-            {**self.config, **changed},
-            copy.deepcopy(self.key_encoder),
-            self.probe_keys,
-            files,
-            self.value_encoder,
-            index=self.index,
-        )
+        like = like if isinstance(like, MemoryBank) else cls.open_encoders(like, revision)
+        return like.with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), quantized=quantized)
 
     # ------------------------------------------------------------------ using it
+
+    def search(
+        self, queries: torch.Tensor | np.ndarray, top_k: int, exclude: Sequence[Excluded] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[np.ndarray, np.ndarray]:
+        """Find the nearest rows: scores and ids `(n, top_k)`; see `BankRows.search`."""
+        return self.store.search(queries, top_k, exclude)
+
+    def gather(self, ids: Ids, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return values of rows `(..., num_latents, latent_dim)`; id -1 gives zeros."""
+        return self.store.gather(ids, dtype)
+
+    def keys(self, ids: Ids) -> np.ndarray:
+        """Return keys of rows `(n, key_dim)`, float32."""
+        return self.store.keys(ids)
+
+    def rows(self, ids: Ids) -> list:
+        """Return `{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
+        return self.store.rows(ids)
+
+    def thumbnail(self, row_id: int) -> Image.Image | None:
+        """Return the small picture kept of a row, None for id -1 and in a bank built without thumbnails."""
+        return self.store.thumbnail(row_id)
+
+    def ids_of(self, source_id: str) -> np.ndarray:
+        """Return the ids of the rows made from the image with this `source_id`."""
+        return self.store.ids_of(source_id)
+
+    @property
+    def captions(self) -> list[str]:
+        return self.store.captions
+
+    @property
+    def index_facts(self) -> dict:
+        """How the bank is searched: `{"index", "k_factor", "recall_at_5"}`, measured when the index was made."""
+        return self.store.key_index.facts
 
     def encode_queries(
         self,
@@ -333,7 +322,7 @@ class MemoryBank(SavedBank):
         query_input_ids: torch.Tensor | None = None,
         query_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Keys to search with.
+        """Return keys to search with.
 
         Args:
             vision_features: `(n, tokens, width)` from the model's `get_vision_features`.
@@ -347,7 +336,7 @@ class MemoryBank(SavedBank):
         return self.key_encoder.to(vision_features.device)(vision_features, query_input_ids, query_attention_mask)
 
     def for_any_tower(self) -> MemoryBank:
-        """This bank, to be used with a vision tower it was not built with: an ablation (the paper's Table 7).
+        """Return this bank, for a vision tower it was not built with: an ablation (the paper's Table 7).
 
         Features of another width are cut, or filled up with zeros. What is retrieved has little to do with the image.
         """
@@ -356,40 +345,104 @@ class MemoryBank(SavedBank):
         return bank
 
     def check_probes(self, model: PreTrainedModel) -> None:
-        """Refuse a model whose vision tower is not the one the bank's keys were made with.
+        """Refuse a model whose vision tower is not the one of the bank's keys (ValueError); see `check_probes`."""
+        check_probes(self.key_encoder, self.probe_keys, self.config.tower, model)
 
-        The keys of four fixed synthetic images are made anew and compared with those of the building tower: they are
-        the same, or their cosine, centred, is near 1.
+    # ------------------------------------------------------------------ files
+
+    @classmethod
+    def open_encoders(
+        cls, name_or_path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+    ) -> MemoryBank:
+        """Open a bank's config and encoders; its rows are not read. Arguments and errors as of `from_pretrained`."""
+        opened = open_folder(name_or_path, revision, token)
+        return cls(BankRows(opened.config), opened.key_encoder, opened.probe_keys, opened=opened)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        index: str | None = None,
+    ) -> MemoryBank:
+        """Load a bank from a folder or from a dataset repository of the Hub.
+
+        The first load checks every row and lays the bank out under `HF_HOME/tinyalign/`; later ones only map it. Of
+        processes that load it for the first time at once, one does so and the others wait.
+        Nothing but JSON, Parquet and safetensors is read from the folder.
+
+        Args:
+            revision: branch, tag or commit of the repository. A name with a revision is never taken for a folder.
+            token: of the Hub; by default the one that you are logged in with.
+            index: how to search: "exact", or a faiss factory string ("IVF1024,PQ288x4fs"), whose candidates are
+                compared with the keys. By default exact in a bank of up to 20,000 rows, beyond through a fast index
+                that finds at least 99% of the nearest neighbours (`index_facts`); on a GPU if faiss has one.
 
         Raises:
-            ValueError: naming both towers and the cosine, or the widths of their features.
+            ImportError: faiss or pyarrow is missing (what to install is named).
+            ValueError: a file is missing, broken, or not what bank_config.json says (the file is named). Files that
+                were downloaded are taken out of the cache. Or faiss can't make such an index.
+            OSError: the bank can't be downloaded, or the local files can't be written.
         """
-        tower = self.config["tower"]
-        found = describe_tower(model, tower["image_shape"])["name"]
-        advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
-        with evaluating(model):
-            try:
-                features = model.get_vision_features(probe_pixels(tower["image_shape"]))
-            except (ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"The memory bank was built with the vision tower {tower['name']}, of images "
-                    f"{tower['image_shape']}, which this model's ({found}) does not take ({error}). {advice}"
-                ) from error
-        if features.shape[-1] != self.key_encoder.feature_dim:
-            raise ValueError(
-                f"The model's vision tower ({found}) makes features {features.shape[-1]} wide, but the memory bank "
-                f"was built with {tower['name']}, {self.key_encoder.feature_dim} wide. {advice}"
+        bank = cls.open_encoders(name_or_path, revision, token)
+        lay_out_folder(bank._opened, token)
+        bank.store.index = index
+        if index is not None:
+            bank.index_facts  # noqa: B018  an index that can't be made is refused now
+        return bank
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write the bank as a folder that `from_pretrained` and `datasets.load_dataset` read.
+
+        The folder is complete or not there: it is written beside its final place and put there at the end. A failure
+        leaves a bank that was there before untouched.
+
+        Raises:
+            ValueError: the folder holds something other than a memory bank.
+            OSError: it could not be written, the disk is full say.
+        """
+        replace_folder(Path(save_directory), self.write_files)
+
+    def write_files(self, folder: Path) -> None:
+        """Write the files of the bank into an empty folder."""
+        write_folder(folder, self.store, self.key_encoder, self.probe_keys, self.value_encoder)
+        if self.left_out:
+            lines = (json.dumps(asdict(row)) + "\n" for row in self.left_out)
+            (folder / LEFT_OUT_NAME).write_text("".join(lines), encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, *, card: DatasetCard | str | None = None, **kwargs) -> CommitInfo:
+        """Upload the bank to a dataset repository, in one commit; shards of an earlier version are deleted.
+
+        `repo_id` and `revision` of this bank become those of the commit: a model that it is attached to names them
+        in its config.
+
+        Args:
+            repo_id: "org/name"; it is created if it does not exist.
+            card: README.md of the repository. By default the one that is there, else a short one.
+            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision` (a branch, created if it
+                does not exist) and `create_pr`, as of every `push_to_hub`.
+
+        Returns:
+            the commit; its hash is `.oid`.
+
+        Raises:
+            OSError: it could not be uploaded, or not be written to the disk before.
+        """
+        kwargs = {"commit_message": "Upload memory bank", **kwargs}
+        with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
+            # without left_out.jsonl, which may name files of this machine
+            write_folder(folder, self.store, self.key_encoder, self.probe_keys, self.value_encoder)
+            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+            if card is not None:
+                files[CARD_NAME] = str(card).encode()
+            self.repo_id, commit = push_files(
+                files,
+                repo_id,
+                "dataset",
+                replaced=SHARDS,
+                make_card=lambda name: make_bank_card(name, self.config),
+                **kwargs,
             )
-        self.key_encoder.to(features.device)
-        raw, mean = self.key_encoder.raw_keys(features).cpu(), self.key_encoder.mean.cpu()
-        # a nearly constant tower, an untrained one say, leaves nothing to take a cosine of; squares need float64
-        probes = self.probe_keys.double()
-        if ((raw - probes).norm(dim=-1) <= MAX_PROBE_DIFFERENCE * probes.norm(dim=-1)).all():
-            return
-        cosine = F.cosine_similarity(raw - mean, self.probe_keys - mean).min().item()
-        if not cosine >= MIN_PROBE_COSINE:
-            raise ValueError(
-                f"The memory bank was built with the vision tower {tower['name']}, this model has {found}: on the "
-                f"probe images the cosine of their keys is {cosine:.3f}, expected at least {MIN_PROBE_COSINE}. "
-                f"{advice}"
-            )
+        self.revision = commit.oid
+        return commit

@@ -1,55 +1,50 @@
 """TinyAlign model: a frozen vision tower and a language model, with retrieved memory beside the visual tokens."""
 
 import functools
-import os
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_tracing
 from transformers.utils.generic import can_return_tuple
 
-from .composition import compose
 from .configuration_tinyalign import TinyAlignConfig
-from .connectors import Connector, MemoryConnector
-from .memory_bank import MemoryBank
+from .connectors import (
+    Connector,
+    MemoryConnector,
+    check_memory_values,
+    pool_grid,
+    read_vision_tower,
+    used_slots,
+)
+from .modeling_utils import TinyAlignPreTrainedModel
 from .outputs import (
     TinyAlignCausalLMOutputWithPast,
     TinyAlignImageFeatures,
     TinyAlignModelOutputWithPast,
-    TinyAlignRetrieval,
     has_cache,
     language_model_fields,
 )
-from .retrieval import RetrievalMixin
-from .saved_model import TinyAlignPreTrainedModel
-from .vision_features import pool_grid, read_vision_tower
 
-# When a download of this code is cut off, transformers' next try completes only what the file it was asked for names.
+# The other files that travel with a checkpoint. When their download is cut off, transformers' next try completes only
+# what the file it was asked for names: all of them are named here.
 if TYPE_CHECKING:
-    from .bank_builder import evaluating  # noqa: F401
-    from .bank_config import integer  # noqa: F401
-    from .bank_fast_index import open_index  # noqa: F401
-    from .bank_folders import replace_folder  # noqa: F401
-    from .bank_foreign_index import check_foreign_index  # noqa: F401
-    from .bank_images import load_image  # noqa: F401
-    from .bank_index import KeyIndex  # noqa: F401
-    from .bank_keys import PlainKeys  # noqa: F401
-    from .bank_rows import BankRows  # noqa: F401
-    from .bank_shards import row_schema  # noqa: F401
-    from .bank_storage import BankFiles  # noqa: F401
-    from .bank_values import PlainValues  # noqa: F401
-    from .hub_files import push_files  # noqa: F401
-    from .key_encoder import KeyEncoder  # noqa: F401
-    from .lexicon import lexicon_words  # noqa: F401
-    from .plain_cards import model_card  # noqa: F401
-    from .saved_bank import SavedBank  # noqa: F401
-    from .value_encoder import ValueEncoder  # noqa: F401
+    from .bank_arrays import BankFiles as BankFiles
+    from .bank_folder import OpenedFolder as OpenedFolder
+    from .bank_format import BankConfig as BankConfig
+    from .bank_index import KeyIndex as KeyIndex
+    from .bank_rows import BankRows as BankRows
+    from .composition import load_models as load_models
+    from .files import push_files as push_files
+    from .key_encoder import KeyEncoder as KeyEncoder
+    from .memory_bank import MemoryBank as MemoryBank
+    from .row_encoder import RowEncoder as RowEncoder
+    from .value_encoder import ValueEncoder as ValueEncoder
 
 # Everything that says what an image is and what is remembered about it; one row an image.
 IMAGE_INPUTS = (
@@ -66,14 +61,14 @@ IMAGE_INPUTS = (
 
 
 def _build(config: PreTrainedConfig, name: str) -> PreTrainedModel:
-    """A part of the model, of transformers' own code and no other; `ValueError` if it is too large to be described."""
+    """Make a part of the model, of transformers' own code and no other; `ValueError` if it cannot be built."""
     try:
         return AutoModel.from_config(config, trust_remote_code=False)
     except RuntimeError as error:
-        raise ValueError(f"{name} asks for a model that cannot be: {error}.") from error
+        raise ValueError(f"{name} describes a model that cannot be built: {error}.") from error
 
 
-class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
+class TinyAlignModel(TinyAlignPreTrainedModel):
     """Vision tower, connectors and language model without its head. All fusion happens in `forward`."""
 
     _auto_class = "AutoModel"
@@ -168,29 +163,13 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
             )
         tokens = self.connector(visual_tokens)
         if self.config.memory_top_k > 0:
-            self._check_top_k()
-            memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
-            memory_scores = None if memory_scores is None else torch.as_tensor(memory_scores)
-            values = memory_values
+            given = {"memory_ids": memory_ids, "memory_values": memory_values, "memory_scores": memory_scores}
             if memory == "off":
-                memory_ids = torch.full((tokens.shape[0], self.config.memory_top_k), -1)
-                values = torch.zeros(*memory_ids.shape, self.config.num_latents, self.config.latent_dim)
-                memory_scores = torch.full(memory_ids.shape, -torch.inf)
+                given = self.no_memory(len(tokens))
             elif memory_values is None:
-                bank = self._require_bank()
-                if memory_ids is None:
-                    keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
-                    memory_scores, memory_ids = bank.search(keys, self.config.memory_top_k, exclude=exclude_ids)
-                values = bank.gather(memory_ids)
-            values = torch.as_tensor(values)
-            self._check_memory_values(values, tokens.shape[0], memory_ids=memory_ids, memory_scores=memory_scores)
-            memory_ids, mask = self._used_slots(memory_ids, memory_scores)
-            memory_tokens = self.memory_connector(
-                values.to(tokens.device),
-                mask,
-                lambda ids: self.get_input_embeddings()(ids),  # accelerate would move the layer itself
-                memory_scores,
-            )
+                queries = vision_features, query_input_ids, query_attention_mask
+                given = self.look_up(queries, memory_ids, memory_scores, exclude_ids)
+            memory_tokens, memory_ids, memory_scores = self._read_memory(tokens, **given)
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
         elif memory_ids is not None or memory_values is not None:
             raise ValueError(
@@ -206,43 +185,27 @@ class TinyAlignModel(RetrievalMixin, TinyAlignPreTrainedModel):
             memory_scores=memory_scores,
         )
 
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`(batch, sequence)`, True where an image token goes."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        if inputs_embeds is None:
-            raise ValueError("Pass input_ids or inputs_embeds, the prompt made by the processor, with the images.")
-        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
-
-    def check_placeholders(self, mask: torch.Tensor, features: list[torch.Tensor]):
-        """Row by row: over the whole batch two wrong rows can cancel out. Raises `ValueError`."""
-        size = len(features[0])
-        found = mask.sum(1).tolist()
-        for row, count in enumerate(found):
-            if count % size:
-                raise ValueError(
-                    f"Row {row} has {count} image placeholders (token {self.config.image_token_id}), expected a "
-                    f"multiple of {size}: {self.config.image_seq_length} visual + "
-                    f"{size - self.config.image_seq_length} memory tokens an image. Make the prompt with the "
-                    "processor saved with this model, and do not truncate it."
-                )
-        images = [count // size for count in found]
-        if sum(images) != len(features):
-            raise ValueError(
-                f"The rows have placeholders for {images} images, {sum(images)} in all, but {len(features)} images "
-                "were given. Pass one image for each."
-            )
-
-    def check_no_placeholders(self, mask: torch.Tensor):
-        """Without images. Raises `ValueError`."""
-        if mask.any():
-            raise ValueError(
-                f"The rows have {mask.sum(1).tolist()} image placeholders (token {self.config.image_token_id}), but "
-                "no image was given: pass pixel_values or vision_features."
-            )
+    def _read_memory(
+        self,
+        tokens: torch.Tensor,
+        memory_values: torch.Tensor,
+        memory_ids: torch.LongTensor | None,
+        memory_scores: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor | None]:
+        """Return memory tokens `(n, M, hidden_size)` for the images of `tokens`, and the ids and scores in use."""
+        self.check_top_k()
+        values = torch.as_tensor(memory_values)
+        memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
+        memory_scores = None if memory_scores is None else torch.as_tensor(memory_scores)
+        check_memory_values(self.config, values, len(tokens), memory_ids=memory_ids, memory_scores=memory_scores)
+        memory_ids, mask = used_slots(memory_ids, memory_scores, self.config.retrieval_threshold)
+        memory_tokens = self.memory_connector(
+            values.to(tokens.device),
+            mask,
+            lambda ids: self.get_input_embeddings()(ids),  # accelerate would move the layer itself
+            memory_scores,
+        )
+        return memory_tokens, memory_ids, memory_scores
 
     @can_return_tuple
     def forward(
@@ -342,6 +305,10 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         if dtype is not None:
             vision_kwargs = {"dtype": dtype, **(vision_kwargs or {})}
             text_kwargs = {"dtype": dtype, **(text_kwargs or {})}
+        try:
+            from tinyalign_vlm.training.composition import compose
+        except ImportError as error:
+            raise ImportError("Composing a model needs the package: pip install tinyalign-vlm.") from error
         return compose(cls, vision_name_or_path, text_name_or_path, image_token, vision_kwargs, text_kwargs, config)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -354,27 +321,6 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs) -> TinyAlignImageFeatures:
         """See [`TinyAlignModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
-
-    @property
-    def memory_bank(self) -> MemoryBank | None:
-        """See [`TinyAlignModel.memory_bank`]."""
-        return self.model.memory_bank
-
-    def attach_memory_bank(self, bank: MemoryBank | str | os.PathLike, revision: str | None = None, **kwargs):
-        """See [`TinyAlignModel.attach_memory_bank`]."""
-        self.model.attach_memory_bank(bank, revision, **kwargs)
-
-    def detach_memory_bank(self):
-        """See [`TinyAlignModel.detach_memory_bank`]."""
-        self.model.detach_memory_bank()
-
-    def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank):
-        """See [`TinyAlignModel.build_lexicon`]."""
-        self.model.build_lexicon(tokenizer, bank)
-
-    def retrieve(self, pixel_values: torch.Tensor | None = None, **kwargs) -> TinyAlignRetrieval:
-        """See [`TinyAlignModel.retrieve`]."""
-        return self.model.retrieve(pixel_values, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -1,6 +1,5 @@
 """The processor: text and images to model inputs; travels with every checkpoint."""
 
-from .chat_templates import add_captions
-from .processing_tinyalign import TinyAlignProcessor
+from .processing_tinyalign import TinyAlignProcessor, add_captions
 
 __all__ = ["TinyAlignProcessor", "add_captions"]

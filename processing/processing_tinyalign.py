@@ -2,22 +2,18 @@
 
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the shortcut needs torchvision in 5.17
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_numpy_array, is_torch_tensor
 
-from .chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
-from .image_checks import check_output, check_sizes
-from .image_loading import load_image
-from .image_padding import padding_to_square
-
-# When a download of this code is cut off, transformers' next try completes only what the file it was asked for names.
-if TYPE_CHECKING:
-    from .image_fetching import fetch  # noqa: F401
+from .images import check_output, check_sizes, decode_image, load_image, padding_to_square
 
 MAX_IMAGE_TOKENS = 2**20
 # What broken settings make transformers raise, beside ValueError and OSError.
@@ -29,6 +25,53 @@ BROKEN = (
     MemoryError,
     RecursionError,
     TypeError,
+)
+
+# Both have images, and `{% generation %}` around answers, so that only they are trained on.
+_CONTENT = """
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for part in content -%}
+{%- if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+"""
+
+# SmolLM2, Qwen2, Qwen2.5: their own turns; no system prompt unless one is given.
+CHATML_TEMPLATE = (
+    _CONTENT
+    + """
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- render(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- render(message['content']) + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+)
+
+# Every other language model: the turns of LLaVA 1.5, which TinyLLaVA uses with TinyLlama and Phi-2. The space before
+# the answer is part of it, because byte-level tokenizers merge it with the first word.
+PLAIN_TEMPLATE = (
+    _CONTENT
+    + """
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- 'ASSISTANT:' -}}
+{%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}
+{%- elif message['role'] == 'user' -%}
+{{- 'USER: ' + render(message['content']) + ' ' -}}
+{%- else -%}
+{{- render(message['content']) + ' ' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
 )
 
 
@@ -134,6 +177,19 @@ class TinyAlignProcessor(ProcessorMixin):
                 f"{config.image_token_id}: use the language model it was made from."
             )
         return processor
+
+    @staticmethod
+    def decode_image(image: Image.Image | str | Path | bytes | dict) -> Image.Image:
+        """
+        An image as model and memory bank see it: upright RGB, transparency white.
+
+        Args:
+            image: A PIL image, the path or the bytes of a file, or datasets' `{"bytes": ..., "path": ...}`.
+
+        Raises:
+            ValueError: There is none, or it is broken or too large.
+        """
+        return decode_image(image)
 
     def __call__(
         self,
@@ -302,6 +358,24 @@ def _as_dict(message: Any) -> dict:
 
 def _without_rag(text: str) -> str:
     return text.replace("<rag>\n", "").replace("<rag>", "")
+
+
+def add_captions(messages: list[dict], captions: Sequence[str]) -> list[dict]:
+    """
+    Text-only retrieval: the captions of the neighbours, written before the text of the first question.
+
+        messages = add_captions(messages, model.retrieve(pixel_values, top_k=5).captions[0])
+    """
+    if not captions:
+        return messages
+    asked = next(index for index, message in enumerate(messages) if message["role"] == "user")
+    content, hint = messages[asked]["content"], f"Similar: {'; '.join(captions)}\n"
+    if isinstance(content, str):
+        content = hint + content
+    else:
+        first = next((index for index, part in enumerate(content) if part["type"] == "text"), len(content))
+        content = [*content[:first], {"type": "text", "text": hint}, *content[first:]]
+    return [*messages[:asked], {**messages[asked], "content": content}, *messages[asked + 1 :]]
 
 
 __all__ = ["TinyAlignProcessor"]

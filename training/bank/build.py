@@ -1,362 +1,228 @@
-"""`tinyalign bank build` and `bank add`: from a data set to rows of a memory bank, in steps that survive a kill."""
+"""Building a memory bank of a data set."""
 
-import hashlib
+from __future__ import annotations
+
+import copy
 import json
-import math
-import os
-import shutil
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
-from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin, __version__
 
-from ...modeling_tinyalign import MemoryBank, ValueEncoder, ValueEncoderConfig
-from ...modeling_tinyalign.bank_builder import RowEncoder, check_row_settings, evaluating
-from ...modeling_tinyalign.bank_folders import scratch_folder
-from ...modeling_tinyalign.bank_storage import Packed
-from ..arguments.alignment import Stage1Config
-from ..data.chats import BadRow
-from ..data.images import CaptionedImages, fingerprint_files
-from ..data.rows import batch_size_of
-from ..disk import keeping
-from ..models import load_model
-from .encode import Parts
-from .log import LEFT_OUT_NAME, changing, count_kinds, is_last_change, open_bank, read_log, save_change
-from .value_encoder_training import ValueEncoderTrainingConfig, train_value_encoder
+from ...modeling_tinyalign.bank_arrays import QUANTIZED_ROWS, SCRATCH_PREFIX, cache_errors, cache_root
+from ...modeling_tinyalign.bank_format import BankConfig, KeyEncoderConfig, matrix
+from ...modeling_tinyalign.files import scratch_folder
+from ...modeling_tinyalign.key_encoder import KeyEncoder, describe_tower, evaluating, probe_pixels
+from ...modeling_tinyalign.memory_bank import MemoryBank
+from ...modeling_tinyalign.row_encoder import RowEncoder, RowReader, finished, undecoded
+from ...modeling_tinyalign.value_encoder import ValueEncoder
 
-SETTINGS_NAME = "settings.json"
-# What the value encoder is trained on.
-ENCODER_IMAGES, ENCODER_CAPTIONS = 256, 10_000
+# Rows the whitening is fitted on: their products with one another must fit in memory.
+MAX_WHITENING_ROWS = 4096
 
 
-@dataclass
-class RowSettings:
-    """Which model encodes which rows; the fields are the options of `tinyalign bank add`."""
-
-    dataset: str
-    model: str | None = None
-    vision_model: str | None = None
-    language_model: str | None = None
-    model_kwargs: str | None = None
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    dataset_split: str = "train"
-    image_folder: str | None = None
-    image_column: str | None = None
-    messages_column: str | None = None
-    caption_column: str | None = None
-    set: list[str] = field(default_factory=list)
-    rows: int | None = None
-    seed: int = 0
-    keep_duplicates: bool = False
-    batch_size: int | None = None
-
-    def __post_init__(self):
-        check_row_settings([], 1 if self.batch_size is None else self.batch_size, None)
-        self.constants()
-
-    def run_config(self) -> Stage1Config:
-        """As `tinyalign train` has it."""
-        shared = set(Stage1Config.__dataclass_fields__) & set(RowSettings.__dataclass_fields__)
-        return Stage1Config(output_dir="unused", **{name: vars(self)[name] for name in shared})
-
-    def constants(self) -> dict[str, str]:
-        """`set` as a dictionary. Raises `ValueError` for what is not `column=value`."""
-        for text in self.set:
-            if not text.partition("=")[0] or "=" not in text:
-                raise ValueError(f"--set is {text!r}, expected COLUMN=VALUE, license=cc-by-4.0 say.")
-        return {text.partition("=")[0]: text.partition("=")[2] for text in self.set}
-
-
-@dataclass
-class BuildSettings(RowSettings):
-    """The fields are the options of `tinyalign bank build`."""
-
-    keep: list[str] = field(default_factory=list)
-    like: str | None = None
-    value_encoder: str | None = None
-    value_encoder_steps: int = ValueEncoderTrainingConfig().steps
-    key_grid: int = 1
-    whiten_dim: int | None = None
-    packed: Packed | None = None
-    thumbnail_size: int = 64
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_row_settings(self.keep, 1, self.thumbnail_size or None)
-        if self.value_encoder_steps < 0:
-            raise ValueError(f"value_encoder_steps is {self.value_encoder_steps}, expected 0 or more.")
-
-    def check_like(self, columns: list[str]):
-        """Raises `ValueError` for settings that the bank `like`, which keeps these columns, has made already."""
-        others = vars(BuildSettings(self.dataset, keep=self.keep if sorted(self.keep) == sorted(columns) else []))
-        names = ("keep", "value_encoder", "value_encoder_steps", "key_grid", "whiten_dim", "thumbnail_size")
-        found = [f"--{name}" for name in names if vars(self)[name] != others[name]]
-        if found:
-            raise ValueError(
-                f"The bank is to be --like {self.like}, which keeps {columns} and has encoders and thumbnails of its "
-                f"own: leave {', '.join(found)} out."
-            )
-
-
-def build_bank(settings: BuildSettings, out: str | os.PathLike, ray: int | None = None):
-    """
-    Builds a bank in the folder `out` and says what came of it. Killed, it goes on where it stopped when it is called
-    again with the same settings, and ends with the same bank.
+def build_bank(
+    dataset: Iterable[dict],
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    value_encoder: ValueEncoder,
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    keep_columns: Sequence[str] = (),
+    batch_size: int = 32,
+    key_grid: int = 1,
+    whiten_dim: int | None = None,
+    thumbnail_size: int | None = 64,
+    skip_bad_rows: bool = False,
+    keep_duplicates: bool = False,
+    vision_features: torch.Tensor | np.ndarray | None = None,
+    quantized: bool | None = None,
+) -> MemoryBank:
+    """Encode a data set into a bank.
 
     Args:
-        ray: Encode with this many actors of a Ray cluster; 0: one for each of its GPUs, or else of its CPUs. The bank
-            is the same.
+        dataset: a split of a Hub data set (streamed or not) or any iterable of dicts, with an image (PIL, bytes,
+            path) and a caption in every row.
+        model: a TinyAlign model; its `get_vision_features` is used, and in language space (`config.key_space`)
+            snapshots of its connector and token embeddings.
+        processor: its `image_processor` is used, and in language space its `tokenizer`.
+        value_encoder: makes the values; it is saved with the bank.
+        keep_columns: other columns to keep with the rows as text, a source or licence say.
+        key_grid: keys hold this many rows and columns of the image and tell where something is; they get
+            `key_grid**2` times as wide, so give `whiten_dim` as well. 1: the whole image (the paper's keys).
+        whiten_dim: fit a PCA whitening to this many dimensions on the bank's raw keys (a sample of 4,096 in a larger
+            bank). None: only centre them.
+        thumbnail_size: side in pixels of the JPEG kept of every image, or None for no thumbnails.
+        skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `left_out`.
+        keep_duplicates: keep rows whose image, pixel for pixel, an earlier row has; by default they are left out and
+            listed.
+        vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
+        quantized: round keys to float16 and values to 8 bits. By default in banks of more than 20,000 rows.
 
     Raises:
-        ImportError: Ray is not installed.
-        ValueError: The data, the model or the settings do not fit, `out` is another bank, another process builds it,
-            or no row is usable.
-        OSError: A file cannot be read, or written; what was encoded is kept.
+        ValueError: a column is missing, a row is bad (its number is named), there is no row, `key_grid` or
+            `whiten_dim` is impossible, or the value encoder makes latents of another shape than `model.config` asks
+            for.
     """
-    name, out = out, Path(out).resolve()
-    with changing(out):
-        kept = asdict(settings) | {"files": fingerprint_files(settings.dataset)}
-        work = out.with_name(f".{out.name}.build")
-        log = read_log(out)
-        if log and log[0].get("settings") == kept:
-            discard(work)
-            print(f"{name} is complete: there is nothing to do.")
-            return
-        if out.exists() and (out.is_file() or any(out.iterdir())):
-            raise ValueError(
-                f"{out} is there already and was not made by this command, with these data. Choose another --out, or "
-                "delete it; `tinyalign bank add` puts rows into a bank."
-            )
-        like = None if settings.like is None else MemoryBank.from_pretrained(settings.like)
-        keep = settings.keep
-        if like is not None:
-            keep = like.config["columns"]
-            settings.check_like(keep)
-        run = Encoding.begin(settings, work, kept, keep, like)
-        if like is None:
-            with keeping(work, "what was encoded"):
-                value_encoder = prepare_value_encoder(run, settings)
-            encoder = RowEncoder.for_new_bank(
-                run.model,
-                run.processor,
-                value_encoder,
-                settings.key_grid,
-                keep_columns=keep,
-                batch_size=run.batch_size,
-                thumbnail_size=settings.thumbnail_size or None,
-                packed=settings.packed,
-            )
-        else:
-            encoder = like.row_encoder(run.model, run.processor, batch_size=run.batch_size)
-        with keeping(work, "what was encoded"):
-            parts = run.encode(encoder, set(), ray)
-            if parts.rows == 0:
-                discard(work)
-                raise ValueError(f"{settings.dataset} has no usable row. {_examples(parts)}")
-            if like is None:
-                bank = MemoryBank.from_encoded(encoder, parts.batches, settings.whiten_dim)
-            else:
-                bank = like.of_encoded(parts.batches(), settings.packed)
-            save_change(bank, out, {"change": "build", "settings": kept}, parts.left_out)
-        discard(work)
-    print(f"{name}: {len(bank)} rows; {count_kinds(parts.left_out)}{_listed(name, parts)}.")
-
-
-def add_rows(settings: RowSettings, folder: str | os.PathLike, ray: int | None = None):
-    """
-    Adds the rows of a data set to the bank in `folder` and says what came of it; goes on where it was killed.
-
-    Raises as [`build_bank`].
-    """
-    name, folder = folder, Path(folder).resolve()
-    with changing(folder):
-        bank = open_bank(folder)
-        kept = asdict(settings) | {"files": fingerprint_files(settings.dataset), "bank": bank.config["sha256"]}
-        work = folder.with_name(f".{folder.name}.add")
-        if (work / SETTINGS_NAME).is_file() and _read(work)["settings"]["bank"] != bank.config["sha256"]:
-            same = kept | {"bank": _read(work)["settings"]["bank"]}
-            complete = is_last_change(folder, json.loads(json.dumps({"change": "add", "settings": same})))
-            discard(work)
-            if complete:
-                print(f"{name}: {len(bank)} rows; these were added before, there is nothing to do.")
-                return
-        run = Encoding.begin(settings, work, kept, bank.config["columns"], bank)
-        encoder = bank.row_encoder(run.model, run.processor, batch_size=run.batch_size, num_rows=len(bank))
-        seen = {bytes.fromhex(image) for image in bank._table["source_id"].to_pylist()}
-        with keeping(work, "what was encoded"):
-            parts = run.encode(encoder, seen, ray)
-            if parts.rows == 0 and not any(row["reason"].startswith("duplicate") for row in parts.left_out):
-                discard(work)
-                raise ValueError(f"{settings.dataset} has no usable row. {_examples(parts)}")
-            if parts.rows:
-                bank = bank.with_encoded(parts.batches())
-                save_change(bank, folder, {"change": "add", "settings": kept}, parts.left_out)
-        discard(work)
-    print(f"{name}: {len(bank)} rows, {parts.rows} of them new; {count_kinds(parts.left_out)}{_listed(name, parts)}.")
-
-
-@dataclass
-class Encoding:
-    """What encodes the rows of a data set, and where the parts of them go."""
-
-    settings: RowSettings
-    work: Path
-    model: PreTrainedModel
-    processor: ProcessorMixin
-    source: CaptionedImages
-    total: int | None
-    batch_size: int
-
-    @classmethod
-    def begin(
-        cls, settings: RowSettings, work: Path, kept: dict, keep: list[str], bank: MemoryBank | None
-    ) -> "Encoding":
-        """
-        Opens model and data, and the folder `work`, which says with `kept` what it is of.
-
-        Raises `ValueError` when the folder is of something else.
-        """
-        config = settings.run_config()
-        set_seed(settings.seed)
-        model, processor = load_model(config, bank)
-        model.to(config.device).eval()
-        source = CaptionedImages(config, settings.caption_column, keep, settings.constants())
-        batch_size = settings.batch_size or batch_size_of(config)
-        versions = {"torch": torch.__version__, "transformers": __version__}
-        kept = {
-            name: value for name, value in kept.items() if name not in ("whiten_dim", "packed")
-        }  # of the last step
-        kept = json.loads(json.dumps(kept | {"tower": _fingerprint(model), "batch_size": batch_size} | versions))
-        if (work / SETTINGS_NAME).is_file() and len(list(work.iterdir())) > 1:
-            found = _read(work)
-            changed = [
-                f"{name}: {found['settings'].get(name)!r} then, {value!r} now"
-                for name, value in kept.items()
-                if found["settings"].get(name) != value
-            ]
-            if changed:
-                raise ValueError(
-                    f"{work} holds the unfinished work of other settings ({'; '.join(changed)[:1000]}). Run the "
-                    "command with those again, or delete the folder to begin anew."
-                )
-            return cls(settings, work, model, processor, source, found["total"], batch_size)
-        total = source.count() if kept["files"] or settings.rows is not None else None
-        if total == 0:
-            raise ValueError(f"{settings.dataset} has no rows, expected at least one.")
-        if settings.rows is not None and not 1 <= settings.rows <= total:
-            raise ValueError(
-                f"--rows is {settings.rows}, but {settings.dataset} has {total} rows, expected 1 to {total}."
-            )
-        work.mkdir(exist_ok=True)
-        with keeping(work, "what was encoded"):
-            fresh = work / f"{SETTINGS_NAME}.new"
-            fresh.write_text(json.dumps({"settings": kept, "total": total}, indent=1), encoding="utf-8")
-            fresh.replace(work / SETTINGS_NAME)
-        return cls(settings, work, model, processor, source, total, batch_size)
-
-    def encode(self, encoder: RowEncoder, seen: set[bytes], ray: int | None) -> Parts:
-        """The parts, all of them; images in `seen` are left out, unless they may come again."""
-        parts, settings = Parts(self.work), self.settings
-        duplicates = None if settings.keep_duplicates else seen
-        arguments = encoder, self.source, duplicates, settings.rows, settings.seed, self.total
-        if ray is not None:
-            from .ray import encode_on_cluster
-
-            encode_on_cluster(parts, ray, *arguments)
-        else:
-            with evaluating(self.model, encoder.value_encoder):
-                parts.encode(*arguments)
-        return parts
-
-
-def prepare_value_encoder(run: Encoding, settings: BuildSettings) -> ValueEncoder:
-    """
-    The value encoder of a bank or folder that the settings name, or a new one, trained on some rows of the data, once.
-
-    Raises `ValueError` when no row is usable.
-    """
-    if settings.value_encoder is not None:
-        path = Path(settings.value_encoder)
-        if path.is_dir() and not (path / "bank_config.json").is_file():
-            return ValueEncoder.from_pretrained(path).eval()
-        return MemoryBank._open(settings.value_encoder).value_encoder
-    folder = run.work / "value_encoder"
-    if folder.is_dir():
-        return ValueEncoder.from_pretrained(folder).eval()
-    images, captions = [], []
-    for number, row in islice(run.source, 2 * ENCODER_CAPTIONS):
-        try:
-            if len(images) < ENCODER_IMAGES:
-                images.append(run.source.read(number, row)["image"])
-            captions.append(run.source.describe(row)["caption"])
-        except BadRow:
-            continue
-        if len(captions) == ENCODER_CAPTIONS:
-            break
-    if not images:
-        raise ValueError(f"{settings.dataset} has no usable row: `tinyalign data check` says what is wrong with each.")
-    features = []
-    with evaluating(run.model):
-        for start in range(0, len(images), run.batch_size):
-            batch = images[start : start + run.batch_size]
-            pixels = run.processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
-            features.append(run.model.get_vision_features(pixels).half().cpu())
-    features, config = torch.cat(features).numpy(), run.model.config
-    set_seed(settings.seed)
-    heads = math.gcd(8, config.latent_dim)
-    encoder = ValueEncoder(
-        ValueEncoderConfig(
-            num_latents=config.num_latents,
-            latent_dim=config.latent_dim,
-            latents_per_word=config.latents_per_word,
-            num_self_attention_heads=heads,
-            num_cross_attention_heads=heads,
-            num_vision_tokens=features.shape[1],
-            vision_feature_size=features.shape[2],
+    total = len(dataset) if isinstance(dataset, Sized) else None
+    if vision_features is not None and len(vision_features) < (total or 0):
+        raise ValueError(
+            f"vision_features has {len(vision_features)} rows, but the dataset has {total}: pass one row for each, in "
+            "the dataset's order."
         )
-    ).to(run.model.device)
-    if settings.value_encoder_steps:
-        training = ValueEncoderTrainingConfig(steps=settings.value_encoder_steps, seed=settings.seed)
-        train_value_encoder(encoder, features, captions, training)
-    fresh = run.work / "value_encoder.new"
-    encoder.save_pretrained(fresh)
-    fresh.replace(folder)
-    return ValueEncoder.from_pretrained(folder).to(run.model.device).eval()
+    encoder = RowEncoder(
+        model,
+        processor,
+        value_encoder,
+        new_key_encoder(model, processor, key_grid),
+        RowReader(processor.decode_image, image_column, caption_column, keep_columns),
+        keep_columns=keep_columns,
+        batch_size=batch_size,
+        thumbnail_size=thumbnail_size,
+        skip_bad_rows=skip_bad_rows,
+        seen=None if keep_duplicates else set(),
+        vision_features=vision_features,
+    )
+    rows = enumerate(tqdm(undecoded(dataset, image_column), "Encoding the bank", total))
+    with evaluating(model, value_encoder), cache_errors_of_scratch() as folder:
+        batches = spool(encoder.batches(rows), folder / "spool.arrow")
+        return bank_of(encoder, batches, whiten_dim, quantized)
 
 
-def discard(work: Path):
+def bank_of(
+    encoder: RowEncoder,
+    batches: Callable[[], Iterator[pa.RecordBatch]],
+    whiten_dim: int | None = None,
+    quantized: bool | None = None,
+) -> MemoryBank:
+    """Make a bank of encoded rows: fit the key encoder's mean and whitening to them, and finish their keys.
+
+    Args:
+        encoder: its `next_id` is the number of rows in all batches.
+        batches: starts over each time it is called.
     """
-    Deletes the work of a command. `settings.json` goes last: with it, a command that is killed meanwhile and run again
-    knows whose work is left. What else there was is never seen in part.
+    if encoder.next_id == 0:
+        raise ValueError(
+            f"The dataset has no usable rows ({len(encoder.left_out)} were left out): a memory bank needs at least "
+            "one image with a caption."
+        )
+    model, processor, key_encoder = encoder.model, encoder.processor, encoder.key_encoder
+    tower = describe_tower(model, image_shape(processor))
+    probe_keys = key_encoder.probe(model, tower.image_shape)
+    mean, sample = mean_and_sample(batches(), encoder.next_id)
+    key_encoder.cpu().mean = mean.float()
+    if whiten_dim is not None:
+        key_encoder.projection = fit_whitening(sample, mean, whiten_dim)
+    value_encoder = copy.deepcopy(encoder.value_encoder).requires_grad_(False).eval()
+    config = BankConfig(
+        key_dim=key_encoder.key_dim,
+        num_latents=model.config.num_latents,
+        latent_dim=model.config.latent_dim,
+        quantized=encoder.next_id > QUANTIZED_ROWS if quantized is None else quantized,
+        tower=tower,
+        preprocessing=json.loads(processor.image_processor.to_json_string()),
+        key_encoder=KeyEncoderConfig(
+            key_space=model.config.key_space,
+            connector_act=model.config.projector_hidden_act,
+            vision_pool_size=model.config.vision_pool_size,
+            alpha=model.config.query_alpha,
+            grid=key_encoder.grid,
+        ),
+        value_encoder=value_encoder.config.settings,
+        columns=list(encoder.keep_columns),
+        thumbnail_size=encoder.thumbnail_size,
+        versions={"torch": torch.__version__, "transformers": __version__},
+    )
+    rows = finished(batches(), key_encoder)
+    return MemoryBank.from_batches(rows, config, key_encoder, probe_keys, value_encoder, encoder.left_out)
+
+
+def new_key_encoder(model: PreTrainedModel, processor: ProcessorMixin, grid: int = 1) -> KeyEncoder:
+    """Return a key encoder for a model's `config.key_space`; its mean is zero until it is fitted."""
+    config = model.config
+    if config.key_space == "vision":
+        with evaluating(model):
+            width = model.get_vision_features(probe_pixels(image_shape(processor))).shape[-1]
+        return KeyEncoder(torch.zeros(grid**2 * width), grid=grid)
+    embeddings = model.get_input_embeddings().weight.detach()
+    connector = copy.deepcopy(model.base_model.connector).float()
+    mean = torch.zeros(embeddings.shape[1])
+    return KeyEncoder(mean, None, connector, embeddings, config.vision_pool_size, config.query_alpha, grid)
+
+
+def image_shape(processor: ProcessorMixin) -> list[int]:
+    """Return `[channels, height, width]` of what the processor makes of an image."""
+    pixels = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
+    return list(pixels.shape[1:])
+
+
+def cache_errors_of_scratch():
+    return scratch_folder(cache_root(), SCRATCH_PREFIX)
+
+
+def spool(batches: Iterable[pa.RecordBatch], path: Path) -> Callable[[], Iterator[pa.RecordBatch]]:
+    """Put batches aside in a file, and return what reads them, again and again."""
+    writer = None
+    with open(path, "wb") as file:
+        for batch in batches:
+            with cache_errors():
+                writer = writer or pa.ipc.new_file(file, batch.schema)
+                writer.write_batch(batch)
+        if writer is not None:
+            writer.close()
+
+    def read() -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            yield from map(reader.get_batch, range(reader.num_record_batches))
+
+    return read
+
+
+def mean_and_sample(batches: Iterable[pa.RecordBatch], num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean of all raw keys, float64 `(raw_dim,)`, and `MAX_WHITENING_ROWS` of them, always the same ones."""
+    chosen = np.zeros(num_rows, dtype=bool)
+    chosen[np.random.default_rng(0).permutation(num_rows)[:MAX_WHITENING_ROWS]] = True
+    keys, total, start = [], 0.0, 0
+    for batch in batches:
+        of_batch = matrix(batch, "key")
+        total += torch.from_numpy(of_batch.astype(np.float64)).sum(dim=0)
+        keys.append(of_batch[chosen[start : start + len(batch)]])
+        start += len(batch)
+    return total / num_rows, torch.from_numpy(np.concatenate(keys))
+
+
+def fit_whitening(raw_keys: torch.Tensor, mean: torch.Tensor, dim: int) -> torch.Tensor:
+    """PCA whitening, through the products of the rows with one another: keys may be wider than there are rows.
+
+    Args:
+        raw_keys: `(rows, raw_dim)`, the raw keys or a sample of them.
+        mean: `(raw_dim,)`, of all raw keys.
+        dim: number of components kept.
+
+    Returns:
+        `(raw_dim, dim)` float32.
+
+    Raises:
+        ValueError: `dim` exceeds the raw width or the rank that so many rows can have.
     """
-    if not work.is_dir():
-        return
-    with scratch_folder(work.parent, f"{work.stem}.new-") as scratch:  # as of the bank, which clears up after a kill
-        for path in work.iterdir():
-            if path.name != SETTINGS_NAME:
-                path.rename(scratch / path.name)
-    shutil.rmtree(work)
-
-
-def _read(work: Path) -> dict:
-    return json.loads((work / SETTINGS_NAME).read_text(encoding="utf-8"))
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Of the tower's weights and settings."""
-    digest = hashlib.sha256(model.config.vision_config.to_json_string().encode())
-    for name, tensor in sorted(model.base_model.vision_tower.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _examples(parts: Parts) -> str:
-    lines = [f"row {row['row']}: {row['reason']}" for row in parts.left_out[:5]]
-    return "\n  ".join([f"{count_kinds(parts.left_out)}:", *lines])
-
-
-def _listed(folder: str | os.PathLike, parts: Parts) -> str:
-    return f", listed in {Path(folder, LEFT_OUT_NAME)}" if parts.left_out else ""
+    rows, width = raw_keys.shape
+    limit = min(width, rows - 1)
+    if not 1 <= dim <= limit:
+        raise ValueError(
+            f"whiten_dim is {dim}, but {rows} rows of {width}-wide keys have at most {limit} components. "
+            f"Pass whiten_dim <= {limit}, or None."
+        )
+    centred = raw_keys - mean.double()
+    variance, scores = torch.linalg.eigh(centred @ centred.T / rows)
+    variance, scores = variance.flip(0)[:dim], scores.flip(1)[:, :dim]
+    floor = variance[0].clamp(min=torch.finfo(torch.float32).tiny) * 1e-6
+    # the directions are centred^T scores / sqrt(rows variance)
+    projection = centred.T @ scores / variance.clamp(min=floor) / rows**0.5
+    return projection.float().contiguous()

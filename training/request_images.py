@@ -1,5 +1,6 @@
-"""Images behind URLs: the user's own, and those that a stranger names in a request to a server."""
+"""Images that a stranger names in a request to a server."""
 
+import base64
 import contextlib
 import http.client
 import ipaddress
@@ -7,36 +8,48 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from io import BytesIO
 from urllib.parse import SplitResult, urlsplit
 
-from huggingface_hub import get_session
+from PIL import Image
 
-MAX_IMAGE_BYTES = 32 * 2**20
-MAX_SECONDS = 20.0
+from ..processing.images import MAX_SECONDS, collect, decode_image
+
 CHUNK_BYTES = 2**16
 # Where the public addresses of IPv6 are, but for those of 6to4, which hold an address of IPv4.
 GLOBAL_IPV6, SIX_TO_FOUR = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("2002::/16")
+# What a stranger may send: PIL hands some formats, EPS say, to other programs.
+REQUEST_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-def download(url: str) -> bytes:
+def load_request_image(url: str, allowed_hosts: Collection[str] = ()) -> Image.Image:
     """
-    What is behind a URL of the user's own: redirects and proxies are followed.
+    Return an image that a stranger names in a request to a server: no file of this machine is read, and nothing is
+    fetched but from a host that was allowed.
 
-    Raises `ValueError`: it cannot be had, not in `MAX_SECONDS`, or is larger than `MAX_IMAGE_BYTES`.
+    Args:
+        url: A `data:image/...;base64,` URL, or one with http or https.
+        allowed_hosts: See [`fetch`].
+
+    Raises:
+        ValueError: it is neither, the host is not allowed, or `decode_image` refuses what is there.
     """
-    deadline = time.monotonic() + MAX_SECONDS
-    try:
-        with get_session().stream("GET", url, timeout=MAX_SECONDS) as response:
-            response.raise_for_status()
-            return _collect(response.iter_bytes(), deadline)  # as they come: to fill a chunk may take for ever
-    except Exception as error:  # of httpx or of its successor, by the version of huggingface_hub
-        raise ValueError(f"{url} cannot be downloaded ({error}), expected the URL of an image") from error
+    if isinstance(url, str) and url.startswith(("http://", "https://")):
+        data = fetch(url, allowed_hosts)
+    elif isinstance(url, str) and url.startswith("data:image/"):
+        try:
+            data = base64.b64decode(url.partition(";base64,")[2], validate=True)
+        except ValueError as error:
+            raise ValueError(f"found {url[:100]!r}, expected base64 after `;base64,` ({error})") from error
+    else:
+        raise ValueError(f"found {str(url)[:100]!r}, expected a data:image/...;base64, URL")
+    return decode_image(BytesIO(data), REQUEST_FORMATS)
 
 
 def fetch(url: str, allowed_hosts: Collection[str]) -> bytes:
     """
-    What is behind a URL that a stranger named, on a host that was allowed.
+    Return what is behind a URL that a stranger named, on a host that was allowed.
 
     The name is looked up once, all its addresses must be public, and the connection goes to one of these: a name that
     changes its address between check and use (DNS rebinding) gains nothing. Redirects and proxies are not followed.
@@ -46,7 +59,7 @@ def fetch(url: str, allowed_hosts: Collection[str]) -> bytes:
         allowed_hosts: Names, exactly; with a port (`"images.example:8080"`) unless it is the scheme's own.
 
     Raises:
-        ValueError: the host is not allowed or not public, or what [`download`] raises it for.
+        ValueError: the host is not allowed or not public, or what is there can't be fetched in time, or is too large.
     """
     try:
         parts = urlsplit(url)
@@ -71,7 +84,7 @@ def fetch(url: str, allowed_hosts: Collection[str]) -> bytes:
 
 
 def _public_address(host: str, port: int) -> str:
-    """An address of a name. Raises `ValueError` unless all that it has are public."""
+    """Return an address of a name; ValueError unless all that it has are public."""
     found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     for text in sorted(found):
         address = ipaddress.ip_address(text)
@@ -86,7 +99,7 @@ def _public_address(host: str, port: int) -> str:
 
 
 def _request(connection: socket.socket, parts: SplitResult, name: str, tls: ssl.SSLContext | None) -> bytes:
-    """GET over a connection that is there already, ended after `MAX_SECONDS` whatever the server does."""
+    """Return what a GET brings over a connection, which ends after `MAX_SECONDS` whatever the server does."""
     deadline = time.monotonic() + MAX_SECONDS
     with connection.dup() as guard:  # a server that sends a byte now and then never makes the socket time out
         watch = threading.Timer(MAX_SECONDS, guard.shutdown, [socket.SHUT_RDWR])
@@ -101,20 +114,6 @@ def _request(connection: socket.socket, parts: SplitResult, name: str, tls: ssl.
                 if response.status != 200:
                     note = ", and redirects are not followed" if 300 <= response.status < 400 else ""
                     raise ValueError(f"the server answers {response.status}{note}")
-                return _collect(iter(lambda: response.read(CHUNK_BYTES), b""), deadline)
+                return collect(iter(lambda: response.read(CHUNK_BYTES), b""), deadline)
         finally:
             watch.cancel()
-
-
-def _collect(chunks: Iterable[bytes], deadline: float) -> bytes:
-    """The chunks in one. Raises `ValueError` when they are too many or come too late."""
-    data = bytearray()
-    for chunk in chunks:
-        data += chunk
-        if len(data) > MAX_IMAGE_BYTES:
-            raise ValueError(f"more than {MAX_IMAGE_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise ValueError(f"not complete after {MAX_SECONDS} seconds")
-    if time.monotonic() > deadline:  # the end may be that of the connection
-        raise ValueError(f"not complete after {MAX_SECONDS} seconds")
-    return bytes(data)

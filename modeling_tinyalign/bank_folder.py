@@ -1,0 +1,240 @@
+"""A memory bank's folder, to share: how it is written and read, and what is checked of other people's."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from .bank_arrays import BankFiles, lay_out, require_bank_packages
+from .bank_format import (
+    BATCH_ROWS,
+    CONFIG_NAME,
+    KEY_ENCODER_NAME,
+    VALUE_ENCODER_NAME,
+    BankConfig,
+    check_file,
+    check_schema,
+    config_schema,
+    file_sha256,
+)
+from .bank_rows import BankRows
+from .files import evict_on_error, fetch
+from .key_encoder import KeyEncoder
+from .value_encoder import ValueEncoder
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+except ImportError:
+    pa = pc = pq = None
+
+SHARD_BYTES = 450_000_000
+BATCH_BYTES = 2**26  # rows are read in batches of about this size
+# Limits for the shards of strangers: of one column of one batch, and of one shard, unpacked.
+MAX_COLUMN_BYTES = 2**29
+MAX_SHARD_BYTES = 2**30
+STATISTICS = ["id", "source_id", "caption"]  # keys and values are never filtered on
+SPLIT_COLUMNS = ["key.list.element", "value.list.element"]
+
+
+@dataclass
+class OpenedFolder:
+    """A bank's folder, or the cached one of a Hub repository, with the config and the key encoder in it."""
+
+    folder: Path
+    repo_id: str | None
+    revision: str | None
+    config: BankConfig
+    key_encoder: KeyEncoder
+    probe_keys: torch.Tensor
+
+
+def open_folder(name_or_path: str | Path, revision: str | None, token: str | bool | None) -> OpenedFolder:
+    """Read a bank's config and key encoder; see `MemoryBank.from_pretrained`."""
+    require_bank_packages()
+    folder, repo_id = Path(name_or_path), None
+    if revision is not None or not folder.is_dir():
+        repo_id = str(name_or_path)
+        folder = fetch(repo_id, CONFIG_NAME, revision, token).parent
+        revision = folder.name
+    config_path, encoder_path = folder / CONFIG_NAME, folder / KEY_ENCODER_NAME
+    with evict_on_error([config_path] if repo_id else []):
+        config = BankConfig.from_json(config_path)
+    if repo_id is not None:
+        for name in (KEY_ENCODER_NAME, VALUE_ENCODER_NAME):
+            fetch(repo_id, name, revision, token)
+    with evict_on_error([config_path, encoder_path] if repo_id else []):
+        check_file(encoder_path, config.sha256.key_encoder)
+        key_encoder, probe_keys = KeyEncoder.load(encoder_path, config.key_encoder, config.key_dim)
+    return OpenedFolder(folder, repo_id, revision, config, key_encoder, probe_keys)
+
+
+def lay_out_folder(opened: OpenedFolder, token: str | bool | None) -> None:
+    """Make the bank's local files of its shards, downloaded if they are on the Hub, unless they are there."""
+    config, files = opened.config, BankFiles(opened.config)
+    if opened.repo_id is None:
+        shard_paths(opened.folder, config.num_shards)
+    if files.exist():
+        return
+    with files.laid_out_once():
+        if files.exist():  # another process was first
+            return
+        fetched = []
+        if opened.repo_id is not None:
+            names = (CONFIG_NAME, *shard_names(config.num_shards))
+            fetched = [fetch(opened.repo_id, name, opened.revision, token) for name in names]
+        with evict_on_error(fetched):
+            lay_out(read_shards(opened.folder, config), config, str(opened.folder / "data"), config.sha256)
+
+
+def write_folder(
+    folder: Path, rows: BankRows, key_encoder: KeyEncoder, probe_keys: torch.Tensor, value_encoder: ValueEncoder
+) -> None:
+    """Write a bank into an empty folder."""
+    config = rows.config
+    bounds = shard_bounds(rows.table, 4 * config.key_dim + 2 * config.value_size)
+    write_shards(folder, rows.batches(), bounds, config.quantized)
+    try:
+        key_encoder.save(folder / KEY_ENCODER_NAME, probe_keys)
+        value_encoder.save_pretrained(folder / "value_encoder")
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"safetensors could not write the encoders: {error}") from error
+    sha256 = replace(
+        config.sha256,
+        key_encoder=file_sha256(folder / KEY_ENCODER_NAME),
+        value_encoder=file_sha256(folder / VALUE_ENCODER_NAME),
+    )
+    replace(config, num_shards=len(bounds) - 1, sha256=sha256).to_json(folder / CONFIG_NAME)
+
+
+def read_shards(folder: Path, config: BankConfig) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a saved bank, shard by shard.
+
+    Raises:
+        ValueError: a shard is missing, is not Parquet, has other columns or more data than declared, or is a bomb.
+    """
+    schema = config_schema(config)
+    paths = shard_paths(folder, config.num_shards)
+    count = size = 0
+    for path in paths:
+        with _readable(path), pq.ParquetFile(path) as shard:
+            check_schema(shard.schema_arrow, schema, str(path))
+            size += unpacked_size(shard.metadata, schema, path)
+            count += shard.metadata.num_rows
+    if count != config.num_rows:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} declares {config.num_rows} rows, but the shards hold {count}. "
+            "Save or download the bank again."
+        )
+    thumbnails = ["thumbnail.bytes", "thumbnail.path"] if "thumbnail" in schema.names else []
+    text = [*config.columns, "source_id", "caption", *thumbnails]
+    row_bytes = size // count + 4 * sum(schema.field(name).type.list_size for name in ("key", "value"))
+    batch_size = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
+    for path in paths:
+        with _readable(path), pq.ParquetFile(path, read_dictionary=text) as shard:
+            for batch in shard.iter_batches(batch_size=batch_size):
+                yield pa.record_batch([_plain(column, path) for column in batch.columns], names=batch.schema.names)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    # pyarrow raises the last three on footers that were tampered with
+    except (pa.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet ({error}). Save or download the bank again.") from error
+
+
+def unpacked_size(footer: pq.FileMetaData, schema: pa.Schema, path: Path) -> int:
+    """Return the bytes of a shard's columns in memory; ValueError, naming it, if that is more than a shard holds."""
+    size = 0
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            name = column.path_in_schema.split(".")[0]
+            expected = group.num_rows * (schema.field(name).type.list_size if name in ("key", "value") else 1)
+            if not 0 <= column.num_values <= expected:
+                raise ValueError(
+                    f"{path}: column {name!r} declares {column.num_values} values for {group.num_rows} rows, expected "
+                    f"{expected}. Save or download the bank again."
+                )
+            size += max(0, column.total_uncompressed_size)
+    if size > MAX_SHARD_BYTES:
+        raise ValueError(f"{path} unpacks to {size} bytes, expected at most {MAX_SHARD_BYTES}. Save the bank again.")
+    return size
+
+
+def _plain(column: pa.Array, path: Path) -> pa.Array:
+    """Return a column without its dictionary, which makes a thousand copies of a long text in a few bytes."""
+    if pa.types.is_struct(column.type):
+        parts = [_plain(part, path) for part in column.flatten()]
+        return pa.StructArray.from_arrays(parts, names=[field.name for field in column.type], mask=column.is_null())
+    if not pa.types.is_dictionary(column.type):
+        return column
+    size = pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    if size > MAX_COLUMN_BYTES:
+        raise ValueError(
+            f"{path}: {len(column)} rows hold {size} bytes of text or pictures, expected at most {MAX_COLUMN_BYTES}. "
+            "Save or download the bank again."
+        )
+    return column.dictionary_decode()
+
+
+def shard_names(num_shards: int) -> list[str]:
+    """Return the names of a bank's Parquet shards, as the Hub and `load_dataset` expect them."""
+    return [f"data/train-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
+
+
+def shard_paths(folder: Path, num_shards: int) -> list[Path]:
+    """Return the Parquet shards, or raise ValueError naming the first that is missing."""
+    paths = [folder / name for name in shard_names(num_shards)]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing. Save or download the bank again.")
+    return paths
+
+
+def write_shards(folder: Path, batches: Iterable[pa.RecordBatch], bounds: Sequence[int], quantized: bool) -> None:
+    """Write `data/train-*.parquet` under `folder`.
+
+    Args:
+        batches: the bank's rows, `BATCH_ROWS` each.
+        bounds: of `shard_bounds`.
+        quantized: the numbers are rounded, and small once their like bytes are next to each other.
+    """
+    (folder / "data").mkdir()
+    options = {"use_dictionary": False, "write_statistics": STATISTICS}
+    if quantized:
+        options |= {"compression": "zstd", "use_byte_stream_split": SPLIT_COLUMNS}
+    rows = iter(batches)
+    for name, (start, stop) in zip(shard_names(len(bounds) - 1), itertools.pairwise(bounds), strict=True):
+        first = next(rows)
+        with pq.ParquetWriter(folder / name, first.schema, **options) as writer:
+            writer.write_batch(first)
+            for _ in range(start + BATCH_ROWS, stop, BATCH_ROWS):
+                writer.write_batch(next(rows))
+
+
+def shard_bounds(table: pa.Table, row_bytes: int) -> list[int]:
+    """Return the first rows of the shards and the end, so that none exceeds `SHARD_BYTES` (unless one batch does).
+
+    Args:
+        table: every column but key and value.
+        row_bytes: key and value of one row.
+    """
+    bounds, size = [0], 0
+    for start in range(0, len(table), BATCH_ROWS):
+        batch = table[start : start + BATCH_ROWS]
+        added = batch.nbytes + row_bytes * len(batch)
+        if size and size + added > SHARD_BYTES:
+            bounds.append(start)
+            size = 0
+        size += added
+    return [*bounds, len(table)]

@@ -1,0 +1,351 @@
+"""What a memory bank is made of: bank_config.json and the columns of its rows, both strictly checked."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError
+
+try:
+    import pyarrow as pa
+except ImportError:
+    pa = None
+
+CONFIG_NAME = "bank_config.json"
+KEY_ENCODER_NAME = "key_encoder.safetensors"
+VALUE_ENCODER_NAME = "value_encoder/model.safetensors"
+LEFT_OUT_NAME = "left_out.jsonl"
+FORMAT_VERSION = 1
+BATCH_ROWS = 1024  # that are read, written and passed on together
+FIXED_COLUMNS = ("id", "source_id", "caption", "key", "value", "thumbnail")
+
+# Limits far above any real bank, and far below what would exhaust a machine: a bank may be anybody's.
+MAX_CONFIG_BYTES = 32 * 2**20
+MAX_SIZE = 65_536  # of keys, of values, of a value's halves
+MAX_GRID = 64  # side of a grid of visual tokens
+MAX_THUMBNAIL = 4096  # side, in pixels
+MAX_PIXELS = 2**22  # numbers in a probe image
+MAX_KEY_NORM = 1.001  # keys are of length 1, as far as float16 can tell
+
+
+def between(low: float, high: float) -> Callable[[object], None]:
+    """Return a validator of numbers; None passes where the field's type allows it."""
+
+    def check(value: float | None) -> None:
+        if value is not None and (isinstance(value, bool) or not low <= value <= high):
+            raise ValueError(f"found {value!r}, expected {low} to {high}")
+
+    return check
+
+
+def check_text(value: str | None) -> None:
+    """Raise ValueError unless the value is a short printable text, or None where the field's type allows it."""
+    if value is not None and not (value.isprintable() and 1 <= len(value) <= 1000):
+        raise ValueError(f"found {value[:80]!r}, expected 1 to 1000 printable characters")
+
+
+def check_digest(value: str | None) -> None:
+    """Raise ValueError unless the value is a sha256, or None where the field's type allows it."""
+    if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"found {value[:80]!r}, expected 64 hex digits")
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Raise ValueError unless these columns of a data set can be kept with a bank's rows."""
+    distinct = {*columns, *FIXED_COLUMNS}
+    if (
+        isinstance(columns, str)
+        or len(distinct) != len(columns) + len(FIXED_COLUMNS)
+        or not all(map(_is_name, columns))
+    ):
+        raise ValueError(
+            f"the columns to keep are {columns!r}, expected a list of printable names, each once, other than "
+            f"{', '.join(FIXED_COLUMNS)}: rename those columns first"
+        )
+
+
+def _is_name(column: str) -> bool:
+    return column.isprintable() and 1 <= len(column) <= 1000
+
+
+def check_image_shape(shape: list[int]) -> None:
+    """Raise ValueError unless the shape is [channels, height, width] of an image that fits in memory."""
+    if len(shape) != 3 or not all(1 <= side <= 4096 for side in shape) or math.prod(shape) > MAX_PIXELS:
+        raise ValueError(f"found {shape[:4]}, expected [channels, height, width], at most {MAX_PIXELS} numbers")
+
+
+@strict
+@dataclass
+class TowerConfig:
+    """The vision tower that a bank was built with: its name, revision and settings, and the images that it takes."""
+
+    name: str = validated_field(check_text)
+    revision: str | None = validated_field(check_text)
+    image_shape: list[int] = validated_field(check_image_shape)
+    config: dict
+    vision_feature_layer: int | list[int]
+    vision_feature_select_strategy: str
+
+
+@strict
+@dataclass
+class KeyEncoderConfig:
+    """Settings of a `KeyEncoder` that are not in its tensors."""
+
+    key_space: Literal["vision", "language"]
+    connector_act: str = validated_field(check_text)
+    vision_pool_size: int | None = validated_field(between(1, MAX_GRID))
+    alpha: float = validated_field(between(0, 1))
+    grid: int = validated_field(between(1, MAX_GRID))
+
+
+@strict
+@dataclass
+class BankHashes:
+    """The sha256 of a bank's parts; None until they are written."""
+
+    keys: str | None = validated_field(check_digest, default=None)
+    values: str | None = validated_field(check_digest, default=None)
+    rows: str | None = validated_field(check_digest, default=None)
+    key_encoder: str | None = validated_field(check_digest, default=None)
+    value_encoder: str | None = validated_field(check_digest, default=None)
+    config: str | None = validated_field(check_digest, default=None)
+
+
+@strict
+@dataclass
+class BankConfig:
+    """The content of bank_config.json.
+
+    Attributes:
+        key_dim, num_latents, latent_dim: sizes of a key and of a value.
+        quantized: keys are rounded to float16 and values to 8 bits.
+        preprocessing: settings of the image processor.
+        value_encoder: sizes of the `ValueEncoder`.
+        columns: what was kept of the source beside image and caption.
+        thumbnail_size: side of the pictures in pixels, or None where there are none.
+        num_left_out: rows of the source that are not in the bank: bad ones, and images that were there already.
+        num_rows, num_shards: rows and Parquet files; 0 until they are written.
+    """
+
+    key_dim: int = validated_field(between(1, MAX_SIZE))
+    num_latents: int = validated_field(between(1, MAX_SIZE))
+    latent_dim: int = validated_field(between(1, MAX_SIZE))
+    quantized: bool
+    tower: TowerConfig
+    preprocessing: dict
+    key_encoder: KeyEncoderConfig
+    value_encoder: dict
+    columns: list[str] = validated_field(check_columns)
+    thumbnail_size: int | None = validated_field(between(1, MAX_THUMBNAIL))
+    versions: dict
+    num_left_out: int = validated_field(between(0, 10**12), default=0)
+    num_rows: int = validated_field(between(0, 10**10), default=0)
+    num_shards: int = validated_field(between(0, 99_999), default=0)
+    sha256: BankHashes = field(default_factory=BankHashes)
+    format_version: int = validated_field(between(FORMAT_VERSION, FORMAT_VERSION), default=FORMAT_VERSION)
+
+    def validate_value_shape(self) -> None:
+        """Raise ValueError unless the values' size is sane and that of the value encoder."""
+        for name in ("num_latents", "latent_dim"):
+            if self.value_encoder.get(name) != vars(self)[name]:
+                raise ValueError(
+                    f"value_encoder.{name} is {self.value_encoder.get(name)!r}, expected {name} = {vars(self)[name]}"
+                )
+        if self.value_size > 16 * MAX_SIZE:
+            raise ValueError(f"num_latents x latent_dim is {self.value_size}, expected at most {16 * MAX_SIZE}")
+
+    @property
+    def value_size(self) -> int:
+        return self.num_latents * self.latent_dim
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.num_latents, self.latent_dim
+
+    @classmethod
+    def from_json(cls, path: Path) -> "BankConfig":
+        """Read a bank_config.json.
+
+        Raises:
+            ValueError: it is missing, not JSON, has fields too many, too few or of a wrong type, is absurd, or was
+                changed since it was written; the file and the field are named.
+        """
+        content = read_json(path)
+        try:
+            config = _parsed(
+                cls, content, {"tower": TowerConfig, "key_encoder": KeyEncoderConfig, "sha256": BankHashes}
+            )
+            if config.num_rows == 0 or config.num_shards == 0 or None in vars(config.sha256).values():
+                raise ValueError(
+                    "num_rows or num_shards is 0, or a sha256 is null: this bank was not written to its end"
+                )
+            if config_sha256(content) != config.sha256.config:
+                raise ValueError(
+                    f"the sha256 of this file's content is {config_sha256(content)}, expected {config.sha256.config}"
+                )
+        except (StrictDataclassError, ValueError) as error:
+            text = " ".join(str(error).split())[:1000]
+            raise ValueError(f"{path}: {text}. Save or download the bank again.") from error
+        return config
+
+    def to_json(self, path: Path) -> None:
+        """Write a bank_config.json with its own sha256; ValueError if it could not be read again."""
+        content = json.loads(json.dumps(dataclasses.asdict(self)))
+        content["sha256"]["config"] = config_sha256(content)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        self.from_json(path)
+
+
+def _parsed(kind: type, content: object, nested: dict[str, type], name: str = "") -> object:
+    """Make a strict dataclass of a JSON object. Raises ValueError for unknown and for missing fields."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{name.rstrip('.')} is {str(content)[:80]!r}, expected an object")
+    fields = {known.name for known in dataclasses.fields(kind)}
+    for key in sorted(fields ^ content.keys()):
+        found = "missing" if key in fields else "unknown: this version of tinyalign-vlm does not read it"
+        raise ValueError(f"the field {name}{key[:80]} is {found}")
+    values = dict(content)
+    for key, part in nested.items():
+        values[key] = _parsed(part, content[key], {}, f"{key}.")
+    return kind(**values)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object, or raise ValueError naming the file: no key twice, no NaN, at most `MAX_CONFIG_BYTES`."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MAX_CONFIG_BYTES}")
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {path.parent} is not a (whole) memory bank.") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}). Save or download the bank again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object. Save the bank again.")
+    return content
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"a key is there twice, among {', '.join(name for name, _ in pairs)[:200]}")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"found {name}, expected numbers that are finite")
+
+
+def config_sha256(content: dict) -> str:
+    """Return the sha256 of all that bank_config.json says but itself, however it is laid out."""
+    hashes = {name: digest for name, digest in content["sha256"].items() if name != "config"}
+    return hashlib.sha256(json.dumps({**content, "sha256": hashes}, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """Refuse a file that is missing or not the one bank_config.json was written for (ValueError naming it)."""
+    found = file_sha256(path) if path.is_file() else "none, the file is missing"
+    if found != sha256:
+        raise ValueError(
+            f"{path}: its sha256 is {found}, but {CONFIG_NAME} says {sha256}. The bank was damaged or changed by "
+            "hand: save or download it again."
+        )
+
+
+# ---------------------------------------------------------------------- columns
+
+
+def row_schema(key_dim: int, value_size: int, thumbnails: bool, kept: Iterable[str]) -> "pa.Schema":
+    """Return the columns of a bank: the fixed ones, then what was `kept` of the source, as text."""
+    fields = [
+        pa.field("id", pa.int64()),
+        pa.field("source_id", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("key", pa.list_(pa.float32(), key_dim)),
+        pa.field("value", pa.list_(pa.float16(), value_size)),
+    ]
+    metadata = None
+    if thumbnails:
+        fields.append(pa.field("thumbnail", pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+        metadata = {"huggingface": json.dumps({"info": {"features": {"thumbnail": {"_type": "Image"}}}})}
+    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in kept)], metadata=metadata)
+
+
+def config_schema(config: BankConfig) -> "pa.Schema":
+    """Return the columns that bank_config.json declares."""
+    return row_schema(config.key_dim, config.value_size, config.thumbnail_size is not None, config.columns)
+
+
+def matrix(batch: "pa.RecordBatch", column: str) -> np.ndarray:
+    """Return a fixed-size-list column as a `(rows, width)` array, without a copy where Arrow allows it."""
+    values = batch.column(column)
+    return values.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), values.type.list_size)
+
+
+def list_column(array: np.ndarray) -> "pa.FixedSizeListArray":
+    """Return a `(rows, width)` array as a fixed-size-list column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+
+
+def check_schema(found: "pa.Schema", expected: "pa.Schema", name: str) -> None:
+    """Refuse columns other than the expected ones (ValueError naming `name` and the column)."""
+    for column in [*expected.names, *found.names]:
+        types = [
+            schema.field(column).type if schema.names.count(column) == 1 else "missing or there twice"
+            for schema in (found, expected)
+        ]
+        if types[0] != types[1]:
+            raise ValueError(
+                f"{name}: column {column!r} is {types[0]}, expected {types[1]}. Save or download the bank again."
+            )
+
+
+def check_batch(batch: "pa.RecordBatch", start: int, name: str) -> None:
+    """Refuse nulls, numbers that are not finite, long keys and malformed ids in the rows `start, start + 1, ...`."""
+
+    def refuse(wrong: Sequence[bool], column: str, found: object, expected: str) -> None:
+        if np.any(wrong):
+            raise ValueError(
+                f"{name}: row {start + int(np.argmax(wrong))} has {column} {found}, expected {expected}. Save or "
+                "download the bank again."
+            )
+
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        raise ValueError(f"{name}: the rows from {start} on are malformed ({error}).") from error
+    for column in ("id", "source_id", "caption", "key", "value"):
+        refuse(batch.column(column).is_null().to_numpy(False), column, "null", "a value")
+    for column in ("key", "value"):
+        if batch.column(column).flatten().null_count:
+            raise ValueError(f"{name}: {column} has nulls from row {start} on, expected numbers. Save the bank again.")
+        refuse(~np.isfinite(matrix(batch, column)).all(axis=1), column, "'NaN or infinity'", "finite numbers")
+    norms = np.linalg.norm(matrix(batch, "key").astype(np.float64), axis=1)
+    refuse(norms > MAX_KEY_NORM, "key", f"of length {norms.max():.3g}", "at most 1, or it would win every search")
+    ids = batch.column("id").to_numpy()
+    wrong = ids != np.arange(start, start + len(batch))
+    refuse(wrong, "id", ids[wrong.argmax()], "the row's number")
+    names = batch.column("source_id").to_pylist()
+    wrong = [not re.fullmatch("[0-9a-f]{32}", source_id) for source_id in names]
+    refuse(wrong, "source_id", repr(names[np.argmax(wrong)][:80]), "32 hex digits")
+    if "thumbnail" in batch.schema.names:
+        paths = batch.column("thumbnail").field("path")
+        refuse(paths.is_valid().to_numpy(False), "thumbnail", "with a path", "pictures inside the bank")

@@ -1,0 +1,383 @@
+"""The base of both models: loaded, saved with or without the models it was composed of, pushed, and given a memory."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import initialization as init
+from transformers.utils import logging
+
+from .composition import check_origins, load_models, unless_local
+from .configuration_tinyalign import TinyAlignConfig
+from .connectors import MemoryConnector, build_lexicon, used_slots
+from .files import WEIGHTS, make_model_card, push_files, resolve_commit
+from .memory_bank import MemoryBank
+from .outputs import TinyAlignRetrieval
+
+logger = logging.get_logger(__name__)
+
+CONNECTORS = r"^(model\.)?(memory_)?connector\."
+
+# What a broken config.json or broken weights make transformers raise, beside ValueError and OSError.
+BROKEN = (
+    SafetensorError,
+    StrictDataclassError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+)
+
+
+class TinyAlignPreTrainedModel(PreTrainedModel):
+    config: TinyAlignConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    # They are small, train in float32, and read and write whatever dtype the frozen parts have. The second line is
+    # for half precision, the first for quantizers, which match whole names; a baseline has no memory_connector.
+    _keep_in_fp32_modules = {r"(?:.*\.)?(?:memory_)?connector"}
+    _keep_in_fp32_modules_strict = {r"(?:memory_)?connector"}
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The attached bank; of TinyAlignForConditionalGeneration it is that of its base model.
+    _memory_bank: MemoryBank | None = None
+
+    def __init__(self, config: TinyAlignConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.connectors_only:  # from_pretrained gets them from elsewhere
+            self._keys_to_ignore_on_load_missing = {"vision_tower", "language_model", "lm_head"}
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        """Connectors alone have no weights to tie: what is missing is no sign of a corrupted checkpoint."""
+        super().tie_weights(None if self.config.connectors_only else missing_keys, recompute_mapping)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MemoryConnector):
+            init.normal_(module.null_latents, std=0.02)
+            init.zeros_(module.slot_embedding)
+            if module.lexicon_bias is not None:  # as for words without tokens
+                init.zeros_(module.lexicon_keys)
+                init.zeros_(module.lexicon_bias)
+                init.constant_(module.lexicon_tokens, -1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider of the two models' dtypes: a checkpoint is saved as of this dtype, and nothing may be lost."""
+        return torch.promote_types(self.base_model.vision_tower.dtype, self.base_model.language_model.dtype)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
+        """
+        As of every model, but weights are read from safetensors only, never from pickles. Where there are connectors
+        alone, vision tower and language model are loaded from the checkpoints that the config names.
+
+        Raises:
+            ValueError: The checkpoint's config or weights are broken, or `use_safetensors=False` is asked for; or its
+                connectors are of other models.
+            OSError: A model that the config names cannot be had.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors is False, but TinyAlign reads no pickles: save as safetensors first.")
+        try:
+            loaded = super().from_pretrained(
+                pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True}
+            )
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if model.config.connectors_only:
+                load_models(model, kwargs)
+            return loaded
+        except BROKEN as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no TinyAlign model: its config.json or its weights are "
+                f"broken, or an argument is wrong ({type(error).__name__}: {error})."
+            ) from error
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        connectors_only: bool = False,
+        state_dict: dict | None = None,
+        **kwargs,
+    ):
+        """
+        Saves weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank.
+
+        Args:
+            connectors_only: Save no weights but the connectors'. `from_pretrained` takes vision tower and language
+                model from the checkpoints, at the commits, that the model was composed of.
+
+        Raises:
+            ValueError: `connectors_only`, but vision tower or language model were trained, or their checkpoints are
+                not known.
+        """
+        if connectors_only:
+            check_origins(self.config)
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in state_dict.items() if re.search(CONNECTORS, name)}
+        self.config.auto_map = {
+            "AutoConfig": "configuration_tinyalign.TinyAlignConfig",
+            "AutoModel": "modeling_tinyalign.TinyAlignModel",
+            "AutoModelForImageTextToText": "modeling_tinyalign.TinyAlignForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_tinyalign.TinyAlignForConditionalGeneration",
+        }
+        bank = self.base_model._memory_bank
+        if bank is not None:  # it may have been pushed since it was attached
+            self.config.memory_bank, self.config.memory_bank_revision = bank.repo_id, bank.revision
+        memory_bank, revision = self.config.memory_bank, self.config.memory_bank_revision
+        if memory_bank is not None and os.path.exists(memory_bank):
+            logger.warning(
+                f"config.memory_bank is a local path ({memory_bank}) and is not saved: push the bank to the Hub and "
+                "set config.memory_bank to its repository, or attach it again after loading."
+            )
+            self.config.memory_bank = self.config.memory_bank_revision = None
+        vision_model, language_model = self.config.vision_model, self.config.language_model
+        if not connectors_only:
+            self.config.vision_model, self.config.language_model = map(unless_local, (vision_model, language_model))
+        self.config.connectors_only = connectors_only
+        try:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.memory_bank, self.config.memory_bank_revision = memory_bank, revision
+            self.config.vision_model, self.config.language_model = vision_model, language_model
+            self.config.connectors_only = False
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload model",
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        token: str | bool | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        """
+        As of every model, and: the config names the attached bank's repository, pinned to its commit; weights of an
+        earlier push that are not overwritten are deleted; a repository without a card gets one without blanks.
+
+        Args:
+            kwargs: `private`, `revision`, `create_pr`, `commit_description`.
+        """
+        self.base_model.pin_memory_bank(token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            _, commit = push_files(
+                {path.name: path for path in Path(folder).iterdir()},
+                repo_id,
+                "model",
+                replaced=WEIGHTS,
+                make_card=lambda name: make_model_card(name, self.config, tags or []),
+                commit_message=commit_message,
+                token=token,
+                **kwargs,
+            )
+        return commit
+
+    # ------------------------------------------------------------------ memory
+
+    @property
+    def memory_bank(self) -> MemoryBank | None:
+        """The attached bank. If there is none, `config.memory_bank` is loaded and attached, when that is set."""
+        if self.base_model._memory_bank is None and self.config.memory_bank is not None:
+            self.attach_memory_bank(self.config.memory_bank, self.config.memory_bank_revision)
+        return self.base_model._memory_bank
+
+    def attach_memory_bank(
+        self, bank: MemoryBank | str | os.PathLike, revision: str | None = None, check_probes: bool = True
+    ):
+        """
+        Retrieve from this bank from now on. It is no part of the weights; its Hub repository, if any, goes into the
+        config.
+
+        Args:
+            bank (`MemoryBank` or `str`): A bank, or the folder or dataset repository of one.
+            revision (`str`, *optional*): Revision of the repository.
+            check_probes (`bool`, *optional*, defaults to `True`): `False` takes a bank of another vision tower too, as
+                [`MemoryBank.for_any_tower`].
+
+        Raises:
+            ValueError: The bank has other latents or keys than the model, is too small, or is of another vision tower.
+        """
+        if isinstance(bank, (str, os.PathLike)):
+            bank = MemoryBank.from_pretrained(bank, revision=revision)
+        config = self.config
+        found = (*bank.config.value_shape, bank.config.key_encoder.key_space)
+        expected = (config.num_latents, config.latent_dim, config.key_space)
+        if found != expected:
+            raise ValueError(
+                f"The bank has (num_latents, latent_dim, key_space) = {found}, the model expects {expected}. Build a "
+                "bank for this model, or use the model the bank was built for."
+            )
+        if len(bank) < config.num_neighbours:
+            raise ValueError(
+                f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.num_neighbours}: add rows."
+            )
+        if not check_probes:
+            bank = bank.for_any_tower()
+        if not bank.any_tower:
+            bank.check_probes(self)
+        self.base_model._memory_bank = bank
+        config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
+
+    def pin_memory_bank(self, token: str | bool | None = None):
+        """
+        Writes the bank's repository and its commit into the config, as `push_to_hub` does.
+
+        Raises:
+            OSError: The Hub has no such bank, or can't be asked.
+        """
+        config, bank = self.config, self.base_model._memory_bank
+        if bank is not None:
+            config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
+        if bank is not None and bank.repo_id is None:
+            logger.warning(
+                "The attached memory bank is not on the Hub, so the config names none: push it first "
+                "(bank.push_to_hub), or attach it again after loading."
+            )
+        elif config.memory_bank is not None and not os.path.isdir(config.memory_bank):
+            config.memory_bank_revision = resolve_commit(config.memory_bank, config.memory_bank_revision, token)
+
+    def detach_memory_bank(self):
+        """Forgets the bank, also the one that `config.memory_bank` names."""
+        self.base_model._memory_bank = self.config.memory_bank = self.config.memory_bank_revision = None
+
+    def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank):
+        """Teach the memory connector the words of a bank; see [`connectors.build_lexicon`]."""
+        build_lexicon(self.base_model, tokenizer, bank.captions, bank.value_encoder)
+
+    def require_bank(self) -> MemoryBank:
+        """Return the bank; ValueError if there is none."""
+        bank = self.memory_bank
+        if bank is None:
+            raise ValueError(
+                f"This model uses {self.config.num_neighbours} neighbours an image, but no memory bank is attached "
+                "and no memory_values were given. Call model.attach_memory_bank(folder_or_repository), or pass "
+                "memory='off' to do without."
+            )
+        return bank
+
+    @torch.no_grad()
+    def retrieve(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+        top_k: int | None = None,
+        exclude_ids: list | None = None,
+    ) -> TinyAlignRetrieval:
+        """
+        The `top_k` (default: as many as the model uses) neighbours of each image; inputs as [`get_image_features`].
+        Those below `config.retrieval_threshold` have id -1, and neither caption nor source.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Pass exactly one of pixel_values and vision_features.")
+        if vision_features is None:
+            vision_features = self.get_vision_features(pixel_values)
+        top_k = self.config.num_neighbours if top_k is None else top_k
+        bank = self.require_bank()
+        keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
+        scores, ids = bank.search(keys, top_k, exclude=exclude_ids)
+        ids, _ = used_slots(ids, scores, self.config.retrieval_threshold)
+        rows = [[neighbour for neighbour in row if neighbour is not None] for row in bank.rows(ids)]
+        return TinyAlignRetrieval(
+            scores=scores,
+            ids=ids,
+            captions=[[neighbour["caption"] for neighbour in row] for row in rows],
+            source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
+        )
+
+    def check_top_k(self):
+        """Raise ValueError if `config.memory_top_k` was changed and the memory connector can't follow."""
+        config = self.config
+        if config.memory_top_k != self._built_top_k and (config.memory_fusion == "channel" or self._built_top_k == 0):
+            raise ValueError(
+                f"config.memory_top_k is {config.memory_top_k}, but the model was made for {self._built_top_k} "
+                "neighbours, and only memory_fusion='sequence' reads another number of them: set it back, or make and "
+                "train a model with the new number."
+            )
+
+    def no_memory(self, n: int) -> dict[str, torch.Tensor]:
+        """Return memory values, ids and scores for `n` images that nothing was retrieved for."""
+        shape = (n, self.config.memory_top_k)
+        return {
+            "memory_ids": torch.full(shape, -1),
+            "memory_values": torch.zeros(*shape, self.config.num_latents, self.config.latent_dim),
+            "memory_scores": torch.full(shape, -torch.inf),
+        }
+
+    def look_up(
+        self,
+        queries: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+        memory_ids: torch.LongTensor | None,
+        memory_scores: torch.Tensor | None,
+        exclude_ids: list | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """Return memory values, ids and scores: of these rows of the bank, or of the nearest to the queries."""
+        self.check_top_k()
+        bank = self.require_bank()
+        if memory_ids is None:
+            keys = bank.encode_queries(*queries)
+            memory_scores, memory_ids = bank.search(keys, self.config.memory_top_k, exclude=exclude_ids)
+        memory_ids = torch.as_tensor(memory_ids)
+        return {
+            "memory_ids": memory_ids,
+            "memory_values": bank.gather(memory_ids),
+            "memory_scores": memory_scores,
+        }
+
+    # ------------------------------------------------------------------ placeholders
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return `(batch, sequence)`, True where an image token goes."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        if inputs_embeds is None:
+            raise ValueError("Pass input_ids or inputs_embeds, the prompt made by the processor, with the images.")
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+    def check_placeholders(self, mask: torch.Tensor, features: list[torch.Tensor]):
+        """Raise ValueError unless each row has its images' placeholders: two wrong rows could cancel out."""
+        size = len(features[0])
+        found = mask.sum(1).tolist()
+        for row, count in enumerate(found):
+            if count % size:
+                raise ValueError(
+                    f"Row {row} has {count} image placeholders (token {self.config.image_token_id}), expected a "
+                    f"multiple of {size}: {self.config.image_seq_length} visual + "
+                    f"{size - self.config.image_seq_length} memory tokens an image. Make the prompt with the "
+                    "processor saved with this model, and do not truncate it."
+                )
+        images = [count // size for count in found]
+        if sum(images) != len(features):
+            raise ValueError(
+                f"The rows have placeholders for {images} images, {sum(images)} in all, but {len(features)} images "
+                "were given. Pass one image for each."
+            )
+
+    def check_no_placeholders(self, mask: torch.Tensor):
+        """Raise ValueError if there is a place for an image: none was given."""
+        if mask.any():
+            raise ValueError(
+                f"The rows have {mask.sum(1).tolist()} image placeholders (token {self.config.image_token_id}), but "
+                "no image was given: pass pixel_values or vision_features."
+            )

@@ -1,0 +1,332 @@
+"""Images with captions, made into the rows of a memory bank: the one way in which rows are made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, ProcessorMixin
+
+from .bank_arrays import require_bank_packages
+from .bank_format import MAX_THUMBNAIL, check_columns, list_column, matrix, row_schema
+from .key_encoder import KeyEncoder
+from .value_encoder import ValueEncoder
+
+try:
+    import pyarrow as pa
+    from PIL import Image
+except ImportError:
+    pa = Image = None
+
+DUPLICATE = "duplicate"
+
+
+class BadRow(ValueError):
+    """A row that cannot be in a bank.
+
+    Args:
+        kind: two or three words, "broken image" say, that such rows are counted by.
+        text: what was found and what was expected.
+    """
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(kind, text)
+        self.kind, self.text = kind, text
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+@dataclass(frozen=True)
+class LeftOutRow:
+    """A row of a data set, by its number, that was left out, and why: `"kind: text"`."""
+
+    row: int
+    reason: str
+
+
+@dataclass
+class BankRow:
+    """A row that was read and is good.
+
+    Attributes:
+        number: which row of the data set it is.
+        image: RGB.
+        source_id: of `image_source_id`.
+        kept: the values of the columns to keep.
+    """
+
+    number: int
+    image: Image.Image
+    source_id: str
+    caption: str
+    kept: list[str | None]
+
+
+@dataclass
+class RowReader:
+    """Reads rows that are dictionaries with an image (PIL, path, bytes, `{"bytes", "path"}`) and a caption.
+
+    Attributes:
+        decode_image: returns an RGB image, or raises ValueError.
+        keep_columns: other columns to keep, as text.
+    """
+
+    decode_image: Callable[[Any], Image.Image]
+    image_column: str = "image"
+    caption_column: str = "caption"
+    keep_columns: Sequence[str] = ()
+
+    def __call__(self, number: int, row: dict) -> BankRow:
+        """Return a row.
+
+        Raises:
+            BadRow: its image or its caption cannot be used.
+            ValueError: it is no dictionary, or lacks a column, as all others will.
+        """
+        self._check_columns(number, row)
+        caption = row[self.caption_column]
+        if row[self.image_column] is None:
+            raise BadRow("missing image", "there is no image, expected a PIL image, bytes or a path")
+        try:
+            image = self.decode_image(row[self.image_column])
+        except ValueError as error:
+            raise BadRow("broken image", str(error)) from error
+        if not isinstance(caption, str) or not caption.strip():
+            raise BadRow("no caption", f"the caption is {caption!r}, expected text")
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow("no caption", f"the caption has half a surrogate pair ({error})") from error
+        kept = [None if row[column] is None else str(row[column]) for column in self.keep_columns]
+        return BankRow(number, image, image_source_id(image), caption, kept)
+
+    def _check_columns(self, number: int, row: dict) -> None:
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"Row {number} of the dataset is a {type(row).__name__}, expected a dict of columns. Of a "
+                'DatasetDict, pass one split: dataset["train"].'
+            )
+        for name, column in (("caption_column", self.caption_column), ("image_column", self.image_column)):
+            if column not in row:
+                raise ValueError(
+                    f"The dataset has no column {column!r} (row {number}); its columns are {sorted(row)}. A memory "
+                    f"bank needs an image and a caption per row: pass {name}=..., the name of that column."
+                )
+        for column in self.keep_columns:
+            if column not in row:
+                raise ValueError(f"The dataset has no column {column!r} to keep; its columns are {sorted(row)}.")
+
+
+@dataclass
+class RowEncoder:
+    """Encodes rows of a data set, batch by batch, into record batches of a bank.
+
+    Attributes:
+        read_row: reads a row, as `RowReader` does.
+        keep_columns: names of what it keeps.
+        skip_bad_rows: leave bad rows out instead of raising ValueError.
+        seen: names of images, 16 bytes each, whose rows are left out as duplicates; those of the rows are added. None
+            keeps duplicates.
+        vision_features: `(rows of the data set, tokens, width)`, to skip the tower where they are known.
+        next_id: the id that the next row gets.
+        left_out: rows that were left out so far.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    value_encoder: ValueEncoder
+    key_encoder: KeyEncoder
+    read_row: Callable[[int, Any], BankRow]
+    keep_columns: Sequence[str] = ()
+    batch_size: int = 32
+    thumbnail_size: int | None = 64
+    skip_bad_rows: bool = False
+    seen: set[bytes] | None = field(default_factory=set)
+    vision_features: torch.Tensor | np.ndarray | None = None
+    next_id: int = 0
+    left_out: list[LeftOutRow] = field(default_factory=list)
+
+    def __post_init__(self):
+        require_bank_packages()
+        check_row_settings(self.keep_columns, self.batch_size, self.thumbnail_size)
+        check_latents(self.value_encoder, self.model)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the record batches; the keys are raw."""
+        config = self.value_encoder.config
+        thumbnails = self.thumbnail_size is not None
+        return row_schema(
+            self.key_encoder.mean.numel(), config.num_latents * config.latent_dim, thumbnails, self.keep_columns
+        )
+
+    def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
+        """Encode numbered rows, as the data set stores them, into record batches with raw keys.
+
+        Raises:
+            ValueError: a row is bad, or gets a key or value that is not finite (its number is named).
+        """
+        chunk = []
+        for row in self.good_rows(rows):
+            chunk.append(row)
+            if len(chunk) == self.batch_size:
+                yield self.encode(chunk)
+                chunk = []
+        if chunk:
+            yield self.encode(chunk)
+
+    def good_rows(self, rows: Iterable[tuple[int, Any]]) -> Iterator[BankRow]:
+        """Yield the rows that are to be in the bank; the others raise, or are added to `left_out`."""
+        for number, stored in rows:
+            try:
+                row = self.read_row(number, stored)
+            except BadRow as error:
+                if not self.skip_bad_rows:
+                    raise ValueError(
+                        f"Row {number} of the dataset: {error}. Repair or remove it, or pass skip_bad_rows=True to "
+                        "leave such rows out and have them listed in bank.left_out."
+                    ) from error
+                self.left_out.append(LeftOutRow(number, str(error)))
+                continue
+            name = bytes.fromhex(row.source_id)
+            if self.seen is not None and name in self.seen:
+                text = "the image, pixel for pixel, is that of an earlier row"
+                self.left_out.append(LeftOutRow(number, f"{DUPLICATE}: {text}"))
+                continue
+            if self.seen is not None:
+                self.seen.add(name)
+            yield row
+
+    @torch.no_grad()
+    def encode(self, rows: list[BankRow]) -> pa.RecordBatch:
+        """Encode one batch.
+
+        Raises:
+            ValueError: a key or value is not finite (the row is named).
+        """
+        pixels = None
+        if self.vision_features is None or self.value_encoder.config.image_input == "pixels":
+            images = self.processor.image_processor(images=[row.image for row in rows], return_tensors="pt")
+            pixels = images["pixel_values"]
+        if self.vision_features is None:
+            features = self.model.get_vision_features(pixels)
+        else:
+            features = torch.stack([torch.as_tensor(self.vision_features[row.number]) for row in rows])
+        captions = [row.caption for row in rows]
+        ids, mask = self._caption_ids(captions, features.device)
+        keys = self.key_encoder.to(features.device).raw_keys(features, ids, mask).cpu()
+        images = pixels if self.value_encoder.config.image_input == "pixels" else features
+        values = self.value_encoder.encode(images, captions).float().cpu().half()
+        for name, tensor in (("key", keys), ("value", values)):
+            finite = tensor.flatten(1).isfinite().all(dim=1)
+            if not finite.all():
+                raise ValueError(
+                    f"Row {rows[int(finite.int().argmin())].number} of the dataset gets a {name} that is NaN or "
+                    "infinite in the bank's precision. Check the vision tower and the value encoder; float16 towers "
+                    "overflow."
+                )
+        return self._record_batch(rows, keys.numpy(), values.flatten(1).numpy())
+
+    def _record_batch(self, rows: list[BankRow], keys: np.ndarray, values: np.ndarray) -> pa.RecordBatch:
+        columns = [
+            pa.array(range(self.next_id, self.next_id + len(rows)), pa.int64()),
+            pa.array([row.source_id for row in rows]),
+            pa.array([row.caption for row in rows]),
+            list_column(keys),
+            list_column(values),
+        ]
+        if self.thumbnail_size is not None:
+            small = [{"bytes": thumbnail_bytes(row.image, self.thumbnail_size), "path": None} for row in rows]
+            columns.append(pa.array(small, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+        for number in range(len(self.keep_columns)):
+            columns.append(pa.array([row.kept[number] for row in rows], pa.string()))
+        self.next_id += len(rows)
+        return pa.record_batch(columns, schema=self.schema)
+
+    def _caption_ids(
+        self, captions: list[str], device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return token ids and mask `(batch, length)` of the captions, in language space only."""
+        if self.key_encoder.token_embeddings is None:
+            return None, None
+        ids = [self.processor.tokenizer(caption, add_special_tokens=False)["input_ids"] for caption in captions]
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], True)
+        padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], True)
+        return padded.to(device), mask.to(device)
+
+
+def finished(batches: Iterable[pa.RecordBatch], key_encoder: KeyEncoder) -> Iterator[pa.RecordBatch]:
+    """Yield the batches with raw keys made into keys."""
+    for batch in batches:
+        keys = key_encoder.finish(torch.tensor(matrix(batch, "key"))).numpy()
+        yield batch.set_column(batch.schema.names.index("key"), "key", list_column(keys))
+
+
+def undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:
+    """Return a Hub data set whose images are read here, so that a corrupt one can be named and left out."""
+    try:
+        import datasets
+    except ImportError:
+        return dataset
+    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        if isinstance((dataset.features or {}).get(image_column), datasets.Image):
+            return dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset
+
+
+def check_row_settings(keep_columns: Sequence[str], batch_size: int, thumbnail_size: int | None) -> None:
+    """Raise ValueError for what no bank can be built with."""
+    check_columns(keep_columns)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 or more.")
+    if thumbnail_size is not None and not 1 <= thumbnail_size <= MAX_THUMBNAIL:
+        raise ValueError(f"thumbnail_size is {thumbnail_size}, expected 1 to {MAX_THUMBNAIL} pixels, or none.")
+
+
+def check_latents(value_encoder: ValueEncoder, model: PreTrainedModel) -> None:
+    """Refuse a value encoder whose latents are not of the shape the model reads (ValueError with both shapes)."""
+    found = (value_encoder.config.num_latents, value_encoder.config.latent_dim)
+    expected = (model.config.num_latents, model.config.latent_dim)
+    if found != expected:
+        raise ValueError(
+            f"The value encoder makes latents of shape {found}, but the model expects {expected}. Give both the same "
+            "num_latents and latent_dim."
+        )
+
+
+def image_source_id(image: Image.Image) -> str:
+    """Return the name of an RGB image: the first 32 hex digits of the sha256 of its size and pixels.
+
+    The same picture gets the same name whatever its file name or lossless format.
+    """
+    return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()[:32]
+
+
+def thumbnail_bytes(image: Image.Image, size: int) -> bytes:
+    """Return a JPEG of an RGB image that fits in `size` x `size` pixels."""
+    small, buffer = image.copy(), BytesIO()
+    small.thumbnail((size, size))
+    small.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def read_thumbnail(content: bytes | None) -> Image.Image:
+    """Return the picture that a bank keeps of a row; ValueError if it is missing, broken or huge."""
+    try:
+        image = Image.open(BytesIO(content or b""), formats=("JPEG", "PNG"))  # `datasets` makes PNG of some
+        if max(image.size) > MAX_THUMBNAIL:
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
+        return image.convert("RGB")
+    # PIL and its codecs raise OSError, SyntaxError, struct.error and others on broken files
+    except Exception as error:
+        raise ValueError(
+            f"A thumbnail of the memory bank cannot be read ({type(error).__name__}: {error}), expected a JPEG or PNG "
+            f"of at most {MAX_THUMBNAIL} x {MAX_THUMBNAIL} pixels. Save or download the bank again."
+        ) from error

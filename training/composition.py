@@ -1,0 +1,136 @@
+"""Composing a TinyAlign model from a vision checkpoint and a language-model checkpoint."""
+
+import os
+from dataclasses import fields
+from difflib import get_close_matches
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file, extract_commit_hash, logging
+
+from ..modeling_tinyalign.composition import DOWNLOAD_KWARGS, HUB_KWARGS, add_rows, load_vision_tower
+from ..modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
+from ..modeling_tinyalign.connectors import Connector, MemoryConnector, pool_grid, read_vision_tower
+
+logger = logging.get_logger(__name__)
+
+
+def compose(
+    model_class: type[PreTrainedModel],
+    vision_name_or_path: str,
+    text_name_or_path: str,
+    image_token: str,
+    vision_kwargs: dict | None,
+    text_kwargs: dict | None,
+    config_kwargs: dict,
+) -> PreTrainedModel:
+    """See `TinyAlignForConditionalGeneration.from_vision_text_pretrained`."""
+    _check_names(config_kwargs)
+    vision_tower, vision_info = load_vision_tower(vision_name_or_path, vision_kwargs or {})
+    language_model, image_token_id, text_report = _load_language_model(
+        text_name_or_path, image_token, text_kwargs or {}
+    )
+    lm_head = language_model.get_output_embeddings()
+    config = TinyAlignConfig(
+        **{
+            "vision_config": vision_tower.config,
+            "text_config": language_model.config,
+            "image_token_id": image_token_id,
+            "lm_head_bias": lm_head.bias is not None,
+            **_origin("vision_model", vision_name_or_path, vision_kwargs or {}),
+            **_origin("language_model", text_name_or_path, text_kwargs or {}),
+            **_measure(vision_tower, config_kwargs),
+            **config_kwargs,
+        }
+    )
+
+    with torch.device("meta"):  # both halves are there already
+        model = model_class(config)
+    model.model.vision_tower = vision_tower
+    model.model.language_model = language_model.base_model
+    model.lm_head = lm_head
+    hidden_size = config.text_config.hidden_size
+    model.model.connector = Connector(
+        config.vision_feature_size, config.connector_size or hidden_size, hidden_size, config.projector_hidden_act
+    )
+    model.model.connector.apply(model._init_weights)
+    new = ["connector"]
+    if config.memory_top_k > 0:
+        model.model.memory_connector = MemoryConnector(config)
+        model.model.memory_connector.apply(model._init_weights)
+        new.append("memory_connector")
+    model.generation_config = language_model.generation_config
+    model.generation_config.suppress_tokens = [image_token_id]
+    vision_report = _missing(vision_name_or_path, vision_info)
+    logger.warning(f"Not from a checkpoint, train before use: {', '.join(new)} (random){text_report}{vision_report}.")
+    return model.eval()
+
+
+def _check_names(config: dict):
+    """A config keeps whatever it is given: a mistyped field would be the default, unnoticed. Raises `ValueError`."""
+    known = [field.name for field in fields(TinyAlignConfig)] + ["top_k", "attn_implementation"]
+    for name in config:
+        if name not in known:
+            close = " or ".join(get_close_matches(name, known)) or "a setting of one of the models"
+            raise ValueError(
+                f"{name} is no field of TinyAlignConfig, did you mean {close}? What is meant for from_pretrained of "
+                "the two models goes into vision_kwargs and text_kwargs."
+            )
+
+
+def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> tuple[PreTrainedModel, int, str]:
+    """The language model with a row for the image token, the token's id, and what was missing or is new."""
+    hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_kwargs)
+    model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    image_token_id = tokenizer.get_vocab().get(image_token, len(tokenizer))
+    report = _missing(name_or_path, info)
+    rows = model.get_input_embeddings().num_embeddings
+    if image_token_id >= rows:
+        add_rows(model, image_token_id + 1)
+        report = f", embedding row {rows} for {image_token} (mean of the others){report}"
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    end_of_turn = tokenizer.get_vocab().get("<|im_end|>")  # which the processor's template teaches to base models, too
+    if end_of_turn is not None:
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if end_of_turn not in ends:
+            model.generation_config.eos_token_id = [*ends, end_of_turn]
+    return model, image_token_id, report
+
+
+def _origin(name: str, name_or_path: str, kwargs: dict) -> dict:
+    """The fields of [`TinyAlignConfig`] that say where a part is from; none for one that its name does not find."""
+    if {"gguf_file", "subfolder"} & kwargs.keys():
+        return {}
+    if os.path.isdir(name_or_path):
+        return {name: os.path.abspath(name_or_path)}
+    location = {key: kwargs[key] for key in (*DOWNLOAD_KWARGS, "revision") if key in kwargs}
+    commit = extract_commit_hash(cached_file(name_or_path, "config.json", **location), None)  # its folder's name
+    return {name: str(name_or_path), f"{name}_revision": commit}
+
+
+def _missing(name_or_path: str, info: dict) -> str:
+    keys = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    return f", {len(keys)} weights that {name_or_path} lacks ({', '.join(keys)}; random)" if keys else ""
+
+
+def _measure(vision_tower: PreTrainedModel, config: dict) -> dict:
+    """Number and width of the visual features, by running the tower once on zeros."""
+    image_size = vision_tower.config.to_dict().get("image_size")
+    if image_size is None:
+        raise ValueError(
+            f"A {vision_tower.config.model_type} config has no image_size: use a tower that has one, or build a "
+            "TinyAlignConfig with image_seq_length and vision_feature_size yourself."
+        )
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    with torch.no_grad():
+        features, _ = read_vision_tower(
+            vision_tower,
+            torch.zeros(1, vision_tower.config.num_channels, height, width),
+            config.get("vision_feature_layer", TinyAlignConfig.vision_feature_layer),
+            config.get("vision_feature_select_strategy", TinyAlignConfig.vision_feature_select_strategy),
+        )
+    pooled = pool_grid(features, config.get("vision_pool_size"))
+    return {"image_seq_length": pooled.shape[1], "vision_feature_size": features.shape[2]}
