@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ..modeling_tinyalign.bank_folders import sync
+from ..modeling_tinyalign.files import sync
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the last: faiss's
 

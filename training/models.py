@@ -29,7 +29,7 @@ def load_model(config: RunArguments, bank: MemoryBank | None) -> tuple[PreTraine
         raise ValueError(
             "No model: set `model` (a TinyAlign checkpoint), or `vision_model` and `language_model` to compose one."
         )
-    fields = {} if bank is None else {"latents_per_word": bank.config["value_encoder"]["latents_per_word"]}
+    fields = {} if bank is None else {"latents_per_word": bank.config.value_encoder["latents_per_word"]}
     try:
         model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
             config.vision_model, config.language_model, **{**fields, **model_fields(config)}
@@ -128,7 +128,7 @@ def attach_bank(
             "`memory_bank`, or `model_kwargs: {memory_top_k: 0}` for the baseline."
         )
     model.attach_memory_bank(bank)
-    padded = bank.config["preprocessing"].get("do_pad"), processor.image_processor.to_dict().get("do_pad")
+    padded = bank.config.preprocessing.get("do_pad"), processor.image_processor.to_dict().get("do_pad")
     if bool(padded[0]) != bool(padded[1]):
         logger.warning(
             f"Images are {'padded to a square' if padded[1] else 'not padded'}, but those of the bank were "

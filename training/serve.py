@@ -11,7 +11,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..modeling_tinyalign import TinyAlignForConditionalGeneration
 from ..processing import TinyAlignProcessor
-from ..processing.image_loading import load_request_image
+from .request_images import load_request_image
 
 if not is_serve_available():
     raise ImportError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from ...processing.image_fetching import MAX_IMAGE_BYTES, MAX_SECONDS
+from ...processing.images import MAX_IMAGE_BYTES, MAX_SECONDS
 from .bank import add_bank_commands, run_bank_command
 
 TRAIN_HELP = """

@@ -7,15 +7,8 @@ import torch
 from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.bank_rows import BankRows
-from ...processing.chat_templates import add_captions
-
-
-class BadRow(ValueError):
-    """A row that cannot be trained on. `kind` is one of a few words (`"empty answer"`), the message says more."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
+from ...modeling_tinyalign.row_encoder import BadRow
+from ...processing import add_captions
 
 
 def to_messages(prompt: str, answer: str) -> list[dict]:

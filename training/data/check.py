@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from ...modeling_tinyalign.bank_storage import cache_root
+from ...modeling_tinyalign.bank_arrays import cache_root
 from ..arguments.alignment import Stage1Config
 from ..arguments.files import parse_settings, read_config
 from ..arguments.run_arguments import RunArguments

@@ -10,8 +10,8 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from ...modeling_tinyalign.bank_images import load_image
 from ...modeling_tinyalign.memory_bank import MemoryBank
+from ...processing.images import decode_image
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, name_row, query_inputs, with_captions
 from .memory_dropout import MemoryDropout
 
@@ -54,7 +54,7 @@ class TrainingCollator:
     ):
         self.processor = processor
         self.vision_features = vision_features
-        self.bank = None if bank is None else bank.without_encoders()
+        self.bank = None if bank is None else bank.store
         self.max_length, self.truncation = max_length, truncation
         self.dropout, self.prompt_captions = dropout, prompt_captions
         self.name_rows = name_rows
@@ -188,7 +188,7 @@ def _load_images(row: dict[str, Any]) -> list[Image.Image]:
     loaded = []
     for image in images_of(row):
         try:
-            loaded.append(load_image(image))
+            loaded.append(decode_image(image))
         except ValueError as error:
             path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
             raise ValueError(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from ...modeling_tinyalign.bank_images import load_image
+from ...processing.images import decode_image
 
 logger = logging.get_logger(__name__)
 
@@ -102,7 +102,7 @@ def undecoded(images: Sequence[Any]) -> Sequence[Any]:
 def read_image(images: Sequence[Any], index: int) -> Any:
     """The image as upright RGB; raises `ValueError` with its number."""
     try:
-        return load_image(images[index])
+        return decode_image(images[index])
     except ValueError as error:
         raise ValueError(f"Image {index}: {error}. Repair it or remove the row.") from error
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from datasets.table import CastError
 
-from ...modeling_tinyalign.bank_images import image_source_id, load_image
+from ...modeling_tinyalign.row_encoder import BankRow, image_source_id
+from ...processing.images import decode_image
 from ..arguments.run_arguments import RunArguments
 from .chats import BadRow
 from .check import row_reader
@@ -100,15 +101,15 @@ class CaptionedImages:
         kept = [None if row[name] is None else str(row[name]) for name in self.keep_columns]
         return {"image": images[0], "caption": caption, "kept": kept}
 
-    def read(self, number: int, row: dict[str, Any]) -> dict[str, Any]:
-        """What `RowEncoder.encode` takes: as [`describe`], with the image decoded. `BadRow` also if it is broken."""
+    def read(self, number: int, row: dict[str, Any]) -> BankRow:
+        """Return a row as `RowEncoder` takes it; raises `BadRow` as [`describe`], and for a broken image."""
         described = self.describe(row)
         try:
-            image = load_image(described["image"])
+            image = decode_image(described["image"])
         except ValueError:
             self.reader.check_image(described["image"])  # says why
             raise
-        return {**described, "row": number, "image": image, "source_id": image_source_id(image)}
+        return BankRow(number, image, image_source_id(image), described["caption"], described["kept"])
 
 
 def fingerprint_files(dataset: str) -> str | None:

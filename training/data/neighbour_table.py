@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel, ProcessorMixin
 
-from ...modeling_tinyalign.bank_folders import sync
-from ...modeling_tinyalign.bank_images import image_source_id
-from ...modeling_tinyalign.bank_shards import list_column
-from ...modeling_tinyalign.bank_storage import cache_root
+from ...modeling_tinyalign.bank_arrays import cache_root
+from ...modeling_tinyalign.bank_format import list_column
+from ...modeling_tinyalign.files import sync
 from ...modeling_tinyalign.memory_bank import MemoryBank
+from ...modeling_tinyalign.row_encoder import image_source_id
 from .chats import query_inputs
 from .features import fingerprint_images, read_image, undecoded
 
@@ -282,7 +282,7 @@ def _name(
     data.update(json.dumps(None if queries is None else list(queries)).encode())
     if rows is not None and len(set(rows)) < len(rows):
         data.update(json.dumps(list(rows)).encode())
-    of_bank = hashlib.sha256("".join(bank.config["sha256"][name] for name in ("keys", "rows")).encode())
+    of_bank = hashlib.sha256((bank.config.sha256.keys + bank.config.sha256.rows).encode())
     return f"{data.hexdigest()[:32]}-{of_bank.hexdigest()[:32]}"
 
 

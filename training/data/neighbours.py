@@ -8,8 +8,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...modeling_tinyalign.bank_images import image_source_id
 from ...modeling_tinyalign.memory_bank import MemoryBank
+from ...modeling_tinyalign.row_encoder import image_source_id
 from .features import read_image, undecoded
 
 

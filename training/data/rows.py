@@ -14,9 +14,10 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from ...modeling_tinyalign.bank_images import image_source_id, load_image
-from ...modeling_tinyalign.bank_storage import cache_root
+from ...modeling_tinyalign.bank_arrays import cache_root
 from ...modeling_tinyalign.memory_bank import MemoryBank
+from ...modeling_tinyalign.row_encoder import image_source_id
+from ...processing.images import decode_image
 from ..arguments.run_arguments import RunArguments
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, to_messages
 from .features import cache_vision_features
@@ -150,9 +151,8 @@ class RowReader:
         if isinstance(path, str) and not os.path.isfile(path):
             raise BadRow("missing image", f"{path} is no file: set image_folder, or remove the row")
         try:
-            if self.name_images:
-                return image_source_id(image)
-            load_image(image)
+            decoded = decode_image(image)
+            return image_source_id(decoded) if self.name_images else None
         except ValueError as error:
             raise BadRow("broken image", f"{path if isinstance(path, str) else ''} {error}") from error
 
@@ -312,7 +312,7 @@ def with_neighbours(
     columns = {"memory_ids": [], "memory_scores": [], "source_ids": []}
     if len(images):
         queries = None
-        if bank.key_space == "language":
+        if bank.config.key_encoder.key_space == "language":
             texts = [processor._query_text(messages) for messages in rows["messages"]]
             queries = [text for text, own in zip(texts, images.by_row(range(len(images))), strict=True) for _ in own]
         path = neighbour_table(

@@ -179,6 +179,7 @@ def prepare_banks(
         path = folder / f"bank_{name}_heldout"
         if not (path / "bank_config.json").exists():
             source, columns = pairs.noto.select(rows), {"caption_column": "label", "vision_features": features[rows]}
+            columns["keep_duplicates"] = True  # some concepts share a drawing
             if name == "without":
                 bank = MemoryBank.build(
                     source, model, processor, encoder, key_grid=3, whiten_dim=min(512, len(rows) - 1), **columns
@@ -377,7 +378,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
         results=results,
         nearest=nearest,
         num_concepts=(len(pairs.train), len(pairs.heldout)),
-        sha256={name: bank.config["sha256"]["keys"] for name, bank in banks.items()},
+        sha256={name: bank.config.sha256.keys for name, bank in banks.items()},
         **clock.record,
         prompt=PROMPT,
     )

@@ -8,7 +8,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from ...hub_cards.cards import render_bank_card, render_model_card
 from ...hub_cards.facts import FACTS_NAME, BankFacts, ModelFacts, facts_json, on_hub, read_facts
 from ...modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
-from ...modeling_tinyalign.hub_files import CARD_NAME, WEIGHTS, push_files, resolve_commit
+from ...modeling_tinyalign.files import CARD_NAME, WEIGHTS, push_files, resolve_commit
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.modeling_tinyalign import TinyAlignForConditionalGeneration
 from .space import push_space
@@ -76,7 +76,7 @@ def push(
         model[1],
         "model",
         replaced=WEIGHTS,
-        plain_card=str,
+        make_card=str,
         commit_message="Upload TinyAlign",
         private=private,
         revision=revision,

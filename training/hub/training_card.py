@@ -147,7 +147,7 @@ def _bank_part(config: RunArguments, bank: MemoryBank) -> Part:
         return part_of("memory bank", bank.repo_id, "dataset", bank.revision)
     part = part_of("memory bank", str(config.memory_bank), "dataset")
     part.source = os.path.relpath(config.memory_bank, config.output_dir)
-    part.revision = f"sha256 of the keys: {bank.config['sha256']['keys'][:12]}"
+    part.revision = f"sha256 of the keys: {bank.config.sha256.keys[:12]}"
     return part
 
 

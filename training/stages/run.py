@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
 from ...modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration
-from ...modeling_tinyalign.bank_storage import cache_root
+from ...modeling_tinyalign.bank_arrays import cache_root
 from ...modeling_tinyalign.composition import check_origins
 from ..arguments.files import read_config
 from ..arguments.run_arguments import RunArguments

@@ -234,7 +234,7 @@ def train(trainer: Trainer, bank: MemoryBank | None):
                 "could be taken. Leave it out, or set a smaller per_device_train_batch_size."
             )
     settings["memory_bank"] = (
-        None if bank is None else {name: bank.config["sha256"][name] for name in ("keys", "values")}
+        None if bank is None else {"keys": bank.config.sha256.keys, "values": bank.config.sha256.values}
     )
     settings["image_aspect_ratio"] = trainer.data_collator.processor.image_aspect_ratio
     for name in MODEL_TRAJECTORY:
