@@ -233,7 +233,7 @@ def open_index(keys: np.ndarray, folder: Path, wanted: str | None) -> KeyIndex:
         if (fast.ntotal, fast.d) != keys.shape:
             raise ValueError(f"it has {fast.ntotal} keys of {fast.d} numbers, expected {keys.shape}")
         return KeyIndex(keys, facts["index"], fast, facts["k_factor"], facts["recall_at_5"])
-    except (ValueError, LookupError, OSError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
         raise ValueError(
             f"The index {path}, or {record.name} beside it, is damaged ({error}). Delete both; they are made again."
         ) from error

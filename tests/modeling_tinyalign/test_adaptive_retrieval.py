@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from banks import small_value_encoder
 
 from tinyalign_vlm import (
     MemoryBank,
     TinyAlignConfig,
     TinyAlignForConditionalGeneration,
-    ValueEncoder,
-    ValueEncoderConfig,
 )
 from tinyalign_vlm.training.models import widen_connector
 
@@ -17,14 +16,7 @@ FUSIONS = ("channel", "sequence")
 
 
 def build_bank(model, processor, images) -> MemoryBank:
-    torch.manual_seed(0)
-    heads = {"num_self_attention_heads": 1, "num_cross_attention_heads": 1, "num_self_attends_per_block": 1}
-    width = {"num_latents": 3, "latent_dim": 5, "v_channels": 5, "qk_channels": 5, "d_model": 16}
-    encoder = ValueEncoder(
-        ValueEncoderConfig(
-            **heads, **width, vision_feature_size=model.config.vision_feature_size, num_vision_tokens=16
-        )
-    )
+    encoder = small_value_encoder(model.config.vision_feature_size)
     rows = [{"image": image, "caption": caption} for image, caption in zip(images, CAPTIONS, strict=True)]
     return MemoryBank.build(rows, model, processor, encoder)
 

@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tinyalign_vlm.modeling_tinyalign.key_encoder import KeyEncoder, attention_pool, fit_whitening
+from tinyalign_vlm.modeling_tinyalign.bank_format import KeyEncoderConfig
+from tinyalign_vlm.modeling_tinyalign.key_encoder import KeyEncoder, attention_pool
+from tinyalign_vlm.training.bank.build import fit_whitening, new_key_encoder
 
 
 def test_attention_pool_is_the_formula():
@@ -78,9 +82,10 @@ def test_width_of_another_tower():
         KeyEncoder(torch.zeros(6))(torch.randn(1, 4, 7))
 
 
-def test_language_space(make_model):
+def test_language_space(make_model, make_processor):
     model = make_model(key_space="language", vision_pool_size=2, query_alpha=0.25)
-    encoder = KeyEncoder.of_model(model, 16)
+    processor = make_processor(model)
+    encoder = new_key_encoder(model, processor)
     features = torch.randn(2, 16, 16)
     ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     raw = encoder.raw_keys(features, ids, mask)
@@ -93,7 +98,7 @@ def test_language_space(make_model):
     assert not encoder.raw_keys(features).allclose(raw)
 
     with pytest.raises(ValueError, match='grid is 2, expected 1 or, with key_space="vision", more'):
-        KeyEncoder.of_model(model, 16, grid=2)
+        new_key_encoder(model, processor, grid=2)
     before = encoder(features)
     torch.nn.init.normal_(connector.linear_1.weight)
     assert encoder(features).equal(before), "training the connector moved the keys"
@@ -101,30 +106,24 @@ def test_language_space(make_model):
         encoder(features, torch.tensor([[999], [1]]))
 
 
-def test_save_and_load(make_model, tmp_path):
-    settings = {"key_space": "language", "connector_act": "gelu", "vision_pool_size": None, "alpha": 0.4, "grid": 1}
-    encoder = KeyEncoder.of_model(make_model(key_space="language"), 16)
+def test_save_and_load(make_model, make_processor, tmp_path):
+    config = KeyEncoderConfig("language", "gelu", vision_pool_size=None, alpha=0.4, grid=1)
+    model = make_model(key_space="language")
+    encoder = new_key_encoder(model, make_processor(model))
     features, probes = torch.randn(2, 16, 16), torch.randn(4, 32)
     path = tmp_path / "key_encoder.safetensors"
     encoder.save(path, probes)
-    loaded, loaded_probes = KeyEncoder.load(path, settings, 32)
+    loaded, loaded_probes = KeyEncoder.load(path, config, 32)
     assert loaded(features).equal(encoder(features)) and loaded_probes.equal(probes)
-    broken = [
-        {"key_space": "vision"},
-        {"connector_act": "no"},
-        {"vision_pool_size": "x"},
-        {"alpha": None},
-        {"grid": 2},
-    ]
-    for change in broken:
+    for change in ({"key_space": "vision"}, {"connector_act": "no"}, {"grid": 2}):
         with pytest.raises(ValueError, match="key_encoder.safetensors does not hold this bank's key encoder"):
-            KeyEncoder.load(path, {**settings, **change}, 32)
+            KeyEncoder.load(path, replace(config, **change), 32)
     with pytest.raises(ValueError, match=r"keys of shape \(1, 32\), expected \(1, 33\)"):
-        KeyEncoder.load(path, settings, 33)
+        KeyEncoder.load(path, config, 33)
     encoder.mean[3] = float("nan")
     encoder.save(path, probes)
     with pytest.raises(ValueError, match="not finite"):
-        KeyEncoder.load(path, settings, 32)
+        KeyEncoder.load(path, config, 32)
     path.write_bytes(b"\x80\x04pickle")
     with pytest.raises(ValueError, match="key_encoder.safetensors"):
-        KeyEncoder.load(path, settings, 32)
+        KeyEncoder.load(path, config, 32)

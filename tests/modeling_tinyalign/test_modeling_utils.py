@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from banks import small_value_encoder
 from transformers import AutoModelForImageTextToText
 
-from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, ValueEncoder, ValueEncoderConfig
+from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
 
 CAPTIONS = ("red", "green", "blue", "white", "black", "yellow")
 
@@ -17,30 +18,16 @@ def rows(images) -> list[dict]:
 
 
 def build_bank(model, processor, rows: list, num_vision_tokens: int = 16) -> MemoryBank:
-    torch.manual_seed(0)
-    config = ValueEncoderConfig(
-        num_latents=model.config.num_latents,
-        latent_dim=model.config.latent_dim,
-        d_model=16,
-        num_self_attends_per_block=1,
-        num_self_attention_heads=1,
-        num_cross_attention_heads=1,
+    config = model.config
+    encoder = small_value_encoder(
+        config.vision_feature_size,
+        num_vision_tokens,
+        num_latents=config.num_latents,
+        latent_dim=config.latent_dim,
         qk_channels=8,
-        v_channels=model.config.latent_dim,
-        vision_feature_size=model.config.vision_feature_size,
-        num_vision_tokens=num_vision_tokens,
+        v_channels=config.latent_dim,
     )
-    return MemoryBank.build(rows, model, processor, ValueEncoder(config))
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def processor(make_processor, model):
-    return make_processor(model)
+    return MemoryBank.build(rows, model, processor, encoder)
 
 
 @pytest.fixture(scope="module")

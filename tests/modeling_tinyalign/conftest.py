@@ -1,0 +1,62 @@
+"""A bank of ten pictures of noise, with the model that made it."""
+
+from pathlib import Path
+
+import pytest
+from banks import NUM_ROWS, noise, small_value_encoder
+from huggingface_hub import constants
+
+from tinyalign_vlm import MemoryBank, ValueEncoder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Local files of banks go to a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+        yield
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """Nothing was loaded before: the shards are read and checked."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "fresh_home"))
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def processor(make_processor, model):
+    return make_processor(model)
+
+
+@pytest.fixture(scope="module")
+def value_encoder() -> ValueEncoder:
+    return small_value_encoder()
+
+
+@pytest.fixture(scope="module")
+def dataset() -> list[dict]:
+    return [{"image": noise(i), "caption": f"noise number {i}", "licence": "CC0"} for i in range(NUM_ROWS)]
+
+
+@pytest.fixture(scope="module")
+def bank(dataset, model, processor, value_encoder, cache) -> MemoryBank:
+    return MemoryBank.build(dataset, model, processor, value_encoder, keep_columns=["licence"], batch_size=4)
+
+
+@pytest.fixture
+def saved(bank, tmp_path) -> Path:
+    folder = tmp_path / "bank"
+    bank.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Banks of more than 500 rows are quantized, and searched through a fast index."""
+    monkeypatch.setattr("banks.QUANTIZED_ROWS", 500)
+    monkeypatch.setattr("tinyalign_vlm.modeling_tinyalign.bank_index.EXACT_ROWS", 500)
