@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tinyalign_vlm.modeling_tinyalign.bank_config import config_sha256, file_sha256
+from tinyalign_vlm.modeling_tinyalign.bank_format import config_sha256, file_sha256
 
 SHARD = "data/train-00000-of-00001.parquet"
 

@@ -26,8 +26,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, TinyAlignProcessor
-from tinyalign_vlm.modeling_tinyalign.bank_config import config_sha256, file_sha256
-from tinyalign_vlm.modeling_tinyalign.bank_storage import cache_root
+from tinyalign_vlm.modeling_tinyalign.bank_arrays import cache_root
+from tinyalign_vlm.modeling_tinyalign.bank_format import config_sha256, file_sha256
 
 SECONDS = 10  # of one case, of a processor's time
 HANGING = 600  # seconds after which a case that waits for something, or hangs where no signal comes through, is ended

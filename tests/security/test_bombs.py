@@ -14,7 +14,7 @@ from security.attacks import SHARD, edit_json, little_memory, sign
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.modeling_tinyalign import bank_shards
+from tinyalign_vlm.modeling_tinyalign import bank_folder as folder_of_banks
 
 CONFIG = "bank_config.json"
 
@@ -25,18 +25,18 @@ def refused(folder, message: str) -> None:
 
 
 HUGE = [
-    ({"num_rows": 10**12}, "num_rows is 1000000000000, expected an integer between 1 and"),
+    ({"num_rows": 10**12}, "'num_rows'.* found 1000000000000, expected 0 to"),
     ({"num_rows": 10**10}, "declares 10000000000 rows, but the shards hold 12"),
-    ({"num_shards": 10**9}, "num_shards is 1000000000"),
-    ({"key_dim": 10**9}, "key_dim is 1000000000"),
+    ({"num_shards": 10**9}, "'num_shards'.* found 1000000000,"),
+    ({"key_dim": 10**9}, "'key_dim'.* found 1000000000,"),
     ({"key_dim": 65_536}, r"expected \(1, 65536\)"),
-    ({"num_latents": 10**9}, "num_latents is 1000000000"),
+    ({"num_latents": 10**9}, "'num_latents'.* found 1000000000,"),
     ({"latent_dim": 65_536, "num_latents": 65_536}, "num_latents x latent_dim is 4294967296"),
-    ({"num_rows": 10**4000}, "num_rows is 10"),
-    ({"thumbnail_size": 10**9}, "thumbnail_size is 1000000000"),
-    ({"tower": {"image_shape": [3, 4096, 4096]}}, "tower.image_shape is"),
-    ({"tower": {"image_shape": [4096, 4096, 1]}}, "tower.image_shape is"),
-    ({"key_encoder": {"grid": 10**9}}, "key_encoder.grid is 1000000000"),
+    ({"num_rows": 10**4000}, "cannot be read as JSON|'num_rows'.* found 10"),
+    ({"thumbnail_size": 10**9}, "'thumbnail_size'.* found 1000000000,"),
+    ({"tower": {"image_shape": [3, 4096, 4096]}}, "'image_shape'.* found"),
+    ({"tower": {"image_shape": [4096, 4096, 1]}}, "'image_shape'.* found"),
+    ({"key_encoder": {"grid": 10**9}}, "'grid'.* found 1000000000,"),
     ({"key_encoder": {"grid": 64}}, "key_encoder.safetensors does not hold"),
     ({"value_encoder": {"vision_feature_size": 10**9}}, "value_encoder/model.safetensors does not hold"),
     ({"value_encoder": {"d_model": 65_536, "num_vision_tokens": 65_536}}, "value_encoder/model.safetensors does not"),
@@ -44,7 +44,7 @@ HUGE = [
     ({"value_encoder": {"num_self_attends_per_block": 65_536}}, "more than 1024 layers"),
     ({"value_encoder": {"image_size": 65_536, "patch_size": 1, "image_input": "pixels"}}, "does not hold"),
     ({"value_encoder": {"bytes_per_patch": 65_536, "d_model": 65_536}}, "value_encoder/model.safetensors does not"),
-    ({"skipped_rows": [0] * 1_000_000}, "skipped_rows is"),
+    ({"num_left_out": [0] * 1_000_000}, "'num_left_out' expected int, got list"),
     ({"columns": [f"c{i}" for i in range(100_000)]}, "column 'c0' is missing"),
 ]
 
@@ -122,7 +122,7 @@ def test_numbers_that_unpack_to_gigabytes(bank_folder):
 
 
 def test_a_footer_that_declares_more_than_a_shard_holds(bank_folder, monkeypatch):
-    monkeypatch.setattr(bank_shards, "MAX_SHARD_BYTES", 5000)
+    monkeypatch.setattr(folder_of_banks, "MAX_SHARD_BYTES", 5000)
     refused(bank_folder, "unpacks to [0-9]+ bytes, expected at most 5000")
 
 

@@ -136,7 +136,7 @@ def test_banks(bank_folder, canary):
         plant(folder, canary.module)
 
     def edit(config: dict) -> None:
-        for part in (config, config["tower"], config["tower"]["config"], config["value_encoder"]):
+        for part in (config["preprocessing"], config["tower"]["config"], config["value_encoder"]):
             part |= {**EVIL, "auto_map": AUTO_MAP, "_name_or_path": str(bank_folder), "_target_": "evil.Evil"}
 
     edit_json(bank_folder / "bank_config.json", edit)

@@ -38,7 +38,7 @@ def build(victims, bank_folder):
 
     def build_bank(images: list) -> MemoryBank:
         rows = [{"image": image, "caption": "a drawing"} for image in images]
-        return MemoryBank.build(rows, model, processor, encoder)
+        return MemoryBank.build(rows, model, processor, encoder, keep_duplicates=True)
 
     return build_bank
 
@@ -58,7 +58,7 @@ def test_photographs_are_turned_upright(build):
     assert len({row["source_id"] for row in bank.rows(range(4))}) == 1, "the same picture has the same name"
     assert {bank.thumbnail(i).size for i in range(4)} == {(40, 60)}
     assert len({bank.thumbnail(i).tobytes() for i in range(4)}) == 1
-    assert len({key.tobytes() for key in bank._keys[:]}) == 1, "the tower saw the same pixels"
+    assert len({key.tobytes() for key in bank.store.key_array}) == 1, "the tower saw the same pixels"
     exif[0x0112] = 1
     assert build([encoded(upright(), exif=exif)]).rows([0])[0]["source_id"] == bank.rows([0])[0]["source_id"]
 
@@ -89,7 +89,10 @@ def with_thumbnail(folder, picture: dict) -> MemoryBank:
 @pytest.mark.parametrize("picture", [png_bomb(), png_bomb(12_000)])
 def test_bombs_in_a_bank(picture, bank_folder):
     bank = with_thumbnail(bank_folder, {"bytes": picture, "path": None})
-    with little_memory(), pytest.raises(ValueError, match="the image is too large .*expected at most"):
+    with (
+        little_memory(),
+        pytest.raises(ValueError, match="A thumbnail .*(has 12000 x 12000|Decompress).*at most 4096"),
+    ):
         bank.thumbnail(0)
     assert bank.thumbnail(1).size == (24, 24)
 
@@ -97,7 +100,7 @@ def test_bombs_in_a_bank(picture, bank_folder):
 @pytest.mark.parametrize("picture", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0\n", None])
 def test_broken_pictures_in_a_bank(picture, bank_folder):
     bank = with_thumbnail(bank_folder, {"bytes": picture, "path": None})
-    with pytest.raises(ValueError, match="the image cannot be read|there is no image"):
+    with pytest.raises(ValueError, match="A thumbnail of the memory bank cannot be read .UnidentifiedImageError"):
         bank.thumbnail(0)
 
 

@@ -12,11 +12,18 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from tinyalign_vlm.processing import image_fetching
-from tinyalign_vlm.processing.image_loading import load_image, load_request_image
+from tinyalign_vlm.processing import images
+from tinyalign_vlm.processing.images import load_image
+from tinyalign_vlm.training import request_images
+from tinyalign_vlm.training.request_images import load_request_image
 
 PUBLIC = "93.184.215.14"
 HOSTS = ["images.example"]
+
+
+def set_seconds(monkeypatch, seconds: float) -> None:
+    for module in (images, request_images):
+        monkeypatch.setattr(module, "MAX_SECONDS", seconds)
 
 
 def png(image: Image.Image, **options) -> bytes:
@@ -79,14 +86,14 @@ def internet(server, monkeypatch):
 
     def create_connection(address, timeout):
         internet.dialled.append(address)
-        assert timeout == image_fetching.MAX_SECONDS
+        assert timeout == request_images.MAX_SECONDS
         connection = socket.socket()
         connection.settimeout(60)  # a server that is silent for a while, on a slow machine, is not what is tested
         connection.connect(server.server_address)
         return connection
 
-    monkeypatch.setattr(image_fetching.socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(image_fetching.socket, "create_connection", create_connection)
+    monkeypatch.setattr(request_images.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(request_images.socket, "create_connection", create_connection)
     return internet
 
 
@@ -163,7 +170,7 @@ def test_a_name_that_changes_its_address(internet, monkeypatch):
     """DNS rebinding: public when it is checked, private when it is used. It is looked up once, for both."""
     answers = iter([[PUBLIC], ["127.0.0.1"]])
     monkeypatch.setattr(
-        image_fetching.socket, "getaddrinfo", lambda host, port, **_: [(0, 0, 0, "", (next(answers)[0], port))]
+        request_images.socket, "getaddrinfo", lambda host, port, **_: [(0, 0, 0, "", (next(answers)[0], port))]
     )
     load_request_image("http://images.example/red.png", HOSTS)
     assert internet.dialled == [(PUBLIC, 80)] and list(answers) == [["127.0.0.1"]]
@@ -179,7 +186,7 @@ def test_https_asks_for_the_certificate_of_the_name(internet, monkeypatch):
                 raise ssl.SSLCertVerificationError("Hostname mismatch")
             return connection
 
-    monkeypatch.setattr(image_fetching.ssl, "create_default_context", Context)
+    monkeypatch.setattr(request_images.ssl, "create_default_context", Context)
     load_request_image("https://images.example/red.png", HOSTS)
     with pytest.raises(ValueError, match="stolen.example.* cannot be fetched .*Hostname mismatch"):
         load_request_image("https://stolen.example/red.png", ["stolen.example"])
@@ -203,8 +210,8 @@ def test_https_asks_for_the_certificate_of_the_name(internet, monkeypatch):
     ],
 )
 def test_answers_that_are_refused(path, message, internet, server, monkeypatch):
-    monkeypatch.setattr(image_fetching, "MAX_IMAGE_BYTES", 4000)
-    monkeypatch.setattr(image_fetching, "MAX_SECONDS", 0.4 if "slow" in path else 60)
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 4000)
+    set_seconds(monkeypatch, 0.4 if "slow" in path else 60)
     start = time.monotonic()
     with pytest.raises(ValueError, match=message):
         load_request_image(f"http://images.example/{path}", HOSTS)
@@ -213,14 +220,14 @@ def test_answers_that_are_refused(path, message, internet, server, monkeypatch):
 
 
 def test_a_host_that_is_silent(internet, monkeypatch):
-    monkeypatch.setattr(image_fetching, "MAX_SECONDS", 0.3)
+    set_seconds(monkeypatch, 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         connection = socket.socket()
         connection.connect(silent.getsockname())
         connection.settimeout(5)
-        monkeypatch.setattr(image_fetching.socket, "create_connection", lambda address, timeout: connection)
+        monkeypatch.setattr(request_images.socket, "create_connection", lambda address, timeout: connection)
         with pytest.raises(ValueError, match="cannot be fetched"):
             load_request_image("http://images.example/red.png", HOSTS)
 
@@ -265,13 +272,13 @@ def test_a_users_own_urls(server, monkeypatch):
     url = "http://127.0.0.1:{}/{}".format(server.server_address[1], "{}")
     for path in ("red.png", "redirect"):
         assert load_image(url.format(path)).size == (6, 4)
-    monkeypatch.setattr(image_fetching, "MAX_IMAGE_BYTES", 4000)
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 4000)
     for path, message in (
         ("large.png", "more than 4000"),
         ("missing.png", "404"),
         ("slow.png", "not complete|timed out"),
     ):
-        monkeypatch.setattr(image_fetching, "MAX_SECONDS", 0.4 if path == "slow.png" else 60)
+        set_seconds(monkeypatch, 0.4 if path == "slow.png" else 60)
         start = time.monotonic()
         with pytest.raises(ValueError, match=f"image 2: .*cannot be downloaded .*{message}"):
             load_image(url.format(path), "image 2")

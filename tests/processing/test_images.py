@@ -1,19 +1,19 @@
-"""The processor and the memory bank see the same pixels, or refuse an image for the same reason."""
+"""Images of all kinds become the same upright RGB, or are refused for a reason."""
 
-import inspect
 import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tinyalign_vlm.modeling_tinyalign import bank_images
-from tinyalign_vlm.processing import image_loading
+from tinyalign_vlm import TinyAlignProcessor
+from tinyalign_vlm.processing.images import decode_image, load_image
 
 MODES = [*Image.MODES, "I;16L", "I;16B", "I;16N", "La", "RGBX", "RGBa", "LAB", "HSV", "PA"]
-LOADERS = (bank_images.load_image, image_loading.load_image)
+LOADERS = (TinyAlignProcessor.decode_image, load_image)  # a memory bank uses the first, a prompt the second
 
 
 def load(source) -> Image.Image:
@@ -47,11 +47,6 @@ def encoded(image: Image.Image, format: str, **options) -> io.BytesIO:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file
-
-
-def test_it_is_the_same_code():
-    first, second = (inspect.getsource(module.decode_image) for module in (bank_images, image_loading))
-    assert first == second
 
 
 @pytest.mark.parametrize("mode", sorted(set(MODES)))
@@ -184,10 +179,10 @@ def test_empty_images():
 
 def test_unknown_sources():
     with pytest.raises(ValueError, match=r"the image cannot be read \(AttributeError"):
-        bank_images.load_image(np.zeros((4, 4, 3), np.uint8))
+        decode_image(np.zeros((4, 4, 3), np.uint8))
     for source in ("https://localhost:1/image.png", "no such file.png", "data:image/png;base64,A"):
         with pytest.raises(ValueError, match=r"image 3: .*expected .*\. Replace it or leave it out"):
-            image_loading.load_image(source, "image 3")
+            load_image(source, "image 3")
 
 
 def test_bytes_and_nothing():
@@ -196,3 +191,40 @@ def test_bytes_and_nothing():
     for nothing, message in ((b"", "cannot be read"), (None, "there is no image, expected a PIL image")):
         with pytest.raises(ValueError, match=message):
             load(nothing)
+
+
+def expand2square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """LLaVA's own (llava/mm_utils.py)."""
+    size = max(image.size)
+    result = Image.new(image.mode, (size, size), colour)
+    result.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return result
+
+
+@pytest.mark.parametrize("size", [(60, 21), (20, 47), (30, 30)])
+@pytest.mark.parametrize("vision", ["siglip", "clip"])
+def test_padding_is_that_of_llava(vision, size, make_model, checkpoints, tmp_path):
+    names = checkpoints[vision], checkpoints["llama"]
+    config = make_model(vision=vision).config
+    square = TinyAlignProcessor.from_vision_text_pretrained(*names, config)
+    padding = TinyAlignProcessor.from_vision_text_pretrained(*names, config, image_aspect_ratio="pad")
+    padding.save_pretrained(tmp_path)
+    loaded = TinyAlignProcessor.from_pretrained(tmp_path)
+    assert (square.image_aspect_ratio, loaded.image_aspect_ratio) == ("square", "pad")
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    colour = tuple(int(mean * 255) for mean in square.image_processor.image_mean)
+    expected = square(images=expand2square(image, colour), text="<image>", return_tensors="pt")["pixel_values"]
+    for processor in (padding, loaded):
+        found = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    later = TinyAlignProcessor.from_pretrained(tmp_path, image_aspect_ratio="pad")
+    assert later.image_processor.to_dict() == loaded.image_processor.to_dict()
+
+
+def test_what_cannot_be_padded_is_refused(make_model, checkpoints):
+    names, config = (checkpoints["efficientnet"], checkpoints["llama"]), make_model(vision="efficientnet").config
+    with pytest.raises(ValueError, match="preprocessed as CLIP or SigLIP, but this one has a EfficientNet"):
+        TinyAlignProcessor.from_vision_text_pretrained(*names, config, image_aspect_ratio="pad")
+    with pytest.raises(ValueError, match="image_aspect_ratio is 'anyres', expected 'square' or 'pad'"):
+        TinyAlignProcessor.from_vision_text_pretrained(*names, config, image_aspect_ratio="anyres")
