@@ -23,8 +23,9 @@ from PIL import Image
 from transformers import LlamaConfig, SiglipImageProcessorPil, SiglipVisionConfig
 
 from tinyalign_vlm import MemoryBank, TinyAlignConfig, TinyAlignModel, ValueEncoder, ValueEncoderConfig
-from tinyalign_vlm.modeling_tinyalign.bank_shards import BATCH_ROWS, list_column
-from tinyalign_vlm.modeling_tinyalign.bank_storage import PACKED_ROWS
+from tinyalign_vlm.modeling_tinyalign.bank_arrays import QUANTIZED_ROWS
+from tinyalign_vlm.modeling_tinyalign.bank_format import BATCH_ROWS, list_column
+from tinyalign_vlm.processing.images import decode_image
 
 LOAD = """
 import sys, time
@@ -48,26 +49,27 @@ def small_bank() -> MemoryBank:
     config = TinyAlignConfig(
         vision_config=vision, text_config=text, image_token_id=7, image_seq_length=4, vision_feature_layer=-1
     )
-    images = SimpleNamespace(image_processor=SiglipImageProcessorPil(size={"height": 32, "width": 32}))
+    pixels = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    processor = SimpleNamespace(image_processor=pixels, decode_image=decode_image)
     rows = [{"image": Image.new("RGB", (64, 64), (60 * i, 0, 0)), "caption": f"red {i}"} for i in range(4)]
     value_encoder = ValueEncoder(ValueEncoderConfig(num_vision_tokens=4))
-    return MemoryBank.build(rows, TinyAlignModel(config).eval(), images, value_encoder)
+    return MemoryBank.build(rows, TinyAlignModel(config).eval(), processor, value_encoder)
 
 
 def random_rows(like: MemoryBank, num_rows: int) -> Iterator[pa.RecordBatch]:
-    random, (example,) = np.random.default_rng(0), like._table.slice(0, 1).to_pylist()
+    random, (example,) = np.random.default_rng(0), like.store.table.slice(0, 1).to_pylist()
     for start in range(0, num_rows, BATCH_ROWS):
         size = min(BATCH_ROWS, num_rows - start)
-        keys = random.standard_normal((size, like.key_dim), dtype=np.float32)
+        keys = random.standard_normal((size, like.config.key_dim), dtype=np.float32)
         columns = {
             "id": pa.array(range(start, start + size), pa.int64()),
             "source_id": pa.array([f"{row:032x}" for row in range(start, start + size)]),
             "caption": pa.array([f"a caption of some length, number {row}" for row in range(start, start + size)]),
             "key": list_column(keys / np.linalg.norm(keys, axis=1, keepdims=True)),
             "value": list_column(
-                random.standard_normal((size, like.num_latents * like.latent_dim), np.float32).astype(np.float16)
+                random.standard_normal((size, like.config.value_size), np.float32).astype(np.float16)
             ),
-            "thumbnail": pa.array([example["thumbnail"]] * size, like._table.schema.field("thumbnail").type),
+            "thumbnail": pa.array([example["thumbnail"]] * size, like.store.table.schema.field("thumbnail").type),
         }
         yield pa.record_batch(columns)
 
@@ -79,7 +81,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bank = small_bank()
         start = time.perf_counter()
-        bank = bank._with_rows(random_rows(bank, rows), [], packed=rows > PACKED_ROWS)
+        bank = bank.with_rows(random_rows(bank, rows), quantized=rows > QUANTIZED_ROWS)
         bank.save_pretrained(Path(folder, "bank"))
         size = sum(path.stat().st_size for path in Path(folder, "bank").rglob("*")) / 1e9
         print(f"{size:.2f} GB, made and saved in {time.perf_counter() - start:.0f} s", file=sys.stderr)

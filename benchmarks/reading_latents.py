@@ -20,7 +20,7 @@ from tqdm.auto import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.modeling_tinyalign.lexicon import lexicon_words, read_words, slot_tokens
+from tinyalign_vlm.modeling_tinyalign.connectors import lexicon_words, read_words, slot_tokens
 from tinyalign_vlm.training.bank.value_encoder_training import CaptionSampler
 from tinyalign_vlm.training.demo.run import BANKS, DemoConfig, load_pairs
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 
-from .bank_arrays import BankFiles, lay_out, require_bank_packages
+from .bank_arrays import SCRATCH_PREFIX, BankFiles, cache_root, lay_out, require_bank_packages
 from .bank_format import (
     BATCH_ROWS,
     CONFIG_NAME,
     KEY_ENCODER_NAME,
+    LEFT_OUT_NAME,
     VALUE_ENCODER_NAME,
     BankConfig,
     check_file,
@@ -25,7 +28,7 @@ from .bank_format import (
     file_sha256,
 )
 from .bank_rows import BankRows
-from .files import evict_on_error, fetch
+from .files import CARD_NAME, SHARDS, evict_on_error, fetch, make_bank_card, push_files, scratch_folder
 from .key_encoder import KeyEncoder
 from .value_encoder import ValueEncoder
 
@@ -55,6 +58,13 @@ class OpenedFolder:
     config: BankConfig
     key_encoder: KeyEncoder
     probe_keys: torch.Tensor
+
+    def load_value_encoder(self) -> ValueEncoder:
+        """Read the value encoder; ValueError, naming its file, if it is not the one of the bank."""
+        path = self.folder / VALUE_ENCODER_NAME
+        with evict_on_error([path] if self.repo_id else []):
+            check_file(path, self.config.sha256.value_encoder)
+        return ValueEncoder.of_bank(path, self.config.value_encoder)
 
 
 def open_folder(name_or_path: str | Path, revision: str | None, token: str | bool | None) -> OpenedFolder:
@@ -113,6 +123,21 @@ def write_folder(
         value_encoder=file_sha256(folder / VALUE_ENCODER_NAME),
     )
     replace(config, num_shards=len(bounds) - 1, sha256=sha256).to_json(folder / CONFIG_NAME)
+
+
+def push_folder(
+    write: Callable[[Path], None], repo_id: str, config: BankConfig, card: object | None, **kwargs
+) -> tuple[str, CommitInfo]:
+    """Upload what `write(folder)` writes to a dataset repository, with a card; see `MemoryBank.push_to_hub`."""
+    with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
+        write(folder)
+        (folder / LEFT_OUT_NAME).unlink(missing_ok=True)  # it may name files of this machine
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        if card is not None:
+            files[CARD_NAME] = str(card).encode()
+        kwargs = {"commit_message": "Upload memory bank", **kwargs}
+        make_card = partial(make_bank_card, config=config)
+        return push_files(files, repo_id, "dataset", replaced=SHARDS, make_card=make_card, **kwargs)
 
 
 def read_shards(folder: Path, config: BankConfig) -> Iterator[pa.RecordBatch]:

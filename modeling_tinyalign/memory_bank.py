@@ -18,19 +18,11 @@ from huggingface_hub import CommitInfo, DatasetCard
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .bank_arrays import SCRATCH_PREFIX, cache_root, lay_out
-from .bank_folder import OpenedFolder, lay_out_folder, open_folder, write_folder
-from .bank_format import BATCH_ROWS, LEFT_OUT_NAME, VALUE_ENCODER_NAME, BankConfig, check_file
+from .bank_arrays import lay_out
+from .bank_folder import OpenedFolder, lay_out_folder, open_folder, push_folder, write_folder
+from .bank_format import BATCH_ROWS, LEFT_OUT_NAME, BankConfig
 from .bank_rows import BankRows, Excluded, Ids, renumbered
-from .files import (
-    CARD_NAME,
-    SHARDS,
-    evict_on_error,
-    make_bank_card,
-    push_files,
-    replace_folder,
-    scratch_folder,
-)
+from .files import replace_folder
 from .key_encoder import KeyEncoder, check_probes, evaluating
 from .row_encoder import LeftOutRow, RowEncoder, RowReader, finished, undecoded
 from .value_encoder import ValueEncoder
@@ -52,8 +44,7 @@ class MemoryBank:
         key_encoder: the frozen `KeyEncoder`.
         probe_keys: `(4, raw_dim)`, raw keys of four fixed synthetic images.
         repo_id, revision: the Hub repository and commit it came from or was pushed to, or None.
-        left_out: rows of the data set that `build` or `add` has left out, and why; `save_pretrained` writes them to
-            left_out.jsonl, which is not read again.
+        left_out: rows that `build` or `add` has left out, and why; `save_pretrained` writes them to left_out.jsonl.
         any_tower: see `for_any_tower`.
     """
 
@@ -97,12 +88,7 @@ class MemoryBank:
     @cached_property
     def value_encoder(self) -> ValueEncoder:
         """The value encoder the bank was built with, loaded when first asked for."""
-        if self._value_encoder is not None:
-            return self._value_encoder
-        path = self._opened.folder / VALUE_ENCODER_NAME
-        with evict_on_error([path] if self._opened.repo_id else []):
-            check_file(path, self.config.sha256.value_encoder)
-        return ValueEncoder.of_bank(path, self.config.value_encoder)
+        return self._value_encoder or self._opened.load_value_encoder()
 
     # ------------------------------------------------------------------ making one
 
@@ -165,16 +151,8 @@ class MemoryBank:
             settings: fields of `RowEncoder`.
         """
         self.check_probes(model)
-        columns, size = self.config.columns, self.config.thumbnail_size
-        return RowEncoder(
-            model,
-            processor,
-            self.value_encoder,
-            self.key_encoder,
-            keep_columns=columns,
-            thumbnail_size=size,
-            **settings,
-        )
+        settings |= {"keep_columns": self.config.columns, "thumbnail_size": self.config.thumbnail_size}
+        return RowEncoder(model, processor, self.value_encoder, self.key_encoder, **settings)
 
     def add(
         self,
@@ -338,7 +316,7 @@ class MemoryBank:
     def for_any_tower(self) -> MemoryBank:
         """Return this bank, for a vision tower it was not built with: an ablation (the paper's Table 7).
 
-        Features of another width are cut, or filled up with zeros. What is retrieved has little to do with the image.
+        Features of another width are cut, or filled up with zeros.
         """
         bank = copy.copy(self)
         bank.any_tower = True
@@ -368,21 +346,19 @@ class MemoryBank:
     ) -> MemoryBank:
         """Load a bank from a folder or from a dataset repository of the Hub.
 
-        The first load checks every row and lays the bank out under `HF_HOME/tinyalign/`; later ones only map it. Of
-        processes that load it for the first time at once, one does so and the others wait.
+        The first load checks every row and lays the bank out under `HF_HOME/tinyalign/`; later ones only map it.
         Nothing but JSON, Parquet and safetensors is read from the folder.
 
         Args:
             revision: branch, tag or commit of the repository. A name with a revision is never taken for a folder.
-            token: of the Hub; by default the one that you are logged in with.
             index: how to search: "exact", or a faiss factory string ("IVF1024,PQ288x4fs"), whose candidates are
                 compared with the keys. By default exact in a bank of up to 20,000 rows, beyond through a fast index
                 that finds at least 99% of the nearest neighbours (`index_facts`); on a GPU if faiss has one.
 
         Raises:
             ImportError: faiss or pyarrow is missing (what to install is named).
-            ValueError: a file is missing, broken, or not what bank_config.json says (the file is named). Files that
-                were downloaded are taken out of the cache. Or faiss can't make such an index.
+            ValueError: a file is missing, broken, or not what bank_config.json says (the file is named, and removed
+                from the cache of downloads), or faiss can't make such an index.
             OSError: the bank can't be downloaded, or the local files can't be written.
         """
         bank = cls.open_encoders(name_or_path, revision, token)
@@ -393,10 +369,7 @@ class MemoryBank:
         return bank
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write the bank as a folder that `from_pretrained` and `datasets.load_dataset` read.
-
-        The folder is complete or not there: it is written beside its final place and put there at the end. A failure
-        leaves a bank that was there before untouched.
+        """Write the bank as a folder that `from_pretrained` and `datasets.load_dataset` read: whole, or not at all.
 
         Raises:
             ValueError: the folder holds something other than a memory bank.
@@ -414,35 +387,14 @@ class MemoryBank:
     def push_to_hub(self, repo_id: str, *, card: DatasetCard | str | None = None, **kwargs) -> CommitInfo:
         """Upload the bank to a dataset repository, in one commit; shards of an earlier version are deleted.
 
-        `repo_id` and `revision` of this bank become those of the commit: a model that it is attached to names them
-        in its config.
+        `repo_id` and `revision` of this bank become those of the commit, and a model that it is attached to names
+        them in its config.
 
         Args:
-            repo_id: "org/name"; it is created if it does not exist.
             card: README.md of the repository. By default the one that is there, else a short one.
             kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision` (a branch, created if it
                 does not exist) and `create_pr`, as of every `push_to_hub`.
-
-        Returns:
-            the commit; its hash is `.oid`.
-
-        Raises:
-            OSError: it could not be uploaded, or not be written to the disk before.
         """
-        kwargs = {"commit_message": "Upload memory bank", **kwargs}
-        with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
-            # without left_out.jsonl, which may name files of this machine
-            write_folder(folder, self.store, self.key_encoder, self.probe_keys, self.value_encoder)
-            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-            if card is not None:
-                files[CARD_NAME] = str(card).encode()
-            self.repo_id, commit = push_files(
-                files,
-                repo_id,
-                "dataset",
-                replaced=SHARDS,
-                make_card=lambda name: make_bank_card(name, self.config),
-                **kwargs,
-            )
+        self.repo_id, commit = push_folder(self.write_files, repo_id, self.config, card, **kwargs)
         self.revision = commit.oid
         return commit

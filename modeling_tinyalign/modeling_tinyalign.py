@@ -17,10 +17,8 @@ from .configuration_tinyalign import TinyAlignConfig
 from .connectors import (
     Connector,
     MemoryConnector,
-    check_memory_values,
     pool_grid,
     read_vision_tower,
-    used_slots,
 )
 from .modeling_utils import TinyAlignPreTrainedModel
 from .outputs import (
@@ -93,10 +91,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True):
-        """
-        The vision tower stays frozen, unless `trains_vision_tower`, and always in evaluation mode: dropout and batch
-        statistics would move the keys.
-        """
+        """Leaves the vision tower frozen, unless `trains_vision_tower`, and in evaluation mode: its keys must stay."""
         super().train(mode)
         self.vision_tower.eval()
         if not self.trains_vision_tower:
@@ -112,6 +107,17 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
         with torch.set_grad_enabled(self.trains_vision_tower and torch.is_grad_enabled()):
             return read_vision_tower(self.vision_tower, pixel_values, layer, strategy, **kwargs)
+
+    def _visual_tokens(self, vision_features: torch.Tensor) -> torch.Tensor:
+        """Visual features `(n, T, C)` -> visual tokens `(n, P, hidden_size)`."""
+        pooled = pool_grid(vision_features, self.config.vision_pool_size)
+        if pooled.shape[1] != self.config.image_seq_length:
+            raise ValueError(
+                f"An image has {pooled.shape[1]} visual tokens, expected config.image_seq_length = "
+                f"{self.config.image_seq_length}. Check the image size, vision_pool_size and "
+                "vision_feature_select_strategy."
+            )
+        return self.connector(pooled)
 
     @can_return_tuple
     def get_image_features(
@@ -131,20 +137,14 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         Visual and memory tokens of each image. Retrieval happens here, once an image, and nowhere else.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(n, 3, H, W)`, *optional*): The images, or
-            vision_features (`torch.Tensor` of shape `(n, T, C)`, *optional*): what [`get_vision_features`] gave.
-            query_input_ids, query_attention_mask (`torch.Tensor` of shape `(n, Q)`, *optional*):
-                The question, for a bank with keys in the language space.
-            memory_values (`torch.Tensor` of shape `(n, top_k, L, D)`, *optional*):
-                Values to use. Nothing is retrieved.
-            memory_ids (`torch.LongTensor` of shape `(n, top_k)`, *optional*):
-                Rows of the attached bank to use; -1 marks an empty slot. Nothing is retrieved.
-            memory_scores (`torch.Tensor` of shape `(n, top_k)`, *optional*):
-                With `memory_ids` or `memory_values`: their similarities, for `config.retrieval_threshold` and
+            vision_features (`(n, T, C)`): What [`get_vision_features`] gave, instead of `pixel_values (n, 3, H, W)`.
+            query_input_ids, query_attention_mask (`(n, Q)`): The question, for a bank with language-space keys.
+            memory_values (`(n, top_k, L, D)`): Values to use. Nothing is retrieved.
+            memory_ids (`(n, top_k)`): Rows of the bank to use; -1 marks an empty slot. Nothing is retrieved.
+            memory_scores (`(n, top_k)`): With one of these their similarities, for `config.retrieval_threshold` and
                 `config.memory_scores`.
-            exclude_ids (`list`, *optional*):
-                For each image what not to retrieve: `None`, a `source_id`, a row id, or a list of them.
-            memory (`str`, *optional*, defaults to `"on"`): `"off"` fills all slots with "nothing retrieved".
+            exclude_ids: For each image what not to retrieve: `None`, a `source_id`, a row id, or a list of them.
+            memory: `"off"` fills all slots with "nothing retrieved".
             kwargs: For the vision tower, `output_hidden_states` and `output_attentions` among them.
         """
         if (pixel_values is None) == (vision_features is None):
@@ -154,14 +154,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         tower = {}
         if vision_features is None:
             vision_features, tower = self._read_vision_tower(pixel_values, **kwargs)
-        visual_tokens = pool_grid(vision_features, self.config.vision_pool_size)
-        if visual_tokens.shape[1] != self.config.image_seq_length:
-            raise ValueError(
-                f"An image has {visual_tokens.shape[1]} visual tokens, expected config.image_seq_length = "
-                f"{self.config.image_seq_length}. Check the image size, vision_pool_size and "
-                "vision_feature_select_strategy."
-            )
-        tokens = self.connector(visual_tokens)
+        tokens = self._visual_tokens(vision_features)
         if self.config.memory_top_k > 0:
             given = {"memory_ids": memory_ids, "memory_values": memory_values, "memory_scores": memory_scores}
             if memory == "off":
@@ -169,7 +162,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             elif memory_values is None:
                 queries = vision_features, query_input_ids, query_attention_mask
                 given = self.look_up(queries, memory_ids, memory_scores, exclude_ids)
-            memory_tokens, memory_ids, memory_scores = self._read_memory(tokens, **given)
+            memory_tokens, memory_ids, memory_scores = self.read_memory(tokens, **given)
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
         elif memory_ids is not None or memory_values is not None:
             raise ValueError(
@@ -184,28 +177,6 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             memory_ids=memory_ids,
             memory_scores=memory_scores,
         )
-
-    def _read_memory(
-        self,
-        tokens: torch.Tensor,
-        memory_values: torch.Tensor,
-        memory_ids: torch.LongTensor | None,
-        memory_scores: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor | None]:
-        """Return memory tokens `(n, M, hidden_size)` for the images of `tokens`, and the ids and scores in use."""
-        self.check_top_k()
-        values = torch.as_tensor(memory_values)
-        memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
-        memory_scores = None if memory_scores is None else torch.as_tensor(memory_scores)
-        check_memory_values(self.config, values, len(tokens), memory_ids=memory_ids, memory_scores=memory_scores)
-        memory_ids, mask = used_slots(memory_ids, memory_scores, self.config.retrieval_threshold)
-        memory_tokens = self.memory_connector(
-            values.to(tokens.device),
-            mask,
-            lambda ids: self.get_input_embeddings()(ids),  # accelerate would move the layer itself
-            memory_scores,
-        )
-        return memory_tokens, memory_ids, memory_scores
 
     @can_return_tuple
     def forward(
@@ -278,38 +249,20 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
 
     @classmethod
     def from_vision_text_pretrained(
-        cls,
-        vision_name_or_path: str,
-        text_name_or_path: str,
-        *,
-        image_token: str = "<image>",
-        dtype: torch.dtype | str | None = None,
-        vision_kwargs: dict | None = None,
-        text_kwargs: dict | None = None,
-        **config,
+        cls, vision_name_or_path: str, text_name_or_path: str, **kwargs
     ) -> "TinyAlignForConditionalGeneration":
         """
-        Composes a model from two checkpoints; its connectors are new. What is initialised and not loaded is logged.
-
-        Args:
-            vision_name_or_path (`str`): A vision tower, or a dual tower (SigLIP, CLIP) whose vision half is taken.
-            text_name_or_path (`str`): A causal language model with its tokenizer.
-            image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, added if the tokenizer lacks it.
-            dtype (`torch.dtype`, *optional*): Of both models; the connectors are float32 in any case.
-            vision_kwargs, text_kwargs (`dict`, *optional*): For the two `from_pretrained` (`dtype`, `revision`, ...).
-            config: Fields of [`TinyAlignConfig`].
+        Composes a model from two checkpoints; its connectors are new. `tinyalign_vlm.training.composition.compose` has
+        the arguments, fields of [`TinyAlignConfig`] among them.
 
         Raises:
-            ValueError: `config` has a name that is none of its fields.
+            ImportError: The package is not installed: a checkpoint's own code does not compose others.
         """
-        if dtype is not None:
-            vision_kwargs = {"dtype": dtype, **(vision_kwargs or {})}
-            text_kwargs = {"dtype": dtype, **(text_kwargs or {})}
         try:
             from tinyalign_vlm.training.composition import compose
         except ImportError as error:
             raise ImportError("Composing a model needs the package: pip install tinyalign-vlm.") from error
-        return compose(cls, vision_name_or_path, text_name_or_path, image_token, vision_kwargs, text_kwargs, config)
+        return compose(cls, vision_name_or_path, text_name_or_path, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -369,8 +322,22 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if labels is not None and supervised_logits_only:
+        logits, loss = self._logits_and_loss(
+            outputs.last_hidden_state, labels, logits_to_keep, supervised_logits_only, **kwargs
+        )
+        return TinyAlignCausalLMOutputWithPast(
+            loss=loss, logits=logits, image_outputs=outputs.image_outputs, **language_model_fields(outputs)
+        )
+
+    def _logits_and_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor | None,
+        logits_to_keep: int | torch.Tensor,
+        supervised_only: bool,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if labels is not None and supervised_only:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
             supervised = shift_labels != -100
             hidden_states = hidden_states[supervised]
@@ -380,14 +347,10 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         else:
             hidden_states = hidden_states[:, logits_to_keep]
         logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
-        return TinyAlignCausalLMOutputWithPast(
-            loss=loss, logits=logits, image_outputs=outputs.image_outputs, **language_model_fields(outputs)
-        )
+        if labels is None:
+            return logits, None
+        vocab_size = self.config.text_config.vocab_size
+        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):

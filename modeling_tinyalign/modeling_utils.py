@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .composition import check_origins, load_models, unless_local
 from .configuration_tinyalign import TinyAlignConfig
-from .connectors import MemoryConnector, build_lexicon, used_slots
+from .connectors import MemoryConnector, build_lexicon, check_memory_values, used_slots
 from .files import WEIGHTS, make_model_card, push_files, resolve_commit
 from .memory_bank import MemoryBank
 from .outputs import TinyAlignRetrieval
@@ -87,9 +87,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         alone, vision tower and language model are loaded from the checkpoints that the config names.
 
         Raises:
-            ValueError: The checkpoint's config or weights are broken, or `use_safetensors=False` is asked for; or its
-                connectors are of other models.
-            OSError: A model that the config names cannot be had.
+            ValueError: Config or weights are broken, `use_safetensors=False`, or the connectors are of other models.
+            OSError: A model that the config names cannot be loaded.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors is False, but TinyAlign reads no pickles: save as safetensors first.")
@@ -202,14 +201,11 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         self, bank: MemoryBank | str | os.PathLike, revision: str | None = None, check_probes: bool = True
     ):
         """
-        Retrieve from this bank from now on. It is no part of the weights; its Hub repository, if any, goes into the
-        config.
+        Retrieve from this bank from now on. It is no part of the weights; the config names its Hub repository.
 
         Args:
-            bank (`MemoryBank` or `str`): A bank, or the folder or dataset repository of one.
-            revision (`str`, *optional*): Revision of the repository.
-            check_probes (`bool`, *optional*, defaults to `True`): `False` takes a bank of another vision tower too, as
-                [`MemoryBank.for_any_tower`].
+            bank: A bank, or the folder or dataset repository (at `revision`) of one.
+            check_probes: `False` takes a bank of another vision tower too, as [`MemoryBank.for_any_tower`].
 
         Raises:
             ValueError: The bank has other latents or keys than the model, is too small, or is of another vision tower.
@@ -336,11 +332,29 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             keys = bank.encode_queries(*queries)
             memory_scores, memory_ids = bank.search(keys, self.config.memory_top_k, exclude=exclude_ids)
         memory_ids = torch.as_tensor(memory_ids)
-        return {
-            "memory_ids": memory_ids,
-            "memory_values": bank.gather(memory_ids),
-            "memory_scores": memory_scores,
-        }
+        return {"memory_ids": memory_ids, "memory_values": bank.gather(memory_ids), "memory_scores": memory_scores}
+
+    def read_memory(
+        self,
+        tokens: torch.Tensor,
+        memory_values: torch.Tensor,
+        memory_ids: torch.LongTensor | None,
+        memory_scores: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor | None]:
+        """Return memory tokens `(n, M, hidden_size)` for the images of `tokens`, and the ids and scores in use."""
+        self.check_top_k()
+        values = torch.as_tensor(memory_values)
+        memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
+        memory_scores = None if memory_scores is None else torch.as_tensor(memory_scores)
+        check_memory_values(self.config, values, len(tokens), memory_ids=memory_ids, memory_scores=memory_scores)
+        memory_ids, mask = used_slots(memory_ids, memory_scores, self.config.retrieval_threshold)
+        memory_tokens = self.memory_connector(
+            values.to(tokens.device),
+            mask,
+            lambda ids: self.get_input_embeddings()(ids),  # accelerate would move the layer itself
+            memory_scores,
+        )
+        return memory_tokens, memory_ids, memory_scores
 
     # ------------------------------------------------------------------ placeholders
 

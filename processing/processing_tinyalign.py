@@ -8,8 +8,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the shortcut needs torchvision in 5.17
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_numpy_array, is_torch_tensor
 
@@ -148,35 +147,20 @@ class TinyAlignProcessor(ProcessorMixin):
 
     @classmethod
     def from_vision_text_pretrained(
-        cls,
-        vision_name_or_path: str,
-        text_name_or_path: str,
-        config: PreTrainedConfig,
-        *,
-        image_token: str = "<image>",
-        image_aspect_ratio: str = "square",
-        vision_kwargs: dict | None = None,
-        text_kwargs: dict | None = None,
+        cls, vision_name_or_path: str, text_name_or_path: str, config: PreTrainedConfig, **kwargs
     ) -> "TinyAlignProcessor":
-        """The processor of a model composed from the same two checkpoints; `config` is that model's."""
-        image_processor = AutoImageProcessor.from_pretrained(vision_name_or_path, **(vision_kwargs or {}))
-        tokenizer = AutoTokenizer.from_pretrained(text_name_or_path, **(text_kwargs or {}))
-        if image_token not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
-        processor = cls(
-            image_processor,
-            tokenizer,
-            image_token=image_token,
-            num_image_tokens=config.num_image_tokens,
-            key_space=config.key_space,
-            image_aspect_ratio=image_aspect_ratio,
-        )
-        if processor.image_token_id != config.image_token_id:
-            raise ValueError(
-                f"{image_token!r} is token {processor.image_token_id} of {text_name_or_path}, but the model expects "
-                f"{config.image_token_id}: use the language model it was made from."
-            )
-        return processor
+        """
+        The processor of a model composed from the same two checkpoints; `config` is that model's.
+        `tinyalign_vlm.training.composition.compose_processor` has the other arguments.
+
+        Raises:
+            ImportError: The package is not installed: a checkpoint's own code does not compose others.
+        """
+        try:
+            from tinyalign_vlm.training.composition import compose_processor
+        except ImportError as error:
+            raise ImportError("Composing a processor needs the package: pip install tinyalign-vlm.") from error
+        return compose_processor(cls, vision_name_or_path, text_name_or_path, config, **kwargs)
 
     @staticmethod
     def decode_image(image: Image.Image | str | Path | bytes | dict) -> Image.Image:

@@ -5,7 +5,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the shortcut needs torchvision in 5.17
 from transformers.utils import cached_file, extract_commit_hash, logging
 
 from ..modeling_tinyalign.composition import DOWNLOAD_KWARGS, HUB_KWARGS, add_rows, load_vision_tower
@@ -19,12 +20,30 @@ def compose(
     model_class: type[PreTrainedModel],
     vision_name_or_path: str,
     text_name_or_path: str,
-    image_token: str,
-    vision_kwargs: dict | None,
-    text_kwargs: dict | None,
-    config_kwargs: dict,
+    *,
+    image_token: str = "<image>",
+    dtype: torch.dtype | str | None = None,
+    vision_kwargs: dict | None = None,
+    text_kwargs: dict | None = None,
+    **config_kwargs,
 ) -> PreTrainedModel:
-    """See `TinyAlignForConditionalGeneration.from_vision_text_pretrained`."""
+    """
+    Composes a model from two checkpoints; its connectors are new. What is initialised and not loaded is logged.
+
+    Args:
+        vision_name_or_path (`str`): A vision tower, or a dual tower (SigLIP, CLIP) whose vision half is taken.
+        text_name_or_path (`str`): A causal language model with its tokenizer.
+        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, added if the tokenizer lacks it.
+        dtype (`torch.dtype`, *optional*): Of both models; the connectors are float32 in any case.
+        vision_kwargs, text_kwargs (`dict`, *optional*): For the two `from_pretrained` (`dtype`, `revision`, ...).
+        config_kwargs: Fields of [`TinyAlignConfig`].
+
+    Raises:
+        ValueError: `config_kwargs` has a name that is none of its fields.
+    """
+    if dtype is not None:
+        vision_kwargs = {"dtype": dtype, **(vision_kwargs or {})}
+        text_kwargs = {"dtype": dtype, **(text_kwargs or {})}
     _check_names(config_kwargs)
     vision_tower, vision_info = load_vision_tower(vision_name_or_path, vision_kwargs or {})
     language_model, image_token_id, text_report = _load_language_model(
@@ -134,3 +153,39 @@ def _measure(vision_tower: PreTrainedModel, config: dict) -> dict:
         )
     pooled = pool_grid(features, config.get("vision_pool_size"))
     return {"image_seq_length": pooled.shape[1], "vision_feature_size": features.shape[2]}
+
+
+def compose_processor(
+    processor_class: type[ProcessorMixin],
+    vision_name_or_path: str,
+    text_name_or_path: str,
+    config: PreTrainedConfig,
+    *,
+    image_token: str = "<image>",
+    image_aspect_ratio: str = "square",
+    vision_kwargs: dict | None = None,
+    text_kwargs: dict | None = None,
+) -> ProcessorMixin:
+    """
+    The processor of a model composed from the same two checkpoints; `config` is that model's.
+
+    Raises `ValueError` when the image token is not the one that the model expects.
+    """
+    image_processor = AutoImageProcessor.from_pretrained(vision_name_or_path, **(vision_kwargs or {}))
+    tokenizer = AutoTokenizer.from_pretrained(text_name_or_path, **(text_kwargs or {}))
+    if image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+    processor = processor_class(
+        image_processor,
+        tokenizer,
+        image_token=image_token,
+        num_image_tokens=config.num_image_tokens,
+        key_space=config.key_space,
+        image_aspect_ratio=image_aspect_ratio,
+    )
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"{image_token!r} is token {processor.image_token_id} of {text_name_or_path}, but the model expects "
+            f"{config.image_token_id}: use the language model it was made from."
+        )
+    return processor

@@ -1,9 +1,9 @@
 """
-What rounding a bank does to a trained model: its loss with float16 values and float32 keys, and with 8 and 12 bits.
+What rounding a bank does to a trained model: its loss with float16 values and float32 keys, and with 8 and 16 bits.
 
 Run it after the demo, whose model, features and banks it uses:
 
-    tinyalign demo && python benchmarks/packed_values.py demo
+    tinyalign demo && python benchmarks/quantized_values.py demo
 
 The loss is that of the held-out drawings' answers, with the neighbours that each bank finds for them.
 """
@@ -56,18 +56,20 @@ def main():
     model = TinyAlignForConditionalGeneration.from_pretrained(arguments.demo / "tinyalign" / "model").eval()
     processor = TinyAlignProcessor.from_pretrained(arguments.demo / "tinyalign" / "model")
     print(
-        "| bank | loss per token | packed | moved by | error of the values | other neighbours |\n" + "|---" * 6 + "|"
+        "| bank | loss per token | quantized | moved by | error of the values | other neighbours |\n"
+        + "|---" * 6
+        + "|"
     )
     for name in BANKS:
         plain = MemoryBank.from_pretrained(arguments.demo / f"bank_{name}_heldout")
-        packed = plain._with_rows(plain._batches(), plain.skipped_rows, packed=True)
+        quantized = plain.with_rows(plain.store.batches(), quantized=True)
         losses, neighbours = [], []
-        for bank in (plain, packed):
+        for bank in (plain, quantized):
             model.build_lexicon(processor.tokenizer, bank)
             found = find_neighbours(bank, model, features, TOP_K)
             losses.append(loss_per_token(model, processor, with_neighbours(rows, found), bank, features))
             neighbours.append(found[1])
-        values, rounded = (bank.gather(np.arange(len(bank))) for bank in (plain, packed))
+        values, rounded = (bank.gather(np.arange(len(bank))) for bank in (plain, quantized))
         error = (rounded - values).norm() / (values - values.mean(dim=0)).norm()
         print(
             f"| {name} the concepts | {losses[0]:.5f} | {losses[1]:.5f} | {100 * (losses[1] / losses[0] - 1):+.4f}% "
