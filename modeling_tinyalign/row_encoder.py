@@ -87,23 +87,17 @@ class RowReader:
         """Return a row.
 
         Raises:
-            BadRow: its image or its caption cannot be used.
-            ValueError: it is no dictionary, or lacks a column, as all others will.
+            BadRow: it lacks a column, or its image or its caption cannot be used.
+            ValueError: it is no dictionary.
         """
         self._check_columns(number, row)
-        caption = row[self.caption_column]
         if row[self.image_column] is None:
             raise BadRow("missing image", "there is no image, expected a PIL image, bytes or a path")
         try:
             image = self.decode_image(row[self.image_column])
         except ValueError as error:
             raise BadRow("broken image", str(error)) from error
-        if not isinstance(caption, str) or not caption.strip():
-            raise BadRow("no caption", f"the caption is {caption!r}, expected text")
-        try:
-            caption.encode()
-        except UnicodeEncodeError as error:
-            raise BadRow("no caption", f"the caption has half a surrogate pair ({error})") from error
+        caption = check_caption(row[self.caption_column])
         kept = [None if row[column] is None else str(row[column]) for column in self.keep_columns]
         return BankRow(number, image, image_source_id(image), caption, kept)
 
@@ -113,15 +107,13 @@ class RowReader:
                 f"Row {number} of the dataset is a {type(row).__name__}, expected a dict of columns. Of a "
                 'DatasetDict, pass one split: dataset["train"].'
             )
-        for name, column in (("caption_column", self.caption_column), ("image_column", self.image_column)):
+        named = {"caption_column": self.caption_column, "image_column": self.image_column}
+        for setting, column in [*named.items(), *(("keep_columns", column) for column in self.keep_columns)]:
             if column not in row:
-                raise ValueError(
-                    f"The dataset has no column {column!r} (row {number}); its columns are {sorted(row)}. A memory "
-                    f"bank needs an image and a caption per row: pass {name}=..., the name of that column."
+                raise BadRow(
+                    "missing column",
+                    f"no column {column!r}, the columns are {sorted(row)}: pass {setting}=..., the right name",
                 )
-        for column in self.keep_columns:
-            if column not in row:
-                raise ValueError(f"The dataset has no column {column!r} to keep; its columns are {sorted(row)}.")
 
 
 @dataclass
@@ -279,6 +271,17 @@ def undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:
         if isinstance((dataset.features or {}).get(image_column), datasets.Image):
             return dataset.cast_column(image_column, datasets.Image(decode=False))
     return dataset
+
+
+def check_caption(caption: object) -> str:
+    """Return a caption; raises `BadRow` unless it is text, can be stored, and has more than blanks in it."""
+    if not isinstance(caption, str) or not caption.strip():
+        raise BadRow("no caption", f"the caption is {caption!r}, expected text")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("no caption", f"the caption has half a surrogate pair ({error})") from error
+    return caption
 
 
 def check_row_settings(keep_columns: Sequence[str], batch_size: int, thumbnail_size: int | None) -> None:

@@ -1,26 +1,27 @@
-"""Building a memory bank of a data set."""
+"""The one engine that makes memory banks: `MemoryBank.build`, `tinyalign bank build` and `bank add` all use it."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, __version__
 
-from ...modeling_tinyalign.bank_arrays import QUANTIZED_ROWS, SCRATCH_PREFIX, cache_errors, cache_root
+from ...modeling_tinyalign.bank_arrays import QUANTIZED_ROWS, SCRATCH_PREFIX, cache_root
 from ...modeling_tinyalign.bank_format import BankConfig, KeyEncoderConfig, matrix
 from ...modeling_tinyalign.files import scratch_folder
 from ...modeling_tinyalign.key_encoder import KeyEncoder, describe_tower, evaluating, probe_pixels
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ...modeling_tinyalign.row_encoder import RowEncoder, RowReader, finished, undecoded
+from ...modeling_tinyalign.row_encoder import RowEncoder, check_row_settings, finished
 from ...modeling_tinyalign.value_encoder import ValueEncoder
+from ..data.images import DatasetImages
+from .encode import EncodedParts, RowChoice, no_usable_row
+from .value_encoder_training import ValueEncoderTrainingConfig, train_new_value_encoder
 
 # Rows the whitening is fitted on: their products with one another must fit in memory.
 MAX_WHITENING_ROWS = 4096
@@ -30,7 +31,7 @@ def build_bank(
     dataset: Iterable[dict],
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    value_encoder: ValueEncoder,
+    value_encoder: ValueEncoder | None = None,
     *,
     image_column: str = "image",
     caption_column: str = "caption",
@@ -43,6 +44,7 @@ def build_bank(
     keep_duplicates: bool = False,
     vision_features: torch.Tensor | np.ndarray | None = None,
     quantized: bool | None = None,
+    value_encoder_training: ValueEncoderTrainingConfig | None = None,
 ) -> MemoryBank:
     """Encode a data set into a bank.
 
@@ -52,7 +54,8 @@ def build_bank(
         model: a TinyAlign model; its `get_vision_features` is used, and in language space (`config.key_space`)
             snapshots of its connector and token embeddings.
         processor: its `image_processor` is used, and in language space its `tokenizer`.
-        value_encoder: makes the values; it is saved with the bank.
+        value_encoder: makes the values; it is saved with the bank. By default a new one is trained first, on 10,000
+            captions and 256 images of the data set.
         keep_columns: other columns to keep with the rows as text, a source or licence say.
         key_grid: keys hold this many rows and columns of the image and tell where something is; they get
             `key_grid**2` times as wide, so give `whiten_dim` as well. 1: the whole image (the paper's keys).
@@ -64,24 +67,35 @@ def build_bank(
             listed.
         vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
         quantized: round keys to float16 and values to 8 bits. By default in banks of more than 20,000 rows.
+        value_encoder_training: settings of the training of a new value encoder.
 
     Raises:
         ValueError: a column is missing, a row is bad (its number is named), there is no row, `key_grid` or
             `whiten_dim` is impossible, or the value encoder makes latents of another shape than `model.config` asks
             for.
     """
-    total = len(dataset) if isinstance(dataset, Sized) else None
-    if vision_features is not None and len(vision_features) < (total or 0):
+    check_row_settings(keep_columns, batch_size, thumbnail_size)
+    source = DatasetImages(dataset, image_column, caption_column, keep_columns)
+    if vision_features is not None and len(vision_features) < (source.total or 0):
         raise ValueError(
-            f"vision_features has {len(vision_features)} rows, but the dataset has {total}: pass one row for each, in "
-            "the dataset's order."
+            f"vision_features has {len(vision_features)} rows, but the dataset has {source.total}: pass one row for "
+            "each, in the dataset's order."
+        )
+    if value_encoder is None:
+        if not source.can_be_read_again:
+            raise ValueError(
+                "The dataset is an iterator, which can be read only once, but a new value encoder is to be trained on "
+                "it first: pass a list or a datasets.Dataset, or a value_encoder."
+            )
+        value_encoder = train_new_value_encoder(
+            model, processor, source, value_encoder_training, batch_size, vision_features
         )
     encoder = RowEncoder(
         model,
         processor,
         value_encoder,
         new_key_encoder(model, processor, key_grid),
-        RowReader(processor.decode_image, image_column, caption_column, keep_columns),
+        source.read,
         keep_columns=keep_columns,
         batch_size=batch_size,
         thumbnail_size=thumbnail_size,
@@ -89,43 +103,39 @@ def build_bank(
         seen=None if keep_duplicates else set(),
         vision_features=vision_features,
     )
-    rows = enumerate(tqdm(undecoded(dataset, image_column), "Encoding the bank", total))
-    with evaluating(model, value_encoder), cache_errors_of_scratch() as folder:
-        batches = spool(encoder.batches(rows), folder / "spool.arrow")
-        return bank_of(encoder, batches, whiten_dim, quantized)
+    with evaluating(model, value_encoder), scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
+        parts = EncodedParts(folder)
+        parts.encode(encoder, source, RowChoice(total=source.total))
+        if parts.num_rows == 0:
+            raise no_usable_row("The dataset", parts.left_out)
+        return finish_bank(encoder, parts, whiten_dim, quantized)
 
 
-def bank_of(
-    encoder: RowEncoder,
-    batches: Callable[[], Iterator[pa.RecordBatch]],
-    whiten_dim: int | None = None,
-    quantized: bool | None = None,
+def finish_bank(
+    encoder: RowEncoder, parts: EncodedParts, whiten_dim: int | None = None, quantized: bool | None = None
 ) -> MemoryBank:
     """Make a bank of encoded rows: fit the key encoder's mean and whitening to them, and finish their keys.
 
     Args:
-        encoder: its `next_id` is the number of rows in all batches.
-        batches: starts over each time it is called.
+        encoder: made all parts, with a key encoder of `new_key_encoder`.
     """
-    if encoder.next_id == 0:
-        raise ValueError(
-            f"The dataset has no usable rows ({len(encoder.left_out)} were left out): a memory bank needs at least "
-            "one image with a caption."
-        )
-    model, processor, key_encoder = encoder.model, encoder.processor, encoder.key_encoder
-    tower = describe_tower(model, image_shape(processor))
-    probe_keys = key_encoder.probe(model, tower.image_shape)
-    mean, sample = mean_and_sample(batches(), encoder.next_id)
-    key_encoder.cpu().mean = mean.float()
-    if whiten_dim is not None:
-        key_encoder.projection = fit_whitening(sample, mean, whiten_dim)
+    key_encoder = fit_key_encoder(encoder.key_encoder, parts.batches, parts.num_rows, whiten_dim)
+    config = new_bank_config(encoder, parts.num_rows > QUANTIZED_ROWS if quantized is None else quantized)
     value_encoder = copy.deepcopy(encoder.value_encoder).requires_grad_(False).eval()
-    config = BankConfig(
+    probe_keys = key_encoder.probe(encoder.model, config.tower.image_shape)
+    rows = finished(parts.batches(), key_encoder.cpu())
+    return MemoryBank.from_batches(rows, config, key_encoder, probe_keys, value_encoder, parts.left_out)
+
+
+def new_bank_config(encoder: RowEncoder, quantized: bool) -> BankConfig:
+    """Return the config of a new bank, without rows as yet."""
+    model, processor, key_encoder = encoder.model, encoder.processor, encoder.key_encoder
+    return BankConfig(
         key_dim=key_encoder.key_dim,
         num_latents=model.config.num_latents,
         latent_dim=model.config.latent_dim,
-        quantized=encoder.next_id > QUANTIZED_ROWS if quantized is None else quantized,
-        tower=tower,
+        quantized=quantized,
+        tower=describe_tower(model, image_shape(processor)),
         preprocessing=json.loads(processor.image_processor.to_json_string()),
         key_encoder=KeyEncoderConfig(
             key_space=model.config.key_space,
@@ -134,26 +144,18 @@ def bank_of(
             alpha=model.config.query_alpha,
             grid=key_encoder.grid,
         ),
-        value_encoder=value_encoder.config.settings,
+        value_encoder=encoder.value_encoder.config.settings,
         columns=list(encoder.keep_columns),
         thumbnail_size=encoder.thumbnail_size,
         versions={"torch": torch.__version__, "transformers": __version__},
     )
-    rows = finished(batches(), key_encoder)
-    return MemoryBank.from_batches(rows, config, key_encoder, probe_keys, value_encoder, encoder.left_out)
 
 
 def new_key_encoder(model: PreTrainedModel, processor: ProcessorMixin, grid: int = 1) -> KeyEncoder:
     """Return a key encoder for a model's `config.key_space`; its mean is zero until it is fitted."""
-    config = model.config
-    if config.key_space == "vision":
-        with evaluating(model):
-            width = model.get_vision_features(probe_pixels(image_shape(processor))).shape[-1]
-        return KeyEncoder(torch.zeros(grid**2 * width), grid=grid)
-    embeddings = model.get_input_embeddings().weight.detach()
-    connector = copy.deepcopy(model.base_model.connector).float()
-    mean = torch.zeros(embeddings.shape[1])
-    return KeyEncoder(mean, None, connector, embeddings, config.vision_pool_size, config.query_alpha, grid)
+    with evaluating(model):
+        width = model.get_vision_features(probe_pixels(image_shape(processor))).shape[-1]
+    return KeyEncoder.for_model(model, width, grid)
 
 
 def image_shape(processor: ProcessorMixin) -> list[int]:
@@ -162,32 +164,21 @@ def image_shape(processor: ProcessorMixin) -> list[int]:
     return list(pixels.shape[1:])
 
 
-def cache_errors_of_scratch():
-    return scratch_folder(cache_root(), SCRATCH_PREFIX)
-
-
-def spool(batches: Iterable[pa.RecordBatch], path: Path) -> Callable[[], Iterator[pa.RecordBatch]]:
-    """Put batches aside in a file, and return what reads them, again and again."""
-    writer = None
-    with open(path, "wb") as file:
-        for batch in batches:
-            with cache_errors():
-                writer = writer or pa.ipc.new_file(file, batch.schema)
-                writer.write_batch(batch)
-        if writer is not None:
-            writer.close()
-
-    def read() -> Iterator[pa.RecordBatch]:
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            yield from map(reader.get_batch, range(reader.num_record_batches))
-
-    return read
+def fit_key_encoder(
+    key_encoder: KeyEncoder, batches: Callable[[], Iterator[pa.RecordBatch]], num_rows: int, whiten_dim: int | None
+) -> KeyEncoder:
+    """Set the mean, and the whitening if it is wanted, to those of the raw keys in all batches."""
+    mean, sample = mean_and_sample(batches(), num_rows)
+    key_encoder.cpu().mean = mean.float()
+    if whiten_dim is not None:
+        key_encoder.projection = fit_whitening(sample, mean, whiten_dim)
+    return key_encoder
 
 
 def mean_and_sample(batches: Iterable[pa.RecordBatch], num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean of all raw keys, float64 `(raw_dim,)`, and `MAX_WHITENING_ROWS` of them, always the same ones."""
+    """Return the mean of all raw keys, float64 `(raw_dim,)`, and up to `MAX_WHITENING_ROWS` of them."""
     chosen = np.zeros(num_rows, dtype=bool)
+    # always the same ones
     chosen[np.random.default_rng(0).permutation(num_rows)[:MAX_WHITENING_ROWS]] = True
     keys, total, start = [], 0.0, 0
     for batch in batches:
@@ -199,7 +190,7 @@ def mean_and_sample(batches: Iterable[pa.RecordBatch], num_rows: int) -> tuple[t
 
 
 def fit_whitening(raw_keys: torch.Tensor, mean: torch.Tensor, dim: int) -> torch.Tensor:
-    """PCA whitening, through the products of the rows with one another: keys may be wider than there are rows.
+    """Return a PCA whitening, through the products of the rows: keys may be wider than there are rows.
 
     Args:
         raw_keys: `(rows, raw_dim)`, the raw keys or a sample of them.

@@ -1,8 +1,9 @@
 """Encoded rows on their way into a memory bank: kept in parts, so that a killed run goes on where it stopped."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,145 +12,127 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from ...modeling_tinyalign.bank_builder import RowEncoder
-from ..data.chats import BadRow
-from ..data.images import CaptionedImages
+from ...modeling_tinyalign.row_encoder import LeftOutRow, RowEncoder
+from ..data.images import StoredImages
 from ..disk import save_file
 
 PART_ROWS = 512  # of the data set: what a killed run loses at most
-# As BadRow takes it.
-DUPLICATE = "duplicate", "the image, pixel for pixel, is that of an earlier row"
 Chunk = list[tuple[int, dict[str, Any]]]
 
 
 @dataclass
-class Parts:
-    """
-    Arrow files in `folder`, each there whole or not at all. Part i depends on the data set and the parts before it and
-    on nothing else: whoever makes it, and whenever, it is the same.
+class RowChoice:
+    """The rows of a data set to encode.
 
     Attributes:
-        rows: Rows encoded so far.
-        left_out: `{"row": number, "reason": text}` of each row of the data set that was left out so far.
+        wanted: how many are chosen by `seed`; for one that has to be left out another one is chosen. None: all.
+        total: how many rows the data set has, None if that is not known; it must be if some are chosen.
+    """
+
+    wanted: int | None = None
+    seed: int = 0
+    total: int | None = None
+
+
+@dataclass
+class EncodedParts:
+    """Arrow files in `folder`, one for each part of the data set, each there whole or not at all.
+
+    Part i depends on the data set and the parts before it and on nothing else: whoever makes it, and whenever, it is
+    the same.
+
+    Attributes:
+        num_rows: rows encoded so far.
+        left_out: rows of the data set that were left out so far.
     """
 
     folder: Path
-    rows: int = 0
-    left_out: list[dict] = field(default_factory=list)
+    num_rows: int = 0
+    left_out: list[LeftOutRow] = field(default_factory=list)
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.arrow"
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Of all parts, in order, with raw keys."""
+        """Yield the rows of all parts, in order, with raw keys."""
         for path in sorted(self.folder.glob("[0-9]*.arrow")):
             with pa.memory_map(str(path)) as file:
                 reader = pa.ipc.open_file(file)
                 yield from map(reader.get_batch, range(reader.num_record_batches))
 
-    def encode(
-        self,
-        encoder: RowEncoder,
-        source: CaptionedImages,
-        seen: set[bytes] | None = None,
-        wanted: int | None = None,
-        seed: int = 0,
-        total: int | None = None,
-    ):
-        """
-        Encodes the data set, but for the parts that are there.
-
-        Args:
-            seen: Names of images that are left out; those of the rows are added. None: images may come again.
-            wanted: How many rows to choose, by `seed`, among the `total` of the data set. For each that has to be left
-                out another one is chosen.
+    def encode(self, encoder: RowEncoder, source: StoredImages, choice: RowChoice) -> None:
+        """Encode the data set, but for the parts that are there.
 
         Raises:
-            ValueError: A row gets a key or value that is not finite.
-            OSError: The disk is full; the parts so far are kept.
+            ValueError: a row is bad and not to be left out, or gets a key or value that is not finite.
+            OSError: the disk is full; the parts so far are kept.
         """
-        first_id = encoder.num_rows
-        every = (chunk for numbers in self.rounds(wanted, seed, total) for chunk in chunks(source, numbers, PART_ROWS))
-        with tqdm(total=wanted or total, desc="Encoding the bank", unit="row") as bar:
+        first_id = encoder.next_id
+        rounds = self.rounds(choice)
+        every = (chunk for numbers in rounds for chunk in chunks(source, numbers))
+        with tqdm(total=choice.wanted or choice.total, desc="Encoding the bank", unit="row") as bar:
             for number, chunk in enumerate(every):
                 if not self.path(number).exists():
-                    self._make(number, chunk, encoder, source, seen, bar)
-                self.take(number, seen)
-                encoder.num_rows = first_id + self.rows
-                bar.n = self.rows + (0 if wanted else len(self.left_out))
+                    encoder.left_out = []
+                    batches = []
+                    for batch in encoder.batches(chunk):
+                        batches.append(batch)
+                        bar.update(len(batch))
+                    save_file(self.path(number), part_content(batches, encoder.schema, encoder.left_out))
+                self.count_part(number, encoder.seen)
+                encoder.next_id = first_id + self.num_rows
+                bar.n = self.num_rows + (0 if choice.wanted else len(self.left_out))
                 bar.refresh()
 
-    def rounds(self, wanted: int | None, seed: int, total: int | None) -> Iterator[np.ndarray | None]:
-        """Which rows to encode, ascending, None for all; again and again while chosen rows are left out."""
-        order = np.arange(0) if wanted is None else np.random.default_rng(seed).permutation(total)
+    def rounds(self, choice: RowChoice) -> Iterator[np.ndarray | None]:
+        """Yield the numbers of rows to encode, ascending, None for all; again while chosen rows are left out."""
+        if choice.wanted is None:
+            yield None
+            return
+        order = np.random.default_rng(choice.seed).permutation(choice.total)
         done = 0
-        while True:
-            numbers = None if wanted is None else np.sort(order[done : done + wanted - self.rows])
-            yield numbers
-            done += 0 if numbers is None else len(numbers)
-            if done == len(order) or self.rows == wanted:
-                return
+        while done < len(order) and self.num_rows < choice.wanted:
+            numbers = order[done : done + choice.wanted - self.num_rows]
+            done += len(numbers)
+            yield np.sort(numbers)
 
-    def take(self, number: int, seen: set[bytes] | None):
-        """Counts what a part holds."""
+    def count_part(self, number: int, seen: set[bytes] | None) -> None:
+        """Count what a part holds, and add the names of its images to `seen`."""
         with pa.memory_map(str(self.path(number))) as file:
             part = pa.ipc.open_file(file).read_all()
-        self.rows += len(part)
-        self.left_out += json.loads(part.schema.metadata[b"left_out"])
+        self.num_rows += len(part)
+        self.left_out += [LeftOutRow(**row) for row in json.loads(part.schema.metadata[b"left_out"])]
         if seen is not None:
             seen.update(map(bytes.fromhex, part["source_id"].to_pylist()))
 
-    def _make(
-        self,
-        number: int,
-        chunk: Chunk,
-        encoder: RowEncoder,
-        source: CaptionedImages,
-        seen: set[bytes] | None,
-        bar: tqdm,
-    ):
-        batches, left_out = [], []
-        for batch in encode_chunk(chunk, encoder, source, seen, left_out):
-            batches.append(batch)
-            bar.update(len(batch))
-        save_file(self.path(number), part_content(batches, encoder.schema, left_out))
 
-
-def chunks(source: CaptionedImages, numbers: np.ndarray | None, size: int) -> Iterator[Chunk]:
-    """The rows with these numbers, or all, as they are stored, `size` to a part."""
+def chunks(source: StoredImages, numbers: np.ndarray | None) -> Iterator[Chunk]:
+    """Yield the rows with these numbers, or all, as they are stored, `PART_ROWS` to a part."""
     rows = source.rows(numbers)
-    while chunk := list(islice(rows, size)):
+    while chunk := list(islice(rows, PART_ROWS)):
         yield chunk
 
 
-def encode_chunk(
-    chunk: Chunk, encoder: RowEncoder, source: CaptionedImages, seen: set[bytes] | None, left_out: list[dict]
-) -> Iterator[pa.RecordBatch]:
-    """Batches of the usable rows of a part; the others are added to `left_out`. See [`Parts.encode`]."""
-    rows, new = [], set()
-    for number, stored in chunk:
-        try:
-            row = source.read(number, stored)
-            name = bytes.fromhex(row["source_id"])
-            if seen is not None and (name in seen or name in new):
-                raise BadRow(*DUPLICATE)
-        except BadRow as error:
-            left_out.append({"row": number, "reason": str(error)})
-            continue
-        new.add(name)
-        rows.append(row)
-        if len(rows) == encoder.batch_size:
-            yield encoder.encode(rows)
-            rows = []
-    if rows:
-        yield encoder.encode(rows)
-
-
-def part_content(batches: list[pa.RecordBatch], schema: pa.Schema, left_out: list[dict]) -> pa.Buffer:
-    """Of the file of a part."""
-    schema = schema.with_metadata({"left_out": json.dumps(left_out)})
+def part_content(batches: Sequence[pa.RecordBatch], schema: pa.Schema, left_out: Sequence[LeftOutRow]) -> pa.Buffer:
+    """Return the Arrow file of one part as bytes."""
+    schema = schema.with_metadata({"left_out": json.dumps([asdict(row) for row in left_out])})
     content = pa.BufferOutputStream()
     with pa.ipc.new_file(content, schema) as writer:
         for batch in batches:
             writer.write_batch(pa.record_batch(batch.columns, schema=schema))
     return content.getvalue()
+
+
+def count_kinds(left_out: Sequence[LeftOutRow]) -> str:
+    """Return `3 left out (2 broken image, 1 duplicate)`."""
+    kinds = Counter(row.reason.partition(":")[0] for row in left_out)
+    if not kinds:
+        return "0 left out"
+    return f"{len(left_out)} left out ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"
+
+
+def no_usable_row(name: str, left_out: Sequence[LeftOutRow]) -> ValueError:
+    """Return the error of a data set none of whose rows can be in a bank, with the first reasons."""
+    reasons = [f"row {row.row}: {row.reason}" for row in left_out[:5]]
+    text = "\n  ".join([f"{count_kinds(left_out)}:", *reasons])
+    return ValueError(f"{name} has no usable row, a memory bank needs at least one image with a caption. {text}")

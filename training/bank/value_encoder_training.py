@@ -1,16 +1,27 @@
-"""Bank preparation: training the value encoder, before the bank is built and frozen with it."""
+"""Training the value encoder, before a bank is built and frozen with it."""
 
+import math
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import trange
+from transformers import PreTrainedModel, ProcessorMixin
 
-from ...modeling_tinyalign import ValueEncoder
+from ...modeling_tinyalign import ValueEncoder, ValueEncoderConfig
+from ...modeling_tinyalign.key_encoder import evaluating
+from ...modeling_tinyalign.row_encoder import BadRow, BankRow
 from ...modeling_tinyalign.value_encoder import PADDING_BYTE
+from ..data.images import StoredImages
+
+# The rows of a data set that a new value encoder is trained on.
+NUM_IMAGES, NUM_CAPTIONS = 256, 10_000
 
 
 @dataclass
@@ -37,10 +48,10 @@ class ValueEncoderTrainingConfig:
 
 
 class CaptionSampler:
-    """
-    Captions to practise reading on: half are `captions`, half are made up of known and other words.
+    """Captions to practise reading on: half are `captions`, half are made up of known and other words.
 
-    Raises `ValueError` when a caption is no text, or all are blank.
+    Raises:
+        ValueError: a caption is no text, or all are blank.
     """
 
     def __init__(self, captions: Sequence[str], other_words: Sequence[str], other_share: float, seed: int):
@@ -65,7 +76,7 @@ class CaptionSampler:
         return "".join(self.rng.choices("abcdefghijklmnopqrstuvwxyz", k=self.rng.randint(2, 12)))
 
     def sample(self, n: int, max_words: int) -> list[str]:
-        """`n` captions; the made-up ones have up to `max_words` words."""
+        """Return `n` captions; the made-up ones have up to `max_words` words."""
         samples = []
         for _ in range(n):
             if self.rng.random() < 0.5:
@@ -78,9 +89,13 @@ class CaptionSampler:
 
 
 def spelling_loss(encoder: ValueEncoder, latents: torch.Tensor, caption_bytes: torch.Tensor) -> tuple:
-    """
-    Latents `(n, L, D)` and bytes `(n, words, bytes_per_patch)` -> the mean cross-entropy of the bytes, and the share
-    of words spelled without a fault. Latents without a word have to spell nothing; they weigh a tenth.
+    """Return the mean cross-entropy of the bytes, and the share of words that are spelled without a fault.
+
+    Latents without a word have to spell nothing; they weigh a tenth.
+
+    Args:
+        latents: `(n, L, D)`.
+        caption_bytes: `(n, words, bytes_per_patch)`.
     """
     config = encoder.config
     missing = config.max_words - caption_bytes.shape[1]
@@ -100,21 +115,20 @@ def train_value_encoder(
     captions: Sequence[str],
     config: ValueEncoderTrainingConfig | None = None,
 ) -> list[dict]:
-    """
-    Trains the value encoder, in place, to spell: a linear layer reads word i out of latents 2i and 2i + 1.
+    """Train the value encoder, in place, to spell: a linear layer reads word i out of latents 2i and 2i + 1.
 
     No language model takes part: a language model's memory connector gets a lexicon of its own (`lexicon`).
 
     Args:
-        encoder: With new weights; left frozen and in evaluation mode.
-        images: Vision features `(n, T, C)`, or pixels, as an array or tensor: what `encoder` reads.
-        captions: Of the training images. They may be fewer or more than the images.
+        encoder: with new weights; left frozen and in evaluation mode.
+        images: vision features `(n, T, C)`, or pixels, as an array or tensor: what `encoder` reads.
+        captions: those of the training images. They may be fewer or more than the images.
 
     Returns:
-        A row every 50 steps: `step`, `loss` (nats a byte) and `words_right` (share of words spelled without a fault).
+        a row every 50 steps: `step`, `loss` (nats a byte) and `words_right` (share of words spelled without a fault).
 
     Raises:
-        ValueError: There is no image, no caption with a word in it, or a caption is no text (its number is named).
+        ValueError: there is no image, no caption with a word in it, or a caption is no text (its number is named).
     """
     config = config or ValueEncoderTrainingConfig()
     if len(images) == 0:
@@ -151,3 +165,87 @@ def train_value_encoder(
             progress.set_postfix(loss=f"{loss.item():.3f}", words_right=f"{words_right.item():.1%}")
     encoder.requires_grad_(False).eval()
     return history
+
+
+def train_new_value_encoder(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    source: StoredImages,
+    config: ValueEncoderTrainingConfig | None = None,
+    batch_size: int = 32,
+    vision_features: torch.Tensor | np.ndarray | None = None,
+) -> ValueEncoder:
+    """Return a value encoder for a model, trained on the first rows of a data set. Says what it does.
+
+    Args:
+        batch_size: images at once.
+        vision_features: `(rows of the data set, tokens, width)`, to skip the tower.
+
+    Raises:
+        ValueError: no row is usable.
+    """
+    config = config or ValueEncoderTrainingConfig()
+    images, captions = sample_rows(source)
+    if vision_features is None:
+        features = encode_images(model, processor, images, batch_size)
+    else:
+        features = np.stack([np.asarray(vision_features[row.number]) for row in images])
+    encoder = new_value_encoder(model, features.shape[1:], config.seed)
+    if config.steps:
+        print(
+            f"Training a value encoder on {len(captions):,} captions and {len(images)} images, {config.steps:,} steps."
+        )
+        began = time.perf_counter()
+        train_value_encoder(encoder, features, captions, config)
+        print(f"The value encoder took {time.perf_counter() - began:.0f} seconds.")
+    return encoder.requires_grad_(False).eval()
+
+
+def new_value_encoder(model: PreTrainedModel, features_shape: tuple[int, int], seed: int) -> ValueEncoder:
+    """Return an untrained value encoder whose latents a model reads, for features `(tokens, width)`."""
+    heads = math.gcd(8, model.config.latent_dim)
+    config = ValueEncoderConfig(
+        num_latents=model.config.num_latents,
+        latent_dim=model.config.latent_dim,
+        latents_per_word=model.config.latents_per_word,
+        num_self_attention_heads=heads,
+        num_cross_attention_heads=heads,
+        num_vision_tokens=features_shape[0],
+        vision_feature_size=features_shape[1],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ValueEncoder(config).to(model.device)
+
+
+def sample_rows(source: StoredImages) -> tuple[list[BankRow], list[str]]:
+    """Return the first usable images, and more captions; raises `ValueError` if there are none."""
+    images, captions, problem = [], [], None
+    for number, stored in islice(source, 2 * NUM_CAPTIONS):
+        try:
+            if len(images) < NUM_IMAGES:
+                images.append(source.read(number, stored))
+            captions.append(source.caption(stored))
+        except BadRow as error:
+            problem = problem or f"row {number}: {error}"
+        if len(captions) == NUM_CAPTIONS:
+            break
+    if not images:
+        raise ValueError(
+            f"The data set has no usable row to train a value encoder on ({problem or 'it is empty'}), expected at "
+            "least one image with a caption."
+        )
+    return images, captions
+
+
+def encode_images(
+    model: PreTrainedModel, processor: ProcessorMixin, rows: Sequence[BankRow], batch_size: int
+) -> np.ndarray:
+    """Return vision features `(rows, tokens, width)`, float16."""
+    features = []
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            images = [row.image for row in rows[start : start + batch_size]]
+            pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+            features.append(model.get_vision_features(pixels).half().cpu())
+    return torch.cat(features).numpy()

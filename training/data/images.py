@@ -1,8 +1,8 @@
-"""Images with a caption each, out of a data set of any format that can be trained on: the rows of a memory bank."""
+"""Images with a caption each, out of a data set of any format: the rows of a memory bank, as they are stored."""
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from glob import escape, glob
 from pathlib import Path
@@ -11,26 +11,75 @@ from typing import Any
 import numpy as np
 from datasets.table import CastError
 
-from ...modeling_tinyalign.row_encoder import BankRow, image_source_id
+from ...modeling_tinyalign.row_encoder import (
+    BadRow,
+    BankRow,
+    RowReader,
+    check_caption,
+    image_source_id,
+    undecoded,
+)
 from ...processing.images import decode_image
 from ..arguments.run_arguments import RunArguments
-from .chats import BadRow
 from .check import row_reader
 from .files import open_rows
 
 CAPTION_COLUMNS = ("caption", "txt")
 
 
-@dataclass
-class CaptionedImages:
-    """
-    The rows of `config.dataset`, read as they are needed.
+class StoredImages:
+    """Numbered rows of a data set, read as they are needed: once more each time they are asked for.
 
-    Args:
-        caption_column: The captions. Defaults to `caption` or `txt`; a row with neither must be a chat, and its first
+    A subclass iterates over `(number, row as it is stored)`, and has the methods `read(number, row)`, which returns a
+    `BankRow`, and `caption(row)`; both raise `BadRow` for a row that cannot be in a bank.
+    """
+
+    def rows(self, numbers: np.ndarray | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the rows with these ascending numbers, or all."""
+        if numbers is None:
+            yield from self
+        elif len(numbers):
+            wanted = iter(numbers.tolist())
+            following = next(wanted)
+            for number, row in self:
+                if number == following:
+                    yield number, row
+                    following = next(wanted, None)
+                    if following is None:
+                        return
+
+
+class DatasetImages(StoredImages):
+    """Rows of an object in Python: a data set of the Hub, a list of dictionaries. Arguments as of `build_bank`."""
+
+    def __init__(self, dataset: Iterable[dict], image_column: str, caption_column: str, keep_columns: Sequence[str]):
+        self.dataset = undecoded(dataset, image_column)
+        self.total = len(dataset) if isinstance(dataset, Sized) else None
+        self.reader = RowReader(decode_image, image_column, caption_column, keep_columns)
+
+    @property
+    def can_be_read_again(self) -> bool:
+        return iter(self.dataset) is not self.dataset
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return enumerate(self.dataset)
+
+    def read(self, number: int, row: dict[str, Any]) -> BankRow:
+        return self.reader(number, row)
+
+    def caption(self, row: dict[str, Any]) -> str:
+        return check_caption(row.get(self.reader.caption_column))
+
+
+@dataclass
+class CaptionedImages(StoredImages):
+    """Rows of `config.dataset`: files, a folder or a repository.
+
+    Attributes:
+        caption_column: the captions, by default `caption` or `txt`; a row with neither must be a chat, and its first
             answer is the caption.
-        keep_columns: Columns to keep as text.
-        constants: Columns that are the same in all rows, by name.
+        keep_columns: columns to keep as text.
+        constants: columns that are the same in all rows, by name.
     """
 
     config: RunArguments
@@ -44,7 +93,7 @@ class CaptionedImages:
         self.reader.prompt = "caption"  # a row with an answer column need not be a chat
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Numbered rows as they are stored. Raises `ValueError` when the data set cannot be read."""
+        """Yield numbered rows as they are stored; raises `ValueError` when the data set cannot be read."""
         try:
             yield from enumerate(open_rows(self.config))
         except CastError as error:
@@ -53,67 +102,64 @@ class CaptionedImages:
                 f"Expected the same in all ({error})."
             ) from error
 
-    def rows(self, numbers: np.ndarray | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Those with these ascending numbers, or all."""
-        if numbers is None:
-            yield from self
-        elif len(numbers):
-            wanted = iter(numbers.tolist())
-            following = next(wanted)
-            for number, row in self:
-                if number == following:
-                    yield number, row
-                    following = next(wanted, None)
-                    if following is None:
-                        return
-
     def count(self) -> int:
         return sum(1 for _ in self)
 
-    def describe(self, row: dict[str, Any]) -> dict[str, Any]:
-        """
-        `image` as it is stored, `caption` and `kept`, the values of `keep_columns`.
+    def caption(self, row: dict[str, Any]) -> str:
+        return self.describe(row)[1]
 
-        Raises `BadRow` for a row without a caption or a column, or with more or fewer than one image.
+    def describe(self, row: dict[str, Any]) -> tuple[Any, str, list[str | None]]:
+        """Return the image as it is stored, the caption, and the values of `keep_columns`.
+
+        Raises:
+            BadRow: the row has no caption, lacks a column, or has more or fewer than one image.
         """
         row = {**self.reader.fields(row), **self.constants}
-        column = self.caption_column
-        if column is None:
-            column = next((name for name in CAPTION_COLUMNS if row.get(name) is not None), None)
         for name in (self.caption_column, *self.keep_columns):
             if name is not None and name not in row:
                 raise BadRow("missing column", f"no column {name!r}, the columns are {sorted(row)}")
+        column = self._caption_column(row)
         images = self.reader.images(row)
         if len(images) != 1:
-            raise BadRow(
-                "missing image" if not images else "several images", f"found {len(images)} images, expected one"
-            )
+            kind = "several images" if images else "missing image"
+            raise BadRow(kind, f"found {len(images)} images, expected one")
+        if column is not None:
+            check_caption(row[column])
+        images, messages = replace(self.reader, answer_column=column).read(row)
+        answer = next(message for message in messages if message["role"] == "assistant")
+        caption = "".join(part["text"] for part in answer["content"])
+        kept = [None if row[name] is None else str(row[name]) for name in self.keep_columns]
+        return images[0], caption, kept
+
+    def _caption_column(self, row: dict[str, Any]) -> str | None:
+        """Return the column of a row's caption, None if it is a chat; raises `BadRow` if it is neither."""
+        if self.caption_column is not None:
+            return self.caption_column
+        for name in CAPTION_COLUMNS:
+            if row.get(name) is not None:
+                return name
         chats = ("messages", "conversations", "prompt", self.reader.messages_column)
-        if column is None and all(row.get(name) is None for name in chats):
+        if all(row.get(name) is None for name in chats) and self.reader.images(row):
             raise BadRow(
                 "no caption",
                 f"the columns are {sorted(row)}, expected text in caption or txt (or in the one that --caption_column "
                 "names), or a chat",
             )
-        images, messages = replace(self.reader, answer_column=column).read(row)
-        answer = next(message for message in messages if message["role"] == "assistant")
-        caption = "".join(part["text"] for part in answer["content"])
-        kept = [None if row[name] is None else str(row[name]) for name in self.keep_columns]
-        return {"image": images[0], "caption": caption, "kept": kept}
+        return None
 
     def read(self, number: int, row: dict[str, Any]) -> BankRow:
-        """Return a row as `RowEncoder` takes it; raises `BadRow` as [`describe`], and for a broken image."""
-        described = self.describe(row)
+        """Return a row with its image decoded; raises `BadRow` as `describe`, and for a broken image."""
+        stored, caption, kept = self.describe(row)
         try:
-            image = decode_image(described["image"])
+            image = decode_image(stored)
         except ValueError:
-            self.reader.check_image(described["image"])  # says why
+            self.reader.check_image(stored)  # says why
             raise
-        return BankRow(number, image, image_source_id(image), described["caption"], described["kept"])
+        return BankRow(number, image, image_source_id(image), caption, kept)
 
 
 def fingerprint_files(dataset: str) -> str | None:
-    """Of the names, sizes and times of change of a data set's files, None for a repository: is it still the same?"""
+    """Return a hash of the names, sizes and times of change of a data set's files; None for a repository."""
     path = Path(dataset)
     if path.is_dir():
         files = [str(file) for file in path.rglob("*") if file.is_file()]

@@ -1,0 +1,88 @@
+"""Folders of new memory banks: nothing is written over what is there, and work on one is kept until it is complete."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..disk import keeping, save_file
+
+SETTINGS_NAME, LOCK_NAME = "settings.json", "lock"
+
+
+def check_new_folder(out: Path) -> None:
+    """Raise `ValueError` if there is anything in the folder of a bank that is to be made."""
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(
+            f"{out} is there already: choose another --out, or delete it. Every command writes a new bank and changes "
+            "none."
+        )
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@dataclass
+class WorkFolder:
+    """The folder beside a bank that is being built: `settings.json`, and what is encoded so far."""
+
+    path: Path
+
+    @property
+    def has_work(self) -> bool:
+        return any(entry.name not in (SETTINGS_NAME, LOCK_NAME) for entry in self.path.iterdir())
+
+    def read_settings(self) -> dict:
+        """Return what `write_settings` of an earlier process has written, or nothing."""
+        path = self.path / SETTINGS_NAME
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def write_settings(self, settings: dict) -> None:
+        with keeping(self.path, "what was encoded"):
+            save_file(self.path / SETTINGS_NAME, json.dumps(settings, indent=1).encode())
+
+    def clear(self) -> None:
+        """Delete all work. `settings.json` goes last: as long as it is there, it is known whose work is left."""
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry.rename(entry.with_suffix(".old")))  # no part of it is taken for all of it
+            elif entry.name not in (SETTINGS_NAME, LOCK_NAME):
+                entry.unlink()
+        (self.path / SETTINGS_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[WorkFolder]:
+    """Make the folder `.OUT.build` and let one process at a time in; it is removed again unless there is work in it.
+
+    Raises:
+        ValueError: another process builds the bank.
+    """
+    folder = out.with_name(f".{out.name}.build")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_NAME, timeout=0)  # the system takes it back when the process dies
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is building {out} (it holds {lock.lock_file}), expected one at a time. Wait until it "
+            "has finished, or choose another --out."
+        ) from error
+    work = WorkFolder(folder)
+    try:
+        yield work
+    finally:
+        idle = not work.has_work
+        if idle:
+            work.clear()
+        lock.release()
+        if idle:
+            with suppress(OSError):  # another process has come in
+                (folder / LOCK_NAME).unlink(missing_ok=True)
+                folder.rmdir()

@@ -1,0 +1,320 @@
+"""`tinyalign bank build` and `bank add`: from the files of a data set to a new bank, in steps that survive a kill."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
+
+from ...modeling_tinyalign import MemoryBank, ValueEncoder
+from ...modeling_tinyalign.bank_format import CONFIG_NAME, LEFT_OUT_NAME
+from ...modeling_tinyalign.key_encoder import evaluating
+from ...modeling_tinyalign.row_encoder import DUPLICATE, RowEncoder, check_row_settings, finished
+from ..arguments.alignment import Stage1Config
+from ..data.images import CaptionedImages, fingerprint_files
+from ..data.rows import batch_size_of
+from ..disk import keeping
+from ..models import load_model
+from .build import finish_bank, new_key_encoder
+from .encode import EncodedParts, RowChoice, count_kinds, no_usable_row
+from .folders import WorkFolder, check_new_folder, work_folder
+from .value_encoder_training import ValueEncoderTrainingConfig, train_new_value_encoder
+
+# Settings of the last step: another value makes another bank of the same encoded rows.
+LAST_STEP = ("whiten_dim", "quantized")
+
+
+@dataclass
+class RowSettings:
+    """Which model encodes which rows; the fields are the options of `tinyalign bank add`."""
+
+    dataset: str
+    model: str | None = None
+    vision_model: str | None = None
+    language_model: str | None = None
+    model_kwargs: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    dataset_split: str = "train"
+    image_folder: str | None = None
+    image_column: str | None = None
+    messages_column: str | None = None
+    caption_column: str | None = None
+    set: list[str] = field(default_factory=list)
+    rows: int | None = None
+    seed: int = 0
+    keep_duplicates: bool = False
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        check_row_settings([], 1 if self.batch_size is None else self.batch_size, None)
+        self.constants()
+
+    def run_config(self) -> Stage1Config:
+        """Return the same settings as `tinyalign train` has them."""
+        shared = Stage1Config.__dataclass_fields__.keys() & RowSettings.__dataclass_fields__.keys()
+        return Stage1Config(output_dir="unused", **{name: vars(self)[name] for name in shared})
+
+    def constants(self) -> dict[str, str]:
+        """Return `set` as a dictionary; raises `ValueError` for what is not `column=value`."""
+        for text in self.set:
+            if not text.partition("=")[0] or "=" not in text:
+                raise ValueError(f"--set is {text!r}, expected COLUMN=VALUE, license=cc-by-4.0 say.")
+        return {text.partition("=")[0]: text.partition("=")[2] for text in self.set}
+
+
+@dataclass
+class BuildSettings(RowSettings):
+    """The fields are the options of `tinyalign bank build`."""
+
+    keep: list[str] = field(default_factory=list)
+    like: str | None = None
+    value_encoder: str | None = None
+    value_encoder_steps: int = ValueEncoderTrainingConfig().steps
+    key_grid: int = 1
+    whiten_dim: int | None = None
+    quantized: bool | None = None
+    thumbnail_size: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_row_settings(self.keep, 1, self.thumbnail_size or None)
+        if self.value_encoder_steps < 0:
+            raise ValueError(f"value_encoder_steps is {self.value_encoder_steps}, expected 0 or more.")
+
+    def check_like(self, columns: list[str]) -> None:
+        """Raise `ValueError` for settings that the bank `like`, which keeps these columns, has made already."""
+        defaults = vars(BuildSettings(self.dataset))
+        if sorted(self.keep) == sorted(columns):
+            defaults["keep"] = self.keep
+        names = ("keep", "value_encoder", "value_encoder_steps", "key_grid", "whiten_dim", "thumbnail_size")
+        found = [f"--{name}" for name in names if vars(self)[name] != defaults[name]]
+        if found:
+            raise ValueError(
+                f"The bank is to be --like {self.like}, which keeps {columns} and has encoders and thumbnails of its "
+                f"own: leave {', '.join(found)} out."
+            )
+
+
+def build_from_files(settings: BuildSettings, out: str | os.PathLike, ray: int | None = None) -> None:
+    """Build a bank in the folder `out` and print what came of it.
+
+    Killed, it goes on where it stopped when it is called again with the same settings, and ends with the same bank.
+
+    Args:
+        ray: encode with this many actors of a Ray cluster; 0: one for each of its GPUs, or else of its CPUs. The bank
+            is the same.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: the data, the model or the settings do not fit, `out` is there, another process builds it, or no
+            row is usable.
+        OSError: a file cannot be read, or written; what was encoded is kept.
+    """
+    like = None if settings.like is None else MemoryBank.from_pretrained(settings.like)
+    if like is not None:
+        settings.check_like(like.config.columns)
+    with work_folder(Path(out).resolve()) as work:
+        build = FileBuild.begin(settings, work, Path(out).resolve(), like)
+        if build is None:
+            print(f"{out} is complete: there is nothing to do.")
+            return
+        with keeping(work.path, "what was encoded"):
+            if like is None:
+                encoder = build.new_row_encoder(settings)
+            else:
+                encoder = build.row_encoder_of(like)
+            parts = build.encode(encoder, ray)
+            if parts.num_rows == 0:
+                work.clear()
+                raise no_usable_row(settings.dataset, parts.left_out)
+            if like is None:
+                bank = finish_bank(encoder, parts, settings.whiten_dim, settings.quantized)
+            else:
+                rows = finished(parts.batches(), like.key_encoder.cpu())
+                bank = like.with_rows(rows, parts.left_out, settings.quantized)
+            bank.save_pretrained(out)
+        work.clear()
+    print(f"{out}: {len(bank)} rows; {describe_left_out(out, parts)}.")
+
+
+def add_from_files(
+    settings: RowSettings, bank_name: str | os.PathLike, out: str | os.PathLike, ray: int | None = None
+) -> None:
+    """Write a new bank to `out`: the rows of a bank, and those of a data set behind them. Print what came of it.
+
+    Goes on where it was killed, and raises, as `build_from_files`.
+    """
+    bank = MemoryBank.from_pretrained(bank_name)
+    with work_folder(Path(out).resolve()) as work:
+        build = FileBuild.begin(settings, work, Path(out).resolve(), bank)
+        if build is None:
+            print(f"{out} is complete: there is nothing to do.")
+            return
+        with keeping(work.path, "what was encoded"):
+            encoder = build.row_encoder_of(bank)
+            encoder.next_id = len(bank)
+            if encoder.seen is not None:
+                encoder.seen.update(map(bytes.fromhex, bank.store.table["source_id"].to_pylist()))
+            parts = build.encode(encoder, ray)
+            if parts.num_rows == 0 and not any(row.reason.startswith(DUPLICATE) for row in parts.left_out):
+                work.clear()
+                raise no_usable_row(settings.dataset, parts.left_out)
+            bank = bank.with_added(parts.batches(), parts.left_out)
+            bank.save_pretrained(out)
+        work.clear()
+    print(f"{out}: {len(bank)} rows, {parts.num_rows} of them new; {describe_left_out(out, parts)}.")
+
+
+def describe_left_out(out: str | os.PathLike, parts: EncodedParts) -> str:
+    """Return `3 left out (2 broken image, 1 duplicate), listed in OUT/left_out.jsonl`."""
+    listed = f", listed in {Path(out, LEFT_OUT_NAME)}" if parts.left_out else ""
+    return count_kinds(parts.left_out) + listed
+
+
+@dataclass
+class FileBuild:
+    """The model and the rows of a build, and the folder of its parts.
+
+    Attributes:
+        total: rows of the data set, None if they were not counted.
+    """
+
+    settings: RowSettings
+    work: WorkFolder
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    source: CaptionedImages
+    total: int | None
+    batch_size: int
+
+    @classmethod
+    def begin(
+        cls, settings: RowSettings, work: WorkFolder, out: Path, bank: MemoryBank | None
+    ) -> "FileBuild | None":
+        """Open model and data, and write the settings to the work folder. Return None if the bank is complete.
+
+        Args:
+            bank: the one whose encoders are used, if they are not new.
+
+        Raises:
+            ValueError: the work folder is of other settings, `out` is there, or there are no such rows.
+        """
+        files = fingerprint_files(settings.dataset)
+        used = {**asdict(settings), "files": files, "bank": bank and bank.config.sha256.config}
+        earlier = work.read_settings()
+        if earlier and out.exists() and used.items() <= earlier["settings"].items():
+            work.clear()  # a process was killed at its very end
+            return None
+        check_new_folder(out)
+        config = settings.run_config()
+        set_seed(settings.seed)
+        model, processor = load_model(config, bank)
+        model.to(config.device).eval()
+        if bank is not None:
+            columns = bank.config.columns
+        else:
+            columns = settings.keep
+        source = CaptionedImages(config, settings.caption_column, columns, settings.constants())
+        batch_size = settings.batch_size or batch_size_of(config)
+        used |= {"batch_size": batch_size, "tower": fingerprint_tower(model)}
+        used |= {"torch": torch.__version__, "transformers": __version__}
+        if work.has_work:
+            check_same_work(work, earlier["settings"], used)
+            total = earlier["total"]
+        else:
+            total = count_rows(settings, source, is_local=files is not None)
+        work.write_settings({"settings": used, "total": total})
+        return cls(settings, work, model, processor, source, total, batch_size)
+
+    def new_row_encoder(self, settings: BuildSettings) -> RowEncoder:
+        """Return what makes rows for a new bank, with encoders of its own."""
+        return RowEncoder(
+            self.model,
+            self.processor,
+            self.value_encoder(settings),
+            new_key_encoder(self.model, self.processor, settings.key_grid),
+            self.source.read,
+            keep_columns=settings.keep,
+            batch_size=self.batch_size,
+            thumbnail_size=settings.thumbnail_size or None,
+            skip_bad_rows=True,
+            seen=None if settings.keep_duplicates else set(),
+        )
+
+    def row_encoder_of(self, bank: MemoryBank) -> RowEncoder:
+        """Return what makes rows with the encoders of a bank."""
+        return bank.row_encoder(
+            self.model,
+            self.processor,
+            read_row=self.source.read,
+            batch_size=self.batch_size,
+            skip_bad_rows=True,
+            seen=None if self.settings.keep_duplicates else set(),
+        )
+
+    def value_encoder(self, settings: BuildSettings) -> ValueEncoder:
+        """Return the value encoder that the settings name, or a new one, trained on rows of the data set, once."""
+        if settings.value_encoder is not None:
+            path = Path(settings.value_encoder)
+            if path.is_dir() and not (path / CONFIG_NAME).is_file():
+                return ValueEncoder.from_pretrained(path).to(self.model.device).eval()
+            return MemoryBank.open_encoders(settings.value_encoder).value_encoder.to(self.model.device)
+        folder = self.work.path / "value_encoder"
+        if not folder.is_dir():
+            training = ValueEncoderTrainingConfig(steps=settings.value_encoder_steps, seed=settings.seed)
+            encoder = train_new_value_encoder(self.model, self.processor, self.source, training, self.batch_size)
+            fresh = folder.with_suffix(".new")
+            encoder.save_pretrained(fresh)
+            fresh.rename(folder)
+        return ValueEncoder.from_pretrained(folder).to(self.model.device).eval()
+
+    def encode(self, encoder: RowEncoder, ray: int | None) -> EncodedParts:
+        """Encode the rows, here or on a Ray cluster, but for those that are encoded already."""
+        parts = EncodedParts(self.work.path)
+        choice = RowChoice(self.settings.rows, self.settings.seed, self.total)
+        if ray is not None:
+            from .ray import encode_on_cluster
+
+            encode_on_cluster(parts, ray, encoder, self.source, choice)
+        else:
+            with evaluating(self.model, encoder.value_encoder):
+                parts.encode(encoder, self.source, choice)
+        return parts
+
+
+def check_same_work(work: WorkFolder, earlier: dict, used: dict) -> None:
+    """Raise `ValueError`, naming what differs, unless work with these settings can go on with that of earlier ones."""
+    changed = [
+        f"{name}: {earlier.get(name)!r} then, {value!r} now"
+        for name, value in json.loads(json.dumps(used)).items()
+        if name not in LAST_STEP and earlier.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{work.path} holds the unfinished work of other settings ({'; '.join(changed)[:1000]}). Run the command "
+            "with those again, or delete the folder to begin anew."
+        )
+
+
+def count_rows(settings: RowSettings, source: CaptionedImages, is_local: bool) -> int | None:
+    """Return how many rows a data set has, None if nobody needs to know. Raises `ValueError` if there are too few."""
+    if not is_local and settings.rows is None:
+        return None
+    total = source.count()
+    if total == 0:
+        raise ValueError(f"{settings.dataset} has no rows, expected at least one.")
+    if settings.rows is not None and not 1 <= settings.rows <= total:
+        raise ValueError(f"--rows is {settings.rows}, but {settings.dataset} has {total} rows, expected 1 to {total}.")
+    return total
+
+
+def fingerprint_tower(model: PreTrainedModel) -> str:
+    """Return a hash of the vision tower's weights and settings."""
+    digest = hashlib.sha256(model.config.vision_config.to_json_string().encode())
+    for name, tensor in sorted(model.base_model.vision_tower.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
