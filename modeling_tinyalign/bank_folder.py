@@ -109,9 +109,15 @@ def write_folder(
     folder: Path, rows: BankRows, key_encoder: KeyEncoder, probe_keys: torch.Tensor, value_encoder: ValueEncoder
 ) -> None:
     """Write a bank into an empty folder."""
-    config = rows.config
-    bounds = shard_bounds(rows.table, 4 * config.key_dim + 2 * config.value_size)
-    write_shards(folder, rows.batches(), bounds, config.quantized)
+    bounds = shard_bounds(rows.table, 4 * rows.config.key_dim + 2 * rows.config.value_size)
+    write_shards(folder, rows.batches(), bounds, rows.config.quantized)
+    write_encoders(folder, replace(rows.config, num_shards=len(bounds) - 1), key_encoder, probe_keys, value_encoder)
+
+
+def write_encoders(
+    folder: Path, config: BankConfig, key_encoder: KeyEncoder, probe_keys: torch.Tensor, value_encoder: ValueEncoder
+) -> None:
+    """Write all of a bank but its rows: bank_config.json and the encoders."""
     try:
         key_encoder.save(folder / KEY_ENCODER_NAME, probe_keys)
         value_encoder.save_pretrained(folder / "value_encoder")
@@ -122,7 +128,7 @@ def write_folder(
         key_encoder=file_sha256(folder / KEY_ENCODER_NAME),
         value_encoder=file_sha256(folder / VALUE_ENCODER_NAME),
     )
-    replace(config, num_shards=len(bounds) - 1, sha256=sha256).to_json(folder / CONFIG_NAME)
+    replace(config, sha256=sha256).to_json(folder / CONFIG_NAME)
 
 
 def push_folder(

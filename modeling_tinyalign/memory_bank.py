@@ -140,7 +140,7 @@ class MemoryBank:
         """Return a bank of other rows, made by this bank's encoders; quantized as this one by default."""
         config = replace(self.config, quantized=self.config.quantized if quantized is None else quantized)
         encoder = copy.deepcopy(self.key_encoder)
-        bank = self.from_batches(batches, config, encoder, self.probe_keys, self.value_encoder, left_out)
+        bank = MemoryBank.from_batches(batches, config, encoder, self.probe_keys, self.value_encoder, left_out)
         bank.store.index = self.store.index
         return bank
 

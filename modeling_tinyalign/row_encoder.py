@@ -25,6 +25,7 @@ except ImportError:
     pa = Image = None
 
 DUPLICATE = "duplicate"
+DUPLICATE_REASON = f"{DUPLICATE}: the image, pixel for pixel, is that of an earlier row"
 
 
 class BadRow(ValueError):
@@ -187,13 +188,9 @@ class RowEncoder:
                     ) from error
                 self.left_out.append(LeftOutRow(number, str(error)))
                 continue
-            name = bytes.fromhex(row.source_id)
-            if self.seen is not None and name in self.seen:
-                text = "the image, pixel for pixel, is that of an earlier row"
-                self.left_out.append(LeftOutRow(number, f"{DUPLICATE}: {text}"))
+            if is_duplicate(row.source_id, self.seen):
+                self.left_out.append(LeftOutRow(number, DUPLICATE_REASON))
                 continue
-            if self.seen is not None:
-                self.seen.add(name)
             yield row
 
     @torch.no_grad()
@@ -271,6 +268,17 @@ def undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:
         if isinstance((dataset.features or {}).get(image_column), datasets.Image):
             return dataset.cast_column(image_column, datasets.Image(decode=False))
     return dataset
+
+
+def is_duplicate(source_id: str, seen: set[bytes] | None) -> bool:
+    """Look for an image in `seen`, the names of earlier ones, and add it; with None, none is a duplicate."""
+    if seen is None:
+        return False
+    name = bytes.fromhex(source_id)
+    if name in seen:
+        return True
+    seen.add(name)
+    return False
 
 
 def check_caption(caption: object) -> str:

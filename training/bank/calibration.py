@@ -16,7 +16,7 @@ MIN_NEIGHBOURS = 50
 
 
 def agreement(first: str, second: str) -> float:
-    """How much two texts say the same: F1 of their words, each as often as it is there; 0 to 1."""
+    """Return the F1 of the words of two texts, each as often as it is there: 0 to 1."""
     words = [re.findall(r"\w+", text.lower()) for text in (first, second)]
     shared = sum(min(words[0].count(word), words[1].count(word)) for word in set(words[0]))
     return 2 * shared / max(1, len(words[0]) + len(words[1]))
@@ -24,8 +24,7 @@ def agreement(first: str, second: str) -> float:
 
 @dataclass
 class Calibration:
-    """
-    How much neighbours' captions agree with the answers of the rows they were found for, against their similarity.
+    """The agreement of neighbours' captions with the answers of the rows they were found for, by similarity.
 
     Attributes:
         threshold: The lowest similarity from which on a neighbour is expected to agree by `target` or more.
@@ -56,8 +55,7 @@ class Calibration:
 def calibrate(
     scores: np.ndarray, captions: Sequence[Sequence[str]], answers: Sequence[str], target: float | None = None
 ) -> Calibration:
-    """
-    Chooses `retrieval_threshold` on training rows and their neighbours, their own rows of the bank left out. Nothing
+    """Choose `retrieval_threshold` on training rows and their neighbours, their own rows of the bank left out. Nothing
     says whether a neighbour helps; that its caption says what the row's answer says is the next best thing.
 
     Args:
@@ -108,7 +106,7 @@ def calibrate(
 def calibrate_rows(
     rows: datasets.Dataset, bank: MemoryBank, top_k: int, target: float | None = None, max_rows: int = 10_000
 ) -> Calibration:
-    """[`calibrate`] on rows with `memory_ids` and `memory_scores` for each image; on some, if there are too many."""
+    """Run `calibrate` on rows with `memory_ids` and `memory_scores` for each image; on some, if there are too many."""
     if len(rows) > max_rows:
         rows = rows.shuffle(seed=0).select(range(max_rows))
     scores, captions, answers = [], [], []
@@ -122,7 +120,7 @@ def calibrate_rows(
 
 
 def _falling(values: np.ndarray) -> np.ndarray:
-    """The closest sequence, by squared error, that never rises (isotonic regression)."""
+    """Return the closest sequence, by squared error, that never rises (isotonic regression)."""
     means, counts = [], []
     for value in values:
         means.append(value)
@@ -134,8 +132,8 @@ def _falling(values: np.ndarray) -> np.ndarray:
     return np.repeat(means, counts)
 
 
-def write_threshold(folder: Path, threshold: float):
-    """Sets `retrieval_threshold` in the config.json of a saved model."""
+def write_threshold(folder: Path, threshold: float) -> None:
+    """Set `retrieval_threshold` in the config.json of a saved model."""
     path = folder / "config.json"
     content = {**json.loads(path.read_text()), "retrieval_threshold": threshold}
     save_file(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())

@@ -69,7 +69,7 @@ class EncodedParts:
         """
         first_id = encoder.next_id
         rounds = self.rounds(choice)
-        every = (chunk for numbers in rounds for chunk in chunks(source, numbers))
+        every = (chunk for numbers in rounds for chunk in chunks(source, numbers, PART_ROWS))
         with tqdm(total=choice.wanted or choice.total, desc="Encoding the bank", unit="row") as bar:
             for number, chunk in enumerate(every):
                 if not self.path(number).exists():
@@ -106,10 +106,10 @@ class EncodedParts:
             seen.update(map(bytes.fromhex, part["source_id"].to_pylist()))
 
 
-def chunks(source: StoredImages, numbers: np.ndarray | None) -> Iterator[Chunk]:
-    """Yield the rows with these numbers, or all, as they are stored, `PART_ROWS` to a part."""
+def chunks(source: StoredImages, numbers: np.ndarray | None, size: int) -> Iterator[Chunk]:
+    """Yield the rows with these numbers, or all, as they are stored, `size` to a part."""
     rows = source.rows(numbers)
-    while chunk := list(islice(rows, PART_ROWS)):
+    while chunk := list(islice(rows, size)):
         yield chunk
 
 

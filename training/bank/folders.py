@@ -23,11 +23,6 @@ def check_new_folder(out: Path) -> None:
         )
 
 
-def size_of(folder: Path) -> int:
-    """Return the bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 @dataclass
 class WorkFolder:
     """The folder beside a bank that is being built: `settings.json`, and what is encoded so far."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -163,7 +164,8 @@ def add_from_files(
             if parts.num_rows == 0 and not any(row.reason.startswith(DUPLICATE) for row in parts.left_out):
                 work.clear()
                 raise no_usable_row(settings.dataset, parts.left_out)
-            bank = bank.with_added(parts.batches(), parts.left_out)
+            added = finished(parts.batches(), bank.key_encoder.cpu())
+            bank = bank.with_rows(chain(bank.store.batches(), added), parts.left_out)
             bank.save_pretrained(out)
         work.clear()
     print(f"{out}: {len(bank)} rows, {parts.num_rows} of them new; {describe_left_out(out, parts)}.")
@@ -192,9 +194,7 @@ class FileBuild:
     batch_size: int
 
     @classmethod
-    def begin(
-        cls, settings: RowSettings, work: WorkFolder, out: Path, bank: MemoryBank | None
-    ) -> "FileBuild | None":
+    def begin(cls, settings: RowSettings, work: WorkFolder, out: Path, bank: MemoryBank | None) -> "FileBuild | None":
         """Open model and data, and write the settings to the work folder. Return None if the bank is complete.
 
         Args:
@@ -206,7 +206,7 @@ class FileBuild:
         files = fingerprint_files(settings.dataset)
         used = {**asdict(settings), "files": files, "bank": bank and bank.config.sha256.config}
         earlier = work.read_settings()
-        if earlier and out.exists() and used.items() <= earlier["settings"].items():
+        if out.exists() and earlier and json.loads(json.dumps(used)).items() <= earlier["settings"].items():
             work.clear()  # a process was killed at its very end
             return None
         check_new_folder(out)
@@ -223,7 +223,7 @@ class FileBuild:
         used |= {"batch_size": batch_size, "tower": fingerprint_tower(model)}
         used |= {"torch": torch.__version__, "transformers": __version__}
         if work.has_work:
-            check_same_work(work, earlier["settings"], used)
+            check_same_work(work, earlier.get("settings", {}), used)
             total = earlier["total"]
         else:
             total = count_rows(settings, source, is_local=files is not None)

@@ -4,291 +4,130 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ...modeling_tinyalign.bank_config import CONFIG_NAME
-from ...modeling_tinyalign.bank_fast_index import (
+from ...modeling_tinyalign.bank_arrays import SCRATCH_PREFIX, cache_root
+from ...modeling_tinyalign.bank_folder import write_encoders
+from ...modeling_tinyalign.bank_format import (
+    BATCH_ROWS,
+    CONFIG_NAME,
+    KEY_ENCODER_NAME,
+    VALUE_ENCODER_NAME,
+    BankConfig,
+    check_schema,
+    config_schema,
+)
+from ...modeling_tinyalign.bank_index import (
     EXACT,
     EXACT_ROWS,
     GOOD_RECALL,
     MIN_RECALL,
+    ROUNDING,
     TOP_K,
-    describe,
-    recorded,
-    sample_queries,
 )
-from ...modeling_tinyalign.bank_folders import replace_folder
-from ...modeling_tinyalign.bank_images import load_image
-from ...modeling_tinyalign.bank_index import MAX_CANDIDATES, TIE, KeyIndex
 from ...modeling_tinyalign.bank_rows import BankRows
-from ...modeling_tinyalign.bank_shards import BATCH_ROWS, check_schema, config_schema, list_column, matrix
-from ...modeling_tinyalign.bank_storage import cache_root
+from ...modeling_tinyalign.files import replace_folder, scratch_folder
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ...modeling_tinyalign.saved_bank import KEY_ENCODER_NAME, VALUE_ENCODER_NAME
-from .log import LOCAL
+from ...modeling_tinyalign.row_encoder import read_thumbnail
+from .lance_tables import CACHE_BYTES, FILES, ROWS, LanceColumns, LanceDatabase, LanceIndex, LanceMatrix
 
 try:
     import lancedb
     from lancedb.index import BTree, IvfRq, IvfSq
-
-    INDEXES = {"IVF_RQ": IvfRq, "IVF_SQ": IvfSq}
 except ImportError:
     lancedb = None
 
 logger = logging.get_logger(__name__)
 
-# The tables of a bank: its rows, and bank_config.json with the encoders' files. The second comes last: without it
-# there is no bank.
-ROWS, FILES = "rows", "bank"
 SEARCH_NAME = "search.json"
 KINDS = (EXACT, "IVF_RQ", "IVF_SQ")
 # Candidates compared for every neighbour, to try.
 K_FACTORS = (8, 16, 32, 64, 128)
 SAMPLE = 200
-# float32 products of unit vectors are this exact, and 1 - product, which Lance returns.
-ROUNDING = 2e-6
-# How many keys are read at once to be compared.
-COMPARED_ROWS = 16_384
-CACHE_BYTES = 2**29
-# The process that imported this. LanceDB's threads do not survive a fork.
-PROCESS = os.getpid()
-
-
-@dataclass(frozen=True)
-class LanceDatabase:
-    """Where the tables are.
-
-    Attributes:
-        uri: a folder, or `s3://bucket/path`, `gs://...`, `az://...`.
-        storage_options: of LanceDB, for an object store: its region, endpoint, credentials.
-        cache_bytes: how much of an index a process keeps in memory.
-    """
-
-    uri: str
-    storage_options: dict[str, str] | None = None
-    cache_bytes: int = CACHE_BYTES
-
-    def connect(self) -> lancedb.DBConnection:
-        """Raises `ImportError` without LanceDB."""
-        if lancedb is None:
-            raise ImportError("A memory bank in a LanceDB database needs lancedb: pip install tinyalign-vlm[lance].")
-        session = lancedb.Session(index_cache_size_bytes=self.cache_bytes)
-        return lancedb.connect(self.uri, storage_options=self.storage_options, session=session)
-
-    def open(self) -> tuple[lancedb.table.Table, lancedb.table.Table]:
-        """The rows and the files of a bank. Raises `ValueError` if there is none."""
-        place = self.uri.removeprefix("file://")
-        there = "://" in place or Path(place).is_dir()  # LanceDB would make the folder
-        database = self.connect() if there else None
-        found = database.list_tables().tables if there else "no such folder"
-        if not {ROWS, FILES} <= set(found):
-            raise ValueError(
-                f"{self.uri} holds no whole memory bank (found {found}, expected the tables {ROWS!r} and {FILES!r}). "
-                f"Write one: tinyalign bank lance BANK {self.uri}"
-            )
-        return database.open_table(ROWS), database.open_table(FILES)
-
-
-class LanceColumns:
-    """Columns of the rows table, read where they lie: row i is at offset i, for the table is written once."""
-
-    def __init__(self, table: lancedb.table.Table, num_rows: int):
-        self._table = table
-        self.num_rows = num_rows
-
-    @property
-    def table(self) -> lancedb.table.Table:
-        """Raises `RuntimeError` in a forked process, which LanceDB may crash."""
-        if os.getpid() != PROCESS:
-            raise RuntimeError(
-                "This process was forked from one that uses LanceDB, which may crash it. Let the workers be spawned: "
-                "dataloader_multiprocessing_context: spawn, or DataLoader(..., multiprocessing_context='spawn'); or "
-                "do without them (dataloader_num_workers: 0)."
-            )
-        return self._table
-
-    def take(self, rows: np.ndarray, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray]:
-        """Each of `rows` once, by id, and where in there they are, in the shape of `rows`."""
-        ids, places = np.unique(rows, return_inverse=True)
-        names = ["id", *(name for name in columns if name != "id")]
-        table = self.table.take_offsets(ids.tolist()).select(names).to_arrow()
-        found = table["id"].to_numpy()
-        order = np.argsort(found)
-        if not np.array_equal(found[order], ids):
-            raise ValueError(
-                f"The LanceDB table {self.table.name!r} was changed after the bank was written: it has not the rows "
-                f"{ids[:5]}... where they were. Write the bank again: tinyalign bank lance BANK URI"
-            )
-        return table.take(pa.array(order)), places.reshape(np.shape(rows))
-
-
-class LanceMatrix(LanceColumns):
-    """A column of vectors: `matrix[rows]` is `(..., *shape[1:])`."""
-
-    def __init__(self, table: lancedb.table.Table, column: str, shape: tuple[int, ...]):
-        super().__init__(table, shape[0])
-        self.column = column
-        self.shape = shape
-        self.dtype = table.schema.field(column).type.value_type.to_pandas_dtype()
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        rows = np.arange(*rows.indices(self.num_rows)) if isinstance(rows, slice) else np.asarray(rows)
-        if rows.size == 0:
-            return np.empty((*rows.shape, *self.shape[1:]), self.dtype)
-        table, places = self.take(rows, [self.column])
-        numbers = table[self.column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return numbers.reshape(-1, *self.shape[1:])[places]
-
-    def gather(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-        """Values of `rows`, of any shape, as a tensor."""
-        return torch.from_numpy(self[rows]).to(device).to(dtype)
-
-
-@dataclass
-class LanceIndex(KeyIndex):
-    """Candidates come from LanceDB; as of `KeyIndex`, their float64 products with the keys order them.
-
-    Attributes:
-        nprobes: how many lists of the index are looked into.
-    """
-
-    nprobes: int = 1
-
-    def _candidates(
-        self, queries: np.ndarray, fetch: int, wanted: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        compared = max(fetch, round(self.k_factor * wanted))
-        error = ROUNDING * np.linalg.norm(queries, axis=1)
-        if self.name == EXACT or compared > MAX_CANDIDATES or compared >= len(self.keys):
-            return *self._found(queries, fetch, None), error, True
-        scores, rows = self._found(queries, compared, self.nprobes)
-        step = max(1, COMPARED_ROWS // compared)
-        for start in range(0, len(queries), step):
-            block = slice(start, start + step)
-            known = rows[block] >= 0
-            # one read for all of them: LanceDB's own refinement reads for each query
-            ids, places = np.unique(rows[block][known], return_inverse=True)
-            keys, query = self.keys[ids], np.nonzero(known)[0]
-            products = np.full(known.shape, -np.inf, np.float32)
-            products[known] = np.einsum("nd,nd->n", keys[places], queries[block][query])
-            scores[block] = products
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :fetch]
-        return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1), error, False
-
-    def _found(self, queries: np.ndarray, number: int, nprobes: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """LanceDB's scores and rows `(n, number)`, best first: of an index's lists, or exact, by reading every key."""
-        search = self.keys.table.search(list(queries), vector_column_name=self.keys.column).distance_type("dot")
-        search = search.limit(number).select(["id", "_distance"])
-        found = (search.nprobes(nprobes) if nprobes else search.bypass_vector_index()).to_arrow()
-        query = np.zeros(len(found), np.int64)
-        if "query_index" in found.column_names:  # only where there are several
-            query = found["query_index"].to_numpy()
-        products = 1 - found["_distance"].to_numpy()
-        order = np.lexsort((-products, query))
-        starts = np.searchsorted(query[order], np.arange(len(queries)))
-        places = np.arange(len(found)) - starts[query[order]]
-        scores = np.full((len(queries), number), -np.inf, np.float32)
-        rows = np.full((len(queries), number), -1, np.int64)
-        scores[query[order], places] = products[order]
-        rows[query[order], places] = found["id"].to_numpy()[order]
-        return scores, rows
 
 
 class LanceRows(BankRows):
     """`BankRows` whose rows stay in the database.
 
-    Attributes:
-        database: where they are.
-        search_settings: what `write_lance` found to be good.
+    Args:
+        index: "exact" reads every key for each search; None searches as `search_settings` say.
+        database: the place of the rows.
+        search_settings: what `write_lance` found to be good: fields of `LanceIndex`.
     """
 
-    database: LanceDatabase
-    search_settings: dict
+    def __init__(self, config: BankConfig, index: str | None, database: LanceDatabase, search_settings: dict):
+        super().__init__(config, index)
+        self.database, self.search_settings = database, search_settings
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in super().__getstate__().items() if name != "_columns"}
+        return {name: value for name, value in super().__getstate__().items() if name != "columns"}
 
-    def without_encoders(self) -> LanceRows:
-        """As of `BankRows`."""
-        rows = LanceRows(self.config, self._files, self.index)
-        rows.database, rows.search_settings = self.database, self.search_settings
-        return rows
+    @cached_property
+    def columns(self) -> LanceColumns:
+        """The rows table."""
+        return LanceColumns(self.database.open()[0], len(self))
+
+    @cached_property
+    def key_array(self) -> LanceMatrix:
+        return LanceMatrix(self.columns.table, "key", (len(self), self.config.key_dim))
+
+    @cached_property
+    def values(self) -> LanceMatrix:
+        return LanceMatrix(self.columns.table, "value", (len(self), *self.config.value_shape))
+
+    @cached_property
+    def key_index(self) -> LanceIndex:
+        settings = {} if self.index == EXACT else self.search_settings
+        return LanceIndex(self.key_array, **settings)
 
     @cached_property
     def captions(self) -> list[str]:
         """All of them: read into memory."""
         return [caption for table in self._tables(["caption"]) for caption in table["caption"].to_pylist()]
 
-    def thumbnail(self, row_id: int) -> Image.Image | None:
-        """As of `BankRows`."""
-        ids = self._checked_ids([row_id])
-        if self.config["thumbnail_size"] is None or row_id == -1:
-            return None
-        picture = self._columns.take(ids, ["thumbnail"])[0]["thumbnail"][0].as_py()
-        return load_image(picture and picture["bytes"])
-
-    def ids_of(self, source_id: str) -> np.ndarray:
-        """As of `BankRows`."""
-        quoted = source_id.replace("'", "''")
-        found = self._columns.table.search().where(f"source_id = '{quoted}'").select(["id"]).limit(len(self))
-        return np.sort(found.to_arrow()["id"].to_numpy())
-
-    def _text_of(self, ids: np.ndarray) -> list[dict]:
-        if ids.size == 0:
-            return []
-        table, places = self._columns.take(ids, ["source_id", "caption", *self.config["columns"]])
-        found = table.to_pylist()
-        return [found[place] for place in places]
-
     @cached_property
-    def _columns(self) -> LanceColumns:
-        return LanceColumns(self.database.open()[0], len(self))
-
-    @cached_property
-    def _keys(self) -> LanceMatrix:
-        return LanceMatrix(self._columns.table, "key", (len(self), self.key_dim))
-
-    @cached_property
-    def _values(self) -> LanceMatrix:
-        return LanceMatrix(self._columns.table, "value", (len(self), self.num_latents, self.latent_dim))
-
-    @cached_property
-    def _searcher(self) -> tuple[LanceIndex, dict | None]:
-        facts = self.search_settings["facts"]
-        if self.index == EXACT or facts["index"] == EXACT:
-            return LanceIndex(self._keys), None
-        return LanceIndex(
-            self._keys, facts["index"], k_factor=facts["k_factor"], nprobes=self.search_settings["nprobes"]
-        ), facts
-
-    @cached_property
-    def _table(self) -> pa.Table:
-        """Read into memory: only what makes a bank of this machine of it needs all rows."""
+    def table(self) -> pa.Table:
+        """Every column but key and value, read into memory: only what makes a bank of this machine needs it."""
         names = [name for name in config_schema(self.config).names if name not in ("key", "value")]
         return pa.concat_tables(self._tables(names))
+
+    def thumbnail(self, row_id: int) -> Image.Image | None:
+        """Return the small picture of a row; see `BankRows.thumbnail`."""
+        ids = self.checked_ids([row_id])
+        if self.config.thumbnail_size is None or row_id == -1:
+            return None
+        picture = self.columns.take(ids, ["thumbnail"])[0]["thumbnail"][0].as_py()
+        return read_thumbnail(picture and picture["bytes"])
+
+    def ids_of(self, source_id: str) -> np.ndarray:
+        """Return the ids of an image's rows, found through an index of LanceDB; see `BankRows.ids_of`."""
+        quoted = source_id.replace("'", "''")
+        found = self.columns.table.search().where(f"source_id = '{quoted}'").select(["id"]).limit(len(self))
+        return np.sort(found.to_arrow()["id"].to_numpy())
+
+    def texts(self, ids: np.ndarray) -> list[dict]:
+        """Return what stands in the rows; see `BankRows.texts`."""
+        if ids.size == 0:
+            return []
+        table, places = self.columns.take(ids, ["source_id", "caption", *self.config.columns])
+        found = table.to_pylist()
+        return [found[place] for place in places]
 
     def _tables(self, names: Sequence[str]) -> Iterator[pa.Table]:
         for start in range(0, len(self), BATCH_ROWS):
             rows = np.arange(start, min(start + BATCH_ROWS, len(self)))
-            yield self._columns.take(rows, names)[0].select(names)
+            yield self.columns.take(rows, names)[0].select(names)
 
 
-class LanceBank(LanceRows, MemoryBank):
+class LanceBank(MemoryBank):
     """A `MemoryBank` that is searched and read in a LanceDB database; `write_lance` makes one.
 
     It is used as any other: `model.attach_memory_bank(LanceBank.from_pretrained(uri))`. Nothing is copied to this
@@ -307,7 +146,7 @@ class LanceBank(LanceRows, MemoryBank):
 
         Args:
             uri: a folder, or `s3://bucket/path`, `gs://...`, `az://...`.
-            storage_options: of LanceDB, for an object store: its region, endpoint, credentials.
+            storage_options: of LanceDB, for an object store.
             index: "exact" reads every key for each search. By default what was found to be good when it was written.
             cache_bytes: how much of the index a process keeps in memory.
 
@@ -325,24 +164,21 @@ class LanceBank(LanceRows, MemoryBank):
             rows, files = database.open()
             small = files.search().where(f"name in ('{CONFIG_NAME}', '{SEARCH_NAME}')").to_arrow().to_pylist()
         except RuntimeError as error:  # LanceDB's
-            raise ValueError(
-                f"{uri} cannot be read ({error}). If nothing is wrong with the way there, write the bank again."
-            ) from error
+            raise ValueError(f"{uri} cannot be read ({error}). If it can be reached, write the bank again.") from error
         contents = {row["name"]: row["content"] for row in small}
         if len(contents) < 2:
             raise ValueError(f"{uri}: the table {FILES!r} lacks {CONFIG_NAME} or {SEARCH_NAME}: write the bank again.")
         folder = cache_root() / f"{hashlib.sha256(contents[CONFIG_NAME]).hexdigest()}-lance"
         if not folder.is_dir():
             replace_folder(folder, lambda fresh: _read_files(files, fresh))
-        bank = cls._open(folder)
-        bank.database, bank.search_settings, bank.index = database, json.loads(contents[SEARCH_NAME]), index
+        bank = cls.open_encoders(folder)
+        bank.store = LanceRows(bank.config, index, database, json.loads(contents[SEARCH_NAME]))
         check_schema(rows.schema, config_schema(bank.config), f"{uri}, table {ROWS!r}")
         if rows.count_rows() != len(bank):
             raise ValueError(
                 f"{uri}: the table {ROWS!r} has {rows.count_rows()} rows, expected {len(bank)}. It was changed after "
                 "the bank was written: write the bank again."
             )
-        bank._columns = LanceColumns(rows, len(bank))
         return bank
 
 
@@ -381,12 +217,11 @@ def write_lance(
     if index not in (None, *KINDS):
         raise ValueError(f"index is {index!r}, expected one of {list(KINDS)}, or None.")
     connection = LanceDatabase(str(uri), storage_options).connect()
-    if index is None:
-        index = EXACT if len(bank) <= EXACT_ROWS else "IVF_SQ" if bank.key_dim % 8 else "IVF_RQ"
+    index = index or default_index(bank)
     found = connection.list_tables().tables
     if FILES in found and _is_whole(connection):
         there = LanceBank.from_pretrained(uri, storage_options)
-        if all(there.config["sha256"][part] == bank.config["sha256"][part] for part in LOCAL):
+        if there.store.files.folder == bank.store.files.folder:  # named after the sha256 of the same rows
             return there  # killed at the very end
         raise ValueError(f"{uri} holds another memory bank already: delete it, or choose another place.")
     for name in {FILES, ROWS}.intersection(found):  # of a process that was killed
@@ -401,8 +236,15 @@ def write_lance(
     return LanceBank.from_pretrained(uri, storage_options)
 
 
+def default_index(bank: MemoryBank) -> str:
+    """Return the kind of index that suits a bank: RaBitQ takes keys of a width that 8 divides."""
+    if len(bank) <= EXACT_ROWS:
+        return EXACT
+    return "IVF_SQ" if bank.config.key_dim % 8 else "IVF_RQ"
+
+
 def _is_whole(connection: lancedb.DBConnection) -> bool:
-    """Whether the table that is written last is there; killed meanwhile, LanceDB leaves a name and nothing to open."""
+    """Look for the table that is written last; killed meanwhile, LanceDB leaves a name and nothing to open."""
     try:
         connection.open_table(FILES)
     except ValueError:
@@ -411,51 +253,42 @@ def _is_whole(connection: lancedb.DBConnection) -> bool:
 
 
 def _write_tables(bank: MemoryBank, connection: lancedb.DBConnection, index: str) -> None:
-    """See `write_lance`."""
+    """Write both tables and the index; see `write_lance`."""
     schema = config_schema(bank.config).remove_metadata()
-    reader = pa.RecordBatchReader.from_batches(schema, _aligned(bank, schema))
-    rows = connection.create_table(ROWS, reader)
+    batches = (batch.replace_schema_metadata() for batch in bank.store.batches())
+    rows = connection.create_table(ROWS, pa.RecordBatchReader.from_batches(schema, batches))
     if rows.count_rows() != len(bank):
         raise OSError(f"LanceDB wrote {rows.count_rows()} of {len(bank)} rows: its own message is above.")
     rows.create_index("source_id", config=BTree())
-    keys = LanceMatrix(rows, "key", (len(bank), bank.key_dim))
-    searched, recall = LanceIndex(keys), 1.0
+    searched = LanceIndex(LanceMatrix(rows, "key", (len(bank), bank.config.key_dim)))
     if index != EXACT:
-        rows.create_index("key", config=INDEXES[index](distance_type="dot", num_partitions=num_lists(len(bank))))
+        kind = {"IVF_RQ": IvfRq, "IVF_SQ": IvfSq}[index]
+        rows.create_index("key", config=kind(distance_type="dot", num_partitions=num_lists(len(bank))))
         rows.checkout_latest()
-        searched, recall = tuned(LanceIndex(keys, index))
-    facts = describe(searched, recall)
-    contents = {SEARCH_NAME: json.dumps({"facts": facts, "nprobes": searched.nprobes}).encode()}
-    folder = Path(tempfile.mkdtemp())
-    try:
-        bank._write_encoders(folder, num_shards=1, index=recorded(facts))
+        searched = tuned(LanceIndex(searched.keys, index))
+    settings = {name: vars(searched)[name] for name in ("name", "k_factor", "recall", "nprobes")}
+    contents = {SEARCH_NAME: json.dumps(settings).encode()}
+    with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
+        config = replace(bank.config, num_shards=1)
+        write_encoders(folder, config, bank.key_encoder, bank.probe_keys, bank.value_encoder)
         for name in (CONFIG_NAME, KEY_ENCODER_NAME, VALUE_ENCODER_NAME):
             contents[name] = (folder / name).read_bytes()
-    finally:
-        shutil.rmtree(folder)
     columns = {"name": list(contents), "content": pa.array(list(contents.values()), pa.large_binary())}
     connection.create_table(FILES, pa.table(columns))
 
 
-def _aligned(bank: MemoryBank, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """A bank's rows, with keys that begin where Lance wants numbers to: in a mapped faiss index they do not."""
-    for batch in bank._batches():
-        columns = {name: batch.column(name) for name in schema.names}
-        columns["key"] = list_column(np.array(matrix(batch, "key")))
-        yield pa.record_batch(list(columns.values()), schema=schema)
-
-
 def num_lists(num_rows: int) -> int:
-    """Of an index: one for every 4,096 rows, or, from 16 million rows on, as many as each of them holds."""
+    """Return the lists of an index: one for every 4,096 rows; from 16 million on, as many as each of them holds."""
     return max(1, round(min(num_rows / 4096, num_rows**0.5)))
 
 
-def tuned(index: LanceIndex) -> tuple[LanceIndex, float]:
-    """The index, looking into as few lists and comparing as few candidates as its recall allows, and its recall@5.
+def tuned(index: LanceIndex) -> LanceIndex:
+    """Return the index, looking into as few lists and comparing as few candidates as its recall@5 allows.
 
-    If no setting is good enough, the exact search, with a warning.
+    If no setting is good enough, return the exact search, with a warning.
     """
-    queries, own = (sample[:SAMPLE] for sample in sample_queries(index.keys))
+    chosen = np.sort(np.random.default_rng(1).permutation(len(index.keys))[:SAMPLE])
+    queries, own = index.keys[chosen], list(chosen[:, None])
     truth, _ = LanceIndex(index.keys).search(queries, TOP_K, own)
     lists = num_lists(len(index.keys))
 
@@ -463,17 +296,18 @@ def tuned(index: LanceIndex) -> tuple[LanceIndex, float]:
         index.k_factor = k_factor * TOP_K / (TOP_K + 1)  # no more candidates than for a query that excludes nothing
         scores, _ = index.search(queries, TOP_K, own)
         index.k_factor = k_factor
-        return float((scores >= truth[:, -1:] - TIE).mean())
+        return float((scores >= truth[:, -1:] - ROUNDING).mean())
 
     while recall(K_FACTORS[-1]) < GOOD_RECALL and index.nprobes < lists:
         index.nprobes = min(2 * index.nprobes, lists)
     for k_factor in K_FACTORS:
-        if (found := recall(k_factor)) >= GOOD_RECALL:
+        index.recall = recall(k_factor)
+        if index.recall >= GOOD_RECALL:
             break
-    if found >= MIN_RECALL:
-        return index, found
+    if index.recall >= MIN_RECALL:
+        return index
     logger.warning(
-        f"The index {index.name} finds {found:.1%} of the nearest neighbours in this bank, expected {MIN_RECALL:.0%}: "
-        "it will be searched exactly."
+        f"The index {index.name} finds {index.recall:.1%} of the nearest neighbours in this bank, expected "
+        f"{MIN_RECALL:.0%}: it will be searched exactly."
     )
-    return LanceIndex(index.keys), 1.0
+    return LanceIndex(index.keys)

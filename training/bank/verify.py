@@ -1,7 +1,7 @@
-"""`tinyalign bank info` and `verify`: what is in a memory bank, and whether it is what it says."""
+"""`tinyalign bank verify`: finds out if a memory bank is what its bank_config.json says."""
 
 import hashlib
-from collections import Counter
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,132 +11,111 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
 from ...modeling_tinyalign import KeyEncoder, MemoryBank, ValueEncoder
-from ...modeling_tinyalign.bank_config import CONFIG_NAME, check_config, check_file, read_json
-from ...modeling_tinyalign.bank_fast_index import index_problems
-from ...modeling_tinyalign.bank_shards import BATCH_ROWS, check_batch, check_schema, config_schema, matrix, shard_names
-from ...modeling_tinyalign.bank_storage import cache_root, row_bytes
-from ...modeling_tinyalign.saved_bank import KEY_ENCODER_NAME, VALUE_ENCODER_NAME
-from .changes import size_of
-from .log import open_bank, read_log
+from ...modeling_tinyalign.bank_arrays import row_bytes
+from ...modeling_tinyalign.bank_folder import shard_names
+from ...modeling_tinyalign.bank_format import (
+    BATCH_ROWS,
+    CONFIG_NAME,
+    KEY_ENCODER_NAME,
+    VALUE_ENCODER_NAME,
+    BankConfig,
+    check_batch,
+    check_file,
+    check_schema,
+    config_schema,
+    file_sha256,
+    matrix,
+    read_json,
+)
 
-COMMON, WIDTH = 8, 80  # values of a column that are shown, and their characters
 SEARCHED = 32  # rows that must find themselves
 
 
-def bank_info(folder: Path) -> str:
-    """What is in a bank, in lines."""
-    folder, bank = Path(folder), open_bank(folder)
-    config, tower, key_encoder = bank.config, bank.config["tower"], bank.config["key_encoder"]
-    encoders = size_of(folder / "value_encoder") + (folder / KEY_ENCODER_NAME).stat().st_size
-    packed = config.get("packed")
-    keys = [f"{bank.key_dim} numbers of {12 if packed else 32} bits, {bank.key_space} space"]
-    if key_encoder["grid"] > 1:
-        keys.append(f"{key_encoder['grid']} x {key_encoder['grid']} cells")
-    if bank.key_encoder.projection is not None:
-        keys.append(f"whitened from {bank.key_encoder.mean.numel()}")
-    index = config.get("index") or {"index": "exact"}
-    on_disk = f"{_mib(size_of(folder / 'data'))} rows in {config['num_shards']} shards, {_mib(encoders)} encoders"
-    revision = f" at {tower['revision']}" if tower["revision"] else ""
-    lines = [  # pairs: a column may be named like one of these
-        ("rows", f"{len(bank):,} of {len(np.unique(bank._source_order[0])):,} images"),
-        ("on disk", on_disk),
-        ("keys", ", ".join(keys)),
-        ("values", f"{bank.num_latents} x {bank.latent_dim} numbers of {8 if packed is True else 16} bits"),
-        ("thumbnails", f"{config['thumbnail_size']} pixels" if config["thumbnail_size"] else "none"),
-        ("tower", f"{tower['name']}{revision}, images of {' x '.join(map(str, tower['image_shape']))}"),
-        ("index", ", ".join(f"{value}" if name == "index" else f"{name} {value}" for name, value in index.items())),
-        *((column, _common_values(bank._table[column])) for column in config["columns"]),
-    ]
-    for number, change in enumerate(read_log(folder), 1):
-        lines.append((f"change {number}", f"{_describe(change)}: {change['rows']:,} rows"))
-    lines += [(f"sha256 {name}", digest) for name, digest in config["sha256"].items() if name != "config"]
-    width = max(len(name) for name, _ in lines) + 2
-    return "\n".join(f"{name:{width}}{value}" for name, value in lines)
-
-
-def _describe(change: dict) -> str:
-    """`build of pairs.parquet`, from a line of the log."""
-    if "settings" in change:
-        settings = change["settings"]
-        revision = f" at {settings['dataset_revision']}" if settings["dataset_revision"] else ""
-        return f"{change['change']} of {settings['dataset']}{revision}"
-    of = ", ".join(change["banks"]) if "banks" in change else change.get("removed")
-    return change["change"] + (f" of {of}" if of else "")
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
-
-
-def _common_values(column: pa.ChunkedArray) -> str:
-    """`cc0 12, cc-by 3, (none) 1`, the most frequent first."""
-    counts = Counter(column.to_pylist()).most_common()
-    names = {None: "(none)", "": "(empty)"}
-    shown = [f"{names.get(value) or ' '.join(value.split())[:WIDTH]} {count:,}" for value, count in counts[:COMMON]]
-    more = len(counts) - COMMON
-    return ", ".join(shown + ([f"and {more} other values"] if more > 0 else []))
-
-
 def bank_problems(folder: Path, model: PreTrainedModel | None = None) -> Iterator[str]:
-    """
-    What is wrong with a bank, nothing if it is what its bank_config.json says: the number of rows, each number and
-    name in them, the sha256 of all that is in it, the encoders, and this machine's copy, which is what is searched.
+    """Name what is wrong with a bank; nothing if it is what its bank_config.json says.
+
+    Read are the number of rows, each number and name in them, the sha256 of all that is in the bank, the encoders, and
+    this machine's copy, which is what is searched.
 
     Args:
-        model: Must have the vision tower of the bank's keys.
+        model: must have the vision tower of the bank's keys.
     """
     folder = Path(folder)
-    path = folder / CONFIG_NAME
     try:
-        config = read_json(path)
-        check_config(config, path)
+        config = BankConfig.from_json(folder / CONFIG_NAME)
     except ValueError as error:
         yield str(error)
         return
-    encoders_are_right = True
-    for name, part in ((KEY_ENCODER_NAME, "key_encoder"), (VALUE_ENCODER_NAME, "value_encoder")):
-        try:
-            check_file(folder / name, config["sha256"][part])
-            if part == "key_encoder":
-                KeyEncoder.load(folder / name, config[part], config["key_dim"])
-            else:
-                ValueEncoder.of_bank(folder / name, config[part])
-        except ValueError as error:
-            encoders_are_right = False
-            yield str(error)
-    try:
-        path = folder / "value_encoder" / "config.json"
-        settings = {"architectures": ["ValueEncoder"], **config["value_encoder"]}
-        if not settings.items() <= read_json(path).items():
-            yield f"{path} is not what {CONFIG_NAME} says, {settings}. Save or download the bank again."
-        read_log(folder)
-    except ValueError as error:
-        yield str(error)
+    wrong_encoders = list(encoder_problems(folder, config))
+    yield from wrong_encoders
     shards = Shards(folder, config)
     yield from shards.problems()
-    if not shards.are_right or not encoders_are_right:
+    if wrong_encoders or not shards.are_right:
         return
     try:
         bank = MemoryBank.from_pretrained(folder)
-        wrong_index = list(index_problems(bank._files.keys_folder))
-        yield from wrong_index
-        yield from _problems_of_copy(bank, shards, searched=not wrong_index)
+        yield from copy_problems(bank, shards)
         if model is not None:
             bank.check_probes(model)
     except ValueError as error:
         yield str(error)
 
 
+def encoder_problems(folder: Path, config: BankConfig) -> Iterator[str]:
+    """Name what is wrong with the encoders of a bank."""
+    key_path, value_path = folder / KEY_ENCODER_NAME, folder / VALUE_ENCODER_NAME
+    try:
+        check_file(key_path, config.sha256.key_encoder)
+        KeyEncoder.load(key_path, config.key_encoder, config.key_dim)
+    except ValueError as error:
+        yield str(error)
+    try:
+        check_file(value_path, config.sha256.value_encoder)
+        ValueEncoder.of_bank(value_path, config.value_encoder)
+        path = value_path.with_name("config.json")
+        settings = {"architectures": ["ValueEncoder"], **config.value_encoder}
+        if not settings.items() <= read_json(path).items():
+            yield f"{path} is not what {CONFIG_NAME} says, {settings}. Save or download the bank again."
+    except ValueError as error:
+        yield str(error)
+
+
+class RowHashes:
+    """The sha256 of keys, values and rows, made as those of bank_config.json are."""
+
+    def __init__(self):
+        self.hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        self.hashes["keys"].update(matrix(batch, "key").tobytes())
+        self.hashes["values"].update(matrix(batch, "value").tobytes())
+        for row in batch.drop_columns(["key", "value"]).to_pylist():
+            self.hashes["rows"].update(row_bytes(row))
+
+    def differences(self, config: BankConfig) -> Iterator[tuple[str, str, str]]:
+        """Yield the parts whose sha256 is not that of the config: name, found, expected."""
+        for part, digest in self.hashes.items():
+            expected = vars(config.sha256)[part]
+            if digest.hexdigest() != expected:
+                yield part, digest.hexdigest(), expected
+
+
 class Shards:
     """The Parquet files of a bank, read whatever is wrong with some of them."""
 
-    def __init__(self, folder: Path, config: dict):
+    def __init__(self, folder: Path, config: BankConfig):
         self.config, self.schema = config, config_schema(config)
-        self.paths = [folder / name for name in shard_names(config["num_shards"])]
+        self.paths = [folder / name for name in shard_names(config.num_shards)]
         self.are_right = True
 
     def problems(self) -> Iterator[str]:
-        hashes, count = {part: hashlib.sha256() for part in ("keys", "values", "rows")}, 0
+        """Name what is wrong, and remember in `are_right` if anything is."""
+        for problem in self._problems():
+            self.are_right = False
+            yield problem
+
+    def _problems(self) -> Iterator[str]:
+        hashes, count = RowHashes(), 0
         first = 0  # the number that the next row must have; None behind a shard that could not be read
         for path in self.paths:
             try:
@@ -145,28 +124,21 @@ class Shards:
                     try:
                         check_batch(batch, first, str(path))
                     except ValueError as error:
-                        self.are_right = False
                         yield str(error)
                     count, first = count + len(batch), first + len(batch)
-                    _update(hashes, batch)
+                    hashes.update(batch)
             except (pa.ArrowException, OSError, ValueError) as error:
-                self.are_right, first = False, None
+                first = None
                 yield str(error) if str(path) in str(error) else f"{path} cannot be read ({error})."
         for path in sorted(set(self.paths[0].parent.glob("*")) - set(self.paths)):
-            self.are_right = False
             yield f"{path} is none of the bank's {len(self.paths)} shards, but `datasets` would read it: delete it."
-        if count != self.config["num_rows"]:
-            self.are_right = False
-            yield f"The shards hold {count} rows, but {CONFIG_NAME} says {self.config['num_rows']}."
-        for part, digest in hashes.items():
-            if digest.hexdigest() != self.config["sha256"][part]:
-                self.are_right = False
-                yield (
-                    f"The sha256 of the {part} in the shards is {digest.hexdigest()}, but {CONFIG_NAME} says "
-                    f"{self.config['sha256'][part]}."
-                )
+        if count != self.config.num_rows:
+            yield f"The shards hold {count} rows, but {CONFIG_NAME} says {self.config.num_rows}."
+        for part, found, expected in hashes.differences(self.config):
+            yield f"The sha256 of the {part} in the shards is {found}, but {CONFIG_NAME} says {expected}."
 
     def read(self, path: Path) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a shard; raises `ValueError` if some are missing, and whatever pyarrow does."""
         with pq.ParquetFile(path) as shard:
             check_schema(shard.schema_arrow, self.schema, str(path))
             rest = shard.metadata.num_rows
@@ -177,33 +149,32 @@ class Shards:
             raise ValueError(f"{path} is damaged: {rest} of its rows cannot be read.")
 
 
-def _update(hashes: dict, batch: pa.RecordBatch):
-    """As the hashes of bank_config.json are made."""
-    for part in ("key", "value"):
-        hashes[f"{part}s"].update(matrix(batch, part).tobytes())
-    for row in batch.drop_columns(["key", "value"]).to_pylist():
-        hashes["rows"].update(row_bytes(row))
-
-
-def _problems_of_copy(bank: MemoryBank, shards: Shards, searched: bool) -> Iterator[str]:
-    """What is memory-mapped here is what is in the shards, and, if it is `searched`, a row's key finds that row."""
-    hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
+def copy_problems(bank: MemoryBank, shards: Shards) -> Iterator[str]:
+    """Name what is wrong with this machine's copy: its files, its index, and rows that do not find themselves."""
+    folder = bank.store.files.folder
+    advice = f"Delete {folder} and load the bank again."
+    hashes = RowHashes()
     try:
-        for batch in bank._batches():
-            _update(hashes, batch)
+        for batch in bank.store.batches():
+            hashes.update(batch)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"This machine's copy of the rows is damaged ({error}). Delete {copy_of(bank, 'rows')} and load the bank "
-            "again."
-        ) from error
-    for part, digest in hashes.items():
-        if digest.hexdigest() != bank.config["sha256"][part]:
-            yield (
-                f"This machine's copy of the {part} is not what is in the bank: its sha256 is {digest.hexdigest()}, "
-                f"expected {bank.config['sha256'][part]}. Delete {copy_of(bank, part)} and load the bank again."
-            )
-    if not searched:
+        yield f"This machine's copy of the rows is damaged ({error}). {advice}"
         return
+    for part, found, expected in hashes.differences(bank.config):
+        yield (
+            f"This machine's copy of the {part} is not what is in the bank: its sha256 is {found}, expected "
+            f"{expected}. {advice}"
+        )
+    for path in folder.glob("*.faiss"):
+        expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
+        if file_sha256(path) != expected:
+            yield f"The index {path} is damaged: its sha256 is {file_sha256(path)}, expected {expected}. {advice}"
+            return
+    yield from search_problems(bank, shards)
+
+
+def search_problems(bank: MemoryBank, shards: Shards) -> Iterator[str]:
+    """Name rows, of a sample, that the index does not find by their own key."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(bank))[:SEARCHED])
     batches = (batch for path in shards.paths for batch in shards.read(path))
     keys = np.concatenate([matrix(batch, "key")[np.isin(batch["id"].to_numpy(), chosen)] for batch in batches])
@@ -213,11 +184,5 @@ def _problems_of_copy(bank: MemoryBank, shards: Shards, searched: bool) -> Itera
         if score < expected - 1e-5:
             yield (
                 f"The index does not find row {row} by its own key: it returns row {neighbour} with {score:.4f}, "
-                f"expected {expected:.4f}. Delete {copy_of(bank, 'keys')} and load the bank again."
+                f"expected {expected:.4f}. Delete {bank.store.files.folder} and load the bank again."
             )
-
-
-def copy_of(bank: MemoryBank, part: str) -> Path:
-    """The folder of this machine's copy of a bank's keys, values or rows."""
-    (folder,) = cache_root().glob(f"{bank.config['sha256'][part]}-*")
-    return folder

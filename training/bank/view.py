@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from ...modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration
-from ...modeling_tinyalign.bank_builder import evaluating
-from ...modeling_tinyalign.bank_images import load_image, thumbnail_bytes
+from ...modeling_tinyalign.key_encoder import evaluating
+from ...modeling_tinyalign.row_encoder import thumbnail_bytes
 from ...processing import TinyAlignProcessor
+from ...processing.images import decode_image
 from ..disk import save_file
-from .log import open_bank
-from .verify import bank_info
+from .info import bank_info
 
 TEMPLATE = Path(__file__).with_name("view.html")
 BINS = 50
@@ -31,23 +31,23 @@ def view_bank(
     wanted: Sequence[int] = (),
     images: Sequence[str] = (),
     model: str | None = None,
-):
-    """
-    Writes `page`: rows chosen by `seed` with their neighbours, the similarities, and a map of the keys.
+) -> None:
+    """Write `page`: rows chosen by `seed` with their neighbours, the similarities, and a map of the keys.
 
     Args:
-        rows: How many are chosen; they, their neighbours and their thumbnails are the size of the page.
-        top_k: Neighbours of each; rows of the same image are none.
-        wanted: Rows that are in the page anyway.
-        images: Files whose neighbours are shown, too; for their keys it takes
+        rows: how many are chosen; they, their neighbours and their thumbnails are the size of the page.
+        top_k: neighbours of each; rows of the same image are none.
+        wanted: rows that are in the page anyway.
+        images: files whose neighbours are shown, too; for their keys it takes
         model: the folder or repository of a TinyAlign model with the bank's vision tower.
 
     Raises:
-        ValueError: There is no bank, no such row, or images without a model, or of another vision tower.
-        OSError: The page cannot be written.
+        ValueError: there is no bank, no such row, or images without a model, or of another vision tower.
+        OSError: the page cannot be written.
     """
     folder, page = Path(folder), Path(page)
-    bank = open_bank(folder)
+    facts = bank_info(folder)
+    bank = MemoryBank.from_pretrained(folder)
     wrong = [row for row in wanted if not 0 <= row < len(bank)]
     if wrong:
         raise ValueError(f"{folder} has no row {wrong[0]}, expected 0 to {len(bank) - 1}.")
@@ -59,29 +59,11 @@ def view_bank(
         raise ValueError(f"--rows is {rows}, --top_k {top_k}, --seed {seed}, expected 1, 1 and 0 or more.")
     chosen = np.random.default_rng(seed).permutation(len(bank))[:rows]
     chosen = np.array(list(dict.fromkeys([*wanted, *chosen.tolist()])))
-    top_k = min(top_k, len(bank))
-    keys = bank.keys(chosen)
-    names = [row["source_id"] for row in bank.rows(chosen)]
-    scores, ids = bank.search(keys, top_k, exclude=names)
     queries, query_keys = _queries(bank, images, model)
-    found = [bank.search(query_keys, top_k)] if len(queries) else []
-    shown = np.unique(np.concatenate([chosen, ids.ravel(), *(of_query.ravel() for _, of_query in found)]))
-    places, explained = principal_components(np.concatenate([keys, query_keys]), len(keys))
-    for number, query in enumerate(queries):
-        query["neighbours"] = _pairs(found[0][1][number], found[0][0][number])
-        query["place"] = places[len(keys) + number].tolist()
     data = {
         "name": folder.resolve().name,
-        "facts": [line.split("  ", 1) for line in bank_info(folder).splitlines()],
-        "sample": chosen.tolist(),
-        "rows": {row["id"]: _row(bank, row) for row in bank.rows(shown[shown >= 0])},
-        "neighbours": {
-            int(row): _pairs(of_row, similar) for row, of_row, similar in zip(chosen, ids, scores, strict=True)
-        },
-        "queries": queries,
-        "similarities": similarities(keys, scores[:, 0], names),
-        "map": [[int(row), *place] for row, place in zip(chosen, places.tolist(), strict=False)],
-        "explained": explained,
+        "facts": [line.split("  ", 1) for line in facts.splitlines()],
+        **page_data(bank, chosen, min(top_k, len(bank)), queries, query_keys),
     }
     # in a script, "<" could end it
     text = json.dumps(data).replace("<", "\\u003c")
@@ -90,8 +72,36 @@ def view_bank(
     print(f"{page}: {len(chosen)} of {len(bank):,} rows with their neighbours, {page.stat().st_size / 2**20:.1f} MiB.")
 
 
+def page_data(bank: MemoryBank, chosen: np.ndarray, top_k: int, queries: list[dict], query_keys: np.ndarray) -> dict:
+    """Return what the page shows of the chosen rows, and of images with these keys."""
+    keys = bank.keys(chosen)
+    names = [row["source_id"] for row in bank.rows(chosen)]
+    scores, ids = bank.search(keys, top_k, exclude=names)
+    shown = [chosen, ids.ravel()]
+    places, explained = principal_components(np.concatenate([keys, query_keys]), len(keys))
+    if queries:
+        query_scores, query_ids = bank.search(query_keys, top_k)
+        shown.append(query_ids.ravel())
+        for number, query in enumerate(queries):
+            query["neighbours"] = _pairs(query_ids[number], query_scores[number])
+            query["place"] = places[len(keys) + number].tolist()
+    shown = np.unique(np.concatenate(shown))
+    neighbours = {}
+    for row, row_ids, row_scores in zip(chosen, ids, scores, strict=True):
+        neighbours[int(row)] = _pairs(row_ids, row_scores)
+    return {
+        "sample": chosen.tolist(),
+        "rows": {row["id"]: _row(bank, row) for row in bank.rows(shown[shown >= 0])},
+        "neighbours": neighbours,
+        "queries": queries,
+        "similarities": similarities(keys, scores[:, 0], names),
+        "map": [[int(row), *place] for row, place in zip(chosen, places.tolist(), strict=False)],
+        "explained": explained,
+    }
+
+
 def similarities(keys: np.ndarray, nearest: np.ndarray, names: Sequence[str]) -> dict:
-    """Shares of rows by the similarity of their nearest neighbour, and of pairs of `keys` `(n, key_dim)` by theirs."""
+    """Return the shares of rows by the similarity of their nearest neighbour, and of pairs of `keys` by theirs."""
     keys, names = keys[:PAIRED], np.array(names[:PAIRED])
     pairs = (keys @ keys.T)[np.triu(names[:, None] != names[None], 1)]
     nearest = nearest[np.isfinite(nearest)]
@@ -102,7 +112,7 @@ def similarities(keys: np.ndarray, nearest: np.ndarray, names: Sequence[str]) ->
 
 
 def principal_components(keys: np.ndarray, fitted: int) -> tuple[np.ndarray, float]:
-    """`keys` on the two principal components of the first `fitted`: `(n, 2)`, and their share of the variance."""
+    """Return `keys` on the two principal components of the first `fitted`, `(n, 2)`, and their share of variance."""
     mean = keys[:fitted].mean(axis=0)
     _, strengths, directions = np.linalg.svd(keys[:fitted] - mean, full_matrices=False)
     places = np.zeros((len(keys), 2))
@@ -112,12 +122,12 @@ def principal_components(keys: np.ndarray, fitted: int) -> tuple[np.ndarray, flo
 
 
 def _queries(bank: MemoryBank, images: Sequence[str], model: str | None) -> tuple[list[dict], np.ndarray]:
-    """What the page says of image files, and their keys `(n, key_dim)`."""
+    """Return what the page shows of image files, and their keys `(n, key_dim)`."""
     if not images:
-        return [], np.empty((0, bank.key_dim), np.float32)
+        return [], np.empty((0, bank.config.key_dim), np.float32)
     tower = TinyAlignForConditionalGeneration.from_pretrained(model)
     bank.check_probes(tower)
-    loaded = [load_image(path) for path in images]
+    loaded = [decode_image(path) for path in images]
     processor = TinyAlignProcessor.from_pretrained(model).image_processor
     with evaluating(tower), torch.no_grad():
         pixels = processor(images=loaded, return_tensors="pt")["pixel_values"]
@@ -135,8 +145,8 @@ def _queries(bank: MemoryBank, images: Sequence[str], model: str | None) -> tupl
 
 
 def _row(bank: MemoryBank, row: dict) -> dict:
-    kept = [f"{name}: {row[name]}" for name in bank.config["columns"] if row[name] is not None]
-    picture = bank._table["thumbnail"][row["id"]].as_py() if bank.config["thumbnail_size"] else None
+    kept = [f"{name}: {row[name]}" for name in bank.config.columns if row[name] is not None]
+    picture = bank.store.table["thumbnail"][row["id"]].as_py() if bank.config.thumbnail_size else None
     thumbnail = _data_url(picture["bytes"]) if picture and picture["bytes"] else None
     return {"caption": row["caption"], "source_id": row["source_id"], "kept": kept, "thumbnail": thumbnail}
 
@@ -146,5 +156,5 @@ def _data_url(jpeg: bytes) -> str:
 
 
 def _pairs(ids: np.ndarray, scores: np.ndarray) -> list[list]:
-    """`[row, similarity]`, without the empty ones."""
+    """Return `[row, similarity]` of neighbours, without the empty ones."""
     return [[int(row), round(float(score), 4)] for row, score in zip(ids, scores, strict=True) if row >= 0]

@@ -21,9 +21,8 @@ Rows that are bad, or whose image another row has, pixel for pixel, are left out
 OUT/left_out.jsonl. Killed, the same command goes on where it stopped, and ends with the same bank, byte for byte (on
 the same machine; what is done so far is in .OUT.build beside it). OUT is there when it is complete, and not before.
 
-A large bank is packed: keys of 12 bits and values of 8, which halves it and moves a trained model's loss by less than
-0.1% (docs/bank_speed.md). --packed keys leaves values alone: 1.6 times as large, and read in less time; --packed true
-packs a small bank too; --packed false keeps all bits, to compare with say.
+A large bank is quantized: keys of 16 bits and values of 8, which halves it and moves a trained model's loss by less
+than 0.1% (docs/bank_speed.md). --quantized true does so with a small bank too, --quantized false keeps all bits.
 `add`, `remove` and `merge` keep it as it is.
 
 --ray encodes on a Ray cluster, that of RAY_ADDRESS or else this machine (docs/building_on_a_cluster.md); the bank is
@@ -33,35 +32,34 @@ Values are made by a value encoder: that of --like or --value_encoder, or a new 
 data set (docs/value_encoder.md).
 """
 
-PACKED_HELP = (
-    "true: keys rounded to 12 bits and values to 8, half the disk and memory; keys: only they are; false: 32 and 16 "
-    "bits, nothing is rounded (default: true above 20,000 rows; with --like as that bank is)"
+QUANTIZED_HELP = (
+    "true: keys rounded to 16 bits and values to 8, half the disk and memory; false: 32 and 16 bits, nothing is "
+    "rounded (default: true above 20,000 rows; with --like as that bank is)"
 )
 
 ADD_HELP = """
-Add the rows of a data set to a bank, made with the bank's own encoders; nothing is retrained.
+Write a new bank: the rows of a bank, and those of a data set behind them, made with the bank's own encoders.
 
-  tinyalign bank add bank --model out/stage1 --dataset more.parquet
-  tinyalign bank add bank --model out/stage1 --dataset more.json --set license=cc-by-4.0 --set source=mine
+  tinyalign bank add bank --model out/stage1 --dataset more.parquet --out larger
+  tinyalign bank add bank --model out/stage1 --dataset more.json --set license=cc-by-4.0 --set source=mine --out larger
 
-Rows whose image is in the bank already are left out (--keep_duplicates: they are not). The data set must have the
-columns that the bank keeps, or --set must say what they are. A packed bank stays packed, another one stays as it is,
-however large it gets. The bank that is there stays until the new one is
-complete; killed, the same command goes on where it stopped.
+Bad rows, and those whose image is in the bank already (unless --keep_duplicates), are left out; OUT/left_out.jsonl
+lists them. The data set must have the columns that the bank keeps, or --set must say what they are. Killed, the same
+command goes on where it stopped.
 """
 
 REMOVE_HELP = """
-Remove rows from a bank, to answer a request for deletion say: by the picture, its name, or what the columns hold.
+Write a new bank without some rows of another one, to answer a request for deletion say: by the picture, its name, or
+what the columns hold.
 
-  tinyalign bank remove bank --source-id 8849bc47e2dd1229ea8bbff4d44364ac
-  tinyalign bank remove bank --image flute.png                        # the same pixels, in any lossless format
-  tinyalign bank remove bank --where source=flickr --where license=   # of flickr, and without a licence
-  tinyalign bank remove bank --where "caption~telephone"
+  tinyalign bank remove bank --out smaller --source-id 8849bc47e2dd1229ea8bbff4d44364ac
+  tinyalign bank remove bank --out smaller --image flute.png                       # the same pixels, in any format
+  tinyalign bank remove bank --out smaller --where source=flickr --where license=   # of flickr, and without a licence
+  tinyalign bank remove bank --out smaller --where "caption~telephone"
 
 A condition is COLUMN=VALUE (the whole text; nothing: empty or missing) or COLUMN~TEXT (somewhere in it). Several
 --where must all be true; with --source-id or --image, rows that either is true of go. The other rows are numbered
-anew. The bank that is there stays until the new one is complete. What is still on this machine of the earlier version,
-`tinyalign bank compact` deletes; on the Hub, docs/hub.md says how.
+anew. BANK itself is not changed: delete it when the new one is good. On the Hub, docs/hub.md says how.
 """
 
 MERGE_HELP = """
@@ -70,16 +68,7 @@ Make one bank of several that were made with the same encoders (`bank build --li
   tinyalign bank merge bank more others --out all
 
 Of an image that several of them have, the rows of the first bank are taken (--keep_duplicates: all). The
-new bank is packed if the first one is.
-"""
-
-COMPACT_HELP = """
-Write a bank's files anew, as few as hold its rows, and delete from this machine what earlier versions of it have left
-in HF_HOME/tinyalign, with the rows that were removed since.
-
-  tinyalign bank compact bank
-
-Processes that have an earlier version open are not disturbed.
+new bank is quantized if the first one is.
 """
 
 VERIFY_HELP = """
@@ -142,15 +131,17 @@ def add_bank_commands(commands: argparse._SubParsersAction, calibrate_help: str)
     )
     build.add_argument("--key_grid", type=int, default=1, metavar="N", help="keys of N x N cells (default: 1)")
     build.add_argument("--whiten_dim", type=int, metavar="N", help="whiten keys to N dimensions (default: do not)")
-    build.add_argument("--packed", type=_packed, metavar="true|keys|false", help=PACKED_HELP)
+    build.add_argument("--quantized", type=_boolean, metavar="true|false", help=QUANTIZED_HELP)
     build.add_argument(
         "--thumbnail_size", type=int, default=64, metavar="PIXELS", help="0: keep none (default: %(default)s)"
     )
     add = command("add", "add the rows of a data set", ADD_HELP)
-    add.add_argument("bank", help="its folder")
+    add.add_argument("bank", help="its folder or repository")
+    add.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
     _add_row_options(add)
     remove = command("remove", "remove rows", REMOVE_HELP)
-    remove.add_argument("bank", help="its folder")
+    remove.add_argument("bank", help="its folder or repository")
+    remove.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
     names = {"nargs": "+", "action": "extend", "default": []}
     remove.add_argument("--source-id", "--source_id", dest="source_ids", metavar="ID", help="names of images", **names)
     remove.add_argument("--image", dest="images", metavar="FILE", help="pictures of rows to remove", **names)
@@ -159,8 +150,6 @@ def add_bank_commands(commands: argparse._SubParsersAction, calibrate_help: str)
     merge.add_argument("banks", nargs="+", metavar="BANK", help="their folders")
     merge.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
     merge.add_argument("--keep_duplicates", action="store_true", help="also images that an earlier bank has")
-    compact = command("compact", "write it anew and delete what earlier versions have left", COMPACT_HELP)
-    compact.add_argument("bank", help="its folder")
     verify = command("verify", "name all that is wrong with it", VERIFY_HELP)
     verify.add_argument("bank", help="its folder")
     verify.add_argument("--model", metavar="MODEL", help="must have the tower of the bank: folder or repository")
@@ -188,10 +177,10 @@ def add_bank_commands(commands: argparse._SubParsersAction, calibrate_help: str)
     )
 
 
-def _packed(text: str) -> bool | str:
-    choices = {"true": True, "keys": "keys", "false": False}
+def _boolean(text: str) -> bool:
+    choices = {"true": True, "false": False}
     if text.lower() not in choices:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected true, keys or false")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
     return choices[text.lower()]
 
 
@@ -232,27 +221,23 @@ def run_bank_command(arguments: argparse.Namespace):
     """Runs what was asked for, except `calibrate`."""
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "subcommand")}
     if arguments.subcommand == "build":
-        from ..bank.build import BuildSettings, build_bank
+        from ..bank.from_files import BuildSettings, build_from_files
 
         out, ray = options.pop("out"), options.pop("ray")
-        build_bank(BuildSettings(**options), out, ray)
+        build_from_files(BuildSettings(**options), out, ray)
     elif arguments.subcommand == "add":
-        from ..bank.build import RowSettings, add_rows
+        from ..bank.from_files import RowSettings, add_from_files
 
-        bank, ray = options.pop("bank"), options.pop("ray")
-        add_rows(RowSettings(**options), bank, ray)
+        bank, out, ray = options.pop("bank"), options.pop("out"), options.pop("ray")
+        add_from_files(RowSettings(**options), bank, out, ray)
     elif arguments.subcommand == "remove":
         from ..bank.changes import remove_rows
 
-        remove_rows(options.pop("bank"), **options)
+        remove_rows(options.pop("bank"), options.pop("out"), **options)
     elif arguments.subcommand == "merge":
-        from ..bank.changes import merge_banks
+        from ..bank.merge import merge_banks
 
         merge_banks(arguments.banks, arguments.out, arguments.keep_duplicates)
-    elif arguments.subcommand == "compact":
-        from ..bank.changes import compact_bank
-
-        compact_bank(arguments.bank)
     elif arguments.subcommand == "verify":
         from ...modeling_tinyalign import TinyAlignForConditionalGeneration
         from ..bank.verify import bank_problems
@@ -261,7 +246,7 @@ def run_bank_command(arguments: argparse.Namespace):
         if arguments.model is not None:
             model = TinyAlignForConditionalGeneration.from_pretrained(arguments.model)
         problems = list(bank_problems(arguments.bank, model))
-        print(*problems or [f"{arguments.bank} is right."], sep="\n")
+        print(*problems or [f"{arguments.bank}: OK"], sep="\n")
         sys.exit(1 if problems else 0)
     elif arguments.subcommand == "view":
         from ..bank.view import view_bank
@@ -278,6 +263,6 @@ def run_bank_command(arguments: argparse.Namespace):
         bank = MemoryBank.from_pretrained(arguments.bank)
         print(f"{arguments.uri}: {write_lance(bank, arguments.uri, settings or None, arguments.index)}")
     else:
-        from ..bank.verify import bank_info
+        from ..bank.info import bank_info
 
         print(bank_info(arguments.bank))
