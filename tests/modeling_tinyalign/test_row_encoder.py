@@ -73,17 +73,17 @@ def test_datasets_that_do_not_fit(dataset, model, processor, value_encoder):
     def build(rows, **options):
         return MemoryBank.build(rows, model, processor, value_encoder, **options)
 
-    with pytest.raises(ValueError, match=r"no column 'caption'.*\['image', 'text'\].*caption_column="):
+    with pytest.raises(ValueError, match=r"(?s)no column 'caption'.*\['image', 'text'\].*caption_column="):
         build([{"image": noise(0), "text": "x"}], skip_bad_rows=True)
     with pytest.raises(ValueError, match="no column 'picture'"):
         build(dataset, image_column="picture")
     with pytest.raises(ValueError, match=r"DatasetDict.*\"train\""):
         build({"train": dataset})
-    with pytest.raises(ValueError, match="no usable rows"):
+    with pytest.raises(ValueError, match="The dataset has no usable row, .* 0 left out"):
         build([])
-    with pytest.raises(ValueError, match="no usable rows .1 were left out"):
+    with pytest.raises(ValueError, match="(?s)no usable row, .* 1 left out .1 missing image.*row 0: missing image"):
         build([{"image": None, "caption": "x"}], skip_bad_rows=True)
-    with pytest.raises(ValueError, match="no column 'author' to keep"):
+    with pytest.raises(ValueError, match="missing column: no column 'author'"):
         build(dataset, keep_columns=["author"])
     for columns in (["key"], ["licence", "licence"], "licence", ["lic\nence"], [""]):
         with pytest.raises(ValueError, match="expected a list of printable names, each once, other than"):

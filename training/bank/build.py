@@ -153,9 +153,15 @@ def new_bank_config(encoder: RowEncoder, quantized: bool) -> BankConfig:
 
 def new_key_encoder(model: PreTrainedModel, processor: ProcessorMixin, grid: int = 1) -> KeyEncoder:
     """Return a key encoder for a model's `config.key_space`; its mean is zero until it is fitted."""
-    with evaluating(model):
-        width = model.get_vision_features(probe_pixels(image_shape(processor))).shape[-1]
-    return KeyEncoder.for_model(model, width, grid)
+    config = model.config
+    if config.key_space == "vision":
+        with evaluating(model):
+            width = model.get_vision_features(probe_pixels(image_shape(processor))).shape[-1]
+        return KeyEncoder(torch.zeros(grid**2 * width), grid=grid)
+    embeddings = model.get_input_embeddings().weight.detach()
+    connector = copy.deepcopy(model.base_model.connector).float()
+    mean = torch.zeros(embeddings.shape[1])
+    return KeyEncoder(mean, None, connector, embeddings, config.vision_pool_size, config.query_alpha, grid)
 
 
 def image_shape(processor: ProcessorMixin) -> list[int]:

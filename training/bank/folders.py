@@ -31,7 +31,7 @@ class WorkFolder:
 
     @property
     def has_work(self) -> bool:
-        return any(entry.name not in (SETTINGS_NAME, LOCK_NAME) for entry in self.path.iterdir())
+        return any(entry.stem not in ("settings", LOCK_NAME) for entry in self.path.iterdir())
 
     def read_settings(self) -> dict:
         """Return what `write_settings` of an earlier process has written, or nothing."""

@@ -24,7 +24,8 @@ def bank_info(folder: str | os.PathLike) -> str:
     index = [f"{value}" if name == "index" else f"{name} {value}" for name, value in bank.index_facts.items()]
     value_bits = 8 if config.quantized else 16
     lines = [  # pairs: a column may be named like one of these
-        ("rows", f"{len(bank):,} of {images:,} images; {config.num_left_out:,} left out"),
+        ("rows", f"{len(bank):,} of {images:,} images"),
+        ("left out", f"{config.num_left_out:,} rows of the data set"),
         ("on disk", shards),
         ("keys", ", ".join(_describe_keys(bank))),
         ("values", f"{config.num_latents} x {config.latent_dim} numbers of {value_bits} bits"),

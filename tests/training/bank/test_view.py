@@ -22,7 +22,7 @@ def place(images, captions, model, processor, value_encoder, tmp_path_factory):
     rows = [{"image": image, "caption": caption} for image, caption in zip(images, captions, strict=True)]
     rows[3]["caption"] = HOSTILE
     rows.append({"image": images[0], "caption": "the first image again"})
-    MemoryBank.build(rows, model, processor, value_encoder).save_pretrained(root / "bank")
+    MemoryBank.build(rows, model, processor, value_encoder, keep_duplicates=True).save_pretrained(root / "bank")
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
     images[5].save(root / "query.png")
