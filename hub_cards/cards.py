@@ -1,8 +1,10 @@
-"""Model, bank and Space cards, filled from what a run recorded. A card with a gap is refused."""
+"""Model, bank and Space cards: one template each, filled with the facts that are known."""
 
 import os
 import re
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     DatasetCard,
@@ -16,107 +18,132 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import UndefinedError
 
-from .facts import FACTS_NAME, BankFacts, ModelFacts, Part, SpaceFacts, System, read_facts, require, write_facts
-from .markdown import TEMPLATES, Markup, literal
+from .facts import (
+    FACTS_NAME,
+    BankFacts,
+    Evaluation,
+    ModelFacts,
+    Part,
+    System,
+    facts_of_bank_config,
+    read_facts,
+    write_facts,
+)
+from .markdown import block, escaped, literal, table, text
 
 TASK = "image-text-to-text"
 HUB = "https://huggingface.co"
-# What a bank card takes from bank_config.json.
-BANK_CONFIG_FACTS = (
-    "num_rows",
-    "key_dim",
-    "num_latents",
-    "latent_dim",
-    "tower",
-    "key_encoder",
-    "value_encoder",
-    "sha256",
-    "versions",
-)
+HERE = Path(__file__).parent
+# Without `configs` the Hub's viewer and `load_dataset` would have to guess what the files of a bank are.
+BANK_FILES = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}]
 # The Gradio that the Space was tried with.
 GRADIO_VERSION = "6.31.0"
-SHORT_DESCRIPTION = 60
+# At most 60 characters: the Hub shows no more.
+SPACE_SUMMARY = "Ask about an image, and see which examples it looked at"
+BASELINE_SPACE_SUMMARY = "Ask about an image"
 
 
-def render_model_card(facts: ModelFacts) -> ModelCard:
-    """The card of a checkpoint.
+def plain_model_card(repo_id: str, config: Any, tags: list[str]) -> str:
+    """Return the README.md of a model of which no more is known than its config.
 
-    Raises `ValueError` naming every required fact that is missing or not of its type.
+    Args:
+        repo_id: "org/name".
+        config: A `TinyAlignConfig`. Paths of this machine are not published.
+        tags: Tags beside those of every TinyAlign model.
     """
-    require(facts)
-    for name in filter(None, (facts.curves, facts.example.image)):
-        if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise ValueError(f"The card of {facts.repo_id!r} shows {name!r}, expected the name of a file beside it.")
-    evaluation = facts.evaluation
-    for metric in sorted({score.metric for system in evaluation.systems for score in system.scores}):
-        if metric not in evaluation.metrics:
-            raise ValueError(f"The card of {facts.repo_id!r} has a score of {metric!r}, evaluation.metrics lacks it.")
-    results = [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=evaluation.dataset,
-            dataset_name=evaluation.dataset_name,
-            dataset_split=evaluation.split,
-            metric_type=score.metric,
-            metric_name=f"{evaluation.metrics[score.metric]} ({system.name})",
-            metric_value=score.value,
+    bank = None
+    if config.memory_top_k > 0 and config.memory_bank is not None and not os.path.exists(config.memory_bank):
+        bank = Part(
+            role="memory bank",
+            source=config.memory_bank,
+            revision=config.memory_bank_revision,
+            hub_type="dataset",
         )
-        for system in evaluation.systems
-        if system.is_this_model
-        for score in system.scores
-    ]
-    parts = [*facts.parts, *([facts.bank] if facts.bank else [])]
+    facts = ModelFacts(repo_id=repo_id, tags=tags, parts=parts_of_config(config), top_k=config.memory_top_k, bank=bank)
+    return str(model_card(facts))
+
+
+def plain_bank_card(repo_id: str, bank_config: Any) -> str:
+    """Return the README.md of a memory bank of which no more is known than the content of its bank_config.json."""
+    config = asdict(bank_config) if is_dataclass(bank_config) else bank_config
+    return str(bank_card(facts_of_bank_config(repo_id, config)))
+
+
+def parts_of_config(config: Any) -> list[Part]:
+    """Return the vision tower and the language model that a model's config names, a local one without its folder."""
+    parts = []
+    for role, known_name, revision, part_config in (
+        ("vision tower", config.vision_model, config.vision_model_revision, config.vision_config),
+        ("language model", config.language_model, config.language_model_revision, config.text_config),
+    ):
+        name = known_name or part_config._name_or_path or part_config.model_type
+        is_on_hub = is_hub_id(name)
+        parts.append(
+            Part(
+                role=role,
+                source=name if is_on_hub else Path(name).name,
+                revision=revision,
+                hub_type="model" if is_on_hub else None,
+            )
+        )
+    return parts
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name is one of a repository "org/name", and no folder of this machine."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.exists(name)
+
+
+def model_card(facts: ModelFacts) -> ModelCard:
+    """Return the card of a checkpoint."""
+    parts = [*facts.parts, *filter(None, [facts.bank])]
     data = ModelCardData(
         language=facts.language,
         license=facts.license,
         license_name="see-what-it-is-made-of" if facts.license == "other" else None,
         library_name="transformers",
         pipeline_tag=TASK,
-        tags=["tinyalign", "custom_code"],
+        tags=list(dict.fromkeys(["tinyalign", "custom_code", *facts.tags])),
         base_model=_hub_ids(parts, "model"),
         datasets=_hub_ids(parts, "dataset"),
-        model_name=facts.repo_id.split("/")[-1],
-        eval_results=results,
+        model_name=facts.evaluation and facts.repo_id.split("/")[-1],  # of the results
+        eval_results=_eval_results(facts.evaluation),
     )
-    table = [[system.name, *_cells(system, evaluation.metrics)] for system in evaluation.systems]
-    return ModelCard(
-        _render(
-            "model_card.md",
-            data,
-            facts,
-            parts=parts,
-            evaluation=evaluation,
-            table=table,
-            snippet=usage_snippet(facts),
-            energy=_energy(facts),
-        )
+    return ModelCard.from_template(
+        data,
+        HERE / "model_card.md",
+        **escaped(asdict(facts)),
+        name=text(facts.repo_id.split("/")[-1]),
+        is_local="/" not in facts.repo_id,
+        has_memory=bool(facts.bank or facts.top_k),
+        parts_table=_parts_table(parts),
+        snippet=block(usage_snippet(facts), "python"),
+        output=facts.example.output and block(facts.example.output, "text"),
+        command_block=facts.command and block(facts.command, "bash"),
+        settings=[table(["setting", "value"], _settings(stage.hyperparameters)) for stage in facts.stages],
+        scores=facts.evaluation and _scores_table(facts.evaluation),
+        energy=_energy(facts),
     )
 
 
 def usage_snippet(facts: ModelFacts) -> str:
-    """Python that asks the model the example's question and prints the answer and where it comes from.
+    """Return Python that asks the model the example's question, and prints the answer and where it comes from.
 
     It needs nothing of ours. Before the model is on the Hub, it runs in the checkpoint's folder.
     """
     on_hub, image = "/" in facts.repo_id, facts.example.image
     model, prompt = literal(facts.repo_id if on_hub else "."), literal(facts.example.prompt)
-    lines = []
-    if on_hub and image:
-        lines.append("from huggingface_hub import hf_hub_download")
-    lines += [
-        "from PIL import Image",
-        "from transformers import pipeline",
-        "",
-        f'pipe = pipeline("image-text-to-text", model={model}, trust_remote_code=True)',
-    ]
+    lines = ["from PIL import Image", "from transformers import pipeline", ""]
+    lines.append(f'pipe = pipeline("image-text-to-text", model={model}, trust_remote_code=True)')
     if facts.bank and facts.bank.hub_type is None:
         lines.append(f"pipe.model.attach_memory_bank({literal(facts.bank.source)})")
     if image is None:
         lines.append('image = Image.new("RGB", (224, 224), "red")')
+    elif on_hub:
+        lines.insert(0, "from huggingface_hub import hf_hub_download")
+        lines.append(f"image = Image.open(hf_hub_download({model}, {literal(image)}))")
     else:
-        lines.append(
-            f"image = Image.open({f'hf_hub_download({model}, {literal(image)})' if on_hub else literal(image)})"
-        )
+        lines.append(f"image = Image.open({literal(image)})")
     lines += [
         f'content = [{{"type": "image", "image": image}}, {{"type": "text", "text": {prompt}}}]',
         'messages = [{"role": "user", "content": content}]',
@@ -131,50 +158,59 @@ def usage_snippet(facts: ModelFacts) -> str:
     return "\n".join(lines)
 
 
-def render_bank_card(facts: BankFacts) -> DatasetCard:
-    """The card of a memory bank, with the configuration that makes `load_dataset` and the viewer read its rows.
+def bank_card(facts: BankFacts) -> DatasetCard:
+    """Return the card of a memory bank, with the metadata that make `load_dataset` and the viewer read its rows.
 
-    Raises `ValueError` naming every required fact that is missing.
+    Raises:
+        ValueError: `facts.config` is not the whole content of a bank_config.json.
     """
-    require(facts)
-    absent = [f"config[{key!r}]" for key in BANK_CONFIG_FACTS if not facts.config.get(key)]
-    if absent:
-        raise ValueError(f"The card of {facts.repo_id!r} lacks {', '.join(absent)}: save the bank again.")
-    config = facts.config
-    data = DatasetCardData(
-        pretty_name=facts.repo_id.split("/")[-1],
-        language=facts.language,
-        license=facts.license,
-        size_categories=[_size_category(config["num_rows"])],
-        source_datasets=_hub_ids(facts.parts, "dataset"),
-        task_categories=["image-to-text"],
-        tags=["tinyalign", "memory-bank"],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
-    )
-    bank, rows = ".", Markup('"parquet", data_files="data/train-*.parquet"')  # datasets can't load "."
+    bank, rows = ".", '"parquet", data_files="data/train-*.parquet"'  # datasets can't load "."
     if "/" in facts.repo_id:
         bank, rows = facts.repo_id, literal(facts.repo_id)
-    return DatasetCard(
-        _render("bank_card.md", data, facts, config=config, packed=config.get("packed"), bank=bank, rows=rows)
-    )
-
-
-def render_space_card(facts: SpaceFacts) -> SpaceCard:
-    """The card of a demo Space, which is its configuration as well: space_app.py reads model and revision from it.
-
-    Raises `ValueError` naming every required fact that is missing, a malformed Hub id, or a summary that is longer
-    than the Hub allows.
-    """
-    require(facts)
-    for repo_id in filter(None, (facts.repo_id, facts.model, facts.bank)):
-        validate_repo_id(repo_id)
-    if len(facts.summary) > SHORT_DESCRIPTION:
-        raise ValueError(
-            f"The summary of {facts.repo_id!r} has {len(facts.summary)} characters, expected at most "
-            f"{SHORT_DESCRIPTION}: the Hub shows no more."
+    try:
+        data = DatasetCardData(
+            pretty_name=facts.repo_id.split("/")[-1],
+            language=facts.language,
+            license=facts.license,
+            size_categories=[_size_category(facts.config["num_rows"])],
+            source_datasets=_hub_ids(facts.parts, "dataset"),
+            task_categories=["image-to-text"],
+            tags=["tinyalign", "memory-bank"],
+            configs=BANK_FILES,
         )
+        return DatasetCard.from_template(
+            data,
+            HERE / "bank_card.md",
+            **escaped(asdict(facts)),
+            name=text(facts.repo_id.split("/")[-1]),
+            is_local="/" not in facts.repo_id,
+            model_literal=facts.model and literal(facts.model),
+            bank_literal=literal(bank),
+            rows=rows,
+            parts_table=_parts_table(facts.parts),
+            command_block=facts.command and block(facts.command, "bash"),
+        )
+    except (UndefinedError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The config of the bank {facts.repo_id!r} is not whole ({error}): save the bank again."
+        ) from error
+
+
+def space_card(repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCard:
+    """Return the card of a demo Space, which is its configuration as well: space_app.py reads it.
+
+    Args:
+        repo_id: "org/name" of the Space.
+        facts: Those of the model as it is on the Hub.
+        model_revision: The commit whose weights and code the Space runs.
+
+    Raises:
+        HFValidationError: The Space's or the model's name is none of a repository; it is a `ValueError`.
+    """
+    for name in (repo_id, facts.repo_id):
+        validate_repo_id(name)
     data = SpaceCardData(
-        title=facts.repo_id.split("/")[-1],
+        title=repo_id.split("/")[-1],
         emoji="🔎",
         colorFrom="indigo",
         colorTo="green",
@@ -183,30 +219,37 @@ def render_space_card(facts: SpaceFacts) -> SpaceCard:
         python_version="3.11",
         app_file="app.py",
         license=facts.license,
-        short_description=facts.summary,
+        short_description=SPACE_SUMMARY if facts.bank else BASELINE_SPACE_SUMMARY,
         suggested_hardware="cpu-basic",
-        models=[facts.model],
-        datasets=[facts.bank] if facts.bank else None,
+        models=[facts.repo_id],
+        datasets=[facts.bank.source] if facts.bank else None,
         tags=["tinyalign"],
-        model_revision=facts.model_revision,
-        prompt=facts.prompt,
+        model_revision=model_revision,
+        prompt=facts.example.prompt,
     )
-    return SpaceCard(_render("space_card.md", data, facts))
+    return SpaceCard.from_template(
+        data,
+        HERE / "space_card.md",
+        **escaped({"model": facts.repo_id, "prompt": facts.example.prompt, "model_revision": model_revision}),
+        title=text(repo_id.split("/")[-1]),
+        bank=facts.bank and text(facts.bank.source),
+    )
 
 
 def write_card(folder: str | os.PathLike, facts: ModelFacts | BankFacts | None = None) -> ModelCard | DatasetCard:
-    """
-    Writes README.md, and the facts it is made of, into the folder of a checkpoint or a bank.
+    """Write README.md, and the facts it is made of, into the folder of a checkpoint or a bank.
 
     Args:
-        facts: by default those that are in the folder.
+        facts: By default those that are in the folder.
 
     Raises:
-        ValueError: facts are missing, or a picture that the card shows is not in the folder.
+        ValueError: The facts in the folder cannot be read, or a picture that the card shows is not there.
     """
     facts = read_facts(folder) if facts is None else facts
-    card = render_model_card(facts) if isinstance(facts, ModelFacts) else render_bank_card(facts)
-    if isinstance(facts, ModelFacts):
+    if isinstance(facts, BankFacts):
+        card = bank_card(facts)
+    else:
+        card = model_card(facts)
         for name in filter(None, (facts.curves, facts.example.image)):
             if not Path(folder, name).is_file():
                 raise ValueError(f"The card of {folder} shows {name}, which is not there. Correct {FACTS_NAME}.")
@@ -215,55 +258,78 @@ def write_card(folder: str | os.PathLike, facts: ModelFacts | BankFacts | None =
     return card
 
 
-def write_space(folder: str | os.PathLike, facts: SpaceFacts) -> SpaceCard:
-    """Writes a demo Space: README.md, app.py and requirements.txt. Raises as `render_space_card`."""
-    card, folder = render_space_card(facts), Path(folder)
+def write_space(folder: str | os.PathLike, repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCard:
+    """Write a demo Space into a folder: README.md, app.py and requirements.txt. Arguments as of `space_card`."""
+    card, folder = space_card(repo_id, facts, model_revision), Path(folder)
     card.save(folder / "README.md")
-    here = Path(__file__).parent
-    (folder / "app.py").write_text((here / "space_app.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "app.py").write_text((HERE / "space_app.py").read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "requirements.txt").write_text("faiss-cpu\npyarrow\ntorch\ntransformers>=5.17,<6\n", encoding="utf-8")
     return card
-
-
-def _render(template: str, data: ModelCardData | DatasetCardData | SpaceCardData, facts: object, **kwargs) -> str:
-    """The metadata, then the template filled in."""
-    try:
-        body = TEMPLATES.get_template(template).render(facts=facts, link=_link, **kwargs)
-    except UndefinedError as error:  # in bank_config.json
-        raise ValueError(
-            f"The card of {facts.repo_id!r} lacks what it is made of ({error}): save it again."
-        ) from error
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
 def _hub_ids(parts: list[Part], hub_type: str) -> list[str] | None:
     return [part.source for part in parts if part.hub_type == hub_type] or None
 
 
-def _link(part: Part) -> str | None:
-    """Where a part is on the Hub."""
-    if part.hub_type is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", part.source):
+def _parts_table(parts: list[Part]) -> str:
+    rows = []
+    for part in parts:
+        source = text(part.source)
+        if part.hub_type is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", part.source):
+            source = f"[{source}]({HUB}/{'datasets/' if part.hub_type == 'dataset' else ''}{part.source})"
+        elif part.source.startswith((".", "/")):  # a local bank: the Python above has the path
+            source = text(Path(part.source).name)
+        rows.append([text(part.role), source, text(part.revision or "-"), text(part.license or "-")])
+    headings = ["part", "source", "revision", "licence"]
+    for column in (3, 2):
+        if all(row[column] == "-" for row in rows):
+            del headings[column]
+            rows = [row[:column] + row[column + 1 :] for row in rows]
+    return table(headings, rows)
+
+
+def _settings(hyperparameters: dict[str, str | int | float | bool]) -> list[list[str]]:
+    return [[text(name), text(value)] for name, value in hyperparameters.items()]
+
+
+def _eval_results(evaluation: Evaluation | None) -> list[EvalResult] | None:
+    """Return the model's own scores as the Hub's metadata."""
+    if evaluation is None:
         return None
-    return f"{HUB}/{'datasets/' if part.hub_type == 'dataset' else ''}{part.source}"
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=evaluation.dataset,
+            dataset_name=evaluation.dataset_name,
+            dataset_split=evaluation.split,
+            metric_type=score.metric,
+            metric_name=f"{evaluation.metrics[score.metric]} ({system.name})",
+            metric_value=score.value,
+        )
+        for system in evaluation.systems
+        if system.is_this_model
+        for score in system.scores
+    ]
 
 
-def _cells(system: System, metrics: dict[str, str]) -> list[str]:
-    """One system's scores in the order of the columns, "-" where it has none."""
-    scores = {score.metric: score for score in system.scores}
-    cells = []
-    for metric in metrics:
-        if metric not in scores:
-            cells.append("-")
-            continue
-        score = scores[metric]
-        interval = "" if score.low is None or score.high is None else f" ({score.low:.3g} to {score.high:.3g})"
-        cells.append(f"{score.value:.3g}{interval}")
-    return cells
+def _scores_table(evaluation: Evaluation) -> str:
+    headings = ["system", *map(text, evaluation.metrics.values())]
+    return table(headings, ([text(system.name), *_cells(system, evaluation)] for system in evaluation.systems))
+
+
+def _cells(system: System, evaluation: Evaluation) -> list[str]:
+    """Return one system's scores in the order of the columns, "-" where it has none."""
+    cells = dict.fromkeys(evaluation.metrics, "-")
+    for score in system.scores:
+        cells[score.metric] = f"{score.value:.3g}"
+        if score.low is not None and score.high is not None:
+            cells[score.metric] += f" ({score.low:.3g} to {score.high:.3g})"
+    return list(cells.values())
 
 
 def _energy(facts: ModelFacts) -> str:
-    """What is known of the energy that training took."""
-    if facts.watts is None:
+    """Return a sentence on the energy that training took."""
+    if facts.watts is None or facts.training_hours is None:
         return "Energy and CO2 were not measured."
     energy = facts.watts * facts.training_hours / 1000
     estimate = f"Estimated from {facts.watts:.3g} W over that time: {energy:.3g} kWh"
@@ -274,11 +340,11 @@ def _energy(facts: ModelFacts) -> str:
 
 
 def _size_category(num_rows: int) -> str:
-    """The Hub's name for a number of rows."""
+    """Return the Hub's name for a number of rows."""
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
-    lower = None
-    for power, name in enumerate(names, start=3):
-        if num_rows < 10**power:
-            return f"{lower}<n<{name}" if lower else f"n<{name}"
-        lower = name
-    return "n>1T"
+    power = len(str(num_rows))
+    if power <= 3:
+        return "n<1K"
+    if power > 12:
+        return "n>1T"
+    return f"{names[power - 4]}<n<{names[power - 3]}"

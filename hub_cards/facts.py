@@ -1,58 +1,75 @@
-"""What cards say: facts that a run recorded, kept as `card_facts.json` beside what they are of."""
+"""Facts that cards tell, kept as `card_facts.json` beside the model or bank that they describe."""
 
 import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 FACTS_NAME = "card_facts.json"
 BANK_CONFIG_NAME = "bank_config.json"
 BLANK = "[More Information Needed]"
 
 
+class Facts:
+    """Base of all facts: a fact that is not known is None, never an empty text or a number that is none."""
+
+    def validate_no_blanks(self):
+        for name, value in vars(self).items():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and (not item.strip() or BLANK in item):
+                    raise ValueError(f"{name} is blank ({item!r}), expected a text, or null where it is not known")
+                if isinstance(item, float) and not math.isfinite(item):
+                    raise ValueError(f"{name} is {item}, expected a finite number, or null where it is not known")
+
+
+@strict
 @dataclass(kw_only=True)
-class Part:
+class Part(Facts):
     """Something that a model or a bank is made of.
 
-    Args:
+    Attributes:
         role: "language model", "vision tower", "images and labels", ...
-        source: a Hub id, a package, an address.
-        revision: a commit, or a package's version.
+        source: A Hub id, a package, an address.
+        revision: A commit, or a package's version.
         license: SPDX id.
         hub_type: "model" or "dataset" when `source` is a Hub id; it is linked then, and in the card's metadata.
     """
 
     role: str
     source: str
-    revision: str
-    license: str
+    revision: str | None = None
+    license: str | None = None
     hub_type: str | None = None
 
 
+@strict
 @dataclass(kw_only=True)
-class Stage:
+class Stage(Facts):
     """One stage of training, its hyperparameters by name."""
 
     name: str
-    hyperparameters: dict[str, str | float | bool]
+    hyperparameters: dict[str, str | int | float | bool]
 
 
+@strict
 @dataclass(kw_only=True)
-class Score:
+class Score(Facts):
     """A measured value with its 95% interval; `metric` is a key of `Evaluation.metrics`."""
 
     metric: str
-    value: float
-    low: float | None = None
-    high: float | None = None
+    value: int | float
+    low: int | float | None = None
+    high: int | float | None = None
 
 
+@strict
 @dataclass(kw_only=True)
-class System:
+class System(Facts):
     """A row of the evaluation's table. The rows of the model itself go into the card's metadata, too."""
 
     name: str
@@ -60,14 +77,15 @@ class System:
     is_this_model: bool
 
 
+@strict
 @dataclass(kw_only=True)
-class Evaluation:
+class Evaluation(Facts):
     """A table of systems and metrics.
 
-    Args:
-        dataset: its Hub id, or the name of its folder.
-        dataset_name, split: as a reader should see them.
-        metrics: column headings by metric id, `{"exact_match": "Exact match"}`.
+    Attributes:
+        dataset: Its Hub id, or the name of its folder.
+        dataset_name, split: As a reader should see them.
+        metrics: Column headings by metric id, `{"exact_match": "Exact match"}`.
     """
 
     dataset: str
@@ -76,120 +94,115 @@ class Evaluation:
     metrics: dict[str, str]
     systems: list[System]
 
+    def validate_metrics(self):
+        for metric in {score.metric for system in self.systems for score in system.scores}:
+            if metric not in self.metrics:
+                raise ValueError(f"systems have a score of {metric!r}, expected one of metrics: {list(self.metrics)}")
 
+
+@strict
 @dataclass(kw_only=True)
-class Example:
-    """A question that the card's snippet asks.
+class Example(Facts):
+    """A question that the card's Python asks.
 
-    Args:
-        prompt: what is asked about the image.
-        image: file beside the card. Without one, the snippet draws a red square.
-        output: what the snippet printed when it was run as it stands.
-        seconds, memory_gb: how long one more answer took in that process, and the most memory it had.
+    Attributes:
+        prompt: The question about the image.
+        image: A file beside the card. Without one, the Python draws a red square.
+        output: The lines that the Python printed when it was run as it stands.
+        seconds, memory_gb: Time of one more answer in that process, and the most memory it had.
     """
 
-    prompt: str
+    prompt: str = "Describe the image."
     image: str | None = None
     output: str | None = None
-    seconds: float | None = None
-    memory_gb: float | None = None
+    seconds: int | float | None = None
+    memory_gb: int | float | None = None
+
+    def validate_image(self):
+        check_file_name("image", self.image)
 
 
+@strict
 @dataclass(kw_only=True)
-class ModelFacts:
-    """What a model card says. All of it is text, not Markdown; numbers are as measured.
+class ModelFacts(Facts):
+    """The facts of a model's card: text, not Markdown, and numbers as measured.
 
-    Args:
+    Attributes:
         repo_id: "org/name", or a folder's name before it is pushed.
-        summary: what the model does, in one or two sentences.
-        license: of the whole, an id of the Hub's list: "apache-2.0", or "other" when the parts' differ.
-        language: codes, `["en"]`, if they are known.
-        parts: the two models it began as, and every source of training data.
-        bank: the memory bank; `source` is a path from the checkpoint's folder until it is on the Hub. None for a
-            model without memory.
-        stages: in the order in which they ran.
-        curves: picture of the training curves, a file beside the card.
-        command: what to type to train the model again.
+        summary: One or two sentences on what the model does.
+        license: An id of the Hub's list for the whole: "apache-2.0", or "other" when the parts' differ.
+        language: Codes, `["en"]`.
+        tags: Tags beside those of every TinyAlign model.
+        parts: The two models it began as, and every source of training data.
+        top_k: Examples that the model retrieves for an image; 0 for a baseline without memory.
+        bank: The memory bank; `source` is a path from the checkpoint's folder until it is on the Hub.
+        stages: In the order in which they ran.
+        curves: Picture of the training curves, a file beside the card.
+        command: The command line that trains the model again.
         hardware, training_hours: "2 cores of AMD EPYC", and how long they took for all stages.
-        peak_memory_gb: most memory that training took.
-        limits: what the model can't do, one sentence an item.
-        versions: package versions by name.
-        watts: power of the machine while it trained, if it is known. Energy is estimated from nothing else.
-        grams_co2_per_kwh: of its electricity, if that is known.
+        peak_memory_gb: Most memory that training took.
+        limits: What the model can't do, one sentence an item.
+        versions: Package versions by name.
+        watts: Power of the machine while it trained. Energy is estimated from nothing else.
+        grams_co2_per_kwh: Of its electricity.
     """
 
     repo_id: str
-    summary: str
-    license: str
+    summary: str | None = None
+    license: str | None = None
     language: list[str] | None = None
-    parts: list[Part]
+    tags: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    top_k: int | None = None
     bank: Part | None = None
-    example: Example
-    stages: list[Stage]
-    curves: str
-    command: str
-    evaluation: Evaluation
-    hardware: str
-    training_hours: float
-    peak_memory_gb: float
-    limits: list[str]
-    versions: dict[str, str]
-    watts: float | None = None
-    grams_co2_per_kwh: float | None = None
+    example: Example = field(default_factory=Example)
+    stages: list[Stage] = field(default_factory=list)
+    curves: str | None = None
+    command: str | None = None
+    evaluation: Evaluation | None = None
+    hardware: str | None = None
+    training_hours: int | float | None = None
+    peak_memory_gb: int | float | None = None
+    limits: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    watts: int | float | None = None
+    grams_co2_per_kwh: int | float | None = None
+
+    def validate_curves(self):
+        check_file_name("curves", self.curves)
 
 
+@strict
 @dataclass(kw_only=True)
-class BankFacts:
-    """What a bank card says. All of it is text, not Markdown.
+class BankFacts(Facts):
+    """The facts of a memory bank's card: text, not Markdown.
 
-    Args:
+    Attributes:
         repo_id: "org/name", or a folder's name before it is pushed.
-        summary: what the rows are, in one or two sentences.
-        license: of the rows, ids of the Hub's list.
-        language: codes of the captions' languages.
-        parts: the vision tower, and every source of images and captions.
-        command: what to type to make the bank again.
-        limits: what is wrong or missing in the rows, one sentence an item.
-        model: a checkpoint with the bank's vision tower, if there is one: a Hub id, or a path from the bank's folder.
-        config: the bank's `config` (bank_config.json); `read_facts` takes it from there.
-        size_mb: of the Parquet files together; `read_facts` measures it.
+        summary: One or two sentences on what the rows are.
+        license: Of the rows, ids of the Hub's list.
+        language: Codes of the captions' languages.
+        parts: The vision tower, and every source of images and captions.
+        command: The command line that makes the bank again.
+        limits: What is wrong or missing in the rows, one sentence an item.
+        model: A checkpoint with the bank's vision tower: a Hub id, or a path from the bank's folder.
+        config: The content of bank_config.json; `read_facts` takes it from there.
+        size_mb: Of the Parquet files together; `read_facts` measures it.
     """
 
     repo_id: str
-    summary: str
-    license: list[str]
-    language: list[str]
-    parts: list[Part]
-    command: str
-    limits: list[str]
+    summary: str | None = None
+    license: list[str] | None = None
+    language: list[str] | None = None
+    parts: list[Part] = field(default_factory=list)
+    command: str | None = None
+    limits: list[str] = field(default_factory=list)
     model: str | None = None
     config: dict[str, Any]
-    size_mb: float
+    size_mb: int | float | None = None
 
 
-@dataclass(kw_only=True)
-class SpaceFacts:
-    """What a demo Space's card says. All of it is text, not Markdown.
-
-    Args:
-        repo_id: "org/name" of the Space.
-        summary: what it shows, at most 60 characters: the Hub's limit.
-        license: of the Space's code, an id of the Hub's list.
-        model, model_revision: the checkpoint's Hub id, and the commit whose weights and code it runs.
-        bank: the memory bank's Hub id, None for a model without memory.
-        prompt: what the demo asks when the user only gives an image.
-    """
-
-    repo_id: str
-    summary: str
-    license: str
-    model: str
-    model_revision: str
-    prompt: str
-    bank: str | None = None
-
-
-Facts = ModelFacts | BankFacts | SpaceFacts
+# Facts within facts, by the names of their fields.
 NESTED = {
     "parts": Part,
     "bank": Part,
@@ -201,8 +214,27 @@ NESTED = {
 }
 
 
+def check_file_name(field_name: str, name: str | None):
+    """Raise ValueError unless the name is that of a file beside the card, or None."""
+    if name is not None and not (name.isprintable() and set(name).isdisjoint("/\\ ()[]<>\"'") and name[0] != "."):
+        raise ValueError(f"{field_name} is {name!r}, expected the name of a file beside the card, without spaces")
+
+
+def facts_of_bank_config(repo_id: str, config: dict[str, Any]) -> BankFacts:
+    """Return the facts that a bank's own config knows: its vision tower, and the limits that follow from it."""
+    tower = config["tower"]
+    source, left_out = tower["name"], config.get("num_left_out", 0)
+    part = Part(role="vision tower", source=source, revision=tower["revision"])
+    if "/" in source and not Path(source).exists():
+        part.hub_type = "model"
+    limits = [f"A model with another vision tower than {source.split('/')[-1]} cannot use the bank."]
+    if left_out:
+        limits.append(f"{left_out:,} rows of the source were left out: bad rows, or images that were there already.")
+    return BankFacts(repo_id=repo_id, parts=[part], limits=limits, config=config)
+
+
 def facts_json(facts: ModelFacts | BankFacts) -> str:
-    """The content of `card_facts.json`: what is not in the folder anyway."""
+    """Return the content of `card_facts.json`: all facts but those that are in the folder anyway."""
     content = asdict(facts)
     if isinstance(facts, BankFacts):
         del content["config"], content["size_mb"]
@@ -210,47 +242,44 @@ def facts_json(facts: ModelFacts | BankFacts) -> str:
 
 
 def write_facts(folder: str | os.PathLike, facts: ModelFacts | BankFacts) -> None:
-    """Keeps the facts as `card_facts.json` in the folder of a checkpoint or a bank."""
+    """Write the facts as `card_facts.json` into the folder of a checkpoint or a bank."""
     fresh = Path(folder, f"{FACTS_NAME}.new")  # there may be facts in it that a person filled in
     fresh.write_text(facts_json(facts), encoding="utf-8")
     fresh.replace(fresh.with_suffix(""))
 
 
 def read_facts(folder: str | os.PathLike) -> ModelFacts | BankFacts:
+    """Return the facts in the folder of a checkpoint or a bank.
+
+    Without a `card_facts.json` they are those that the folder knows anyway.
+
+    Raises:
+        ValueError: The file is no JSON object, or has a field that is unknown or of a wrong type; it is named.
     """
-    The facts in a checkpoint's or a bank's folder. A field that `card_facts.json` lacks is None: rendering names it.
-
-    Raises `ValueError` naming the file when it is no JSON object, or has a field that no card has.
-    """
-    folder = Path(folder)
-    path, bank_config = folder / FACTS_NAME, folder / BANK_CONFIG_NAME
-    content = {"repo_id": folder.resolve().name, **(_read_object(path) if path.is_file() else {})}
-    if not bank_config.is_file():
-        return _from_json(ModelFacts, content, str(path))
-    size = sum(file.stat().st_size for file in (folder / "data").glob("*.parquet"))
-    return _from_json(BankFacts, {**content, "config": _read_object(bank_config), "size_mb": size / 1e6}, str(path))
-
-
-def _read_object(path: Path) -> dict:
+    folder = Path(folder).resolve()
+    path, config_path = folder / FACTS_NAME, folder / BANK_CONFIG_NAME
+    content = {"repo_id": folder.name, **(_read_object(path) if path.is_file() else {})}
+    kind = ModelFacts
+    if config_path.is_file():
+        kind = BankFacts
+        size = sum(file.stat().st_size for file in (folder / "data").glob("*.parquet"))
+        content |= {"config": _read_object(config_path), "size_mb": size / 1e6}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON object ({error}). Correct it, or delete it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} is no JSON object (a {type(content).__name__}). Correct it, or train or build again."
-        )
-    return content
+        if kind is BankFacts and not path.is_file():
+            return replace(facts_of_bank_config(folder.name, content["config"]), size_mb=content["size_mb"])
+        return _parse(kind, content)
+    except (StrictDataclassError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"{path} has no facts of a card: {reason}. Correct it, see docs/cards.md.") from error
 
 
 def on_hub(
     facts: ModelFacts | BankFacts, repo_id: str, other: str | None = None, revision: str | None = None
 ) -> ModelFacts | BankFacts:
-    """
-    The facts as they are after a push to `repo_id`.
+    """Return the facts as they are after a push to `repo_id`.
 
     Args:
-        other: of a model, its bank's repository, with the commit `revision`; of a bank, a model's that reads it.
+        other: Of a model, its bank's repository, with the commit `revision`; of a bank, a model's that reads it.
     """
     if isinstance(facts, BankFacts):
         is_path = facts.model is not None and facts.model.startswith((".", "/"))
@@ -261,56 +290,24 @@ def on_hub(
     return replace(facts, repo_id=repo_id, bank=bank)
 
 
-def require(facts: Facts) -> None:
-    """Raises `ValueError` naming every required fact that is missing, blank, or not of its type."""
-    if gaps := list(_gaps(facts, type(facts), "")):
-        raise ValueError(
-            f"The card of {facts.repo_id!r} lacks {', '.join(gaps)}: missing, blank, or not of its type. A card has "
-            f"no blanks: fill these fields of {type(facts).__name__} (in {FACTS_NAME})."
-        )
-
-
-def _gaps(value: Any, kind: Any, name: str) -> Iterator[str]:
-    """Names of the facts in `value` that are not a `kind` with something in it."""
-    if isinstance(kind, UnionType):
-        fits = value is None if NoneType in get_args(kind) else False
-        gaps = [[] if fits else list(_gaps(value, option, name)) for option in get_args(kind)]
-        yield from min(gaps, key=len)
-    elif kind is Any:
-        return
-    elif is_dataclass(kind) and isinstance(value, kind):
-        for field in fields(kind):
-            yield from _gaps(vars(value)[field.name], field.type, f"{name}.{field.name}" if name else field.name)
-    elif get_origin(kind) is list and isinstance(value, list) and value:
-        for number, item in enumerate(value):
-            yield from _gaps(item, get_args(kind)[0], f"{name}[{number}]")
-    elif get_origin(kind) is dict and isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _gaps(item, get_args(kind)[1], f"{name}[{key!r}]")
-    elif not (
-        (kind is str and isinstance(value, str) and value.strip() and BLANK not in value)
-        or (kind is float and isinstance(value, int | float) and type(value) is not bool and math.isfinite(value))
-        or (kind is bool and type(value) is bool)
-    ):
-        yield name
-
-
-def _from_json(kind: type, content: Any, name: str) -> Any:
-    """`content` as the dataclass `kind`, what is absent as its default or None."""
+def _read_object(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}). Correct it, or delete it.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name} is {str(content)[:50]!r}, expected an object with the fields of {kind.__name__}.")
-    known = {field.name: None if field.default is MISSING else field.default for field in fields(kind)}
-    if unknown := sorted(content.keys() - known.keys()):
-        raise ValueError(
-            f"{name} has {', '.join(unknown)}, expected the fields of {kind.__name__}: {', '.join(known)}."
-        )
-    values = {**known, **content}
-    for key, nested in NESTED.items():
-        if key in values and values[key] is not None:
-            value, path = values[key], f"{name}: {key}"
-            values[key] = (
-                [_from_json(nested, item, f"{path}[{number}]") for number, item in enumerate(value)]
-                if isinstance(value, list)
-                else _from_json(nested, value, path)
-            )
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object. Correct it, or delete it.")
+    return content
+
+
+def _parse(kind: type, content: Any) -> Any:
+    """Make the facts `kind`, and those within them, of a JSON object."""
+    if not isinstance(content, dict):
+        raise TypeError(f"{str(content)[:50]!r}, expected an object with the fields of {kind.__name__}")
+    values = {name: value for name, value in content.items() if value is not None}
+    for name in NESTED.keys() & values.keys():
+        if isinstance(values[name], list):
+            values[name] = [_parse(NESTED[name], item) for item in values[name]]
+        else:
+            values[name] = _parse(NESTED[name], values[name])
     return kind(**values)

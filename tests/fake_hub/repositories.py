@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 
 LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".faiss", ".npy", ".arrow", ".png", ".jpg")
@@ -128,6 +129,11 @@ class Repository:
     def info(self, revision: str) -> dict:
         siblings = [{"rfilename": path} for path in sorted(self.at(revision).files)]
         stated = {"id": self.id, "author": self.id.split("/")[0], "sha": self.resolve(revision), "tags": []}
+        card = self.at(revision).files.get("README.md")
+        licenses = [] if card is None else re.findall(rb"^license: (.*)$", card.content, re.MULTILINE)
+        if licenses:  # of the card's metadata; the standard library does not read YAML
+            names = licenses[0].decode().strip("[]").split(", ")
+            stated["cardData"] = {"license": names if len(names) > 1 else names[0]}
         return {**stated, "private": self.private, "siblings": siblings, "lastModified": DATE}
 
     def list_refs(self) -> dict:

@@ -14,9 +14,9 @@ def upload(repo_id: str, repo_type: str, files: dict[str, str]) -> str:
 
 
 def part(name: str, hub_type: str, revision: str | None = None) -> dict:
-    from tinyalign_vlm.training.hub.training_card import part_of
+    from tinyalign_vlm.training.hub.parts import describe_part
 
-    return vars(part_of("a part", name, hub_type, revision))
+    return vars(describe_part("a part", name, hub_type, revision))
 
 
 def test_parts_have_the_commit_and_the_licence_of_the_hub(owner, user):
@@ -74,4 +74,5 @@ def test_a_composed_model_knows_its_commits(hub, owner, user, checkpoints):
     found = owner.run(compose, "owner/vision", "owner/text", vision)
     assert found == {"tower": ["owner/vision", vision], "text": ["owner/text", text]}
     card = hub.files("owner/composed")["README.md"].decode()
-    assert f"owner/vision at `{vision}`" in card and f"owner/text at `{text}`" in card
+    for name, commit in (("owner/vision", vision), ("owner/text", text)):
+        assert f"[{name}](https://huggingface.co/{name}) | {commit} |" in card

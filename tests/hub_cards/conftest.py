@@ -1,4 +1,4 @@
-"""Facts of an invented model, bank and Space."""
+"""Facts of an invented model and bank."""
 
 import pytest
 
@@ -9,7 +9,6 @@ from tinyalign_vlm.hub_cards.facts import (
     ModelFacts,
     Part,
     Score,
-    SpaceFacts,
     Stage,
     System,
 )
@@ -87,22 +86,10 @@ def bank_facts() -> BankFacts:
             "sha256": {"keys": "aa", "values": "bb"},
             "versions": {"torch": "2.13.0"},
             "columns": ["style"],
-            "skipped_rows": [],
+            "num_left_out": 0,
+            "quantized": False,
             "thumbnail_size": 64,
         },
         size_mb=12.34,
         limits=["Some flags share a drawing."],
-    )
-
-
-@pytest.fixture
-def space_facts() -> SpaceFacts:
-    return SpaceFacts(
-        repo_id="org/emoji-demo",
-        summary="Names emoji it was never trained on",
-        license="apache-2.0",
-        model="org/tinyalign-emoji",
-        model_revision="0123456789abcdef",
-        bank="org/bank",
-        prompt="What is this?",
     )

@@ -1,26 +1,32 @@
-"""Cards say everything or are refused."""
+"""Cards say what is known, and leave out what is not."""
 
 import dataclasses
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard
+from huggingface_hub.errors import StrictDataclassError
 
 from tinyalign_vlm.hub_cards.cards import (
-    render_bank_card,
-    render_model_card,
-    render_space_card,
+    SPACE_SUMMARY,
+    bank_card,
+    model_card,
+    plain_bank_card,
+    plain_model_card,
+    space_card,
     usage_snippet,
     write_card,
     write_space,
 )
 from tinyalign_vlm.hub_cards.facts import (
     Example,
+    ModelFacts,
     Part,
     Stage,
     on_hub,
@@ -40,7 +46,7 @@ def assert_no_blanks(text: str) -> None:
 
 
 def test_model_card(model_facts):
-    card = render_model_card(model_facts)
+    card = model_card(model_facts)
     assert_no_blanks(card.text)
     data = ModelCard(str(card)).data
     assert data.base_model == ["org/tower"] and data.datasets == ["org/bank"]
@@ -67,68 +73,116 @@ def test_model_card(model_facts):
 
 
 def test_card_of_a_run_that_measured_no_answers_has_no_gaps(model_facts):
-    card = render_model_card(dataclasses.replace(model_facts, bank=None, example=Example(prompt="What is this?")))
+    card = model_card(dataclasses.replace(model_facts, bank=None, example=Example(prompt="What is this?")))
     assert_no_blanks(card.text)
     assert "retrieve" not in card.text and "memory bank |" not in card.text and "It printed" not in card.text
     assert "the baseline, without a memory bank.\n\n## Use\n\n```python" in card.text
 
 
 def test_energy_is_estimated_from_a_given_power_only(model_facts):
-    card = render_model_card(dataclasses.replace(model_facts, watts=65))
+    card = model_card(dataclasses.replace(model_facts, watts=65))
     assert "Estimated from 65 W over that time: 0.0325 kWh; CO2 was not estimated." in card.text
-    card = render_model_card(dataclasses.replace(model_facts, watts=65.0, grams_co2_per_kwh=400.0))
+    card = model_card(dataclasses.replace(model_facts, watts=65.0, grams_co2_per_kwh=400.0))
     assert "0.0325 kWh, 13 g CO2 equivalent at 400 g per kWh." in card.text
 
 
 @pytest.mark.parametrize(
-    ("change", "gap"),
+    ("change", "message"),
     [
-        ({"summary": " "}, "summary"),
-        ({"summary": "[More Information Needed]"}, "summary"),
-        ({"summary": 3}, "summary"),
-        ({"curves": None}, "curves"),
-        ({"limits": []}, "limits"),
-        ({"peak_memory_gb": math.nan}, "peak_memory_gb"),
-        ({"peak_memory_gb": "much"}, "peak_memory_gb"),
-        ({"watts": True}, "watts"),
-        ({"parts": [dataclasses.replace(TOWER, license="")]}, r"parts\[0\].license"),
-        ({"bank": dataclasses.replace(BANK, revision=None)}, "bank.revision"),
-        ({"example": Example(prompt="")}, "example.prompt"),
-        ({"stages": [Stage(name="Alignment pre-training", hyperparameters={})]}, r"stages\[0\].hyperparameters"),
-        ({"license": None, "command": ""}, "license, command"),
-        ({"limits": "none"}, "limits"),
-        ({"limits": ["one", 2]}, r"limits\[1\]"),
-        ({"versions": {"torch": None}}, r"versions\['torch'\]"),
-        ({"language": []}, "language"),
-        ({"evaluation": "good"}, "evaluation"),
-        ({"stages": [Stage(name="One", hyperparameters=["steps"])]}, r"stages\[0\].hyperparameters"),
-        ({"stages": [Stage(name="One", hyperparameters={"steps": None})]}, r"stages\[0\].hyperparameters\['steps'\]"),
+        ({"summary": " "}, "summary is blank"),
+        ({"summary": "[More Information Needed]"}, "summary is blank"),
+        ({"summary": 3}, "'summary'"),
+        ({"limits": [""]}, "limits is blank"),
+        ({"limits": "none"}, "'limits'"),
+        ({"limits": ["one", 2]}, r"index 1 in list 'limits'"),
+        ({"peak_memory_gb": math.nan}, "peak_memory_gb is nan, expected a finite number"),
+        ({"peak_memory_gb": "much"}, "'peak_memory_gb'"),
+        ({"watts": True}, "'watts'"),
+        ({"versions": {"torch": None}}, "'versions'"),
+        ({"evaluation": "good"}, "'evaluation'"),
+        ({"parts": ["tower"]}, "'parts'"),
+        ({"curves": "../secret.png"}, "curves is '../secret.png', expected the name of a file beside the card"),
+        ({"curves": "a)![x](b.png"}, "the name of a file beside the card"),
+        ({"curves": "/etc/passwd"}, "the name of a file beside the card"),
+        ({"curves": "a b.png"}, "without spaces"),
     ],
 )
-def test_model_card_with_a_gap_is_refused(model_facts, change, gap):
-    with pytest.raises(ValueError, match=f"'org/tinyalign-emoji' lacks {gap}: missing.* fields of ModelFacts"):
-        render_model_card(dataclasses.replace(model_facts, **change))
+def test_facts_that_say_nothing_are_refused(model_facts, change, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        dataclasses.replace(model_facts, **change)
 
 
-def test_score_of_an_unnamed_metric_is_refused(model_facts):
-    model_facts.evaluation.systems[0].scores[0].metric = "bleu"
-    with pytest.raises(ValueError, match="has a score of 'bleu', evaluation.metrics lacks it"):
-        render_model_card(model_facts)
+def test_scores_have_a_heading_and_a_value(model_facts):
+    (copy, model) = model_facts.evaluation.systems
+    with pytest.raises(StrictDataclassError, match="value is nan"):
+        dataclasses.replace(model.scores[0], value=math.nan)
+    unnamed = dataclasses.replace(copy, scores=[dataclasses.replace(copy.scores[0], metric="bleu")])
+    with pytest.raises(StrictDataclassError, match=r"a score of 'bleu', expected one of metrics: \['loss'"):
+        dataclasses.replace(model_facts.evaluation, systems=[unnamed])
 
 
-def test_score_that_is_no_number_is_refused(model_facts):
-    model_facts.evaluation.systems[1].scores[0].value = math.nan
-    with pytest.raises(ValueError, match=r"lacks evaluation.systems\[1\].scores\[0\].value"):
-        render_model_card(model_facts)
+OPTIONAL = (
+    "summary license language stages curves command evaluation hardware training_hours peak_memory_gb limits versions"
+)
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "a) ![x](b.png", "/etc/passwd", "a b.png"])
-def test_pictures_lie_beside_the_card(model_facts, name):
-    with pytest.raises(ValueError, match="expected the name of a file beside it"):
-        render_model_card(dataclasses.replace(model_facts, curves=name))
+@pytest.mark.parametrize("name", OPTIONAL.split())
+def test_what_is_not_known_is_left_out(model_facts, name):
+    facts = {field: value for field, value in vars(model_facts).items() if field != name}
+    card = model_card(ModelFacts(**facts))
+    assert_no_blanks(str(card))
+    sections = re.findall(r"^## (.*)$", card.text, re.M)
+    left_out = {"evaluation": "Evaluation", "limits": "Limits", "versions": "Versions"}.get(name)
+    known = ["Use", "What it is made of", "Training", "Evaluation", "Limits", "Versions"]
+    assert sections == [section for section in known if section != left_out]
 
 
-def test_facts_are_text_and_not_markdown(model_facts, bank_facts, space_facts):
+def config(**changes) -> SimpleNamespace:
+    """A config as a composed model has it."""
+    parts = {"vision": "siglip", "text": "llama"}
+    configs = {f"{name}_config": SimpleNamespace(_name_or_path="", model_type=kind) for name, kind in parts.items()}
+    fields = {"vision_model": "org/tower", "vision_model_revision": "12ab", "language_model": "/home/me/llm"}
+    fields |= {"language_model_revision": None, "memory_top_k": 5, "memory_bank": None, "memory_bank_revision": None}
+    return SimpleNamespace(**{**configs, **fields, **changes})
+
+
+def test_a_model_without_facts_has_a_card_of_its_config(tmp_path):
+    card = ModelCard(plain_model_card("me/model", config(memory_bank="me/bank", memory_bank_revision="34cd"), ["x"]))
+    assert_no_blanks(str(card))
+    assert (card.data.base_model, card.data.datasets, card.data.tags[-1]) == (["org/tower"], ["me/bank"], "x")
+    for line in (
+        "it looks up the 5 most similar examples in a memory\nbank",
+        'pipeline("image-text-to-text", model="me/model", trust_remote_code=True)',
+        "| vision tower | [org/tower](https://huggingface.co/org/tower) | 12ab |",
+        "| language model | llm | - |",
+        "| memory bank | [me/bank](https://huggingface.co/datasets/me/bank) | 34cd |",
+    ):
+        assert line in card.text
+    assert re.findall(r"^## (.*)$", card.text, re.M) == ["Use", "What it is made of"]
+
+    local = plain_model_card("me/model", config(memory_bank=str(tmp_path)), [])
+    assert str(tmp_path) not in local and "It names no memory bank" in local
+    alone = plain_model_card("me/model", config(memory_top_k=0, vision_model=None, vision_model_revision=None), [])
+    assert "the baseline, without a memory bank." in alone and "| vision tower | siglip |\n| language" in alone
+    assert_no_blanks(local + alone)
+
+
+def test_a_bank_without_facts_has_a_card_of_its_config(bank_facts):
+    text = plain_bank_card("me/bank", {**bank_facts.config, "num_left_out": 3, "sha256": {}})
+    card = DatasetCard(text)
+    assert_no_blanks(text)
+    assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
+    for line in (
+        'load_dataset("me/bank", split="train")',
+        'model.attach_memory_bank("me/bank")',
+        "1,911 rows.\n",
+        "| vision tower | lite0 |\n",
+        "- A model with another vision tower than lite0 cannot use the bank.\n- 3 rows of the source were left out",
+    ):
+        assert line in text
+
+
+def test_facts_are_text_and_not_markdown(model_facts, bank_facts):
     part = Part(role=HOSTILE, source=HOSTILE, revision=HOSTILE, license=HOSTILE, hub_type="model")
     stage = Stage(name=HOSTILE, hyperparameters={HOSTILE: HOSTILE})
     example = Example(prompt='"); import os #', output=HOSTILE)
@@ -139,7 +193,7 @@ def test_facts_are_text_and_not_markdown(model_facts, bank_facts, space_facts):
     config = {**bank_facts.config, "columns": [HOSTILE], "versions": {"torch": HOSTILE}}
     config["tower"] = {"name": HOSTILE, "revision": HOSTILE, "image_shape": [3, 4, 5]}
     bank_facts = dataclasses.replace(bank_facts, parts=[part], config=config, **changes)
-    for card in (render_model_card(model_facts), render_bank_card(bank_facts)):
+    for card in (model_card(model_facts), bank_card(bank_facts)):
         prose = re.sub(r"(?ms)^(````?`?)\w*\n.*?^\1$", "", card.text)
         assert "\n# c" not in prose and "\x07" not in prose
         assert not re.search(r"(?<!\\)<script|(?<!\\)\[d\]|(?<!\\)`f|(?<!\\)\*h", prose)
@@ -152,11 +206,11 @@ def test_facts_are_text_and_not_markdown(model_facts, bank_facts, space_facts):
     compile(usage_snippet(model_facts), "snippet", "exec")
     assert r'"text": "\"); import os #"' in usage_snippet(model_facts)
     with pytest.raises(ValueError):
-        render_space_card(dataclasses.replace(space_facts, model=HOSTILE))
+        space_card("org/demo", dataclasses.replace(model_facts, repo_id=HOSTILE), "abc")
 
 
 def test_bank_card(bank_facts, tmp_path):
-    card = render_bank_card(bank_facts)
+    card = bank_card(bank_facts)
     assert_no_blanks(card.text)
     assert card.data.size_categories == ["1K<n<10K"]
     for line in (
@@ -164,7 +218,7 @@ def test_bank_card(bank_facts, tmp_path):
         "| value | 3072 x float16 | 32 latents x 96, row by row |",
         "| thumbnail | image | at most 64 pixels a side |\n| style | string | from the source |\n\n## Sources",
         "| images and labels | npm emoji-datasource | 16.0.0 | CC-BY-4.0 |\n\n## How",
-        "- SHA-256 of the keys: `aa`",
+        "- SHA-256 of the keys: aa",
         "vision space, from lite0, images of\n  3 x 224 x 224.",
         'load_dataset("org/bank", split="train")',
         'attach_memory_bank("org/bank")',
@@ -186,30 +240,24 @@ def test_bank_card(bank_facts, tmp_path):
 )
 def test_size_category(bank_facts, num_rows, category):
     bank_facts.config["num_rows"] = num_rows
-    assert render_bank_card(bank_facts).data.size_categories == [category]
+    assert bank_card(bank_facts).data.size_categories == [category]
 
 
-@pytest.mark.parametrize(("packed", "key", "value"), [(False, "", ""), ("keys", "12", ""), (True, "12", "8")])
-def test_the_card_of_a_packed_bank(packed, key, value, bank_facts):
-    bank_facts.config["packed"] = packed
-    text = render_bank_card(bank_facts).text
-    for kind, bits in (("float32", key), ("float16", value)):
-        assert f"x {kind}, rounded to {bits} bits |" in text if bits else f"x {kind} |" in text
+def test_the_card_of_a_quantized_bank(bank_facts):
+    bank_facts.config["quantized"] = True
+    text = bank_card(bank_facts).text
+    assert "1280 x float32, rounded to float16 |" in text and "3072 x float16, rounded to 8 bits |" in text
 
 
-def test_bank_card_with_a_gap_is_refused(bank_facts):
-    with pytest.raises(ValueError, match="'org/bank' lacks license, limits: .* fields of BankFacts"):
-        render_bank_card(dataclasses.replace(bank_facts, limits=[], license=None))
-    del bank_facts.config["tower"]["image_shape"]
-    with pytest.raises(ValueError, match="'org/bank' lacks what it is made of .*image_shape"):
-        render_bank_card(bank_facts)
-    del bank_facts.config["tower"]
-    with pytest.raises(ValueError, match=r"'org/bank' lacks config\['tower'\]"):
-        render_bank_card(bank_facts)
+def test_a_broken_bank_config_is_named(bank_facts):
+    for key in ("tower", "num_rows", "key_encoder"):
+        config = {name: value for name, value in bank_facts.config.items() if name != key}
+        with pytest.raises(ValueError, match=f"The config of the bank 'org/bank' is not whole .*{key}"):
+            bank_card(dataclasses.replace(bank_facts, config=config))
 
 
-def test_space_card(space_facts, tmp_path):
-    card = write_space(tmp_path, space_facts)
+def test_space_card(model_facts, tmp_path):
+    card = write_space(tmp_path, "org/emoji-demo", model_facts, "0123456789abcdef")
     assert_no_blanks(card.text)
     data = SpaceCard.load(tmp_path / "README.md").data
     assert (data.sdk, data.app_file, data.models, data.datasets) == (
@@ -219,12 +267,9 @@ def test_space_card(space_facts, tmp_path):
         ["org/bank"],
     )
     assert data["model_revision"] == "0123456789abcdef" and data["prompt"] == "What is this?"
+    assert len(SPACE_SUMMARY) <= 60 and data["short_description"] == SPACE_SUMMARY
     compile((tmp_path / "app.py").read_text(), "app.py", "exec")
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "app.py", "requirements.txt"}
-    with pytest.raises(ValueError, match="lacks model_revision"):
-        render_space_card(dataclasses.replace(space_facts, model_revision=""))
-    with pytest.raises(ValueError, match="61 characters, expected at most 60"):
-        render_space_card(dataclasses.replace(space_facts, summary="x" * 61))
 
 
 def test_facts_are_kept_beside_what_they_are_of(model_facts, bank_facts, tmp_path):
@@ -251,38 +296,32 @@ def test_a_push_changes_the_names(model_facts, bank_facts):
     assert on_hub(bank_facts, "me/bank", "me/model").model == "me/model"
     assert on_hub(bank_facts, "me/bank").model == "org/tinyalign-emoji"
     alone = on_hub(dataclasses.replace(bank_facts, model="../checkpoint"), "me/bank")
-    text = render_bank_card(alone).text
+    text = bank_card(alone).text
     assert alone.model is None and 'model.attach_memory_bank("me/bank")' in text and "from_pretrained" not in text
     assert_no_blanks(text)
-
-
-def test_missing_facts_of_a_folder_are_named(tmp_path, bank_facts):
-    (tmp_path / "bank_config.json").write_text(json.dumps(bank_facts.config))
-    with pytest.raises(ValueError, match="lacks summary, license, language, parts, command, limits: .*card_f"):
-        write_card(tmp_path)
-    assert not (tmp_path / "README.md").exists()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "no JSON object"),
-        ("[1]", "no JSON object"),
-        ('{"sumary": "x"}', "has sumary, expected the fields of ModelFacts: repo_id, summary"),
-        ('{"parts": ["x"]}', r"parts\[0\] is 'x', expected an object with the fields of Part"),
-        ('{"evaluation": {"systems": [{"rank": 1}]}}', "has rank, expected the fields of System"),
+        ("[", "is no JSON"),
+        ("[1]", "holds a list, expected a JSON object"),
+        ('{"sumary": "x"}', "unexpected keyword argument 'sumary'"),
+        ('{"parts": ["x"]}', "'x', expected an object with the fields of Part"),
+        ('{"parts": [{"role": "x"}]}', "missing 1 required .*'source'"),
+        ('{"summary": ""}', "summary is blank"),
+        ('{"evaluation": {"systems": [{"rank": 1}]}}', "unexpected keyword argument 'rank'"),
     ],
 )
 def test_facts_that_are_none_are_refused(tmp_path, content, message):
     (tmp_path / "card_facts.json").write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=f"card_facts.json .*{message}"):
         read_facts(tmp_path)
-    assert "card_facts.json" in str(error.value)
 
 
 def test_a_bank_config_that_is_none_is_refused(tmp_path):
     (tmp_path / "bank_config.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="bank_config.json is no JSON object"):
+    with pytest.raises(ValueError, match="bank_config.json is no JSON"):
         read_facts(tmp_path)
 
 
@@ -292,6 +331,6 @@ def test_a_card_shows_pictures_that_are_there(model_facts, tmp_path):
         write_card(tmp_path, model_facts)
     (tmp_path / "example.png").write_bytes(b"")
     write_card(tmp_path, model_facts)
-    assert str(ModelCard.load(tmp_path / "README.md")) == str(render_model_card(model_facts))
+    assert str(ModelCard.load(tmp_path / "README.md")) == str(model_card(model_facts))
     assert isinstance(DatasetCard.load(tmp_path / "README.md"), DatasetCard)
     assert read_facts(tmp_path) == model_facts

@@ -8,7 +8,7 @@ from card_rules import card_errors
 from fake_hub import FakeHub
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard, constants, metadata_eval_result, repocard
 
-from tinyalign_vlm.hub_cards.cards import render_bank_card, render_model_card, render_space_card
+from tinyalign_vlm.hub_cards.cards import bank_card, model_card, space_card
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,9 @@ def hub():
         yield hub
 
 
-def test_cards_are_valid(hub, model_facts, bank_facts, space_facts):
+def test_cards_are_valid(hub, model_facts, bank_facts):
     before = len(hub.requests)
-    for card in (render_model_card(model_facts), render_bank_card(bank_facts), render_space_card(space_facts)):
+    for card in (model_card(model_facts), bank_card(bank_facts), space_card("org/demo", model_facts, "0123")):
         card.validate()
     assert hub.requests[before:] == ["POST /api/validate-yaml"] * 3
 
@@ -34,26 +34,26 @@ def test_cards_are_valid(hub, model_facts, bank_facts, space_facts):
 @pytest.mark.parametrize("change", [{"license": "Apache License"}, {"language": ["English"]}])
 def test_the_hub_names_what_is_wrong(hub, model_facts, bank_facts, change):
     with pytest.raises(ValueError, match=f'"{next(iter(change))}"'):
-        render_model_card(dataclasses.replace(model_facts, **change)).validate()
+        model_card(dataclasses.replace(model_facts, **change)).validate()
     with pytest.raises(ValueError, match='"license"'):
-        render_bank_card(dataclasses.replace(bank_facts, license=["mit", "Apache License"])).validate()
+        bank_card(dataclasses.replace(bank_facts, license=["mit", "Apache License"])).validate()
 
 
 def test_a_malformed_data_set_id_is_refused(hub, model_facts):
     model_facts.evaluation.dataset = "librispeech 960h"
     with pytest.raises(ValueError, match="librispeech 960h"):
-        render_model_card(model_facts).validate()
+        model_card(model_facts).validate()
 
 
-def test_metadata_survive_the_client(model_facts, bank_facts, space_facts):
+def test_metadata_survive_the_client(model_facts, bank_facts):
     """What the Hub's client reads is what was written, and what it writes itself is the same."""
     for kind, card in (
-        (ModelCard, render_model_card(model_facts)),
-        (DatasetCard, render_bank_card(bank_facts)),
-        (SpaceCard, render_space_card(space_facts)),
+        (ModelCard, model_card(model_facts)),
+        (DatasetCard, bank_card(bank_facts)),
+        (SpaceCard, space_card("org/demo", model_facts, "0123")),
     ):
         assert str(kind(str(card))) == str(card)
-    card = render_model_card(model_facts)
+    card = model_card(model_facts)
     result = card.data.eval_results[0]
     made = metadata_eval_result(
         model_pretty_name=card.data.model_name,

@@ -1,17 +1,19 @@
 """Pushing a checkpoint and its memory bank to the Hub, with their cards."""
 
 import json
+import tempfile
 from pathlib import Path
 
+from huggingface_hub import CommitInfo, HfApi
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ...hub_cards.cards import render_bank_card, render_model_card
-from ...hub_cards.facts import FACTS_NAME, BankFacts, ModelFacts, facts_json, on_hub, read_facts
+from ...hub_cards.cards import bank_card, model_card, plain_model_card, write_space
+from ...hub_cards.facts import FACTS_NAME, ModelFacts, facts_json, on_hub, read_facts, write_facts
 from ...modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
 from ...modeling_tinyalign.files import CARD_NAME, WEIGHTS, push_files, resolve_commit
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.modeling_tinyalign import TinyAlignForConditionalGeneration
-from .space import push_space
+from .parts import with_facts_of_hub
 
 AUTO_CLASSES = {
     "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),
@@ -19,6 +21,8 @@ AUTO_CLASSES = {
 }
 # Of a checkpoint's folder; optimizer states, pickles and subfolders stay here.
 SUFFIXES = {".json", ".safetensors", ".py", ".jinja", ".png", ".txt", ".model"}
+# Facts of a bank that nothing but a person knows.
+EXAMPLES = {"summary": "Photographs of North American birds with their names.", "license": ["cc-by-4.0"]}
 
 
 def push(
@@ -47,15 +51,19 @@ def push(
         folder = Path(model[0])
         check_checkpoint(folder)
         config = TinyAlignConfig.from_pretrained(folder)
-    if space is not None and (model is None or facts_of(folder, model[1], None) is None):
+        facts = facts_in(folder)
+        if bank is None and facts is not None and facts.bank is not None and facts.bank.hub_type is None:
+            raise ValueError(
+                f"The card of {folder} names a local bank, {facts.bank.source}: push it too, with --bank."
+            )
+    if space is not None and (model is None or facts is None):
         raise ValueError(f"A Space needs a checkpoint with {FACTS_NAME}, which says what to ask it.")
     if bank is not None:
         loaded = MemoryBank.from_pretrained(bank[0])
-        bank_card = card_of(Path(bank[0]), bank[1], other=model[1] if model else None)
+        card_of_bank = bank_card_for_push(Path(bank[0]), bank[1], other=model[1] if model else None)
         if model is not None:
-            card_of(folder, model[1], bank[1], "0" * 40)  # what it lacks is said before anything is pushed
             TinyAlignForConditionalGeneration.from_pretrained(folder, dtype="auto").attach_memory_bank(loaded)
-        commit = loaded.push_to_hub(bank[1], private=private, revision=revision, card=bank_card)
+        commit = loaded.push_to_hub(bank[1], private=private, revision=revision, card=card_of_bank)
         print(f"bank:  {commit.repo_url} at {commit.oid}")
     if model is None:
         return
@@ -67,16 +75,17 @@ def push(
         print("The checkpoint names no memory bank: give --bank, or attach one after loading.")
     files = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES}
     files["config.json"] = config.to_json_string().encode()
-    bank_on_hub = (config.memory_bank, config.memory_bank_revision)
-    card, facts = card_of(folder, model[1], *bank_on_hub), facts_of(folder, model[1], *bank_on_hub)
     if facts is not None:
-        files[FACTS_NAME] = facts_json(facts).encode()
+        facts = on_hub(facts, model[1], config.memory_bank, config.memory_bank_revision)
+        files |= {FACTS_NAME: facts_json(facts).encode(), CARD_NAME: str(model_card(facts)).encode()}
+    elif (folder / CARD_NAME).is_file():
+        files[CARD_NAME] = folder / CARD_NAME
     _, commit = push_files(
-        {**files, CARD_NAME: card.encode()},
+        files,
         model[1],
         "model",
         replaced=WEIGHTS,
-        make_card=str,
+        make_card=lambda name: plain_model_card(name, config, []),
         commit_message="Upload TinyAlign",
         private=private,
         revision=revision,
@@ -107,26 +116,56 @@ def check_checkpoint(folder: Path):
         )
 
 
-def facts_of(
-    folder: Path, repo_id: str, other: str | None, revision: str | None = None
-) -> ModelFacts | BankFacts | None:
-    """The facts in the folder as they are on the Hub, or None if it has a README.md instead."""
-    if (folder / CARD_NAME).is_file() and not (folder / FACTS_NAME).is_file():
-        return None
-    return on_hub(read_facts(folder), repo_id, other, revision)
+def facts_in(folder: Path) -> ModelFacts | None:
+    """Returns the facts of a checkpoint's card, or None if nobody has recorded any."""
+    return read_facts(folder) if (folder / FACTS_NAME).is_file() else None
 
 
-def card_of(folder: Path, repo_id: str, other: str | None, revision: str | None = None) -> str:
+def bank_card_for_push(folder: Path, repo_id: str, other: str | None) -> str:
     """
-    README.md of a repository: made of the facts in the folder, else the one that is there.
+    Returns the README.md of a bank's repository: made of the facts in the folder, else the one that is there.
 
-    Raises `ValueError` naming the facts that are missing.
+    Args:
+        other: Repository of a model that reads the bank.
+
+    Raises:
+        ValueError: A fact is missing that only a person knows. What is known has been written to card_facts.json.
     """
-    facts = facts_of(folder, repo_id, other, revision)
-    if facts is None:
+    path = folder / FACTS_NAME
+    if (folder / CARD_NAME).is_file() and not path.is_file():
         return (folder / CARD_NAME).read_text(encoding="utf-8")
-    if isinstance(facts, BankFacts):
-        return str(render_bank_card(facts))
-    if facts.bank is not None and facts.bank.hub_type is None:
-        raise ValueError(f"The card of {folder} names the local bank {facts.bank.source}: push it too, with --bank.")
-    return str(render_model_card(facts))
+    facts = read_facts(folder)
+    missing = [name for name in EXAMPLES if not vars(facts)[name]]
+    if missing:
+        found = "lacks" if path.is_file() else "was written with what the bank knows, and lacks"
+        if not path.is_file():
+            write_facts(folder, with_facts_of_hub(facts))
+        examples = ", ".join(f'"{name}": {json.dumps(EXAMPLES[name])}' for name in missing)
+        raise ValueError(
+            f"{path} {found} {' and '.join(missing)}, which only you know: fill in ({examples}, say; licences are ids "
+            "of https://huggingface.co/docs/hub/repositories-licenses), read over the rest, and push again."
+        )
+    return str(bank_card(on_hub(facts, repo_id, other)))
+
+
+def push_space(repo_id: str, facts: ModelFacts, model_revision: str, private: bool | None = None) -> CommitInfo:
+    """
+    Puts a chat with a model into a Space, which is created if it does not exist.
+
+    Args:
+        facts: Of the model as it is on the Hub.
+        model_revision: The commit whose weights and code the Space runs.
+
+    Raises:
+        OSError: The Hub refused, or can't be reached.
+    """
+    api = HfApi()
+    url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_space(folder, url.repo_id, facts, model_revision)
+        return api.upload_folder(
+            repo_id=url.repo_id,
+            repo_type="space",
+            folder_path=folder,
+            commit_message=f"A chat with {facts.repo_id}",
+        )

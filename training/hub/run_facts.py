@@ -1,4 +1,4 @@
-"""What a run records for its card: stages, losses, time, memory, machine."""
+"""Facts that a run records for its card: stages, losses, time, memory, machine."""
 
 import importlib.metadata
 import io
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedConfig, Trainer, TrainerCallback
 
 from ...hub_cards.cards import usage_snippet
 from ...hub_cards.facts import Example, ModelFacts, Stage
@@ -35,15 +35,13 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage co
 @dataclass
 class StageRecord:
     """
-    What is known of a stage that was trained.
+    A stage that was trained; names as a reader should see them.
 
     Attributes:
-        name: As a reader should see it.
-        hyperparameters: By name, as a reader should see them.
         losses, eval_losses, learning_rates: `[step, value]` each.
         seconds: Of training, with those before an interruption.
         peak_memory_gb: See [`peak_memory_gb`].
-        saved_step: The step that the weights are of, where it is not the last one (`load_best_model_at_end`).
+        saved_step: The step of the saved weights, where it is not the last one (`load_best_model_at_end`).
     """
 
     name: str
@@ -51,20 +49,20 @@ class StageRecord:
     losses: list[list[float]]
     eval_losses: list[list[float]]
     seconds: float
-    peak_memory_gb: float
+    peak_memory_gb: float | None
     learning_rates: list[list[float]] = field(default_factory=list)
     saved_step: int | None = None
 
     @property
     def stage(self) -> Stage:
-        """As the model card has it."""
+        """The stage for a model's card."""
         return Stage(name=self.name, hyperparameters={**self.hyperparameters, "minutes": f"{self.seconds / 60:.1f}"})
 
 
 class Clock(TrainerCallback):
     """
-    Adds `seconds` to every entry of the log: of training, those before an interruption included. And has the last step
-    logged, however few there are: its loss is that of the card.
+    Adds to every entry of the log the seconds of training so far, those before an interruption included, and has the
+    last step logged: its loss is that of the card.
     """
 
     started: float | None = None
@@ -88,37 +86,31 @@ def logged_seconds(log_history: list[dict]) -> float:
 
 
 def stage_record(name: str, trainer: Trainer) -> StageRecord:
-    """What `trainer`, whose training has ended, says of it."""
-    args, state, config = trainer.args, trainer.state, trainer.model.config
-    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
-    rates = {part.name.replace("_", " "): part.learning_rate for part in trainer.parts if part.trained}
-    memory = {
-        "neighbours an image": config.memory_top_k,
-        "memory fusion": config.memory_fusion,
-        "memory tokens an image": config.num_memory_tokens,
+    """Returns the record of the stage that `trainer`, whose training has ended, has trained."""
+    args, state = trainer.args, trainer.state
+    best = None
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        best = state.best_global_step
+    settings = {
+        "learning rate": args.learning_rate,
+        **_trained_parts(trainer),
+        "schedule": args.lr_scheduler_type.value,
+        "warm-up": args.warmup_steps,
+        "optimiser": args.optim.value,
+        "weight decay": args.weight_decay,
+        "gradient clipping": args.max_grad_norm,
+        "rows": len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else None,
+        "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "steps": state.global_step,
+        "weights of the best step": best,
+        "precision": {args.bf16: "bfloat16", args.fp16: "float16"}.get(True, "float32"),
+        "seed": args.seed,
+        "trained parameters": f"{sum(part.trained for part in trainer.parts):,}",
+        **_image_tokens(trainer.model.config),
     }
     return StageRecord(
         name=name,
-        hyperparameters={
-            "learning rate": args.learning_rate,
-            **{f"learning rate of the {part}": rate for part, rate in rates.items() if rate != args.learning_rate},
-            **{f"trains the {part.name.replace('_', ' ')}": part.policy for part in trainer.parts if part.trained},
-            "schedule": args.lr_scheduler_type.value,
-            "warm-up": args.warmup_steps,
-            "optimiser": args.optim.value,
-            "weight decay": args.weight_decay,
-            "gradient clipping": args.max_grad_norm,
-            **({"rows": len(trainer.train_dataset)} if isinstance(trainer.train_dataset, Sized) else {}),
-            "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "steps": state.global_step,
-            **({} if best is None else {"weights of the best step": best}),
-            "precision": precision,
-            "seed": args.seed,
-            "trained parameters": f"{sum(part.trained for part in trainer.parts):,}",
-            "visual tokens an image": config.image_seq_length,
-            **(memory if config.memory_top_k > 0 else {}),
-        },
+        hyperparameters={setting: value for setting, value in settings.items() if value is not None},
         **curves_of(state.log_history),
         seconds=logged_seconds(state.log_history),
         peak_memory_gb=peak_memory_gb(),
@@ -126,8 +118,30 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
     )
 
 
+def _trained_parts(trainer: Trainer) -> dict[str, str | float]:
+    rates, policies = {}, {}
+    for part in trainer.parts:
+        name = part.name.replace("_", " ")
+        if part.trained:
+            policies[f"trains the {name}"] = part.policy
+        if part.trained and part.learning_rate != trainer.args.learning_rate:
+            rates[f"learning rate of the {name}"] = part.learning_rate
+    return rates | policies
+
+
+def _image_tokens(config: PreTrainedConfig) -> dict[str, str | int]:
+    settings = {"visual tokens an image": config.image_seq_length}
+    if config.memory_top_k > 0:
+        settings |= {
+            "neighbours an image": config.memory_top_k,
+            "memory fusion": config.memory_fusion,
+            "memory tokens an image": config.num_memory_tokens,
+        }
+    return settings
+
+
 def curves_of(log_history: list[dict]) -> dict[str, list[list[float]]]:
-    """`[step, value]` of all that is plotted, by their names in [`StageRecord`]."""
+    """Returns `[step, value]` of all that is plotted, by its name in [`StageRecord`]."""
     names = {"losses": "loss", "eval_losses": "eval_loss", "learning_rates": "learning_rate"}
     return {
         curve: [[entry["step"], entry[name]] for entry in log_history if name in entry]
@@ -148,7 +162,7 @@ class Curves(TrainerCallback):
 
 
 def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None:
-    """Keeps the records as training_record.json, and their losses as training_curves.png, beside a checkpoint."""
+    """Writes the records as training_record.json, and their losses as training_curves.png, beside a checkpoint."""
     plot_curves(Path(folder, CURVES_NAME), records)
     content = json.dumps([asdict(record) for record in records], indent=1)
     save_file(Path(folder, RECORD_NAME), f"{content}\n".encode())
@@ -156,7 +170,7 @@ def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None
 
 def read_records(folder: str | os.PathLike) -> list[StageRecord]:
     """
-    Of the stages that a checkpoint has behind it; none if it was not trained with this package.
+    Returns the records of a checkpoint's stages; none if it was not trained with this package.
 
     Raises `ValueError` naming the file when it is not what [`write_records`] wrote.
     """
@@ -170,7 +184,7 @@ def read_records(folder: str | os.PathLike) -> list[StageRecord]:
 
 
 def plot_curves(path: Path, records: list[StageRecord]) -> None:
-    """Training and evaluation losses, and below them the learning rate, by step; one picture for all stages."""
+    """Plots training and evaluation losses, and below them the learning rate, by step; one picture for all stages."""
     figure = Figure(figsize=(5 * len(records), 5))
     axes = figure.subplots(2, len(records), squeeze=False, sharex="col", height_ratios=(3, 1))
     for (losses, rates), record in zip(axes.T, records, strict=True):
@@ -192,35 +206,34 @@ def plot_curves(path: Path, records: list[StageRecord]) -> None:
     save_file(path, picture.getvalue())
 
 
-def peak_memory_gb() -> float:
-    """Most memory so far, in GB: of the GPU where one is used, of the process otherwise (Linux, macOS)."""
+def peak_memory_gb() -> float | None:
+    """Returns the most memory so far, in GB: of the GPU where one is used, else of the process (Linux, macOS)."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
     if resource is None:
-        return float("nan")
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
 
 
 def hardware(processes: int = 1, use_cpu: bool = False) -> str:
-    """The accelerators that were used, one a process, or the processor's cores."""
+    """Returns the names of the accelerators that were used, one a process, or the processor's cores."""
     if torch.cuda.is_available() and not use_cpu:
         return f"{processes} x {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} cores of {processor_name()}"
 
 
 def processor_name() -> str:
-    """The CPU's name, where the system tells it."""
+    """Returns the CPU's name, where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
-    return names[0] if names else platform.machine()
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what a run does."""
+    """Returns the versions of the packages that decide what a run does."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
@@ -232,7 +245,7 @@ def run_snippet(folder: str | os.PathLike, facts: ModelFacts) -> Example:
         The example with what was printed, the seconds of one more answer, and the memory of the process.
 
     Raises:
-        RuntimeError: It failed; the end of its traceback is in the message.
+        RuntimeError: The snippet failed; the end of its traceback is in the message.
     """
     script = f"""
 import sys
