@@ -54,7 +54,7 @@ def push(
         facts = facts_in(folder)
         if bank is None and facts is not None and facts.bank is not None and facts.bank.hub_type is None:
             raise ValueError(
-                f"The card of {folder} names a local bank, {facts.bank.source}: push it too, with --bank."
+                f"The card of {folder} names the local bank {facts.bank.source}: push it too, with --bank."
             )
     if space is not None and (model is None or facts is None):
         raise ValueError(f"A Space needs a checkpoint with {FACTS_NAME}, which says what to ask it.")

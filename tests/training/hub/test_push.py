@@ -133,10 +133,20 @@ def test_what_is_missing_is_said_before_anything_is_pushed(hub, owner, folders, 
         return end
 
     both = [folders["model"], "cli/nothing", "--bank", folders["bank"], "cli/nothing-bank"]
-    assert "The card of 'cli/nothing-bank' lacks summary" in push(*both)
-    write(folders["bank"], text="A card.")
-    assert "The card of 'cli/nothing' lacks summary" in push(*both)
-    write(folders["model"], text="A card.")
+    end = push(*both)
+    for text in (
+        "card_facts.json was written with what the bank knows, and lacks summary and license, which only you know",
+        '("summary": "Photographs of North American birds with their names.", "license": ["cc-by-4.0"], say;',
+    ):
+        assert text in end
+    path = tmp_path / "bank" / "card_facts.json"
+    draft = json.loads(path.read_text())
+    assert draft["parts"][0]["role"] == "vision tower" and "cannot use the bank" in draft["limits"][0]
+    path.write_text(json.dumps({**draft, "summary": "Noise."}))
+    assert 'card_facts.json lacks license, which only you know: fill in ("license": ["cc-by-4.0"], say' in push(*both)
+    path.write_text(json.dumps({**draft, "summary": " "}))
+    assert "card_facts.json has no facts of a card: " in push(*both)
+    path.write_text(json.dumps({**draft, "summary": "Noise.", "license": ["mit"]}))
     (tmp_path / "model" / "connectors.py").unlink()
     (tmp_path / "model" / "processor_config.json").unlink()
     end = push(*both)

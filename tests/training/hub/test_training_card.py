@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import TrainerState
 
-from tinyalign_vlm.hub_cards.cards import render_space_card, usage_snippet, write_card, write_space
-from tinyalign_vlm.hub_cards.facts import BankFacts, Part, SpaceFacts, read_facts
+from tinyalign_vlm.hub_cards.cards import usage_snippet, write_card, write_space
+from tinyalign_vlm.hub_cards.facts import ModelFacts, Part, read_facts
 from tinyalign_vlm.training.cli.main import main
 from tinyalign_vlm.training.hub import training_card
 from tinyalign_vlm.training.hub.run_facts import (
@@ -57,6 +57,7 @@ def folder(tmp_path_factory, make_model, processor, bank, dataset, captions) -> 
     dataset.select_columns(["image"]).add_column("label", captions).to_parquet(folder / "pairs.parquet")
     shared = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "memory_bank": "bank"}
     shared |= {"dataset": "pairs.parquet", "answer_column": "label", "prompt": 'what "is" in the image?'}
+    shared |= {"vision_model": "org/default-of-a-recipe", "language_model": "org/default-of-a-recipe"}
     for stage, model in ((1, "model"), (2, "out1")):
         settings = {"stage": stage, "model": model, "output_dir": f"out{stage}", **shared}
         (folder / f"stage{stage}.yaml").write_text(yaml.safe_dump(settings))
@@ -75,14 +76,14 @@ def test_card_at_save(folder, bank):
         "tinyalign train stage1.yaml --learning_rate 5e-3",
         "| learning rate | 0.005 |",
         "| rows a step | 4 |\n| steps | 2 |",
-        f"| memory bank | ../bank | sha256 of the keys: {bank.config['sha256']['keys'][:12]} | unknown |",
+        f"| memory bank | bank | sha256 of the keys: {bank.config.sha256.keys[:12]} | unknown |",
         "| training data | pairs.parquet | sha256 of the rows: ",
         "![Training curves](training_curves.png)",
         "it says nothing about other images.",
         "is not known: find out before you share the model.",
     ):
         assert line in card.text
-    assert not re.search(r"None|nan|More Information", card.text)
+    assert not re.search(r"None|nan|More Information|default-of-a-recipe", card.text)
     assert Image.open(folder / "out1/training_curves.png").size[0] > 300
     facts = read_facts(folder / "out1")
     assert facts.stages[0].name == "Stage 1: alignment pre-training"
@@ -130,18 +131,7 @@ def test_facts_that_cannot_be_read_leave_the_model(folder, tmp_path, monkeypatch
 def test_bank_card_runs_as_printed(folder):
     bank_folder = shutil.copytree(folder / "bank", folder / "bank_with_card")
     part = Part(role="vision tower", source="siglip", revision="1", license="Apache-2.0")
-    facts = BankFacts(
-        **{
-            **vars(read_facts(bank_folder)),
-            "summary": "Noise.",
-            "license": ["mit"],
-            "language": ["en"],
-            "parts": [part],
-            "command": "pytest",
-            "limits": ["It is noise."],
-            "model": "../model",
-        }
-    )
+    facts = replace(read_facts(bank_folder), summary="Noise.", license=["mit"], parts=[part], model="../model")
     card = write_card(bank_folder, facts)
     output = run_without_package(python_of(card.text), bank_folder).splitlines()
     assert output[0] == "a red square 0" and len(output) == 2
@@ -156,16 +146,8 @@ def test_space_answers_with_what_it_has_seen(folder, tmp_path, monkeypatch, capt
     chats = []
     gradio = types.SimpleNamespace(ChatInterface=lambda *args, **kwargs: chats.append((args, kwargs)))
     monkeypatch.setitem(sys.modules, "gradio", gradio)
-    facts = SpaceFacts(
-        repo_id="org/space",
-        summary="A test",
-        license="mit",
-        model="org/model",
-        model_revision="main",
-        bank="org/bank",
-        prompt="What is this?",
-    )
-    write_space(tmp_path, facts)
+    facts = ModelFacts(repo_id="org/model", license="mit")
+    write_space(tmp_path, "org/space", facts, "main")
     text = (tmp_path / "README.md").read_text().replace("models:\n- org/model", f"models:\n- {folder / 'model'}")
     (tmp_path / "README.md").write_text(text)
     spec = importlib.util.spec_from_file_location("space_app", tmp_path / "app.py")
@@ -181,7 +163,6 @@ def test_space_answers_with_what_it_has_seen(folder, tmp_path, monkeypatch, capt
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(Image.DecompressionBombWarning):
         function({"text": "", "files": [str(tmp_path / "red.png")]}, [])
-    assert "org/model" in render_space_card(facts).text
 
 
 def test_clock_goes_on_after_an_interruption(monkeypatch):
@@ -210,14 +191,6 @@ def test_curves_show_what_there_is(tmp_path):
 )
 def test_license_of_the_whole(licenses, whole):
     assert training_card._common(licenses) == whole
-
-
-def test_local_parts_are_named_without_their_folder(tmp_path):
-    part = training_card.part_of("vision tower", str(tmp_path), "model")
-    assert (part.source, part.license, part.hub_type) == (tmp_path.name, "unknown", None)
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
-    assert training_card.part_of("vision tower", str(tmp_path), "model").license == "mit"
-    assert training_card.part_of("data", "shards/*.tar", "dataset").source == "*.tar"
 
 
 def test_the_card_names_the_hardware_that_was_used(monkeypatch):
