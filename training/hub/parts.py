@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, RepoCard, try_to_load_from_cache
 
@@ -38,24 +39,36 @@ def with_facts_of_hub(facts: BankFacts) -> BankFacts:
     return replace(facts, parts=parts)
 
 
-def record_bank(
-    folder: str | os.PathLike, dataset: str, dataset_revision: str | None, command: Sequence[str], num_read: int
-) -> None:
+def record_bank(folder: str | os.PathLike, settings: Any, program: Sequence[str] = ("tinyalign", "bank", "build")):
     """
     Writes what building a bank knows into its card_facts.json; summary and licence are left to a person.
 
     Args:
-        dataset: The files or the Hub's data set that the rows are from.
-        command: The command line, program first.
-        num_read: Rows of the data set that were read.
+        folder: The bank's.
+        settings: A dataclass whose fields are the options of the command, `dataset` and `dataset_revision` among them.
+        program: The command without options.
     """
     facts = read_facts(folder)
-    data = describe_part("images and captions", dataset, "dataset", dataset_revision)
-    limits = [*facts.limits, f"The rows are from {num_read:,} rows of {data.source}, and nothing else was looked at."]
-    facts = replace(facts, parts=[*facts.parts, data], command=public_command(command), limits=limits)
+    data = describe_part("images and captions", settings.dataset, "dataset", settings.dataset_revision)
+    command = [*program, *_options(settings), "--out", os.fspath(folder)]
+    facts = replace(facts, parts=[*facts.parts, data], command=public_command(command))
     if data.license != UNKNOWN:
         facts.license = [data.license]
     write_facts(folder, with_facts_of_hub(facts))
+
+
+def _options(settings: Any) -> list[str]:
+    """Returns the options that are not at their defaults."""
+    defaults, options = vars(type(settings)(settings.dataset)), ["--dataset", settings.dataset]
+    for name, value in vars(settings).items():
+        if value == defaults[name]:
+            continue
+        options.append(f"--{name}")
+        if isinstance(value, list):
+            options += value
+        elif value is not True:
+            options.append(str(value))
+    return options
 
 
 def public_command(arguments: Sequence[str]) -> str:

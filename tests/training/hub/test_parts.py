@@ -1,6 +1,7 @@
 """Parts of models and banks are named without the paths of this machine."""
 
 import json
+from dataclasses import dataclass, field
 
 import pytest
 from huggingface_hub import HfApi
@@ -58,14 +59,27 @@ def test_a_folder_that_looks_like_a_repository_is_a_path(tmp_path, monkeypatch):
     assert public_command(["--dataset", "data/pairs"]) == "--dataset pairs"
 
 
+@dataclass
+class Settings:
+    """Options of a command."""
+
+    dataset: str
+    dataset_revision: str | None = None
+    keep: list[str] = field(default_factory=list)
+    keep_duplicates: bool = False
+    seed: int = 0
+
+
 def test_what_building_knows_is_recorded(bank, tmp_path):
     bank.save_pretrained(tmp_path / "bank")
     (tmp_path / "pairs").mkdir()
-    command = ["tinyalign", "bank", "build", "--dataset", str(tmp_path / "pairs"), "--out", str(tmp_path / "bank")]
-    record_bank(tmp_path / "bank", str(tmp_path / "pairs"), None, command, 15)
+    settings = Settings(str(tmp_path / "pairs"), keep=["style", "license"], keep_duplicates=True)
+    record_bank(tmp_path / "bank", settings)
     text = (tmp_path / "bank/card_facts.json").read_text()
     facts = json.loads(text)
     assert facts["summary"] is None and facts["license"] is None and str(tmp_path) not in text
-    assert facts["command"] == "tinyalign bank build --dataset pairs --out bank"
-    assert [part["role"] for part in facts["parts"]] == ["vision tower", "images and captions"]
-    assert "The rows are from 15 rows of pairs" in facts["limits"][-1]
+    assert facts["command"] == (
+        "tinyalign bank build --dataset pairs --keep style license --keep_duplicates --out bank"
+    )
+    roles = {part["role"]: part["source"] for part in facts["parts"]}
+    assert roles["images and captions"] == "pairs" and roles.keys() == {"vision tower", "images and captions"}
