@@ -24,7 +24,6 @@ from .facts import (
     Evaluation,
     ModelFacts,
     Part,
-    System,
     facts_of_bank_config,
     read_facts,
     write_facts,
@@ -109,10 +108,11 @@ def model_card(facts: ModelFacts) -> ModelCard:
         model_name=facts.evaluation and facts.repo_id.split("/")[-1],  # of the results
         eval_results=_eval_results(facts.evaluation),
     )
+    stages = {text(name): table(["setting", "value"], _settings(facts.stages[name])) for name in facts.stages}
     return ModelCard.from_template(
         data,
         HERE / "model_card.md",
-        **escaped(asdict(facts)),
+        **{**escaped(asdict(facts)), "stages": stages},
         name=text(facts.repo_id.split("/")[-1]),
         is_local="/" not in facts.repo_id,
         has_memory=bool(facts.bank or facts.top_k),
@@ -120,7 +120,6 @@ def model_card(facts: ModelFacts) -> ModelCard:
         snippet=block(usage_snippet(facts), "python"),
         output=facts.example.output and block(facts.example.output, "text"),
         command_block=facts.command and block(facts.command, "bash"),
-        settings=[table(["setting", "value"], _settings(stage.hyperparameters)) for stage in facts.stages],
         scores=facts.evaluation and _scores_table(facts.evaluation),
         energy=_energy(facts),
     )
@@ -296,35 +295,34 @@ def _eval_results(evaluation: Evaluation | None) -> list[EvalResult] | None:
     """Return the model's own scores as the Hub's metadata."""
     if evaluation is None:
         return None
-    return [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=evaluation.dataset,
-            dataset_name=evaluation.dataset_name,
-            dataset_split=evaluation.split,
-            metric_type=score.metric,
-            metric_name=f"{evaluation.metrics[score.metric]} ({system.name})",
-            metric_value=score.value,
-        )
-        for system in evaluation.systems
-        if system.is_this_model
-        for score in system.scores
-    ]
+    results = []
+    for system in evaluation.this_model:
+        for metric, score in evaluation.systems[system].items():
+            result = EvalResult(
+                task_type=TASK,
+                dataset_type=evaluation.dataset,
+                dataset_name=evaluation.dataset_name,
+                dataset_split=evaluation.split,
+                metric_type=metric,
+                metric_name=f"{evaluation.metrics[metric]} ({system})",
+                metric_value=score[0],
+            )
+            results.append(result)
+    return results
 
 
 def _scores_table(evaluation: Evaluation) -> str:
-    headings = ["system", *map(text, evaluation.metrics.values())]
-    return table(headings, ([text(system.name), *_cells(system, evaluation)] for system in evaluation.systems))
+    rows = []
+    for system, scores in evaluation.systems.items():
+        rows.append([text(system), *(_cell(scores.get(metric)) for metric in evaluation.metrics)])
+    return table(["system", *map(text, evaluation.metrics.values())], rows)
 
 
-def _cells(system: System, evaluation: Evaluation) -> list[str]:
-    """Return one system's scores in the order of the columns, "-" where it has none."""
-    cells = dict.fromkeys(evaluation.metrics, "-")
-    for score in system.scores:
-        cells[score.metric] = f"{score.value:.3g}"
-        if score.low is not None and score.high is not None:
-            cells[score.metric] += f" ({score.low:.3g} to {score.high:.3g})"
-    return list(cells.values())
+def _cell(score: list[float] | None) -> str:
+    if score is None:
+        return "-"
+    value, *interval = (f"{number:.3g}" for number in score)
+    return f"{value} ({' to '.join(interval)})" if interval else value
 
 
 def _energy(facts: ModelFacts) -> str:

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ class Facts:
 
     def validate_no_blanks(self):
         for name, value in vars(self).items():
-            for item in value if isinstance(value, list) else [value]:
+            for item in _leaves(value):
                 if isinstance(item, str) and (not item.strip() or BLANK in item):
                     raise ValueError(f"{name} is blank ({item!r}), expected a text, or null where it is not known")
                 if isinstance(item, float) and not math.isfinite(item):
@@ -49,55 +51,32 @@ class Part(Facts):
 
 @strict
 @dataclass(kw_only=True)
-class Stage(Facts):
-    """One stage of training, its hyperparameters by name."""
-
-    name: str
-    hyperparameters: dict[str, str | int | float | bool]
-
-
-@strict
-@dataclass(kw_only=True)
-class Score(Facts):
-    """A measured value with its 95% interval; `metric` is a key of `Evaluation.metrics`."""
-
-    metric: str
-    value: int | float
-    low: int | float | None = None
-    high: int | float | None = None
-
-
-@strict
-@dataclass(kw_only=True)
-class System(Facts):
-    """A row of the evaluation's table. The rows of the model itself go into the card's metadata, too."""
-
-    name: str
-    scores: list[Score]
-    is_this_model: bool
-
-
-@strict
-@dataclass(kw_only=True)
 class Evaluation(Facts):
     """A table of systems and metrics.
 
     Attributes:
         dataset: Its Hub id, or the name of its folder.
         dataset_name, split: As a reader should see them.
-        metrics: Column headings by metric id, `{"exact_match": "Exact match"}`.
+        metrics: Column headings by metric, `{"exact_match": "Exact match"}`.
+        systems: Scores by system and metric: the value alone, or `[value, low, high]` with its 95% interval.
+        this_model: The systems that are the model itself; their scores go into the card's metadata, too.
     """
 
     dataset: str
     dataset_name: str
     split: str
     metrics: dict[str, str]
-    systems: list[System]
+    systems: dict[str, dict[str, list[int | float]]]
+    this_model: list[str]
 
-    def validate_metrics(self):
-        for metric in {score.metric for system in self.systems for score in system.scores}:
-            if metric not in self.metrics:
-                raise ValueError(f"systems have a score of {metric!r}, expected one of metrics: {list(self.metrics)}")
+    def validate_names(self):
+        for name, scores in self.systems.items():
+            if unknown := scores.keys() - self.metrics.keys():
+                raise ValueError(f"{name} has a score of {sorted(unknown)}, expected those of {list(self.metrics)}")
+            if any(len(score) not in (1, 3) for score in scores.values()):
+                raise ValueError(f"{name} has the scores {scores}, expected [value] or [value, low, high]")
+        if unknown := set(self.this_model) - self.systems.keys():
+            raise ValueError(f"this_model is {sorted(unknown)}, expected some of the systems {list(self.systems)}")
 
 
 @strict
@@ -118,9 +97,6 @@ class Example(Facts):
     seconds: int | float | None = None
     memory_gb: int | float | None = None
 
-    def validate_image(self):
-        check_file_name("image", self.image)
-
 
 @strict
 @dataclass(kw_only=True)
@@ -136,7 +112,7 @@ class ModelFacts(Facts):
         parts: The two models it began as, and every source of training data.
         top_k: Examples that the model retrieves for an image; 0 for a baseline without memory.
         bank: The memory bank; `source` is a path from the checkpoint's folder until it is on the Hub.
-        stages: In the order in which they ran.
+        stages: Hyperparameters by name of each stage of training, in the order in which they ran.
         curves: Picture of the training curves, a file beside the card.
         command: The command line that trains the model again.
         hardware, training_hours: "2 cores of AMD EPYC", and how long they took for all stages.
@@ -156,7 +132,7 @@ class ModelFacts(Facts):
     top_k: int | None = None
     bank: Part | None = None
     example: Example = field(default_factory=Example)
-    stages: list[Stage] = field(default_factory=list)
+    stages: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
     curves: str | None = None
     command: str | None = None
     evaluation: Evaluation | None = None
@@ -168,8 +144,10 @@ class ModelFacts(Facts):
     watts: int | float | None = None
     grams_co2_per_kwh: int | float | None = None
 
-    def validate_curves(self):
-        check_file_name("curves", self.curves)
+    def validate_pictures(self):
+        for name in filter(None, (self.curves, self.example.image)):
+            if not re.fullmatch(r"[\w-][\w.-]*", name):
+                raise ValueError(f"a picture is {name!r}, expected the name of a file beside the card, without spaces")
 
 
 @strict
@@ -203,33 +181,17 @@ class BankFacts(Facts):
 
 
 # Facts within facts, by the names of their fields.
-NESTED = {
-    "parts": Part,
-    "bank": Part,
-    "example": Example,
-    "stages": Stage,
-    "evaluation": Evaluation,
-    "systems": System,
-    "scores": Score,
-}
-
-
-def check_file_name(field_name: str, name: str | None):
-    """Raise ValueError unless the name is that of a file beside the card, or None."""
-    if name is not None and not (name.isprintable() and set(name).isdisjoint("/\\ ()[]<>\"'") and name[0] != "."):
-        raise ValueError(f"{field_name} is {name!r}, expected the name of a file beside the card, without spaces")
+NESTED = {"parts": Part, "bank": Part, "example": Example, "evaluation": Evaluation}
 
 
 def facts_of_bank_config(repo_id: str, config: dict[str, Any]) -> BankFacts:
-    """Return the facts that a bank's own config knows: its vision tower, and the limits that follow from it."""
+    """Return the facts that a bank's own config knows: its vision tower, and the limit that follows from it."""
     tower = config["tower"]
-    source, left_out = tower["name"], config.get("num_left_out", 0)
+    source = tower["name"]
     part = Part(role="vision tower", source=source, revision=tower["revision"])
     if "/" in source and not Path(source).exists():
         part.hub_type = "model"
     limits = [f"A model with another vision tower than {source.split('/')[-1]} cannot use the bank."]
-    if left_out:
-        limits.append(f"{left_out:,} rows of the source were left out: bad rows, or images that were there already.")
     return BankFacts(repo_id=repo_id, parts=[part], limits=limits, config=config)
 
 
@@ -288,6 +250,17 @@ def on_hub(
     if bank is not None and other is not None:
         bank = replace(bank, source=other, revision=revision, hub_type="dataset")
     return replace(facts, repo_id=repo_id, bank=bank)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in lists and dictionaries, however deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
 
 
 def _read_object(path: Path) -> dict:

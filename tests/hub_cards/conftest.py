@@ -2,16 +2,7 @@
 
 import pytest
 
-from tinyalign_vlm.hub_cards.facts import (
-    BankFacts,
-    Evaluation,
-    Example,
-    ModelFacts,
-    Part,
-    Score,
-    Stage,
-    System,
-)
+from tinyalign_vlm.hub_cards.facts import BankFacts, Evaluation, Example, ModelFacts, Part
 
 TOWER = Part(role="vision tower", source="org/tower", revision="1234abcd", license="Apache-2.0", hub_type="model")
 IMAGES = Part(role="images and labels", source="npm emoji-datasource", revision="16.0.0", license="CC-BY-4.0")
@@ -30,10 +21,10 @@ def model_facts() -> ModelFacts:
         example=Example(
             prompt="What is this?", image="example.png", output="grinning face", seconds=0.4, memory_gb=1.5
         ),
-        stages=[
-            Stage(name="Alignment pre-training", hyperparameters={"learning rate": 1e-3, "steps": 300}),
-            Stage(name="Instruction tuning", hyperparameters={"learning rate": 2e-5, "steps": 100}),
-        ],
+        stages={
+            "Alignment pre-training": {"learning rate": 1e-3, "steps": 300},
+            "Instruction tuning": {"learning rate": 2e-5, "steps": 100},
+        },
         curves="loss.png",
         command="tinyalign demo",
         evaluation=Evaluation(
@@ -41,21 +32,11 @@ def model_facts() -> ModelFacts:
             dataset_name="Emoji pairs",
             split="held-out concepts",
             metrics={"loss": "Loss per token", "exact_match": "Exact match"},
-            systems=[
-                System(
-                    name="copy the nearest label",
-                    scores=[Score(metric="exact_match", value=0.4)],
-                    is_this_model=False,
-                ),
-                System(
-                    name="bank extended",
-                    scores=[
-                        Score(metric="exact_match", value=0.5, low=0.45, high=0.5512),
-                        Score(metric="loss", value=2.0),
-                    ],
-                    is_this_model=True,
-                ),
-            ],
+            systems={
+                "copy the nearest label": {"exact_match": [0.4]},
+                "bank extended": {"exact_match": [0.5, 0.45, 0.5512], "loss": [2.0]},
+            },
+            this_model=["bank extended"],
         ),
         hardware="2 CPU cores",
         training_hours=0.5,

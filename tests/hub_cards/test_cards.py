@@ -28,7 +28,6 @@ from tinyalign_vlm.hub_cards.facts import (
     Example,
     ModelFacts,
     Part,
-    Stage,
     on_hub,
     read_facts,
     write_facts,
@@ -101,7 +100,7 @@ def test_energy_is_estimated_from_a_given_power_only(model_facts):
         ({"versions": {"torch": None}}, "'versions'"),
         ({"evaluation": "good"}, "'evaluation'"),
         ({"parts": ["tower"]}, "'parts'"),
-        ({"curves": "../secret.png"}, "curves is '../secret.png', expected the name of a file beside the card"),
+        ({"curves": "../secret.png"}, "a picture is '../secret.png', expected the name of a file beside the card"),
         ({"curves": "a)![x](b.png"}, "the name of a file beside the card"),
         ({"curves": "/etc/passwd"}, "the name of a file beside the card"),
         ({"curves": "a b.png"}, "without spaces"),
@@ -112,13 +111,18 @@ def test_facts_that_say_nothing_are_refused(model_facts, change, message):
         dataclasses.replace(model_facts, **change)
 
 
-def test_scores_have_a_heading_and_a_value(model_facts):
-    (copy, model) = model_facts.evaluation.systems
-    with pytest.raises(StrictDataclassError, match="value is nan"):
-        dataclasses.replace(model.scores[0], value=math.nan)
-    unnamed = dataclasses.replace(copy, scores=[dataclasses.replace(copy.scores[0], metric="bleu")])
-    with pytest.raises(StrictDataclassError, match=r"a score of 'bleu', expected one of metrics: \['loss'"):
-        dataclasses.replace(model_facts.evaluation, systems=[unnamed])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"systems": {"it": {"loss": [math.nan]}}, "this_model": []}, "systems is nan"),
+        ({"systems": {"it": {"bleu": [1.0]}}}, r"it has a score of \['bleu'\], expected those of \['loss'"),
+        ({"systems": {"it": {"loss": [1.0, 2.0]}}}, r"expected \[value\] or \[value, low, high\]"),
+        ({"this_model": ["that"]}, r"this_model is \['that'\], expected some of the systems"),
+    ],
+)
+def test_scores_have_a_heading_and_a_value(model_facts, change, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        dataclasses.replace(model_facts.evaluation, **change)
 
 
 OPTIONAL = (
@@ -177,18 +181,22 @@ def test_a_bank_without_facts_has_a_card_of_its_config(bank_facts):
         'model.attach_memory_bank("me/bank")',
         "1,911 rows.\n",
         "| vision tower | lite0 |\n",
-        "- A model with another vision tower than lite0 cannot use the bank.\n- 3 rows of the source were left out",
+        "| style | string | from the source |\n\n3 rows of the source were left out: bad rows, or",
+        "- A model with another vision tower than lite0 cannot use the bank.\n",
     ):
         assert line in text
 
 
 def test_facts_are_text_and_not_markdown(model_facts, bank_facts):
     part = Part(role=HOSTILE, source=HOSTILE, revision=HOSTILE, license=HOSTILE, hub_type="model")
-    stage = Stage(name=HOSTILE, hyperparameters={HOSTILE: HOSTILE})
     example = Example(prompt='"); import os #', output=HOSTILE)
     changes = {"summary": HOSTILE, "limits": [HOSTILE], "versions": {HOSTILE: HOSTILE}, "command": HOSTILE}
-    model_facts = dataclasses.replace(model_facts, parts=[part], stages=[stage], example=example, **changes)
-    model_facts.evaluation.systems[1].name = HOSTILE
+    model_facts = dataclasses.replace(
+        model_facts, parts=[part], stages={HOSTILE: {HOSTILE: HOSTILE}}, example=example, **changes
+    )
+    model_facts.evaluation = dataclasses.replace(
+        model_facts.evaluation, systems={HOSTILE: {"loss": [1.0]}}, this_model=[HOSTILE]
+    )
     del changes["versions"]
     config = {**bank_facts.config, "columns": [HOSTILE], "versions": {"torch": HOSTILE}}
     config["tower"] = {"name": HOSTILE, "revision": HOSTILE, "image_shape": [3, 4, 5]}
@@ -310,7 +318,7 @@ def test_a_push_changes_the_names(model_facts, bank_facts):
         ('{"parts": ["x"]}', "'x', expected an object with the fields of Part"),
         ('{"parts": [{"role": "x"}]}', "missing 1 required .*'source'"),
         ('{"summary": ""}', "summary is blank"),
-        ('{"evaluation": {"systems": [{"rank": 1}]}}', "unexpected keyword argument 'rank'"),
+        ('{"evaluation": {"rank": 1}}', "unexpected keyword argument 'rank'"),
     ],
 )
 def test_facts_that_are_none_are_refused(tmp_path, content, message):

@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ...hub_cards.cards import write_card
-from ...hub_cards.facts import BankFacts, Example, ModelFacts, Part, Score, Stage, System, read_facts
+from ...hub_cards.facts import BankFacts, Example, ModelFacts, Part, read_facts
 from ...hub_cards.facts import Evaluation as EvaluationFacts
 from ..bank.value_encoder_training import ValueEncoderTrainingConfig
 from ..evaluation.answers import Evaluation
-from ..hub.run_facts import CURVES_NAME, RECORD_NAME, hardware, read_records, run_snippet, versions
+from ..hub.run_facts import CURVES_NAME, RECORD_NAME, hardware, hyperparameters, read_records, run_snippet, versions
 from .report import METRICS, SYSTEMS, copied
 
 EXAMPLE_NAME = "example.png"
@@ -103,10 +103,10 @@ def write_demo_cards(
             license="Apache-2.0 (drawings), MIT (labels)",
         ),
         example=Example(prompt=prompt, image=EXAMPLE_NAME),
-        stages=[
-            Stage(name="Bank preparation: value encoder", hyperparameters=_preparation(config, seconds)),
-            *(record.stage for record in read_records(checkpoint)),
-        ],
+        stages={
+            "Bank preparation: value encoder": _preparation(config, seconds),
+            **hyperparameters(read_records(checkpoint)),
+        },
         curves=CURVES_NAME,
         command=command,
         evaluation=EvaluationFacts(
@@ -115,6 +115,7 @@ def write_demo_cards(
             split=f"{heldout} Twemoji drawings of concepts never trained on",
             metrics={name: heading for name, (heading, _) in METRICS.items()},
             systems=_systems(results, nearest),
+            this_model=[f"{SYSTEMS['tinyalign'].strip('*')}, {bank}" for bank in SETTINGS.values()],
         ),
         hardware=hardware(),
         training_hours=sum(seconds[step] for step in (*PREPARATION, "TinyAlign trained")) / 3600,
@@ -181,19 +182,18 @@ def _bank_facts(folder: Path, concepts: str, command: str, quick: bool, model: s
     )
 
 
-def _systems(results: dict[str, dict[str, Evaluation]], nearest: dict[str, list[list[str]]]) -> list[System]:
-    """The rows of the table: the model with both banks, then what it is compared with."""
+def _systems(
+    results: dict[str, dict[str, Evaluation]], nearest: dict[str, list[list[str]]]
+) -> dict[str, dict[str, list[float]]]:
+    """Returns the rows of the table: the model with both banks, then what it is compared with."""
     rows = [("tinyalign", "with"), ("tinyalign", "without"), ("baseline", "with")]
     rows += [("text_rag", "with"), ("random_bank", "with")]
-    systems = []
+    systems = {}
     for system, bank in rows:
-        scores = [
-            Score(metric=metric, value=value, low=low, high=high)
-            for metric, (value, low, high) in results[system][bank].summary().items()
-        ]
-        title = SYSTEMS[system].strip("*")
-        name = title if system == "baseline" else f"{title}, {SETTINGS[bank]}"
-        systems.append(System(name=name, scores=scores, is_this_model=system == "tinyalign"))
+        name = SYSTEMS[system].strip("*")
+        if system != "baseline":
+            name = f"{name}, {SETTINGS[bank]}"
+        systems[name] = {metric: list(score) for metric, score in results[system][bank].summary().items()}
     value, low, high = copied(results["baseline"]["with"].references, nearest["with"])
-    copy = [Score(metric="exact_match", value=float(value), low=low, high=high)]
-    return [*systems, System(name="Copy the nearest label, no language model", scores=copy, is_this_model=False)]
+    systems["Copy the nearest label, no language model"] = {"exact_match": [float(value), low, high]}
+    return systems

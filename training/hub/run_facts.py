@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedConfig, Trainer, TrainerCallback
 
 from ...hub_cards.cards import usage_snippet
-from ...hub_cards.facts import Example, ModelFacts, Stage
+from ...hub_cards.facts import Example, ModelFacts
 from ..disk import save_file
 
 try:
@@ -52,11 +52,6 @@ class StageRecord:
     peak_memory_gb: float | None
     learning_rates: list[list[float]] = field(default_factory=list)
     saved_step: int | None = None
-
-    @property
-    def stage(self) -> Stage:
-        """The stage for a model's card."""
-        return Stage(name=self.name, hyperparameters={**self.hyperparameters, "minutes": f"{self.seconds / 60:.1f}"})
 
 
 class Clock(TrainerCallback):
@@ -159,6 +154,11 @@ class Curves(TrainerCallback):
             plot_curves(Path(args.output_dir, CURVES_NAME), [record])
 
     on_train_end = on_evaluate
+
+
+def hyperparameters(records: list[StageRecord]) -> dict[str, dict[str, str | int | float]]:
+    """Returns the settings of each stage by its name, for a model's card."""
+    return {record.name: {**record.hyperparameters, "minutes": f"{record.seconds / 60:.1f}"} for record in records}
 
 
 def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None:

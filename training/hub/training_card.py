@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ...hub_cards.cards import parts_of_config, write_card
-from ...hub_cards.facts import FACTS_NAME, Evaluation, Example, ModelFacts, Part, Score, System, read_facts
+from ...hub_cards.facts import FACTS_NAME, Evaluation, Example, ModelFacts, Part, read_facts
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..arguments.run_arguments import RunArguments
 from .parts import UNKNOWN, describe_part, public_command
@@ -22,6 +22,7 @@ from .run_facts import (
     RUN_NAME,
     StageRecord,
     hardware,
+    hyperparameters,
     read_records,
     stage_record,
     versions,
@@ -77,7 +78,7 @@ def _facts(
         top_k=model.config.memory_top_k,
         bank=None if bank is None else _bank_part(config, bank),
         example=Example(prompt=config.prompt or Example.prompt),
-        stages=[record.stage for record in records],
+        stages=hyperparameters(records),
         curves=CURVES_NAME,
         command=public_command(shlex.split(command)),
         evaluation=_evaluation(records[-1], data),
@@ -152,13 +153,13 @@ def _evaluation(record: StageRecord, data: Part) -> Evaluation | None:
     if not losses or not math.isfinite(losses[-1][1]):
         return None
     step, loss = losses[-1]
-    score = Score(metric="loss", value=loss)
     return Evaluation(
         dataset=data.source.replace(" ", "-"),
         dataset_name=data.source,
         split=f"{split}, step {step}",
         metrics={"loss": "loss per token"},
-        systems=[System(name="this model", scores=[score], is_this_model=True)],
+        systems={"this model": {"loss": [loss]}},
+        this_model=["this model"],
     )
 
 

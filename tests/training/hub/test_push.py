@@ -13,7 +13,7 @@ MODEL_FACTS = {
     "parts": [{"role": "vision tower", "source": "org/tower", "revision": "1", "license": "MIT", "hub_type": "model"}],
     "bank": {"role": "memory bank", "source": "../bank", "revision": "sha256 00", "license": "MIT"},
     "example": {"prompt": "what is it?"},
-    "stages": [{"name": "Alignment", "hyperparameters": {"steps": 3}}],
+    "stages": {"Alignment": {"steps": 3}},
     "curves": "curves.png",
     "command": "tinyalign train",
     "evaluation": {
@@ -21,7 +21,8 @@ MODEL_FACTS = {
         "dataset_name": "Noise",
         "split": "test",
         "metrics": {"loss": "Loss"},
-        "systems": [{"name": "it", "scores": [{"metric": "loss", "value": 1.5}], "is_this_model": True}],
+        "systems": {"it": {"loss": [1.5]}},
+        "this_model": ["it"],
     },
     "hardware": "2 cores",
     "training_hours": 0.1,

@@ -86,7 +86,7 @@ def test_card_at_save(folder, bank):
     assert not re.search(r"None|nan|More Information|default-of-a-recipe", card.text)
     assert Image.open(folder / "out1/training_curves.png").size[0] > 300
     facts = read_facts(folder / "out1")
-    assert facts.stages[0].name == "Stage 1: alignment pre-training"
+    assert list(facts.stages) == ["Stage 1: alignment pre-training"]
     assert facts.training_hours > 0 and facts.peak_memory_gb > 0.1
 
 
