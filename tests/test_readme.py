@@ -8,10 +8,10 @@ import datasets
 import pytest
 from isolation import set_hf_home
 
+from tinyalign_cli import bank, main
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
 from tinyalign_vlm.training.arguments.files import STAGE_CONFIGS
 from tinyalign_vlm.training.bank import value_encoder_training
-from tinyalign_vlm.training.cli import bank, main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

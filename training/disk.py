@@ -37,7 +37,7 @@ def keeping(folder: str | os.PathLike, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever each library makes of it
-        cause = _of_full_disk(error)
+        cause = full_disk_error(error)
         if cause is None:
             raise
         reason = cause.args[1] if len(cause.args) > 1 else str(cause)
@@ -49,8 +49,8 @@ def keeping(folder: str | os.PathLike, what: str) -> Iterator[None]:
         ) from error
 
 
-def _of_full_disk(error: BaseException) -> OSError | None:
-    """What a full disk has raised, if that is what is behind an error."""
+def full_disk_error(error: BaseException) -> OSError | None:
+    """Return the `OSError` of a full disk that is behind an error; None if it has another cause."""
     if isinstance(error, OSError) and error.errno in FULL:
         return error
     if isinstance(error, OSError) and str(error).startswith("Not enough disk space"):  # of datasets
@@ -61,4 +61,4 @@ def _of_full_disk(error: BaseException) -> OSError | None:
     if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "Reader" not in str(error):
         return OSError(errno.EIO, f"torch.save could not write a whole file: {error}")
     earlier = error.__cause__ or error.__context__
-    return None if earlier is None else _of_full_disk(earlier)
+    return None if earlier is None else full_disk_error(earlier)

@@ -11,8 +11,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from tinyalign_cli.main import main
 from tinyalign_vlm.training import serve
-from tinyalign_vlm.training.cli.main import main
 
 from .conftest import answer, data_url, openai_chat
 

@@ -14,7 +14,7 @@ import pytest
 
 from .conftest import answer, data_url, only_say_letters, openai_chat
 
-TINYALIGN = "from tinyalign_vlm.training.cli.main import main; main()"
+TINYALIGN = "from tinyalign_cli.main import main; main()"
 # as with remote code alone: the package cannot be imported
 TRANSFORMERS = (
     'import sys; sys.modules["tinyalign_vlm"] = None; from transformers.cli.transformers import main; main()'

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from isolation import set_hf_home
 
+from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
-from tinyalign_vlm.training.cli.main import main
 from tinyalign_vlm.training.data.neighbour_table import neighbour_table
 from tinyalign_vlm.training.demo.run import write_json
 from tinyalign_vlm.training.hub.run_facts import StageRecord, write_records

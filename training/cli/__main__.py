@@ -1,4 +1,4 @@
-"""`python -m tinyalign_vlm.training.cli`, as torchrun and accelerate start it."""
+"""`python -m tinyalign_cli`, as torchrun and accelerate start it."""
 
 from .main import main
 

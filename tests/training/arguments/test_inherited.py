@@ -6,10 +6,10 @@ from dataclasses import fields
 import pytest
 import yaml
 
+from tinyalign_cli.main import main
 from tinyalign_vlm.hub_cards.facts import read_facts
 from tinyalign_vlm.training.arguments.alignment import Stage1Config
 from tinyalign_vlm.training.arguments.instruction import Stage2Config
-from tinyalign_vlm.training.cli.main import main
 from tinyalign_vlm.training.stages import run
 
 REFUSED = [

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.bank import encode
-from tinyalign_vlm.training.cli.main import main
+from tinyalign_cli.main import main
 
 ROWS = 40
 

@@ -30,7 +30,7 @@ import json, os, signal, sys
 from itertools import count
 from pathlib import Path
 from tinyalign_vlm.training.bank import encode
-from tinyalign_vlm.training.cli.main import main
+from tinyalign_cli.main import main
 
 encode.PART_ROWS = 8
 root, commands = Path(sys.argv[1]), json.loads(sys.argv[2])

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from isolation import set_hf_home
 
+from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.bank import encode
 from tinyalign_vlm.training.bank.verify import bank_problems
-from tinyalign_vlm.training.cli.main import main
 
 SEEDS = 2
 COMMANDS = {
@@ -36,7 +36,7 @@ import numpy as np
 from huggingface_hub import constants
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.bank import build, changes, encode
-from tinyalign_vlm.training.cli.main import main
+from tinyalign_cli.main import main
 from tinyalign_vlm.training.bank.verify import bank_problems
 
 encode.PART_ROWS = 2

@@ -15,11 +15,11 @@ import torch
 from isolation import set_hf_home
 from torch.utils.data import DataLoader
 
+from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign.bank_shards import config_schema, list_column
 from tinyalign_vlm.training.bank import lance
 from tinyalign_vlm.training.bank.lance import LanceBank, write_lance
-from tinyalign_vlm.training.cli.main import main
 
 lancedb = pytest.importorskip("lancedb")
 ROWS = 700

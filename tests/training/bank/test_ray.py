@@ -17,9 +17,9 @@ import psutil
 import pytest
 from PIL import Image
 
+from tinyalign_cli.main import main
 from tinyalign_vlm.training.bank import encode
 from tinyalign_vlm.training.bank import ray as bank_ray
-from tinyalign_vlm.training.cli.main import main
 
 ROWS, PARTS = 60, 15
 

@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
+from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.bank.view import principal_components, similarities
-from tinyalign_vlm.training.cli.main import main
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import constants
 from safetensors import safe_open
 
+from tinyalign_cli.main import main, plain_errors
 from tinyalign_vlm import (
     MemoryBank,
     TinyAlignForConditionalGeneration,
@@ -22,7 +23,6 @@ from tinyalign_vlm import (
     ValueEncoderConfig,
 )
 from tinyalign_vlm.training.arguments.files import read_config
-from tinyalign_vlm.training.cli.main import main, plain_errors
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.demo import run as demo
 from tinyalign_vlm.training.stages import run
@@ -32,7 +32,7 @@ SMALL = {"num_latents": 3, "latent_dim": 5, "memory_top_k": 2}
 
 
 def tinyalign(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = "from tinyalign_vlm.training.cli.main import main; main()"
+    command = "from tinyalign_cli.main import main; main()"
     environment = {**os.environ, "PATH": "", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-c", command, *arguments],

@@ -9,8 +9,8 @@ import yaml
 from isolation import set_hf_home
 from PIL import Image
 
+from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank, TinyAlignConfig, TinyAlignForConditionalGeneration
-from tinyalign_vlm.training.cli.main import main
 from tinyalign_vlm.training.data import neighbour_table
 
 WORDS = ("a red square", "a blue circle", "what is on the background", "user", "system")

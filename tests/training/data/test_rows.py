@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tinyalign_cli.main import main
 from tinyalign_vlm.training.arguments.alignment import Stage1Config
-from tinyalign_vlm.training.cli.main import main
 from tinyalign_vlm.training.data.chats import images_of
 from tinyalign_vlm.training.data.check import check_rows, training_data
 from tinyalign_vlm.training.data.collator import TrainingCollator

@@ -46,7 +46,7 @@ def command(*arguments: str) -> list:
     import contextlib
     import io
 
-    from tinyalign_vlm.training.cli.main import main
+    from tinyalign_cli.main import main
 
     output, end = io.StringIO(), None
     with contextlib.redirect_stdout(output):

@@ -16,9 +16,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from packaging import version
 from safetensors.torch import load_file
 
+from tinyalign_cli.main import main
 from tinyalign_vlm.training.arguments.alignment import Stage1Config
 from tinyalign_vlm.training.arguments.files import CONFIGS
-from tinyalign_vlm.training.cli.main import main
 
 ACCELERATE = CONFIGS / "accelerate"
 
@@ -81,7 +81,7 @@ def test_two_processes_have_the_trajectory_of_one(stage, fields, files, monkeypa
     monkeypatch.chdir(files)
     main(["train", f"stage{stage}.yaml", "--output_dir", "one", "--per_device_train_batch_size", "2", *fields])
     launch(
-        *("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tinyalign_vlm.training.cli"),
+        *("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tinyalign_cli"),
         *("train", f"stage{stage}.yaml", "--output_dir", "two", "--per_device_train_batch_size", "1", *fields),
         folder=files,
     )
@@ -106,7 +106,7 @@ def make(self, *arguments, **settings):
     if self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType.MULTI_GPU
 accelerate.state.PartialState.__init__ = make
-from tinyalign_vlm.training.cli.main import main
+from tinyalign_cli.main import main
 main()
 """
 
@@ -169,7 +169,7 @@ def test_accelerate_reads_its_configurations(name):
     config = load_config_from_file(str(path))
     assert config.distributed_type == kind and config.use_cpu == (name == "cpu")
     assert details.items() <= {**config.fsdp_config, **config.deepspeed_config}.items()
-    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "tinyalign_vlm.training.cli"])
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "tinyalign_cli"])
     arguments, _, precision_of_config = _validate_launch_command(arguments)
     assert arguments.mixed_precision == "no" and precision_of_config
     assert {path.stem for path in ACCELERATE.glob("*.yaml")} == set(KINDS)
@@ -178,7 +178,7 @@ def test_accelerate_reads_its_configurations(name):
 def test_accelerate_launches_a_stage(files):
     launch(
         *("accelerate.commands.launch", "--config_file", str(ACCELERATE / "cpu.yaml")),
-        *("-m", "tinyalign_vlm.training.cli", "train", "stage1.yaml", "--output_dir", "out"),
+        *("-m", "tinyalign_cli", "train", "stage1.yaml", "--output_dir", "out"),
         *("--per_device_train_batch_size", "4"),
         folder=files,
     )

@@ -9,9 +9,9 @@ import pytest
 from isolation import set_hf_home
 from PIL import Image
 
+from tinyalign_cli.main import main
 from tinyalign_vlm.training.arguments.alignment import Stage1Config
 from tinyalign_vlm.training.arguments.instruction import Stage2Config
-from tinyalign_vlm.training.cli.main import main
 from tinyalign_vlm.training.stages.samples import write_samples
 from tinyalign_vlm.training.stages.trainers import train_stage1, train_stage2
 

@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from tinyalign_vlm.training.cli.main import main
+from tinyalign_cli.main import main
 
 # what they are told at each step, the part of the trainer and ours
 NAMES = {"train/loss", "train/tokens_per_second", "train/grad_norm_connector", "train/neighbour_similarity"}

@@ -1,0 +1,59 @@
+"""Options that several commands have."""
+
+import argparse
+
+# An option that takes several values and may be repeated.
+SEVERAL = {"nargs": "+", "action": "extend", "default": []}
+
+
+def add_bank(parser: argparse.ArgumentParser):
+    """Add the bank that a command reads."""
+    parser.add_argument("bank", help="its folder or repository")
+
+
+def add_out(parser: argparse.ArgumentParser):
+    """Add the folder that a new bank goes to."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
+
+
+def add_row_options(parser: argparse.ArgumentParser):
+    """Add the fields of `RowSettings`, and `--ray`."""
+    add_model_options(parser.add_argument_group("the model, whose vision tower makes the keys"))
+    add_data_options(parser.add_argument_group("the data set"))
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="ACTORS",
+        help="encode on a Ray cluster (default: an actor for each GPU, or CPU)",
+    )
+
+
+def add_model_options(group: argparse._ArgumentGroup):
+    """Add a model, or the parts to compose one from."""
+    group.add_argument("--model", metavar="MODEL", help="a TinyAlign checkpoint: folder or repository; or")
+    group.add_argument("--vision_model", metavar="MODEL", help="a vision tower and")
+    group.add_argument("--language_model", metavar="MODEL", help="a language model, to compose one, with")
+    group.add_argument("--model_kwargs", metavar="JSON", help='fields of its config: {"num_latents": 8}')
+    group.add_argument("--batch_size", type=int, metavar="N", help="images at once (default: 8 on a CPU, else 64)")
+
+
+def add_data_options(group: argparse._ArgumentGroup):
+    """Add a data set of images with captions, and which of its rows are taken."""
+    group.add_argument("--dataset", required=True, metavar="DATA", help="files, folder or repository")
+    group.add_argument("--dataset_config", metavar="NAME", help="of a repository")
+    group.add_argument("--dataset_revision", metavar="REVISION", help="of a repository: branch, tag or commit")
+    group.add_argument(
+        "--dataset_split", default="train", metavar="SPLIT", help="of a folder or repository (default: %(default)s)"
+    )
+    group.add_argument("--image_folder", metavar="DIR", help="what paths of images are relative to")
+    group.add_argument("--image_column", metavar="COLUMN", help="images or paths (default: image or images)")
+    group.add_argument("--caption_column", metavar="COLUMN", help="(default: caption or txt, else the chat's answer)")
+    group.add_argument("--messages_column", metavar="COLUMN", help="(default: messages or conversations)")
+    group.add_argument(
+        "--set", action="append", default=[], metavar="COLUMN=VALUE", help="a column that all rows have"
+    )
+    group.add_argument("--rows", type=int, metavar="N", help="choose N rows at random (default: all)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default: %(default)s)")
+    group.add_argument("--keep_duplicates", action="store_true", help="do not leave out images that come again")
