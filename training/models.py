@@ -16,9 +16,10 @@ def load_model(config: RunArguments, bank: MemoryBank | None) -> tuple[PreTraine
     if config.model is not None:
         model = _load_trained(config)
         padding = {"image_aspect_ratio": "pad"} if config.image_aspect_ratio == "pad" else {}
-        processor = TinyAlignProcessor.from_pretrained(
-            config.model, num_image_tokens=model.config.num_image_tokens, key_space=model.config.key_space, **padding
-        )  # model_kwargs or a baseline may have changed them
+        processor = TinyAlignProcessor.from_pretrained(config.model, **padding)
+        # model_kwargs or a baseline may have changed them
+        processor.num_image_tokens = model.config.num_image_tokens
+        processor.key_space = model.config.key_space
         if config.image_aspect_ratio not in (None, processor.image_aspect_ratio):
             raise ValueError(
                 f"image_aspect_ratio is {config.image_aspect_ratio!r}, but {config.model} was trained with "

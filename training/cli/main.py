@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.metadata
+import os
+import sys
 from itertools import takewhile
 from types import ModuleType
 
@@ -68,6 +70,8 @@ def main(argv: list[str] | None = None):
         exit_with_help_if_asked(command, parser, arguments)
     elif rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    if not sys.stderr.isatty():  # a progress bar in a file is one long line
+        os.environ.setdefault("TQDM_DISABLE", "1")
     with reported_errors(resumable=command in RESUMABLE_COMMANDS):
         command.run(arguments)
 
@@ -83,7 +87,9 @@ def exit_with_help_if_asked(command: ModuleType, parser: argparse.ArgumentParser
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; what it parses has the command's module and parser beside its options."""
     parser = argparse.ArgumentParser(prog="tinyalign", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the installed version")
+    parser.add_argument(
+        "--version", action=PrintVersion, nargs=0, dest=argparse.SUPPRESS, help="print the installed version"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     groups = {"": commands}
     for name, command in COMMANDS.items():

@@ -56,11 +56,9 @@ def is_own(base: type) -> bool:
 
 def title_of(base: type) -> str:
     """Return the first line of the class's description."""
-    return (
-        base.__doc__.strip().splitlines()[0].rstrip(".")
-        if is_own(base)
-        else f"{base.__name__} of {base.__module__.partition('.')[0]}"
-    )
+    if is_own(base):
+        return base.__doc__.strip().splitlines()[0].rstrip(".:")
+    return f"{base.__name__} of {base.__module__.partition('.')[0]}"
 
 
 def value_name(field: dataclasses.Field, kind: Any) -> str:
