@@ -18,11 +18,13 @@ def reported_errors(resumable: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt as interrupt:  # one that knows has a text: "stopped at step 12"
-        message = f"tinyalign: {interrupt or 'stopped'}"
-        if resumable:
-            message += "; the same command goes on from there"
-        print(message, file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        message = "stopped"
+        if str(interrupt):  # of a run that knows where: "stopped at step 12; ..."
+            message = str(interrupt)
+        elif resumable:
+            message = "stopped; the same command goes on from there"
+        print(f"tinyalign: {message}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
         message = message_of(error)

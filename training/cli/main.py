@@ -36,7 +36,6 @@ COMMANDS = {
     "bank add": bank_add,
     "bank remove": bank_remove,
     "bank merge": bank_merge,
-    "bank compact": bank_compact,
     "bank verify": bank_verify,
     "bank info": bank_info,
     "bank view": bank_view,

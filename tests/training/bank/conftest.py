@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
+from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.bank import encode
-from tinyalign_cli.main import main
 
 ROWS = 40
 

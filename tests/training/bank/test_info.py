@@ -21,5 +21,3 @@ def test_info_of_columns_named_like_facts(rows, model, processor, value_encoder,
     found = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert [value for name, value in found if name == "rows"] == ["12 of 12 images", "mine 12"]
     assert [value for name, value in found if name == "tower"][1:] == ["Babel 12"]
-
-

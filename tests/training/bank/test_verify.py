@@ -4,18 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from banks import SHARD, bank_of, unit
+from banks import SHARD
 from huggingface_hub import constants
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign import bank_folder, bank_format, bank_rows
 from tinyalign_vlm.modeling_tinyalign.bank_format import config_sha256
-from tinyalign_vlm.training.bank.verify import bank_problems
-
 
 
 def edit(folder: Path, change) -> None:
@@ -143,5 +140,3 @@ def test_verify_this_machines_copy(part, folder, problems):
     copy.write_bytes(content)
     found = problems(folder)
     assert found and f"copy of the {part}" in found[0] and str(copy.parent) in found[0]
-
-

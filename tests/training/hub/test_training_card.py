@@ -18,9 +18,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import TrainerState
 
+from tinyalign_cli.main import main
 from tinyalign_vlm.hub_cards.cards import usage_snippet, write_card, write_space
 from tinyalign_vlm.hub_cards.facts import ModelFacts, Part, read_facts
-from tinyalign_cli.main import main
 from tinyalign_vlm.training.hub import training_card
 from tinyalign_vlm.training.hub.run_facts import (
     Clock,

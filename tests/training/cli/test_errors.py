@@ -1,0 +1,74 @@
+"""What the user can mend ends with a line, and so does Ctrl-C; a fault of the package keeps its traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tinyalign_cli.errors import INTERRUPTED, reported_errors
+
+
+class SafetensorError(Exception):
+    """As that of safetensors, which tells a full disk in its text only."""
+
+
+def test_an_error_of_a_worker_process_is_told_without_its_traceback():
+    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback ...\nValueError: row 3: no image"
+    with pytest.raises(SystemExit, match="^tinyalign: row 3: no image$"), reported_errors():
+        raise ValueError(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("No module named 'ray'"), "tinyalign: No module named 'ray'"),
+        (OSError(28, "No space left on device", "bank"), r"tinyalign: .*No space left on device: 'bank'"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "tinyalign: .*No space left"),
+        (yaml.YAMLError("while parsing"), "tinyalign: while parsing"),
+    ],
+)
+def test_what_a_user_can_mend_is_told_in_a_line(error, message):
+    with pytest.raises(SystemExit, match=message), reported_errors():
+        raise error
+
+
+def test_a_fault_of_the_package_keeps_its_traceback():
+    with pytest.raises(KeyError), reported_errors():
+        raise KeyError("memory_ids")
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "resumable", "line"),
+    [
+        (KeyboardInterrupt(), False, "tinyalign: stopped\n"),
+        (KeyboardInterrupt(), True, "tinyalign: stopped; the same command goes on from there\n"),
+        (KeyboardInterrupt("stopped at step 12; ..."), True, "tinyalign: stopped at step 12; ...\n"),
+    ],
+)
+def test_a_command_that_is_stopped_says_whether_it_can_go_on(interrupt, resumable, line, capsys):
+    with pytest.raises(SystemExit) as end, reported_errors(resumable):
+        raise interrupt
+    assert end.value.code == INTERRUPTED and capsys.readouterr().err == line
+
+
+def test_ctrl_c_in_training(files):
+    command = [sys.executable, "-m", "tinyalign_cli", "train", "stage1.yaml", "--max_steps", "100000"]
+    process = subprocess.Popen(
+        [*command, "--save_steps", "5"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=files,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if "loss" in line and list(files.glob("out1/checkpoint-*")):
+            break
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1].splitlines()
+    assert process.returncode == INTERRUPTED
+    assert errors[-1].startswith("tinyalign: stopped") and "the same command goes on from" in errors[-1]
+    assert not any("Traceback" in line for line in errors)
