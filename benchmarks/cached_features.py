@@ -20,10 +20,9 @@ from transformers import SiglipVisionModel as Tower
 from transformers.utils import logging
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
+from tinyalign_vlm.training import AlignmentConfig, AlignmentTrainer
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.demo.run import DemoConfig, chats, load_pairs
-from tinyalign_vlm.training.stages.trainers import train_stage1
 
 
 def make_parts(folder: Path, demo: Path, share: float) -> tuple[str, str]:
@@ -68,7 +67,7 @@ def main():
             if cached:
                 features = cache_vision_features(model, processor, rows["image"], Path(folder, "features"))
             making = time.perf_counter() - started
-            config = Stage1Config(
+            config = AlignmentConfig(
                 os.path.join(folder, f"out-{cached}"),
                 num_train_epochs=arguments.epochs,
                 per_device_train_batch_size=2,
@@ -76,7 +75,10 @@ def main():
                 save_strategy="no",
                 disable_tqdm=True,
             )
-            trainer = train_stage1(config, model, processor, rows, None, features)
+            trainer = AlignmentTrainer(
+                model, config, train_dataset=rows, processing_class=processor, vision_features=features
+            )
+            trainer.train()
             rates = [e["samples_per_second"] for e in trainer.state.log_history if "samples_per_second" in e]
             seconds["cached" if cached else "from images"] = [arguments.images / rate for rate in rates]
             seconds["cached" if cached else "from images"][0] += making

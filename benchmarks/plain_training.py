@@ -33,7 +33,7 @@ from cached_features import make_parts
 from transformers.utils import logging
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, TinyAlignProcessor
-from tinyalign_vlm.training.arguments.run_arguments import bfloat16_is_fast
+from tinyalign_vlm.training.arguments.stage import bfloat16_is_fast
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of

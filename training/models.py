@@ -6,12 +6,12 @@ from transformers.utils import logging
 from ..modeling_tinyalign import MemoryBank, TinyAlignConfig, TinyAlignForConditionalGeneration
 from ..modeling_tinyalign.connectors import Connector
 from ..processing import TinyAlignProcessor
-from .arguments.run_arguments import RunArguments
+from .arguments.stage import StageArguments
 
 logger = logging.get_logger(__name__)
 
 
-def load_model(config: RunArguments, bank: MemoryBank | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_model(config: StageArguments, bank: MemoryBank | None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model of a config and its processor, loaded or composed; a composed one reads the words of this bank."""
     if config.model is not None:
         model = _load_trained(config)
@@ -51,7 +51,7 @@ def load_model(config: RunArguments, bank: MemoryBank | None) -> tuple[PreTraine
     return model, processor
 
 
-def _load_trained(config: RunArguments) -> PreTrainedModel:
+def _load_trained(config: StageArguments) -> PreTrainedModel:
     fields = model_fields(config)
     try:
         model = TinyAlignForConditionalGeneration.from_pretrained(config.model, **fields)
@@ -75,7 +75,7 @@ def _load_trained(config: RunArguments) -> PreTrainedModel:
     return model
 
 
-def model_fields(config: RunArguments) -> dict:
+def model_fields(config: StageArguments) -> dict:
     """The fields of [`TinyAlignConfig`] to set in a run's model: `model_kwargs`, and what its baseline changes."""
     fields = dict(config.model_kwargs or {})
     if config.baseline == "text_rag":
@@ -85,7 +85,7 @@ def model_fields(config: RunArguments) -> dict:
     return fields
 
 
-def neighbours_of_baseline(config: RunArguments) -> int:
+def neighbours_of_baseline(config: StageArguments) -> int:
     """Neighbours whose captions are written into a question: as many as TinyAlign would read latents of."""
     return (config.model_kwargs or {}).get("memory_top_k") or TinyAlignConfig().memory_top_k
 
@@ -108,7 +108,7 @@ def widen_connector(model: PreTrainedModel):
     base.connector.apply(model._init_weights)
 
 
-def read_bank(config: RunArguments) -> MemoryBank | None:
+def read_bank(config: StageArguments) -> MemoryBank | None:
     """The bank that a config names, or None if it names none or is of the baseline."""
     if not config.memory_bank or (config.model_kwargs or {}).get("memory_top_k") == 0:
         return None
@@ -117,7 +117,7 @@ def read_bank(config: RunArguments) -> MemoryBank | None:
 
 
 def attach_bank(
-    config: RunArguments, model: PreTrainedModel, processor: ProcessorMixin, bank: MemoryBank | None
+    config: StageArguments, model: PreTrainedModel, processor: ProcessorMixin, bank: MemoryBank | None
 ) -> MemoryBank | None:
     """The bank, attached to the model and in its lexicon if the model is new, or None for a model without memory."""
     neighbours = neighbours_of_baseline(config) if config.baseline == "static_rag" else model.config.num_neighbours

@@ -1,9 +1,9 @@
 """The settings of a run, from YAML files and the command line."""
 
 import dataclasses
+import json
 import os
 import shlex
-import tempfile
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,21 +11,21 @@ from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import TrlParser
+from transformers import HfArgumentParser
 
 from ...modeling_tinyalign import TinyAlignConfig
-from .alignment import Stage1Config
-from .instruction import Stage2Config
-from .run_arguments import RunArguments
+from .alignment import AlignmentConfig
+from .instruction import InstructionConfig
+from .stage import StageArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STAGE_CONFIGS = {1: Stage1Config, 2: Stage2Config}
+STAGE_CONFIGS = {1: AlignmentConfig, 2: InstructionConfig}
 
 
 def read_settings(paths: Sequence[str | os.PathLike]) -> dict:
     """
-    What the YAML files say together: later ones win, and `model_kwargs` of several are joined. A file that is not
-    here is looked for in training/configs/.
+    Return what the YAML files say together: later ones win, and `model_kwargs` of several are joined. A file that is
+    not here is looked for in training/configs/.
     """
     settings = {}
     for name in paths:
@@ -43,8 +43,11 @@ def read_settings(paths: Sequence[str | os.PathLike]) -> dict:
     return settings
 
 
-def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> RunArguments:
-    """The settings as `Stage1Config` or `Stage2Config`, whichever `stage` asks for."""
+def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> StageArguments:
+    """
+    Return the settings of YAML files and `fields` (`["--learning_rate", "5e-4"]`), which win over them, as
+    `AlignmentConfig` or `InstructionConfig`, whichever `stage` in the files asks for.
+    """
     settings = read_settings(paths)
     named = " + ".join(map(str, paths))
     stage = settings.get("stage")
@@ -53,12 +56,16 @@ def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> RunArg
             f"{named} has stage: {stage}, expected `stage: 1` (connectors) or `stage: 2` (and the language model). "
             "A recipe of a model needs that of a stage before it: tinyalign train stage1.yaml qwen2-0.5b-siglip.yaml"
         )
-    config = parse_settings(
-        STAGE_CONFIGS[stage], settings, fields, shlex.join(["tinyalign", "train", *map(str, paths)])
-    )
+    prog = shlex.join(["tinyalign", "train", *map(str, paths)])
+    config = parse_settings(STAGE_CONFIGS[stage], settings, fields, prog)
     if config.stage != stage:
         raise ValueError(f"{named} is of stage {stage}, found --stage {config.stage}: name the file of that stage.")
     config.model_kwargs = {**settings["model_kwargs"], **(config.model_kwargs or {})}
+    _check_together(config, named)
+    return config
+
+
+def _check_together(config: StageArguments, named: str):
     trained = config.baseline == "wider_connector" and config.model is not None
     if config.baseline is not None and config.model_kwargs.get("memory_top_k") == 0 and not trained:
         raise ValueError(
@@ -67,45 +74,63 @@ def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> RunArg
         )
     if config.output_dir in (None, "", "trainer_output"):
         raise ValueError(f"{named} has no output_dir: say where checkpoints and the trained model go.")
-    return config
 
 
-def parse_settings(config_class: type[RunArguments], settings: dict, fields: list[str], prog: str) -> RunArguments:
-    parser = TrlParser(config_class, prog=prog, usage=f"{prog} [--FIELD VALUE ...]", allow_abbrev=False)
-    with tempfile.TemporaryDirectory() as folder:
-        merged = Path(folder, "merged.yaml")
-        merged.write_text(yaml.safe_dump(_as_text(config_class, settings)), encoding="utf-8")
-        arguments = ["--config", str(merged), *fields]
-        config, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+def parse_settings(config_class: type[StageArguments], settings: dict, fields: list[str], prog: str) -> StageArguments:
+    """
+    Return `config_class` with these settings and, over them, the `fields` of a command line.
+
+    Raises `ValueError` for a setting that there is not, and a list or nothing where there is one value; exits as
+    argparse does for values of the wrong type.
+    """
+    parser = HfArgumentParser(config_class, prog=prog, usage=f"{prog} [--FIELD VALUE ...]", allow_abbrev=False)
+    known = config_class.__dataclass_fields__
+    parser.set_defaults(**{name: None for name, value in settings.items() if value is None and name in known})
+    arguments = [*as_arguments(config_class, settings), *fields]
+    config, unknown = parser.parse_args_into_dataclasses(
+        arguments, look_for_args_file=False, return_remaining_strings=True
+    )
     if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0]
-        close = " or ".join(get_close_matches(name, vars(config)))
-        hint = f", did you mean {close}?" if close else "."
-        if name in ("top_k", *(field.name for field in dataclasses.fields(TinyAlignConfig))):
-            hint = f", but a field of the model's config: --model_kwargs '{{\"{name}\": ...}}' sets it."
-        raise ValueError(f"{name} is no setting of {config_class.__name__}{hint} `{prog} --help` lists them.")
+        raise ValueError(_unknown_setting(unknown[0].lstrip("-").partition("=")[0], config_class, prog))
     return config
 
 
-def _as_text(config_class: type[RunArguments], settings: dict) -> dict:
+def _unknown_setting(name: str, config_class: type[StageArguments], prog: str) -> str:
+    names = [field.name for field in dataclasses.fields(config_class)]
+    close = get_close_matches(name, names)
+    hint = "."
+    if name in ("top_k", *(field.name for field in dataclasses.fields(TinyAlignConfig))):
+        hint = f", but a field of the model's config: --model_kwargs '{{\"{name}\": ...}}' sets it."
+    elif close:
+        hint = f", did you mean {' or '.join(close)}?"
+    return f"{name} is no setting of {config_class.__name__}{hint} `{prog} --help` lists them."
+
+
+def as_arguments(config_class: type[StageArguments], settings: dict) -> list[str]:
     """
-    The settings with numbers as text, so that the parser, which takes other values of a file as they are, converts
-    them and refuses `max_steps: 2.5`, as it does on the command line; YAML takes `no` for false. Raises `ValueError`
-    for what the parser would overlook: lists and nothing (`null`) where there is a value, and values that are not
-    among `choices`.
+    Return the settings of a file as the arguments that a user would type: `["--max_steps=3", ...]`. `null` has none.
+
+    Raises `ValueError` for a list, a dictionary or `null` where there is another kind of value.
     """
-    kinds, text = get_type_hints(config_class), dict(settings)
-    for field in dataclasses.fields(config_class):
-        if field.name not in settings:
-            continue
-        value, kind, choices = settings[field.name], kinds[field.name], field.metadata.get("choices")
-        allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        allowed = {get_origin(kind) or kind for kind in allowed}
+    kinds = get_type_hints(config_class)
+    arguments = []
+    for name, value in settings.items():
+        allowed = _types_of(kinds[name]) if name in kinds else {type(value)}
         if isinstance(value, (list, dict, NoneType)) and type(value) not in allowed:
             names = " or ".join(sorted(kind.__name__ for kind in allowed - {NoneType}))
-            raise ValueError(f"{field.name} is {'null' if value is None else value}, expected {names}.")
-        if choices is not None and value is not None and value not in choices:
-            raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(choices)}.")
-        if isinstance(value, (int, float)):
-            text[field.name] = "no" if value is False and bool not in allowed else str(value)
-    return text
+            raise ValueError(f"{name} is {'null' if value is None else value}, expected {names}.")
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments.append(f"--{name}={json.dumps(value)}")
+        elif value is False and bool not in allowed:  # YAML takes `no` for false
+            arguments.append(f"--{name}=no")
+        elif value is not None or name not in kinds:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def _types_of(kind: type) -> set[type]:
+    """Return the classes of the values that a field may have: `{list, NoneType}` for `list[str] | None`."""
+    alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return {get_origin(alternative) or alternative for alternative in alternatives}

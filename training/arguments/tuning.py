@@ -1,4 +1,4 @@
-"""Settings that say what trains, and how fast."""
+"""Settings of the parts of a model: which of them train, and how fast."""
 
 import importlib.util
 import math
@@ -19,38 +19,26 @@ def part_of(parameter_name: str) -> str:
 
 @dataclass
 class TuningArguments:
-    """
-    Parameters:
-        > What trains, see docs/training.md
-
-        tune_vision_tower (`str`, *optional*, defaults to `"frozen"`): `"frozen"`, `"full"`, or `"from layer 20"`: that
-            layer, counted from 0, and all behind it.
-        tune_connector, tune_memory_connector (`str`, *optional*, defaults to `"full"`): `"frozen"` or `"full"`.
-        tune_language_model (`str`, *optional*): `"frozen"` (the default of stage 1), `"full"` (that of stage 2),
-            `"lora"`, or `"qlora"`: adapters on frozen weights of 4 bits, on CUDA. Adapters are merged at the end.
-        lora_r (`int`, *optional*, defaults to 16), lora_alpha (`float`, *optional*, defaults to `2 * lora_r`),
-        lora_dropout (`float`, *optional*, defaults to 0.05),
-        lora_target_modules (`list[str]`, *optional*): Of the adapters, as in PEFT. Defaults to all linear layers of
-            the language model but its head.
-        vision_tower_lr, connector_lr, memory_connector_lr, language_model_lr (`float`, *optional*): Learning rates of
-            the parts. Default to `learning_rate`; scheduled alike.
-        save_only (`str`, *optional*): `"connectors"` saves them without vision tower and language model, which
-            `from_pretrained` takes from the checkpoints the model was composed of.
-    """
+    """Which parts of the model train, how fast, and which of them are saved; see docs/training.md."""
 
     tune_vision_tower: str = field(
-        default="frozen", metadata={"help": "What of the vision tower trains: frozen, full, or 'from layer 20'."}
+        default="frozen",
+        metadata={
+            "help": "Training of the vision tower: frozen, full, or 'from layer 20', that layer, counted from 0, and "
+            "all behind it."
+        },
     )
     tune_connector: str = field(
-        default="full", metadata={"help": "Whether the connector trains.", "choices": CONNECTOR_POLICIES}
+        default="full", metadata={"help": "Training of the connector.", "choices": CONNECTOR_POLICIES}
     )
     tune_memory_connector: str = field(
-        default="full", metadata={"help": "Whether the memory connector trains.", "choices": CONNECTOR_POLICIES}
+        default="full", metadata={"help": "Training of the memory connector.", "choices": CONNECTOR_POLICIES}
     )
     tune_language_model: str = field(
         default="frozen",
         metadata={
-            "help": "How the language model trains: frozen, full, lora, or qlora (CUDA).",
+            "help": "Training of the language model: frozen (the default of stage 1), full (that of stage 2), lora "
+            "or qlora: adapters on frozen weights of 4 bits, on CUDA. Adapters are merged at the end.",
             "choices": LANGUAGE_MODEL_POLICIES,
         },
     )
@@ -60,7 +48,8 @@ class TuningArguments:
     )
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapters, by default 0.05."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers of the language model with adapters, by default all linear ones."}
+        default=None,
+        metadata={"help": "Layers of the language model with adapters, by default all linear ones but its head."},
     )
     vision_tower_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower, instead of learning_rate."}
@@ -75,12 +64,16 @@ class TuningArguments:
         default=None, metadata={"help": "Learning rate of the language model or its adapters."}
     )
     save_only: str | None = field(
-        default=None, metadata={"help": "connectors: save them without the models.", "choices": ["connectors"]}
+        default=None,
+        metadata={
+            "help": "connectors: save them without vision tower and language model, which from_pretrained takes from "
+            "the checkpoints that the model was composed of.",
+            "choices": ["connectors"],
+        },
     )
 
-    def __post_init__(self):
+    def check_tuning(self):
         """Raises `ValueError` for settings that contradict each other, or need what this machine does not have."""
-        super().__post_init__()
         self._check_values()
         trained = [part for part in PARTS if self.policy(part) != "frozen"]
         if not trained:
@@ -135,7 +128,6 @@ class TuningArguments:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, expected a share, 0 to less than 1.")
 
     def _check_lora(self):
-        """Before anything is loaded."""
         if importlib.util.find_spec("peft") is None:
             raise ValueError(
                 f"tune_language_model is {self.tune_language_model}, which needs PEFT, and it is not installed: pip "

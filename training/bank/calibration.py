@@ -1,6 +1,7 @@
 """`tinyalign bank calibrate`: from which similarity on a neighbour is worth listening to."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from ...modeling_tinyalign.bank_storage import cache_root
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ..disk import save_file
+from ..arguments.files import read_config
+from ..data.preparation import prepare
+from ..disk import keeping, save_file
 
 MIN_NEIGHBOURS = 50
 
@@ -137,3 +141,27 @@ def write_threshold(folder: Path, threshold: float) -> None:
     path = folder / "config.json"
     content = {**json.loads(path.read_text()), "retrieval_threshold": threshold}
     save_file(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())
+
+
+def calibrate_from_files(paths: Sequence[str | os.PathLike], fields: list[str], target: float | None = None):
+    """
+    Print how much neighbours agree with the answers of the rows, and set the `retrieval_threshold` of the config's
+    `model`, if that is a folder.
+    """
+    if target is not None and not 0 <= target <= 1:
+        raise ValueError(f"min_agreement is {target}, expected a share, 0 (no word shared) to 1 (the same words).")
+    config = read_config(paths, [*fields, "--cache_features", "False"])
+    with keeping(cache_root(), "what was computed"):
+        run = prepare(config)
+    if run.model.config.num_neighbours == 0 or config.streaming:
+        raise ValueError(
+            f"memory_top_k is {run.model.config.memory_top_k} and streaming {config.streaming}: to calibrate takes a "
+            "bank, and rows that are not streamed."
+        )
+    found = calibrate_rows(run.rows, run.bank, run.model.config.num_neighbours, target)
+    print(found)
+    if config.model is not None and Path(config.model).is_dir():
+        write_threshold(Path(config.model), found.threshold)
+        print(f"Written to {Path(config.model, 'config.json')}.")
+    else:
+        print(f"Set it with --model_kwargs '{{\"retrieval_threshold\": {found.threshold:.4f}}}'.")

@@ -14,7 +14,7 @@ from ...modeling_tinyalign import MemoryBank, ValueEncoder
 from ...modeling_tinyalign.bank_format import CONFIG_NAME, LEFT_OUT_NAME
 from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import DUPLICATE, RowEncoder, check_row_settings, finished
-from ..arguments.alignment import Stage1Config
+from ..arguments.alignment import AlignmentConfig
 from ..data.images import CaptionedImages, fingerprint_files
 from ..data.rows import batch_size_of
 from ..disk import keeping
@@ -54,10 +54,10 @@ class RowSettings:
         check_row_settings([], 1 if self.batch_size is None else self.batch_size, None)
         self.constants()
 
-    def run_config(self) -> Stage1Config:
+    def run_config(self) -> AlignmentConfig:
         """Return the same settings as `tinyalign train` has them."""
-        shared = Stage1Config.__dataclass_fields__.keys() & RowSettings.__dataclass_fields__.keys()
-        return Stage1Config(output_dir="unused", **{name: vars(self)[name] for name in shared})
+        shared = AlignmentConfig.__dataclass_fields__.keys() & RowSettings.__dataclass_fields__.keys()
+        return AlignmentConfig(output_dir="unused", **{name: vars(self)[name] for name in shared})
 
     def constants(self) -> dict[str, str]:
         """Return `set` as a dictionary; raises `ValueError` for what is not `column=value`."""

@@ -15,9 +15,9 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from ...modeling_tinyalign.bank_arrays import cache_root
-from ..arguments.alignment import Stage1Config
+from ..arguments.alignment import AlignmentConfig
 from ..arguments.files import parse_settings, read_config
-from ..arguments.run_arguments import RunArguments
+from ..arguments.stage import StageArguments
 from ..disk import keeping, save_file
 from ..models import context_length, load_model, read_bank
 from .files import STORED_IMAGE, open_rows
@@ -48,7 +48,7 @@ class DataCheck:
         return (f"row {number}: {problem}" for number, problem in self.problems.items())
 
 
-def check_rows(config: RunArguments, processor: ProcessorMixin | None = None) -> tuple[datasets.Dataset, DataCheck]:
+def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) -> tuple[datasets.Dataset, DataCheck]:
     """
     Reads all rows of `config.dataset` -> the good ones, with `messages` and `images` or `image`, and what was found.
 
@@ -87,7 +87,7 @@ def check_rows(config: RunArguments, processor: ProcessorMixin | None = None) ->
 
 
 def training_data(
-    config: RunArguments, processor: ProcessorMixin, name_images: bool = False
+    config: StageArguments, processor: ProcessorMixin, name_images: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     The rows to train on. Bad ones are skipped, counted and written to `bad_rows.json` in `config.output_dir`; streamed
@@ -122,7 +122,7 @@ def training_data(
     return rows
 
 
-def row_reader(config: RunArguments, processor: ProcessorMixin | None, name_images: bool = False) -> RowReader:
+def row_reader(config: StageArguments, processor: ProcessorMixin | None, name_images: bool = False) -> RowReader:
     """The reader of a config's rows."""
     path = Path(config.dataset)
     folder = config.image_folder or (path if path.is_dir() else path.parent)
@@ -139,7 +139,7 @@ def row_reader(config: RunArguments, processor: ProcessorMixin | None, name_imag
     )
 
 
-def _column_with_images(raw: datasets.Dataset, config: RunArguments) -> str | None:
+def _column_with_images(raw: datasets.Dataset, config: StageArguments) -> str | None:
     """The column that holds the images themselves; None where there are paths."""
     names = ("images", "image", "jpg", "jpeg", "png", "webp") if config.image_column is None else [config.image_column]
     for name in names:
@@ -155,7 +155,7 @@ def _without_images(reader: RowReader, row: dict) -> dict:
     return {name: value for name, value in reader(row).items() if name != "images"}
 
 
-def _stream(config: RunArguments, reader: RowReader) -> datasets.IterableDataset:
+def _stream(config: StageArguments, reader: RowReader) -> datasets.IterableDataset:
     raw = open_rows(config)
     features = {**FEATURES, "images": datasets.List(STORED_IMAGE), "row": datasets.Value("int64")}
     if reader.name_images:
@@ -177,7 +177,7 @@ def _numbered(reader: RowReader, row: dict, number: int) -> dict:
 class _Keep:
     """Whether a streamed row is good. Says which are not, and how many have been skipped, by all workers together."""
 
-    def __init__(self, config: RunArguments):
+    def __init__(self, config: StageArguments):
         self.dataset, self.strict = config.dataset, config.strict
         self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -202,7 +202,7 @@ def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
     if all(Path(name).suffix in (".yaml", ".yml") for name in names):
         config = read_config(names, fields)
     elif len(names) == 1:
-        config = parse_settings(Stage1Config, {"dataset": names[0]}, fields, "tinyalign data check")
+        config = parse_settings(AlignmentConfig, {"dataset": names[0]}, fields, "tinyalign data check")
     else:
         raise ValueError(f"Found {', '.join(names)}, expected one data set, or YAML files.")
     config.streaming, processor = False, None

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import datasets
 
-from ..arguments.run_arguments import RunArguments
+from ..arguments.stage import StageArguments
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TAR_SUFFIXES = (".tar", ".gz", ".tgz")
@@ -20,7 +20,7 @@ SUFFIXES = (".json", ".jsonl", ".parquet", *TAR_SUFFIXES)
 STORED_IMAGE = datasets.Image(decode=False)
 
 
-def open_rows(config: RunArguments) -> datasets.Dataset | datasets.IterableDataset:
+def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset:
     """
     The rows of `config.dataset` as they are stored, images undecoded. Of JSON and WebDataset files the column `json`
     is the row's text: their rows need not have the same fields, nor the same types in them.
@@ -69,7 +69,7 @@ def open_rows(config: RunArguments) -> datasets.Dataset | datasets.IterableDatas
     return rows
 
 
-def _from_generator(read, files: list[str], features: dict, config: RunArguments):
+def _from_generator(read, files: list[str], features: dict, config: StageArguments):
     arguments = {"files": files, "versions": [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, files)]}
     maker = datasets.IterableDataset if config.streaming else datasets.Dataset
     return maker.from_generator(read, features=datasets.Features(features), gen_kwargs=arguments)

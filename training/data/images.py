@@ -20,7 +20,7 @@ from ...modeling_tinyalign.row_encoder import (
     undecoded,
 )
 from ...processing.images import decode_image
-from ..arguments.run_arguments import RunArguments
+from ..arguments.stage import StageArguments
 from .check import row_reader
 from .files import open_rows
 
@@ -82,7 +82,7 @@ class CaptionedImages(StoredImages):
         constants: columns that are the same in all rows, by name.
     """
 
-    config: RunArguments
+    config: StageArguments
     caption_column: str | None
     keep_columns: Sequence[str]
     constants: dict[str, str]

@@ -18,7 +18,7 @@ from ...modeling_tinyalign.bank_arrays import cache_root
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ...processing.images import decode_image
-from ..arguments.run_arguments import RunArguments
+from ..arguments.stage import StageArguments
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, to_messages
 from .features import cache_vision_features
 from .files import IMAGE_SUFFIXES
@@ -271,7 +271,7 @@ class RowImages(Sequence):
 
 
 def with_features(
-    config: RunArguments,
+    config: StageArguments,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     rows: datasets.Dataset | datasets.IterableDataset,
@@ -291,7 +291,7 @@ def with_features(
 
 
 def with_neighbours(
-    config: RunArguments,
+    config: StageArguments,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     rows: datasets.Dataset | datasets.IterableDataset,
@@ -337,6 +337,6 @@ def with_neighbours(
     return rows
 
 
-def batch_size_of(config: RunArguments) -> int:
+def batch_size_of(config: StageArguments) -> int:
     """Images that go through the tower at once: few are faster on a CPU."""
     return 8 if config.device.type == "cpu" else 64

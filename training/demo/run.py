@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ...modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration, ValueEncoder, ValueEncoderConfig
 from ...processing import TinyAlignProcessor
 from ..arguments.files import CONFIGS, read_config
-from ..arguments.run_arguments import bfloat16_is_fast
+from ..arguments.stage import bfloat16_is_fast
 from ..bank.value_encoder_training import ValueEncoderTrainingConfig, train_value_encoder
 from ..data.chats import to_messages
 from ..data.features import cache_vision_features
@@ -25,7 +25,7 @@ from ..disk import save_file
 from ..evaluation.answers import Evaluation, evaluate_answers
 from ..hub.run_facts import RECORD_NAME, stage_record, write_records
 from ..stages.precision import bfloat16_language_model
-from ..stages.run import STAGES
+from ..stages.trainers import TRAINERS
 from .cards import write_demo_cards
 from .report import write_report
 from .weights import convert_efficientnet_lite0, convert_smollm2
@@ -239,8 +239,16 @@ def train_system(
         own |= {"output_dir": folder / f"stage{stage}", "logging_steps": max(1, min(5, own["max_steps"] // 10))}
         fields = [text for field, value in {**shared, **own}.items() for text in (f"--{field}", str(value))]
         settings = read_config([CONFIGS / f"stage{stage}.yaml"], fields)
-        train = STAGES[stage]
-        records.append(stage_record(name, train(settings, model, processor, rows, bank, features)))
+        trainer = TRAINERS[stage](
+            model,
+            settings,
+            train_dataset=rows,
+            processing_class=processor,
+            memory_bank=bank,
+            vision_features=features,
+        )
+        trainer.train()
+        records.append(stage_record(name, trainer))
     model.save_pretrained(final)
     processor.save_pretrained(final)
     write_records(final, records)

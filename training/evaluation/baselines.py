@@ -4,14 +4,14 @@ import datasets
 from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ..arguments.run_arguments import RunArguments
+from ..arguments.stage import StageArguments
 from ..data.collator import TrainingCollator
 from ..data.memory_dropout import MemoryDropout
 from ..models import neighbours_of_baseline
 
 
 def with_static_captions(
-    config: RunArguments, processor: ProcessorMixin, rows: datasets.Dataset, bank: MemoryBank
+    config: StageArguments, processor: ProcessorMixin, rows: datasets.Dataset, bank: MemoryBank
 ) -> datasets.Dataset:
     """
     Static RAG (paper, Table 2, row 3): the captions of each row's neighbours are written into its question, once. The

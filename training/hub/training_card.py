@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ...hub_cards.cards import parts_of_config, write_card
 from ...hub_cards.facts import FACTS_NAME, Evaluation, Example, ModelFacts, Part, read_facts
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ..arguments.run_arguments import RunArguments
+from ..arguments.stage import StageArguments
 from .parts import UNKNOWN, describe_part, public_command
 from .run_facts import (
     CURVES_NAME,
@@ -34,7 +34,7 @@ STAGES = {1: "Stage 1: alignment pre-training", 2: "Stage 2: instruction tuning"
 
 
 def write_training_card(
-    config: RunArguments, model: PreTrainedModel, trainer: Trainer, bank: MemoryBank | None, command: str
+    config: StageArguments, model: PreTrainedModel, trainer: Trainer, bank: MemoryBank | None, command: str
 ) -> None:
     """
     Writes training_record.json, training_curves.png and README.md beside a model that was just trained.
@@ -56,7 +56,7 @@ def write_training_card(
 
 
 def _facts(
-    config: RunArguments,
+    config: StageArguments,
     model: PreTrainedModel,
     records: list[StageRecord],
     bank: MemoryBank | None,
@@ -99,7 +99,7 @@ def _composed_of(model: PreTrainedModel) -> list[Part]:
     ]
 
 
-def _training_data(config: RunArguments) -> Part:
+def _training_data(config: StageArguments) -> Part:
     part, run = describe_part("training data", config.dataset, "dataset", config.dataset_revision), {}
     path = Path(config.output_dir, RUN_NAME)
     if path.is_file():
@@ -109,7 +109,7 @@ def _training_data(config: RunArguments) -> Part:
     return part
 
 
-def _bank_part(config: RunArguments, bank: MemoryBank) -> Part:
+def _bank_part(config: StageArguments, bank: MemoryBank) -> Part:
     if bank.repo_id is not None:
         return describe_part("memory bank", bank.repo_id, "dataset", bank.revision)
     part = describe_part("memory bank", str(config.memory_bank), "dataset")

@@ -3,21 +3,37 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import datasets
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from ...modeling_tinyalign.memory_bank import MemoryBank
+from ..arguments.stage import StageArguments
 from ..arguments.tuning import part_of
+from ..data.training_rows import content_hash
 from ..disk import save_file as write_file
 from ..hub.run_facts import RUN_NAME
 
 CONNECTORS_NAME = "connectors.safetensors"
-
-
 TRAINED_NAME = "trained.safetensors"
+# What decides the trajectory: with another value, checkpoints are of another run.
+TRAJECTORY = (
+    "learning_rate vision_tower_lr connector_lr memory_connector_lr language_model_lr lr_scheduler_type warmup_steps "
+    "tune_vision_tower tune_connector tune_memory_connector tune_language_model lora_r lora_alpha lora_dropout "
+    "lora_target_modules weight_decay optim optim_args adam_beta1 adam_beta2 adam_epsilon lr_scheduler_kwargs "
+    "max_grad_norm neftune_noise_alpha num_train_epochs max_steps seed data_seed train_sampling_strategy "
+    "dataloader_drop_last bf16 fp16 memory_dropout max_length truncation save_only_model model vision_model "
+    "language_model"
+).split()
+MODEL_TRAJECTORY = (
+    "memory_top_k memory_fusion num_latents latent_dim latents_per_word memory_lexicon_size image_seq_length "
+    "key_space memory_scores retrieval_threshold connector_size prompt_captions"
+).split()
 
 
 def connectors_of(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -82,6 +98,24 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike):
     path = Path(folder, TRAINED_NAME)
     if path.is_file():
         model.load_state_dict(load_file(path), strict=False)
+
+
+def trajectory_settings(
+    args: StageArguments, model: PreTrainedModel, processor: ProcessorMixin, rows: Any, bank: MemoryBank | None
+) -> dict[str, Any]:
+    """Return, by name, all that decides the losses of a run: its checkpoints are of no use with other values."""
+    settings = {name: vars(args)[name] for name in TRAJECTORY}
+    settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if isinstance(rows, datasets.Dataset):
+        settings["rows"] = len(rows)
+        settings["rows_hash"] = content_hash(rows)
+    settings["memory_bank"] = None
+    if bank is not None:
+        settings["memory_bank"] = {name: bank.config["sha256"][name] for name in ("keys", "values")}
+    settings["image_aspect_ratio"] = processor.image_aspect_ratio
+    for name in MODEL_TRAJECTORY:
+        settings[name] = vars(model.config)[name]
+    return settings
 
 
 def last_checkpoint(

@@ -1,8 +1,10 @@
 """What a run logs beside its loss: speed, memory, gradient norms, and what retrieval gave."""
 
+import contextlib
 import copy
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,15 +66,19 @@ class Meter(TrainerCallback):
         self.norms: dict[str, torch.Tensor] = {}
         self.image_shape: torch.Size | None = None
         self.has_images = False
-        self.hook = None
-        if self.model.config.memory_top_k > 0:
-            self.hook = self.model.base_model.memory_connector.register_forward_pre_hook(self._count_slots)
         self._reset()
 
-    def close(self):
-        """Leaves the model as it was."""
-        if self.hook is not None:
-            self.hook.remove()
+    @contextlib.contextmanager
+    def counting_slots(self) -> Iterator[None]:
+        """Count the slots that the memory connector reads inside; the model is left as it was."""
+        if self.model.config.memory_top_k == 0:
+            yield
+            return
+        hook = self.model.base_model.memory_connector.register_forward_pre_hook(self._count_slots)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _reset(self):
         device = self.trainer.args.device

@@ -1,69 +1,205 @@
 """The trainers of both stages."""
 
+import contextlib
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ..arguments.alignment import Stage1Config
-from ..arguments.instruction import Stage2Config
-from ..arguments.run_arguments import RunArguments
+from ...modeling_tinyalign.modeling_tinyalign import TinyAlignForConditionalGeneration
+from ..arguments.alignment import AlignmentConfig
+from ..arguments.instruction import InstructionConfig
+from ..arguments.stage import StageArguments
 from ..arguments.tuning import part_of
 from ..data.collator import TrainingCollator
 from ..data.memory_dropout import MemoryDropout, TellEpoch
-from ..data.training_rows import content_hash, evaluation_rows, training_rows
+from ..data.training_rows import evaluation_rows, training_rows
 from ..hub.run_facts import Clock, Curves
-from .checkpoints import last_checkpoint, load_trained, save_trained
+from .batches import with_blank_image, without_dropout
+from .checkpoints import last_checkpoint, load_trained, save_trained, trajectory_settings
 from .lora import adapters
 from .loss_check import LossCheck
 from .metrics import Meter
 from .precision import bfloat16_language_model
 from .samples import SampleAnswers
-from .trainable_parts import parts_of, set_trainable, table
-
-# What decides the trajectory: with another value, checkpoints are of another run.
-TRAJECTORY = (
-    "learning_rate vision_tower_lr connector_lr memory_connector_lr language_model_lr lr_scheduler_type warmup_steps "
-    "tune_vision_tower tune_connector tune_memory_connector tune_language_model lora_r lora_alpha lora_dropout "
-    "lora_target_modules weight_decay optim optim_args adam_beta1 adam_beta2 adam_epsilon lr_scheduler_kwargs "
-    "max_grad_norm neftune_noise_alpha num_train_epochs max_steps seed data_seed train_sampling_strategy "
-    "dataloader_drop_last bf16 fp16 memory_dropout max_length truncation save_only_model model vision_model "
-    "language_model"
-).split()
-
-
-MODEL_TRAJECTORY = (
-    "memory_top_k memory_fusion num_latents latent_dim latents_per_word memory_lexicon_size image_seq_length "
-    "key_space memory_scores retrieval_threshold connector_size prompt_captions"
-).split()
+from .trainable_parts import TrainedPart, parts_of, set_trainable, table
 
 
 class SupervisedTrainer(Trainer):
-    """Computes logits where there is a label and nowhere else; a learning rate for each part; no step that is NaN."""
+    """
+    Behaviour that the trainers of both stages share: neighbours in batches, logits where there is a label and nowhere
+    else, a learning rate for each part, no step on a loss that is NaN, and runs that go on by themselves.
 
-    meter: Meter | None = None
+    Args:
+        model: Its parts are frozen or made trainable at once, as `args` says; adapters are there while it trains only.
+        args: The settings.
+        train_dataset: Rows as [`TrainingCollator`] wants them: `messages`; `image`, `images` or `feature_index`; and,
+            for a model with memory, the `memory_ids` that [`find_neighbours`] found.
+        eval_dataset: The same, for `args.eval_strategy` and `evaluate()`; with `vision_features` it needs a
+            `feature_index`, or images.
+        processing_class: The model's processor.
+        memory_bank: The bank that `memory_ids` are of; None for a model without memory.
+        vision_features: The array that [`cache_vision_features`] returned, for the rows of `train_dataset` in order,
+            or at the rows' `feature_index`.
+        kwargs: All else that the trainer takes: `callbacks`, `optimizers`, ...
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.loss_check = LossCheck(self)
-        self.evaluated = torch.zeros(2)  # the loss summed over supervised tokens, and their number
-        self.add_callback(self.loss_check)
-        if self.args.uses_lora and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+    Raises:
+        ValueError: A column or the bank is missing, or nothing would train.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: StageArguments,
+        *,
+        train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
+        processing_class: ProcessorMixin,
+        memory_bank: MemoryBank | None = None,
+        vision_features: np.ndarray | None = None,
+        **kwargs,
+    ):
+        self.memory_bank, self.vision_features = memory_bank, vision_features
+        set_trainable(args, model)
+        if train_dataset is not None:
+            train_dataset = training_rows(model, train_dataset, memory_bank, vision_features)
+        super().__init__(
+            model,
+            args,
+            data_collator=collator_of(args, model, processing_class, memory_bank, vision_features),
+            train_dataset=train_dataset,
+            eval_dataset=evaluation_rows(model, eval_dataset, memory_bank, vision_features),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled  # the model, among processes
+        if args.uses_lora and self.is_divided:
             raise ValueError(
-                f"tune_language_model is {self.args.tune_language_model}, which FSDP and DeepSpeed are not supported "
+                f"tune_language_model is {args.tune_language_model}, which FSDP and DeepSpeed are not supported "
                 "with: train with ddp.yaml, adapters take little memory."
             )
+        present = {type(module).__name__ for module in model.modules()}  # FSDP does not start if it misses one
+        model._no_split_modules = [name for name in model._no_split_modules or () if name in present]
+        self.parts: list[TrainedPart] = parts_of(args, model)
+        self.evaluated = torch.zeros(2)  # the loss summed over supervised tokens, and their number
+        self.loss_check, self.meter = LossCheck(self), Meter(self, memory_bank)
+        self._add_callbacks()
+
+    def _add_callbacks(self):
+        for callback in (self.loss_check, Clock(), Curves()):
+            self.add_callback(callback)
+        if self.eval_dataset is not None and self.args.eval_samples:
+            self.add_callback(SampleAnswers(self))
+        self.add_callback(self.meter)
+        if self.data_collator.dropout is not None:
+            self.add_callback(TellEpoch(self.data_collator.dropout))
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
+        """
+        Train, from the last checkpoint in `output_dir` on if there is one; a run that is finished is loaded. The model
+        is in evaluation mode afterwards, its adapters merged; frozen weights are the same bit for bit.
+
+        Args:
+            resume_from_checkpoint: Another checkpoint of this run to go on from, or `False` to begin anew.
+
+        Raises:
+            ValueError: `output_dir` has checkpoints of another run, a loss is NaN, or no step could be taken.
+        """
+        set_seed(self.args.seed)  # answers before the first step change nothing
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        use_bfloat16 = self.args.bf16 and not self.is_divided  # FSDP and DeepSpeed have a precision of their own
+        with (
+            adapters(self.args, self.model),
+            ready_to_answer(self.model),
+            self.meter.counting_slots(),
+            bfloat16_language_model(self.model, use_bfloat16, frozen_only=True),
+        ):
+            self.parts = parts_of(self.args, self.model)
+            if self.is_world_process_zero():
+                print(table(self.parts), flush=True)
+            if checkpoint is not None and self._load_finished(checkpoint):
+                losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+                return TrainOutput(self.state.global_step, fmean(losses) if losses else math.nan, {})
+            if checkpoint is not None and self.args.save_only_model:
+                raise ValueError(
+                    f"{checkpoint} was saved with save_only_model: a run cannot go on without the optimizer's "
+                    "state. Use another output_dir, or delete this one to train anew."
+                )
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _checkpoint_to_resume(self, chosen: str | bool | None) -> str | None:
+        args, rows = self.args, self.train_dataset
+        if isinstance(rows, datasets.Dataset) and args.dataloader_drop_last:
+            batch = args.train_batch_size * args.world_size
+            if len(rows) < batch:
+                raise ValueError(
+                    f"There are {len(rows)} rows, but a batch of all processes has {batch}, and dataloader_drop_last "
+                    "drops what is less: no step could be taken. Leave it out, or set a smaller "
+                    "per_device_train_batch_size."
+                )
+        settings = trajectory_settings(args, self.model, self.processing_class, rows, self.memory_bank)
+        path = chosen if isinstance(chosen, str | os.PathLike) else args.resume_from_checkpoint
+        checkpoint = last_checkpoint(args.output_dir, settings, path, write=self.is_world_process_zero())
+        return None if chosen is False else checkpoint
+
+    def _load_finished(self, checkpoint: str) -> bool:
+        """
+        Load weights and state if the checkpoint is of the last step, and return True if it is. `Trainer` itself would
+        do one more step when `max_steps` ends within an epoch.
+        """
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        if not 0 < state.max_steps <= state.global_step:
+            return False
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(checkpoint)
+        return True
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Return the loss, a mean over all supervised tokens, on `eval_dataset`, by default that of the trainer."""
+        if isinstance(eval_dataset, datasets.Dataset):
+            eval_dataset = evaluation_rows(self.model, eval_dataset, self.memory_bank, self.vision_features)
+        with contextlib.nullcontext() if self.is_in_train else ready_to_answer(self.model):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """
+        Write model and processor to `output_dir`, for `from_pretrained`; all processes call it, because each may hold
+        a part of the weights. (`Trainer` itself calls it for a checkpoint, which has what trains and nothing else.)
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        model, state_dict = self.model, None
+        if self.is_divided:
+            state_dict = dict(self.accelerator.get_state_dict(self.model_wrapped))
+            if model.config.tie_word_embeddings:
+                state_dict.pop("lm_head.weight", None)
+            generation_config = model.generation_config
+            with torch.device("meta"):  # FSDP changes the class of the model, and with it the code that is saved
+                model = TinyAlignForConditionalGeneration(model.config)
+            model.generation_config = generation_config
+        if self.is_world_process_zero():
+            alone = self.args.save_only == "connectors"
+            model.save_pretrained(output_dir, connectors_only=alone, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
+
+    def create_model_card(self, *args, **kwargs):
+        """Write no card: that of the model is written by `tinyalign train`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over all supervised tokens of the batch, also when it is accumulated in parts."""
@@ -72,7 +208,7 @@ class SupervisedTrainer(Trainer):
         if self.args.tune_language_model == "frozen" and self.model.training:
             without_dropout(self.model.base_model.language_model)  # Trainer has just put it in training mode
         inputs = {**batch, "supervised_logits_only": True, "use_cache": False}
-        if self.model.training and self.meter is not None:
+        if self.model.training:
             self.meter.count(inputs)
         if self.model.training and not {"pixel_values", "vision_features"} & inputs.keys():
             inputs = with_blank_image(self.model, self.data_collator.processor, inputs)
@@ -92,7 +228,7 @@ class SupervisedTrainer(Trainer):
         return output._replace(metrics={**output.metrics, f"{metric_key_prefix}_loss": loss / tokens})
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        if self.meter is not None and "loss" in logs:
+        if "loss" in logs and self.is_in_train:
             logs = {**logs, **self.meter.read(logs)}
         super().log(logs, start_time)
 
@@ -161,42 +297,25 @@ class SupervisedTrainer(Trainer):
             load_trained(self.model, self.state.best_model_checkpoint)
 
 
-def without_dropout(language_model: PreTrainedModel):
-    """Evaluation mode for all but the layers themselves, which checkpoint their activations in training mode only."""
-    language_model.eval()
-    for module in language_model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = module.gradient_checkpointing
-
-
-def with_blank_image(model: PreTrainedModel, processor: ProcessorMixin, inputs: dict) -> dict:
-    """
-    Adds a row with a blank image and no label to a batch of text. The connectors get a gradient of zero from it: none
-    at all would stop stage 1, and processes that wait for each other's.
-    """
-    length = max(inputs["input_ids"].shape[1], processor.num_image_tokens)
-    inputs = dict(inputs)
-    for name, padding in (
-        ("input_ids", processor.tokenizer.pad_token_id or 0),
-        ("attention_mask", 0),
-        ("labels", -100),
-    ):
-        inputs[name] = F.pad(inputs[name], (0, length - inputs[name].shape[1], 0, 1), value=padding)
-    inputs["input_ids"][-1, : processor.num_image_tokens] = processor.image_token_id
-    inputs["attention_mask"][-1, : processor.num_image_tokens] = 1
-    blank = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
-    inputs["pixel_values"] = blank["pixel_values"].to(inputs["input_ids"].device)
-    return {**inputs, "memory": "off"} if model.config.memory_top_k > 0 else inputs
+@contextlib.contextmanager
+def ready_to_answer(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the model in evaluation mode, and free of what accelerate and TRL put around its forward."""
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+        model.eval()
 
 
 def collator_of(
-    config: RunArguments,
+    config: StageArguments,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     bank: MemoryBank | None,
     vision_features: np.ndarray | None,
 ) -> TrainingCollator:
-    """What makes the batches of a run. Raises `ValueError` if neighbours that are not there should be dropped."""
+    """Return the collator of a run. Raises `ValueError` if neighbours that are not there should be dropped."""
     neighbours = model.config.num_neighbours
     if config.memory_dropout and not neighbours:
         raise ValueError(
@@ -215,125 +334,20 @@ def collator_of(
     )
 
 
-def train(trainer: Trainer, bank: MemoryBank | None):
+class AlignmentTrainer(SupervisedTrainer):
+    """Stage 1 on transformers' trainer: the connectors train, or what else `args` says."""
+
+    args: AlignmentConfig
+
+
+class InstructionTrainer(SupervisedTrainer, SFTTrainer):
     """
-    Trains, from the last checkpoint in `output_dir` on if there is one; leaves the model in evaluation mode and free
-    of what accelerate and TRL put around its forward. A run that is finished is loaded and not trained. Raises
-    `ValueError` when the checkpoints are of another run, or no step could be taken.
+    Stage 2 on TRL's trainer: the connectors and the language model train, or what else `args` says.
+
+    What trains is float32 (a bfloat16 model is widened): in bfloat16 alone, updates of 2e-5 are rounded away.
     """
-    model, args = trainer.model, trainer.args
-    settings = {name: vars(args)[name] for name in TRAJECTORY}
-    settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if isinstance(trainer.train_dataset, datasets.Dataset):
-        settings["rows"] = len(trainer.train_dataset)
-        settings["rows_hash"] = content_hash(trainer.train_dataset)
-        if args.dataloader_drop_last and settings["rows"] < args.train_batch_size * args.world_size:
-            raise ValueError(
-                f"There are {settings['rows']} rows, but a batch of all processes has "
-                f"{args.train_batch_size * args.world_size}, and dataloader_drop_last drops what is less: no step "
-                "could be taken. Leave it out, or set a smaller per_device_train_batch_size."
-            )
-    settings["memory_bank"] = (
-        None if bank is None else {"keys": bank.config.sha256.keys, "values": bank.config.sha256.values}
-    )
-    settings["image_aspect_ratio"] = trainer.data_collator.processor.image_aspect_ratio
-    for name in MODEL_TRAJECTORY:
-        settings[name] = vars(model.config)[name]
-    write = trainer.is_world_process_zero()
-    checkpoint = last_checkpoint(args.output_dir, settings, args.resume_from_checkpoint, write)
-    trainer.add_callback(Clock())
-    trainer.add_callback(Curves())
-    if trainer.eval_dataset is not None and args.eval_samples:
-        trainer.add_callback(SampleAnswers(trainer))
-    trainer.meter = Meter(trainer, bank)
-    trainer.add_callback(trainer.meter)
-    if trainer.data_collator.dropout is not None:
-        trainer.add_callback(TellEpoch(trainer.data_collator.dropout))
-    present = {type(module).__name__ for module in model.modules()}  # FSDP does not start if it misses one
-    model._no_split_modules = [name for name in model._no_split_modules or () if name in present]
-    divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these have a precision of their own
-    try:
-        with bfloat16_language_model(model, args.bf16 and not divided, frozen_only=True):
-            trainer.parts = parts_of(args, model)
-            if trainer.is_world_process_zero():
-                print(table(trainer.parts), flush=True)
-            if checkpoint is None or not _load_finished(trainer, checkpoint):
-                if checkpoint is not None and args.save_only_model:
-                    raise ValueError(
-                        f"{checkpoint} was saved with save_only_model: a run cannot go on without the optimizer's "
-                        "state. Use another output_dir, or delete this one to train anew."
-                    )
-                trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        trainer.meter.close()
-        for name in ("forward", "_original_forward"):
-            vars(model).pop(name, None)
-        model.eval()
 
-
-def _load_finished(trainer: Trainer, checkpoint: str) -> bool:
-    """
-    Loads weights and state if the checkpoint is of the last step, and says whether it is. `Trainer` itself would do
-    one more step when `max_steps` ends within an epoch.
-    """
-    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-    if not 0 < state.max_steps <= state.global_step:
-        return False
-    trainer.state = state
-    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-        trainer._load_best_model()
-    else:
-        trainer._load_from_checkpoint(checkpoint)
-    return True
-
-
-class Stage1Trainer(SupervisedTrainer):
-    """transformers' trainer. Make it with [`train_stage1`]."""
-
-
-def train_stage1(
-    config: Stage1Config,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    dataset: datasets.Dataset,
-    bank: MemoryBank | None = None,
-    vision_features: np.ndarray | None = None,
-    eval_dataset: datasets.Dataset | None = None,
-) -> Stage1Trainer:
-    """
-    Trains the connectors of `model`, or what else `config` says, from the last checkpoint in `config.output_dir` on if
-    there is one, and writes them to `connectors.safetensors` there.
-
-    Args:
-        dataset: Rows as [`TrainingCollator`] wants them: `messages`, `image`, `images` or `feature_index`,
-            `memory_ids`.
-        bank: The memory bank that `memory_ids` are of; None for a model without memory.
-        vision_features: What [`cache_vision_features`] returned, for the rows of `dataset` in order, or at the rows'
-            `feature_index`.
-        eval_dataset: The same, for `config.eval_strategy`; with `vision_features` it needs `feature_index`.
-
-    Returns:
-        The trainer; losses are in its `state.log_history`. The frozen weights are the same bit for bit.
-
-    Raises:
-        ValueError: A column or the bank is missing, `output_dir` has checkpoints of another run, or a loss is NaN.
-    """
-    set_trainable(config, model)
-    with adapters(config, model):
-        trainer = Stage1Trainer(
-            model,
-            config,
-            data_collator=collator_of(config, model, processor, bank, vision_features),
-            train_dataset=training_rows(model, dataset, bank, vision_features),
-            eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
-        )
-        train(trainer, bank)
-        trainer.save_model()
-    return trainer
-
-
-class Stage2Trainer(SupervisedTrainer, SFTTrainer):
-    """TRL's trainer, with logits at supervised positions only. Make it with [`train_stage2`]."""
+    args: InstructionConfig
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -343,34 +357,5 @@ class Stage2Trainer(SupervisedTrainer, SFTTrainer):
         self._metrics[mode]["mean_token_accuracy"].append(correct.float().mean().item())
         return (loss, outputs) if return_outputs else loss
 
-    def create_model_card(self, *args, **kwargs):
-        """None: the model's card is of hub_cards."""
 
-
-def train_stage2(
-    config: Stage2Config,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    dataset: datasets.Dataset,
-    bank: MemoryBank | None = None,
-    vision_features: np.ndarray | None = None,
-    eval_dataset: datasets.Dataset | None = None,
-) -> Stage2Trainer:
-    """
-    Trains the connectors and the language model of `model`, or what else `config` says, from the last checkpoint in
-    `config.output_dir` on if there is one. Arguments, result and errors are those of [`train_stage1`].
-
-    What trains is float32 (a bfloat16 model is widened): in bfloat16 alone, updates of 2e-5 are rounded away.
-    """
-    set_trainable(config, model)
-    with adapters(config, model):
-        trainer = Stage2Trainer(
-            model,
-            config,
-            data_collator=collator_of(config, model, processor, bank, vision_features),
-            train_dataset=training_rows(model, dataset, bank, vision_features),
-            eval_dataset=evaluation_rows(model, eval_dataset, bank, vision_features),
-            processing_class=processor,
-        )
-        train(trainer, bank)
-    return trainer
+TRAINERS = {1: AlignmentTrainer, 2: InstructionTrainer}

@@ -8,8 +8,8 @@ import yaml
 
 from tinyalign_cli.main import main
 from tinyalign_vlm.hub_cards.facts import read_facts
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
-from tinyalign_vlm.training.arguments.instruction import Stage2Config
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
+from tinyalign_vlm.training.arguments.instruction import InstructionConfig
 from tinyalign_vlm.training.stages import run
 
 REFUSED = [
@@ -39,7 +39,7 @@ REFUSED = [
 # Stage 1 has none of TRL's own settings.
 OF_STAGES = [
     (stage, *setting)
-    for stage, config in ((1, Stage1Config), (2, Stage2Config))
+    for stage, config in ((1, AlignmentConfig), (2, InstructionConfig))
     for setting in REFUSED
     if setting[0] in {field.name for field in fields(config)}
 ]
@@ -64,16 +64,16 @@ def test_what_would_have_no_effect_is_refused_before_anything_is_read(
 
 
 def test_what_says_what_is_done_anyway_is_taken(tmp_path):
-    Stage2Config(output_dir=str(tmp_path), assistant_only_loss=True, completion_only_loss=True, packing=False)
+    InstructionConfig(output_dir=str(tmp_path), assistant_only_loss=True, completion_only_loss=True, packing=False)
 
 
 def test_noise_is_for_a_language_model_that_trains(tmp_path):
     with pytest.raises(ValueError, match="neftune_noise_alpha is 5, but tune_language_model is frozen"):
-        Stage1Config(output_dir=str(tmp_path), neftune_noise_alpha=5)
-    Stage2Config(output_dir=str(tmp_path), neftune_noise_alpha=5)
+        AlignmentConfig(output_dir=str(tmp_path), neftune_noise_alpha=5)
+    InstructionConfig(output_dir=str(tmp_path), neftune_noise_alpha=5)
 
 
-@pytest.mark.parametrize("config", [Stage1Config, Stage2Config])
+@pytest.mark.parametrize("config", [AlignmentConfig, InstructionConfig])
 def test_a_process_has_one_gpu(config, tmp_path, monkeypatch):
     """Trainer would divide a batch's rows and its images among GPUs as if they were as many."""
     monkeypatch.setattr(config, "n_gpu", property(lambda self: 8))

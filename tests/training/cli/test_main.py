@@ -212,7 +212,7 @@ def test_a_composed_model_reads_the_banks_words(files, checkpoints, dataset, cap
         ({"dataset": ["pairs.parquet"]}, "dataset is .*, expected str"),
         ({"report_to": ["paper"]}, "report_to is paper, expected one of"),
         ({"baseline": "rag"}, "baseline is 'rag', expected one of wider_connector, static_rag, text_rag"),
-        ({"lerning_rate": 1e-3}, "lerning_rate is no setting of Stage1Config, did you mean learning_rate"),
+        ({"lerning_rate": 1e-3}, "lerning_rate is no setting of AlignmentConfig, did you mean learning_rate"),
         ({"model": "nowhere"}, "model nowhere, expected a folder or a Hub repository"),
         ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs is 0 and max_steps -1"),
         ({"resume_from_checkpoint": "out9/checkpoint-1"}, "complete checkpoints in out1 are none"),
@@ -298,9 +298,9 @@ def test_rows_without_an_answer_are_named(labels, message, files, monkeypatch):
 
 def test_an_unknown_field_is_refused(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
-    with pytest.raises(SystemExit, match="learning_rat is no setting of Stage1Config, did you mean learning_rate"):
+    with pytest.raises(SystemExit, match="learning_rat is no setting of AlignmentConfig, did you mean learning_rate"):
         main(["train", "stage1.yaml", "--learning_rat", "1"])
-    with pytest.raises(SystemExit, match="top_k is no setting of Stage1Config, but a field of the model's config"):
+    with pytest.raises(SystemExit, match="top_k is no setting of AlignmentConfig, but a field of the model's config"):
         main(["train", "stage1.yaml", "--top_k", "0"])
 
 

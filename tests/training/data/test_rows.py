@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tinyalign_cli.main import main
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.data.chats import images_of
 from tinyalign_vlm.training.data.check import check_rows, training_data
 from tinyalign_vlm.training.data.collator import TrainingCollator
@@ -119,8 +119,8 @@ def write(rows: list[dict], kind: str) -> str:
     return "rows.parquet"
 
 
-def config(dataset: str, **settings) -> Stage1Config:
-    return Stage1Config(output_dir="out", dataset=dataset, image_folder="images", disable_tqdm=True, **settings)
+def config(dataset: str, **settings) -> AlignmentConfig:
+    return AlignmentConfig(output_dir="out", dataset=dataset, image_folder="images", disable_tqdm=True, **settings)
 
 
 def simple(rows) -> list[tuple]:

@@ -46,7 +46,7 @@ def test_the_answer_in_the_data_does_not_change_the_models(model, processor, dat
 
 
 def test_a_learned_answer_is_an_exact_match(make_model, processor, dataset, bank, features, tmp_path):
-    from tinyalign_vlm.training.arguments.instruction import Stage2Config
+    from tinyalign_vlm.training.arguments.instruction import InstructionConfig
     from tinyalign_vlm.training.stages.trainers import train_stage2
 
     model = make_model()
@@ -55,7 +55,7 @@ def test_a_learned_answer_is_an_exact_match(make_model, processor, dataset, bank
             "messages": [row["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "blue"}]}]
         }
     )
-    config = Stage2Config(
+    config = InstructionConfig(
         str(tmp_path), max_steps=25, learning_rate=1e-2, bf16=False, save_strategy="no", disable_tqdm=True
     )
     train_stage2(config, model, processor, same, bank, features)

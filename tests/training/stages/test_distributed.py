@@ -17,7 +17,7 @@ from packaging import version
 from safetensors.torch import load_file
 
 from tinyalign_cli.main import main
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.arguments.files import CONFIGS
 
 ACCELERATE = CONFIGS / "accelerate"
@@ -134,14 +134,14 @@ def test_a_model_divided_by_fsdp2_is_saved_whole(stage, files, monkeypatch):
 
 
 def test_a_global_batch_that_does_not_divide_is_refused():
-    config = Stage1Config(output_dir="out", global_batch_size=256, per_device_train_batch_size=16, use_cpu=True)
+    config = AlignmentConfig(output_dir="out", global_batch_size=256, per_device_train_batch_size=16, use_cpu=True)
     assert config.gradient_accumulation_steps == 16
     with pytest.raises(ValueError, match="global_batch_size is 256, expected a multiple of 12: 1 processes x 12 rows"):
-        Stage1Config(output_dir="out", global_batch_size=256, per_device_train_batch_size=12, use_cpu=True)
+        AlignmentConfig(output_dir="out", global_batch_size=256, per_device_train_batch_size=12, use_cpu=True)
     with pytest.raises(ValueError, match="global_batch_size is 8, expected a multiple of 16"):
-        Stage1Config(output_dir="out", global_batch_size=8, per_device_train_batch_size=16, use_cpu=True)
+        AlignmentConfig(output_dir="out", global_batch_size=8, per_device_train_batch_size=16, use_cpu=True)
     with pytest.raises(ValueError, match="16 rows x 16 accumulated batches, but gradient_accumulation_steps is 2"):
-        Stage1Config(
+        AlignmentConfig(
             output_dir="out",
             global_batch_size=256,
             per_device_train_batch_size=16,

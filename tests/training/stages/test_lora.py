@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration
-from tinyalign_vlm.training.arguments.instruction import Stage2Config
+from tinyalign_vlm.training.arguments.instruction import InstructionConfig
 from tinyalign_vlm.training.arguments.tuning import TuningArguments
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.stages.lora import adapters
@@ -21,7 +21,7 @@ def test_adapters_are_merged(text, make_model, make_processor, dataset, bank, tm
     processor = make_processor(model, text=text)
     batch = TrainingCollator(processor, None, bank)(list(dataset.select(range(4))))
     before = weights(model)
-    config = Stage2Config(output_dir=str(tmp_path), tune_language_model="lora", lora_r=3)
+    config = InstructionConfig(output_dir=str(tmp_path), tune_language_model="lora", lora_r=3)
     set_trainable(config, model)
     with adapters(config, model):
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -50,7 +50,7 @@ def test_nothing_is_left_of_a_run_that_is_interrupted(policy, make_model, tmp_pa
     model = make_model()
     before, classes = weights(model), [type(module) for module in model.modules()]
     attributes = set(vars(model.base_model.language_model))
-    config = Stage2Config(output_dir=str(tmp_path), tune_language_model=policy)
+    config = InstructionConfig(output_dir=str(tmp_path), tune_language_model=policy)
     set_trainable(config, model)
     with pytest.raises(KeyboardInterrupt), adapters(config, model):
         for name, parameter in model.named_parameters():
@@ -62,7 +62,7 @@ def test_nothing_is_left_of_a_run_that_is_interrupted(policy, make_model, tmp_pa
     assert set(vars(model.base_model.language_model)) == attributes
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["model.language_model.layers.0.mlp.up_proj.weight"]
-    unfit = Stage2Config(output_dir=str(tmp_path), tune_language_model=policy, lora_target_modules=["query"])
+    unfit = InstructionConfig(output_dir=str(tmp_path), tune_language_model=policy, lora_target_modules=["query"])
     with pytest.raises(ValueError, match="not found"), adapters(unfit, model):
         raise AssertionError("There are no such adapters.")
     assert [type(module) for module in model.modules()] == classes

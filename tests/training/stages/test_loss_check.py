@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.data.chats import name_row
 from tinyalign_vlm.training.data.check import training_data
 from tinyalign_vlm.training.stages.loss_check import BadLoss
@@ -69,7 +69,7 @@ def test_rows_keep_the_numbers_that_they_have_in_the_file(tmp_path, images):
     names = ("a.png", "b.png", "a.png", "a.png")
     rows = [{"id": number, "image": name, "conversations": turns} for number, name in enumerate(names)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    config = Stage1Config(output_dir=str(tmp_path / "out"), dataset=str(tmp_path / "rows.json"))
+    config = AlignmentConfig(output_dir=str(tmp_path / "out"), dataset=str(tmp_path / "rows.json"))
     config.image_folder = str(tmp_path)
     kept = training_data(config, None)
     assert kept["row"] == [0, 2, 3] and kept["id"] == ["0", "2", "3"]

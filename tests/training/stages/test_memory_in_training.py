@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tinyalign_vlm.modeling_tinyalign.bank_rows import BankRows
 from tinyalign_vlm.modeling_tinyalign.bank_storage import BankFiles
 from tinyalign_vlm.processing import add_captions
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.arguments.files import read_config
 from tinyalign_vlm.training.data.chats import encode_chat, to_messages
 from tinyalign_vlm.training.data.collator import TrainingCollator
@@ -36,7 +36,7 @@ def indexed(rows) -> list[dict]:
 
 def run(model, processor, rows, bank, features, folder, **settings):
     settings = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "bf16": False, **settings}
-    config = Stage1Config(output_dir=str(folder), disable_tqdm=True, learning_rate=1e-2, seed=3, **settings)
+    config = AlignmentConfig(output_dir=str(folder), disable_tqdm=True, learning_rate=1e-2, seed=3, **settings)
     return train_stage1(config, model, processor, rows, bank, features)
 
 
@@ -131,7 +131,7 @@ def test_evaluation_has_no_dropout(make_model, processor, rows, bank, features, 
     rows = rows.add_column("feature_index", list(range(12)))
     evaluated = []
     for rate in (0.0, 1.0):
-        config = Stage1Config(
+        config = AlignmentConfig(
             str(tmp_path / str(rate)),
             max_steps=1,
             learning_rate=0.0,

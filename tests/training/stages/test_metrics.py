@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
-from tinyalign_vlm.training.arguments.instruction import Stage2Config
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
+from tinyalign_vlm.training.arguments.instruction import InstructionConfig
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.stages import metrics as module
 from tinyalign_vlm.training.stages.metrics import ModelFlops, gradient_norms, peak_flops
 from tinyalign_vlm.training.stages.trainers import train_stage1, train_stage2
 
-STAGES = {1: (Stage1Config, train_stage1), 2: (Stage2Config, train_stage2)}
+STAGES = {1: (AlignmentConfig, train_stage1), 2: (InstructionConfig, train_stage2)}
 
 
 def run(stage, model, processor, dataset, bank, output_dir, features=None, **settings):

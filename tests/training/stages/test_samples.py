@@ -10,12 +10,12 @@ from isolation import set_hf_home
 from PIL import Image
 
 from tinyalign_cli.main import main
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
-from tinyalign_vlm.training.arguments.instruction import Stage2Config
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
+from tinyalign_vlm.training.arguments.instruction import InstructionConfig
 from tinyalign_vlm.training.stages.samples import write_samples
 from tinyalign_vlm.training.stages.trainers import train_stage1, train_stage2
 
-STAGES = {1: (Stage1Config, train_stage1), 2: (Stage2Config, train_stage2)}
+STAGES = {1: (AlignmentConfig, train_stage1), 2: (InstructionConfig, train_stage2)}
 
 
 def samples_in(folder) -> list[dict]:
@@ -50,7 +50,7 @@ def test_answers_do_not_change_training(make_model, processor, dataset, bank, fe
     for number in (0, 2):
         folder = tmp_path / str(number)
         settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "eval_samples": number}
-        config = Stage1Config(str(folder), bf16=False, logging_steps=1, disable_tqdm=True, **settings)
+        config = AlignmentConfig(str(folder), bf16=False, logging_steps=1, disable_tqdm=True, **settings)
         trainer = train_stage1(config, make_model(), processor, dataset, bank, features, dataset)
         losses[number] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert Path(folder, "samples.jsonl").exists() == (number > 0)
@@ -59,7 +59,7 @@ def test_answers_do_not_change_training(make_model, processor, dataset, bank, fe
 
 def test_neighbours_below_the_threshold_are_not_shown(make_model, processor, dataset, bank, features, tmp_path):
     rows = dataset.add_column("memory_scores", [[0.5, 0.25]] * 12)
-    config = Stage1Config(str(tmp_path), max_steps=1, eval_strategy="steps", eval_steps=1, bf16=False)
+    config = AlignmentConfig(str(tmp_path), max_steps=1, eval_strategy="steps", eval_steps=1, bf16=False)
     train_stage1(config, make_model(retrieval_threshold=0.4), processor, rows, bank, features, rows)
     assert all(len(sample["neighbours"]) == 1 for sample in samples_in(tmp_path))
 
@@ -67,7 +67,7 @@ def test_neighbours_below_the_threshold_are_not_shown(make_model, processor, dat
 def test_trackers_get_a_table(make_model, processor, dataset, bank, features, tmp_path, monkeypatch):
     logged = []
     tracker = SimpleNamespace(Table=lambda dataframe: dataframe, log=logged.append)
-    config = Stage1Config(str(tmp_path), max_steps=1, eval_samples=2, bf16=False)
+    config = AlignmentConfig(str(tmp_path), max_steps=1, eval_samples=2, bf16=False)
     trainer = train_stage1(config, make_model(), processor, dataset, bank, features)
     trainer.eval_dataset = dataset
     for name in ("wandb", "trackio"):
@@ -143,7 +143,7 @@ def test_augmented_images_have_no_features(make_model, processor, dataset, bank,
     augmented = dataset.with_transform(lambda rows: rows)
     with pytest.raises(ValueError, match="The data set has a transform"):
         cache_vision_features(make_model(), processor, augmented["image"], tmp_path / "features")
-    config = Stage1Config(str(tmp_path), max_steps=1, bf16=False)
+    config = AlignmentConfig(str(tmp_path), max_steps=1, bf16=False)
     with pytest.raises(ValueError, match="The data set has a transform"):
         train_stage1(config, make_model(), processor, augmented, bank, features)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
-from tinyalign_vlm.training.arguments.instruction import Stage2Config
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
+from tinyalign_vlm.training.arguments.instruction import InstructionConfig
 from tinyalign_vlm.training.data.chats import encode_chat
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
@@ -18,7 +18,7 @@ from tinyalign_vlm.training.evaluation.answers import evaluate_answers
 from tinyalign_vlm.training.stages.checkpoints import load_connectors, save_connectors
 from tinyalign_vlm.training.stages.trainers import Stage1Trainer, Stage2Trainer, train_stage1, train_stage2
 
-STAGES = {1: (Stage1Config, train_stage1), 2: (Stage2Config, train_stage2)}
+STAGES = {1: (AlignmentConfig, train_stage1), 2: (InstructionConfig, train_stage2)}
 
 
 def run(stage, model, processor, dataset, bank, output_dir, features=None, **settings):
@@ -312,7 +312,7 @@ def test_workers_read_the_bank(make_model, processor, dataset, bank, features, t
 
 
 def test_evaluation_during_training(make_model, processor, dataset, bank, features, tmp_path):
-    config = Stage1Config(
+    config = AlignmentConfig(
         str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, bf16=False, disable_tqdm=True
     )
     indexed = dataset.add_column("feature_index", list(range(12)))

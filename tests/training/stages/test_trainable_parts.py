@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from tinyalign_vlm.training.arguments.alignment import Stage1Config
-from tinyalign_vlm.training.arguments.instruction import Stage2Config
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
+from tinyalign_vlm.training.arguments.instruction import InstructionConfig
 from tinyalign_vlm.training.arguments.tuning import PARTS, part_of
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.stages.trainable_parts import set_trainable
@@ -112,7 +112,7 @@ def test_layers_that_cannot_train(policy, message, make_model, processor, datase
 )
 def test_bad_settings(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        Stage1Config(output_dir=str(tmp_path), **settings)
+        AlignmentConfig(output_dir=str(tmp_path), **settings)
 
 
 def test_nothing_is_left_to_train_without_memory(make_model, make_processor, dataset, tmp_path):
@@ -123,7 +123,7 @@ def test_nothing_is_left_to_train_without_memory(make_model, make_processor, dat
 
 def test_cached_features_are_of_a_frozen_tower(make_model, processor, dataset, bank, features, tmp_path):
     with pytest.raises(ValueError, match="tune_vision_tower is 'full' and cache_features true"):
-        Stage1Config(output_dir=str(tmp_path), tune_vision_tower="full", cache_features=True)
+        AlignmentConfig(output_dir=str(tmp_path), tune_vision_tower="full", cache_features=True)
     with pytest.raises(ValueError, match="vision_features were given, which it made before"):
         run(1, make_model(), processor, dataset, bank, tmp_path, features, tune_vision_tower="full")
 
@@ -214,9 +214,9 @@ def test_activations_that_are_kept(make_model, make_processor, dataset, bank, tm
     tower, language_model = model.model.vision_tower, model.model.language_model
     folder = str(tmp_path)
     frozen, part, full = (
-        kept(Stage1Config(output_dir=folder, tune_vision_tower=policy), tower)
+        kept(AlignmentConfig(output_dir=folder, tune_vision_tower=policy), tower)
         for policy in ("frozen", "from layer 1", "full")
     )
     assert frozen == 0 < part < full
-    frozen, full = (kept(config(output_dir=folder), language_model) for config in (Stage1Config, Stage2Config))
+    frozen, full = (kept(config(output_dir=folder), language_model) for config in (AlignmentConfig, InstructionConfig))
     assert 0 < frozen < 0.8 * full

@@ -1,0 +1,68 @@
+"""Settings that choose the model, its processor and its memory bank."""
+
+import json
+from dataclasses import dataclass, field
+
+BASELINES = ("wider_connector", "static_rag", "text_rag")
+
+
+@dataclass
+class ModelArguments:
+    """The model of a run: loaded, or composed of a vision tower and a language model; and its memory."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub repository of a TinyAlign model with its processor."}
+    )
+    vision_model: str | None = field(
+        default=None, metadata={"help": "Or: folder or Hub repository of the vision tower of a new model,"}
+    )
+    language_model: str | None = field(default=None, metadata={"help": "and that of its language model."})
+    model_kwargs: dict | str | None = field(
+        default=None, metadata={"help": 'TinyAlignConfig fields to set in the model, as JSON: {"memory_top_k": 3}.'}
+    )
+    image_aspect_ratio: str | None = field(
+        default=None,
+        metadata={
+            "help": "New models, which keep it: square is the tower's own preprocessing; pad makes images square "
+            "with their mean colour first.",
+            "choices": ["square", "pad"],
+        },
+    )
+    memory_bank: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub repository of the memory bank. Not needed if memory_top_k is 0."},
+    )
+    lexicon: bool = field(
+        default=True,
+        metadata={
+            "help": "New models: let the memory connector read the words of the bank, see docs/value_encoder.md. "
+            "False for a bank whose value encoder was not trained."
+        },
+    )
+    any_tower: bool = field(default=False, metadata={"help": "Take a bank of another vision tower, too: an ablation."})
+    baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "A comparison point of the paper instead of TinyAlign, see docs/baselines.md.",
+            "choices": list(BASELINES),
+        },
+    )
+    memory_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the images that lose neighbours in training (all, some, or the most similar ones), 0 "
+            "to 1. The model then works with its bank on, off and partly on, see docs/adaptive_retrieval.md."
+        },
+    )
+
+    def read_model_kwargs(self):
+        """Turns `model_kwargs` from JSON into a dictionary; raises `ValueError` if it is none."""
+        if isinstance(self.model_kwargs, str):
+            try:
+                self.model_kwargs = json.loads(self.model_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"model_kwargs is {self.model_kwargs}, expected JSON like '{{\"memory_top_k\": 3}}' ({error})."
+                ) from error
+        if self.model_kwargs is not None and not isinstance(self.model_kwargs, dict):
+            raise ValueError(f"model_kwargs is {self.model_kwargs!r}, expected {{name: value, ...}}.")

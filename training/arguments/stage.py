@@ -1,0 +1,162 @@
+"""Settings that both stages add to those of their trainer, or set otherwise than it."""
+
+import importlib.util
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from .data import DataArguments
+from .inherited import refuse_harmful_settings
+from .model import ModelArguments
+from .tuning import TuningArguments
+
+
+@dataclass
+class StageArguments(ModelArguments, DataArguments, TuningArguments):
+    """
+    Settings that the stages share. A mixin: [`~transformers.TrainingArguments`] or a subclass comes after it among the
+    bases of a config. Defaults are the paper's (Table 3).
+    """
+
+    stage: int | None = field(default=None, metadata={"help": "1 or 2: the stage that a YAML file is for."})
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimizer step, whatever the number of processes; gradient_accumulation_steps follows "
+            "from it."
+        },
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rates."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: a share of all steps, or their number."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16; weights that train stay float32. By default where the machine is fast in it."
+        },
+    )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    report_to: list[str] | None = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Experiment trackers: wandb, trackio, tensorboard, several of them, or none."},
+    )
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Compute activations again in the backward pass: less memory, a slower step."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses, not logits."})
+
+    def __post_init__(self):
+        self.read_model_kwargs()
+        self._check_run()
+        if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:  # before transformers 5.23
+            self.gradient_checkpointing = self.gradient_checkpointing or bool(self.activation_checkpointing)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        refuse_harmful_settings(self)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bfloat16_is_fast(self.use_cpu)
+        if str(self.resume_from_checkpoint).lower() == "true":
+            self.resume_from_checkpoint = None  # a run goes on from its last checkpoint anyway
+        self.logging_nan_inf_filter = False  # it waits for the device at every batch; LossCheck does once a step
+        if self.eval_dataset is not None and self.eval_strategy == "no":
+            self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1
+        super().__post_init__()
+        self.check_tuning()
+        self._check_machine()
+        if self.tune_vision_tower != "frozen":
+            self._check_trained_vision_tower()
+        if self.streaming:
+            self._check_streaming()
+        if self.global_batch_size is not None:
+            self._accumulate_to_global_batch()
+
+    def _check_streaming(self):
+        if self.cache_features:
+            raise ValueError(
+                "Found streaming and cache_features, expected one of the two: features are kept of rows that are read "
+                "in the same order again and again. Set streaming: false, or cache_features: false."
+            )
+        if self.memory_dropout or self.baseline in ("static_rag", "text_rag"):
+            raise ValueError(
+                f"memory_dropout is {self.memory_dropout} and baseline {self.baseline!r}: they need neighbours "
+                "looked up beforehand, but those of streamed rows are looked up in every step. Set streaming: false."
+            )
+        # in accelerate's other mode one process reads for all, and rows must have equal lengths
+        self.accelerator_config.dispatch_batches = False
+
+    def _check_run(self):
+        """Raises `ValueError` for values that would fail later, with less to go by."""
+        least = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "num_proc": 1}
+        least |= {"eval_samples": 0, "eval_steps": 0, "weight_decay": 0, "dataloader_num_workers": 0}
+        for name, minimum in least.items():
+            value = vars(self)[name]
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} is {value}, expected {minimum} or more.")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs is {self.num_train_epochs:g} and max_steps {self.max_steps}: expected passes over "
+                "the data, more than 0, or a number of steps."
+            )
+        if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(
+                f"deepspeed is {self.deepspeed!r}, but DeepSpeed is not installed: pip install deepspeed, or leave it "
+                "out and divide the model with FSDP2 (accelerate launch --config_file fsdp2.yaml)."
+            )
+
+    def _check_machine(self):
+        """Raises `ValueError` for several GPUs, and for trackers that are not installed."""
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"This process sees {self.n_gpu} GPUs, expected one: start one for each with accelerate launch "
+                "--config_file ddp.yaml (see docs/training.md), or choose one with CUDA_VISIBLE_DEVICES=0."
+            )
+        for name in set(self.report_to) - set(get_available_reporting_integrations()):
+            if name in INTEGRATION_TO_CALLBACK:
+                raise ValueError(f"report_to is {name}, which is not installed: pip install {name}.")
+            raise ValueError(f"report_to is {name}, expected one of {', '.join(INTEGRATION_TO_CALLBACK)}, or none.")
+
+    def _check_trained_vision_tower(self):
+        if self.streaming and self.memory_bank is not None:
+            raise ValueError(
+                f"tune_vision_tower is {self.tune_vision_tower!r} and streaming true: neighbours of streamed rows are "
+                "looked up in every step, with keys of a vision tower that is no longer that of the bank. Set "
+                "streaming: false, and they are looked up beforehand."
+            )
+        if self.cache_features:
+            raise ValueError(
+                f"tune_vision_tower is {self.tune_vision_tower!r} and cache_features true: features computed once are "
+                "those of a tower that stays as it is. Set cache_features: false, or tune_vision_tower: frozen."
+            )
+
+    def _accumulate_to_global_batch(self):
+        if self.deepspeed is not None:
+            raise ValueError(
+                "Found deepspeed and global_batch_size, expected one of the two: DeepSpeed's file is read before the "
+                "accumulated batches are known. Use accelerate launch --config_file zero2.yaml, or set "
+                "gradient_accumulation_steps."
+            )
+        rows = self.train_batch_size * self.world_size
+        steps, rest = divmod(self.global_batch_size, rows)
+        if rest or steps == 0:
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size}, expected a multiple of {rows}: {self.world_size} "
+                f"processes x {self.train_batch_size} rows each. Change per_device_train_batch_size or the number of "
+                "processes."
+            )
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is {rows} rows x {steps} accumulated batches, but "
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: leave one of the two out."
+            )
+        self.gradient_accumulation_steps = steps
+
+
+def bfloat16_is_fast(use_cpu: bool) -> bool:
+    """Return True if the device that trains computes in bfloat16 itself."""
+    if not use_cpu and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return use_cpu and (capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
