@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from ...modeling_tinyalign.bank_storage import cache_root
+from ...modeling_tinyalign.bank_arrays import cache_root
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..arguments.files import read_config
 from ..data.preparation import prepare

@@ -24,6 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(arguments: argparse.Namespace):
     """Print how agreement depends on similarity, and set the model's threshold."""
-    from tinyalign_vlm.training.stages.run import calibrate_from_files
+    from tinyalign_vlm.training.bank.calibration import calibrate_from_files
 
     calibrate_from_files(arguments.files, arguments.fields, arguments.min_agreement)

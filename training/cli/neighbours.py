@@ -24,6 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(arguments: argparse.Namespace):
     """Write the table of neighbours that `tinyalign train` with the same arguments reads."""
-    from tinyalign_vlm.training.stages.run import find_neighbours_from_files
+    from tinyalign_vlm.training.data.preparation import find_neighbours_from_files
 
     find_neighbours_from_files(arguments.files, arguments.fields)

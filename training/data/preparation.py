@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from ...modeling_tinyalign import MemoryBank
-from ...modeling_tinyalign.bank_storage import cache_root
+from ...modeling_tinyalign.bank_arrays import cache_root
 from ...modeling_tinyalign.composition import check_origins
 from ..arguments.files import read_config
 from ..arguments.stage import StageArguments
