@@ -37,7 +37,7 @@ def rows(repo: str, kwargs: dict) -> list[str]:
 def keys(repo: str, revision: str) -> str:
     from tinyalign_vlm import MemoryBank
 
-    return MemoryBank.from_pretrained(repo, revision=revision).config["sha256"]["keys"]
+    return MemoryBank.from_pretrained(repo, revision=revision).config.sha256.keys
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +81,15 @@ def from_datasets(folder: str) -> dict:
     few = dataset.filter(lambda row: row["id"] % 5 == 0)
     kept = bank.rows([0, 5, 10])
     banks = {
-        "all": MemoryBank.from_dataset(dataset),
-        "few": MemoryBank.from_dataset(few),
-        "like": MemoryBank.from_dataset(few, like=bank),
+        "all": MemoryBank.from_dataset(dataset, like=folder),
+        "few": MemoryBank.from_dataset(few, like=bank),
         "streamed": MemoryBank.from_dataset(streamed, like="org/rows"),
         "folder": MemoryBank.from_dataset(streamed.decode(False).filter(lambda row: row["id"] % 5 == 0), like=folder),
     }
     for part in ("keys", "values", "rows"):
-        hashes = {bank.config["sha256"][part] for bank in (bank, banks["all"], banks["streamed"])}
+        hashes = {vars(bank.config.sha256)[part] for bank in (bank, banks["all"], banks["streamed"])}
         assert len(hashes) == 1, part
-    for name in ("few", "like", "folder"):
+    for name in ("few", "folder"):
         assert [row["source_id"] for row in banks[name].rows([0, 1, 2])] == [row["source_id"] for row in kept]
         assert banks[name].thumbnail(1).tobytes() == bank.thumbnail(5).tobytes()
         assert (banks[name].gather([1]) == bank.gather([5])).all()
@@ -100,22 +99,19 @@ def from_datasets(folder: str) -> dict:
 def test_from_dataset(bank, owner, saved):
     found, few = owner.run(from_datasets, saved["bank"]), ["noise 0", "noise 5", "noise 10"]
     everything = [f"noise {i}" for i in range(12)]
-    assert found == {"all": everything, "streamed": everything, "few": few, "like": few, "folder": few}
+    assert found == {"all": everything, "streamed": everything, "few": few, "folder": few}
 
 
-def test_from_dataset_needs_to_know_the_encoders(bank, owner):
-    def without_like(what: str):
+def test_from_dataset_takes_one_split(bank, owner):
+    def of_all_splits():
         from datasets import load_dataset
 
         from tinyalign_vlm import MemoryBank
 
-        dataset = load_dataset("org/rows", streaming=what == "streamed")
-        MemoryBank.from_dataset(dataset if what == "splits" else dataset["train"])
+        MemoryBank.from_dataset(load_dataset("org/rows"), like="org/rows")
 
     with pytest.raises(RemoteError, match=r"has the splits \['train'\]: pass one of them"):
-        owner.run(without_like, "splits")
-    with pytest.raises(RemoteError, match="loaded from 0 repositories .* Pass like="):
-        owner.run(without_like, "streamed")
+        owner.run(of_all_splits)
 
 
 def test_downloaded_once(owner, make_machine, hub, saved):

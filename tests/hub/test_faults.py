@@ -28,7 +28,7 @@ def load_bank(repo: str, revision: str | None = None) -> str:
     time.sleep = lambda seconds: None
     bank = MemoryBank.from_pretrained(repo, revision=revision)
     assert len(bank.captions) == 12 and bank.gather([0, 11]).any() and bank.value_encoder is not None
-    return bank.config["sha256"]["keys"]
+    return bank.config.sha256.keys
 
 
 def load_model(repo: str) -> float:

@@ -299,7 +299,7 @@ def push_versions(saved: dict) -> list[str]:
     model.memory_bank.push_to_hub("org/two-banks")
     model.push_to_hub("org/two")
     processor.push_to_hub("org/two")
-    for name in ("connectors.py", "image_loading.py"):  # each is imported by another file
+    for name in ("connectors.py", "images.py"):  # each is imported by another file
         code = open(f"{saved['model']}/{name}").read() + "\nVERSION = 2\n"
         commit = api.upload_file(path_or_fileobj=code.encode(), path_in_repo=name, repo_id="org/two")
     return [first, commit.oid]
@@ -316,7 +316,7 @@ def versions(image: str, kwargs: dict) -> dict:
     processor = AutoProcessor.from_pretrained("org/two", trust_remote_code=True, **kwargs)
     pixels = processor.image_processor(images=[Image.open(image)], return_tensors="pt")["pixel_values"]
     code = {}
-    for part, helper in ((model, "connectors"), (processor, "image_loading")):
+    for part, helper in ((model, "connectors"), (processor, "images")):
         package = type(part).__module__.rpartition(".")[0]
         code[helper] = [package.rpartition(".")[2], "VERSION" in vars(sys.modules[f"{package}.{helper}"])]
     return {
@@ -329,8 +329,8 @@ def versions(image: str, kwargs: dict) -> dict:
 
 def test_a_revision_is_of_code_and_data_alike(owner, stranger, saved):
     first, second = owner.run(push_versions, saved)
-    old = {"connectors": [first, False], "image_loading": [first, False]}
-    new = {"connectors": [second, True], "image_loading": [second, True]}
+    old = {"connectors": [first, False], "images": [first, False]}
+    new = {"connectors": [second, True], "images": [second, True]}
     for revision in ("v1", first):
         found = stranger.run(versions, saved["query"], {"revision": revision})
         assert found == {"code": old, "weights": 1, "template": 1, "caption": "noise 0"}

@@ -4,23 +4,15 @@ from pathlib import Path
 
 import pytest
 from banks import NUM_ROWS, noise, small_value_encoder
-from huggingface_hub import constants
+from isolation import set_hf_home
 
 from tinyalign_vlm import MemoryBank, ValueEncoder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Local files of banks go to a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
-        yield
 
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     """Nothing was loaded before: the shards are read and checked."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "fresh_home"))
+    set_hf_home(monkeypatch, tmp_path / "fresh_home")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +36,7 @@ def dataset() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def bank(dataset, model, processor, value_encoder, cache) -> MemoryBank:
+def bank(dataset, model, processor, value_encoder) -> MemoryBank:
     return MemoryBank.build(dataset, model, processor, value_encoder, keep_columns=["licence"], batch_size=4)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from banks import NUM_ROWS, bank_of, clustered_keys, content_of, random_values, unit
-from huggingface_hub import constants
+from isolation import set_hf_home
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign.bank_arrays import cache_root, quantize
@@ -108,7 +108,7 @@ def test_really_full_disk(bank, saved, small_disk, monkeypatch, dataset, model, 
             filler.unlink()
             bank.save_pretrained(folder)
     assert len(MemoryBank.from_pretrained(folder)) == NUM_ROWS
-    monkeypatch.setattr(constants, "HF_HOME", str(small_disk / "home"))
+    set_hf_home(monkeypatch, small_disk / "home")
     filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
     with pytest.raises(OSError, match="HF_HOME|No space left"):
         MemoryBank.build(dataset, model, processor, value_encoder)
@@ -181,8 +181,7 @@ for kill in (False, True):
 def test_eight_first_loads_lay_a_bank_out_once(bank, tmp_path):
     bank.save_pretrained(tmp_path / "bank")
     command = [sys.executable, "-c", FIRST_LOADS, str(tmp_path / "bank"), str(tmp_path / "home")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=1200)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=1200)
     for kill, line in zip((False, True), done.stdout.splitlines(), strict=True):
         layouts, answers, statuses = json.loads(line)
         assert layouts == (2 if kill else 1) and statuses == ([-9] if kill else [0]) + [0] * 7
@@ -195,7 +194,7 @@ def test_eight_first_loads_lay_a_bank_out_once(bank, tmp_path):
 def test_first_load_where_nothing_can_be_locked(bank, tmp_path, monkeypatch):
     """Each process lays it out, and puts whole files in the place of the same files."""
     bank.save_pretrained(tmp_path / "bank")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     flock = "tinyalign_vlm.modeling_tinyalign.files.fcntl.flock"
     monkeypatch.setattr(flock, lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
     assert MemoryBank.from_pretrained(tmp_path / "bank").captions == bank.captions
@@ -203,7 +202,7 @@ def test_first_load_where_nothing_can_be_locked(bank, tmp_path, monkeypatch):
 
 def test_a_damaged_bank_keeps_nobody_waiting(bank, tmp_path, monkeypatch):
     bank.save_pretrained(tmp_path / "bank")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     (shard,) = (tmp_path / "bank" / "data").iterdir()
     content = shard.read_bytes()
     shard.write_bytes(content[:-20])
@@ -235,7 +234,7 @@ def test_a_home_that_cannot_be_written(bank, tmp_path, monkeypatch, read_only):
     """Banks that are laid out there can be used; of others an error says what to do."""
     bank.save_pretrained(tmp_path / "bank")
     bank.shuffled().save_pretrained(tmp_path / "other")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    set_hf_home(monkeypatch, tmp_path / "home")
     MemoryBank.from_pretrained(tmp_path / "bank")
     read_only(tmp_path / "home")
     loaded = MemoryBank.from_pretrained(tmp_path / "bank")
@@ -244,6 +243,6 @@ def test_a_home_that_cannot_be_written(bank, tmp_path, monkeypatch, read_only):
         OSError, match="local files to .*home.tinyalign failed: .*Read-only.*set HF_HOME to a folder that"
     ):
         MemoryBank.from_pretrained(tmp_path / "other")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "bank" / "bank_config.json"))  # for those without root
+    set_hf_home(monkeypatch, tmp_path / "bank" / "bank_config.json")  # for those without root
     with pytest.raises(OSError, match="bank_config.json.tinyalign failed: .*set HF_HOME to a folder that can be"):
         MemoryBank.from_pretrained(tmp_path / "other")

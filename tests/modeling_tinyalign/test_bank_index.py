@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from banks import bank_of, clustered_keys, unit
-from huggingface_hub import constants
+from isolation import set_hf_home
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign import bank_index
@@ -21,7 +21,7 @@ from tinyalign_vlm.modeling_tinyalign.bank_index import KeyIndex, default_factor
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """No index is there before a test."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
+    set_hf_home(monkeypatch, tmp_path / "hf_home")
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -230,7 +230,7 @@ print(bank.search(bank.keys(range(50)), 5)[1].tolist())
 
 def test_processes_that_need_the_index_at_once_build_it_once(small_limits, tmp_path):
     bank_of(clustered_keys(3000, 48)).save_pretrained(tmp_path / "bank")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "other home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "other home")}
     command = [sys.executable, "-c", BUILD, str(tmp_path / "bank")]
     processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate()[0] for process in processes]
@@ -285,9 +285,8 @@ def test_eight_readers_share_one_copy(tmp_path):
     index_facts = bank.index_facts
     size = sum(path.stat().st_size for path in bank.store.files.folder.glob("*.npy"))
     assert index_facts["index"] == "IVF1,PQ32x4fs" and size > 8e6
-    environment = {**os.environ, "HF_HOME": constants.HF_HOME, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", READERS, str(tmp_path / "bank"), constants.HF_HOME]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-c", READERS, str(tmp_path / "bank"), os.environ["HF_HOME"]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     readers = json.loads(done.stdout.splitlines()[-1])
     assert len(readers) == 8
     for reader in readers:

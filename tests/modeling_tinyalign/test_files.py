@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 from banks import NUM_ROWS, content_of
-from huggingface_hub import DatasetCard, ModelCard, constants
+from huggingface_hub import DatasetCard, ModelCard
+from isolation import set_hf_home
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign import bank_folder, files
@@ -139,7 +140,7 @@ def killed(bank, tmp_path_factory) -> Path:
     for name in (".", "often", *MOMENTS):
         bank.save_pretrained(root / name / "bank")
         (root / name / "bank" / "README.md").write_text("A card.")
-    environment = {**os.environ, "HF_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(root / "home")}
     done = subprocess.run([sys.executable, "-c", KILLED, root], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return root
@@ -162,7 +163,7 @@ def test_a_killed_save_leaves_a_whole_bank(moment, killed, bank):
 def test_scratch_of_killed_processes_is_removed(killed, bank, monkeypatch):
     home = killed / "home" / "tinyalign"
     assert [path.name for path in home.glob(".tmp-*/bank/*.arrow")] == ["rows.arrow"]
-    monkeypatch.setattr(constants, "HF_HOME", str(killed / "home"))
+    set_hf_home(monkeypatch, killed / "home")
     bank.shuffled(seed=3)
     assert not list(home.glob(".tmp-*"))
 

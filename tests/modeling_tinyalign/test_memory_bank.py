@@ -16,6 +16,7 @@ from banks import (
     noise,
 )
 from huggingface_hub import constants
+from isolation import set_hf_home
 from torch.nn import functional as F
 
 from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
@@ -104,7 +105,7 @@ def test_whitened_bank(dataset, model, processor, value_encoder, tmp_path):
 def test_key_grid(whiten_dim, dataset, model, processor, value_encoder, tmp_path, monkeypatch):
     bank = MemoryBank.build(dataset, model, processor, value_encoder, key_grid=2, whiten_dim=whiten_dim, batch_size=4)
     bank.save_pretrained(tmp_path / "bank")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "another_home"))
+    set_hf_home(monkeypatch, tmp_path / "another_home")
     loaded = MemoryBank.from_pretrained(tmp_path / "bank")
     assert loaded.config.key_encoder.grid == loaded.key_encoder.grid == 2
     assert loaded.probe_keys.shape == (4, 64) and loaded.config.key_dim == (whiten_dim or 64)

@@ -31,7 +31,7 @@ def build_bank(model, processor, rows: list, num_vision_tokens: int = 16) -> Mem
 
 
 @pytest.fixture(scope="module")
-def bank(model, processor, rows, cache):
+def bank(model, processor, rows):
     return build_bank(model, processor, rows)
 
 

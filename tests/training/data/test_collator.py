@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyalign_vlm.modeling_tinyalign.bank_images import image_source_id
+from tinyalign_vlm.modeling_tinyalign.row_encoder import image_source_id
 from tinyalign_vlm.training.data.chats import to_messages
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features

@@ -2,14 +2,15 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from banks import config_of, small_value_encoder
 from torch.utils.data import DataLoader, Dataset
 
 from tinyalign_vlm.modeling_tinyalign.bank_rows import BankRows
-from tinyalign_vlm.modeling_tinyalign.bank_storage import BankFiles
 from tinyalign_vlm.processing import add_captions
 from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.arguments.files import read_config
@@ -167,13 +168,13 @@ def test_scores_are_asked_for_where_the_model_needs_them(
 def large_bank(tmp_path) -> BankRows:
     """200 MB of values."""
     rows, shape = 20_000, (50, 100)
-    files = BankFiles({"values": str(tmp_path / "bank")}, rows, 4, shape, packed=False)
-    files.values_folder.mkdir()
-    values = np.lib.format.open_memmap(files.values_folder / "values.npy", "w+", np.float16, (rows, *shape))
+    encoder = small_value_encoder(num_latents=shape[0], latent_dim=shape[1])
+    bank = BankRows(replace(config_of(4, encoder, quantized=False), num_rows=rows))
+    bank.files.folder.mkdir(parents=True)
+    values = np.lib.format.open_memmap(bank.files.folder / "values.npy", "w+", np.float16, (rows, *shape))
     values[:] = 1
     values.flush()
-    config = {"num_rows": rows, "key_dim": 4, "num_latents": shape[0], "latent_dim": shape[1]}
-    return BankRows(config, files)
+    return bank
 
 
 def own_megabytes() -> float:

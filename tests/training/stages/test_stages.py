@@ -305,7 +305,7 @@ def test_the_baseline_trains_without_a_bank_from_images_in_workers(make_model, m
 
 
 def test_workers_read_the_bank(make_model, processor, dataset, bank, features, tmp_path):
-    bank.search(np.ones((1, bank.key_dim), np.float32), 1)  # a search in a worker would hang now
+    bank.search(np.ones((1, bank.config.key_dim), np.float32), 1)  # a search in a worker would hang now
     alone = run(1, make_model(), processor, dataset, bank, tmp_path / "alone", features)
     workers = run(1, make_model(), processor, dataset, bank, tmp_path / "workers", features, dataloader_num_workers=2)
     assert losses(alone) == losses(workers)
