@@ -97,6 +97,14 @@ def _swap(fresh: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def apply_umask(folder: str | os.PathLike) -> None:
+    """Give weights in a folder the permissions of any new file: safetensors lets nobody else read what it writes."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+
+
 def sync(path: Path) -> None:
     """Wait until a file is on the disk."""
     with open(path, "rb") as file:

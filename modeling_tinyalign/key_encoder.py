@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .bank_format import KeyEncoderConfig, TowerConfig
 from .connectors import Connector, pool_grid
+from .files import apply_umask
 
 NUM_PROBES = 4
 MIN_PROBE_COSINE = 0.99
@@ -162,6 +163,7 @@ class KeyEncoder(nn.Module):
     def save(self, path: Path, probe_keys: torch.Tensor) -> None:
         """Write it as safetensors, with the bank's probe keys."""
         save_file({**self.cpu().state_dict(), "probe_keys": probe_keys}, path)
+        apply_umask(path.parent)
 
     @classmethod
     def load(cls, path: Path, config: KeyEncoderConfig, key_dim: int) -> tuple[KeyEncoder, torch.Tensor]:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .composition import check_origins, load_models, unless_local
 from .configuration_tinyalign import TinyAlignConfig
 from .connectors import MemoryConnector, build_lexicon, check_memory_values, used_slots
-from .files import WEIGHTS, make_model_card, push_files, resolve_commit
+from .files import WEIGHTS, apply_umask, make_model_card, push_files, resolve_commit
 from .memory_bank import MemoryBank
 from .outputs import TinyAlignRetrieval
 
@@ -151,6 +151,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         self.config.connectors_only = connectors_only
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            apply_umask(save_directory)
         finally:
             self.config.memory_bank, self.config.memory_bank_revision = memory_bank, revision
             self.config.vision_model, self.config.language_model = vision_model, language_model

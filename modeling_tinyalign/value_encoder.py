@@ -1,5 +1,6 @@
 """The value encoder: a Perceiver that compresses an image and its caption into the latents a memory bank stores."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PerceiverConfig, PerceiverModel, PreTrainedConfig, PreTrainedModel
+
+from .files import apply_umask
 
 PADDING_BYTE = 256
 MAX_SIZE = 65_536
@@ -139,6 +142,11 @@ class ValueEncoder(PreTrainedModel):
         self.output_norm = nn.LayerNorm(config.latent_dim, elementwise_affine=False)
         self.spelling = nn.Linear(config.latent_dim, config.bytes_per_patch * (PADDING_BYTE + 1))
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Save weights and config as every model does, readable for all whom the user's umask lets read."""
+        super().save_pretrained(save_directory, **kwargs)
+        apply_umask(save_directory)
 
     @classmethod
     def of_bank(cls, path: Path, settings: dict) -> "ValueEncoder":

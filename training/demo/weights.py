@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from ...modeling_tinyalign.files import apply_umask
+
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EFFICIENTNET_LITE0 = "models/efficientnet-lite0-57934424.pth"
 
@@ -130,5 +132,6 @@ def _save_once(save: Callable[[Path], None], out_dir: Path, files: tuple[str, ..
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as temporary:
         save(Path(temporary, "checkpoint"))
+        apply_umask(Path(temporary, "checkpoint"))
         Path(temporary, "checkpoint").replace(out_dir)
     return out_dir

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from ...modeling_tinyalign.files import apply_umask
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..arguments.stage import StageArguments
 from ..arguments.tuning import part_of
@@ -59,6 +60,7 @@ def save_connectors(model: PreTrainedModel, folder: str | os.PathLike, state_dic
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder, CONNECTORS_NAME), metadata={"format": "pt"})
+    apply_umask(folder)
 
 
 def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
@@ -90,6 +92,7 @@ def save_trained(model: PreTrainedModel, folder: str | os.PathLike, state_dict: 
     }
     if others:
         save_file(others, Path(folder, TRAINED_NAME), metadata={"format": "pt"})
+        apply_umask(folder)
 
 
 def load_trained(model: PreTrainedModel, folder: str | os.PathLike):

@@ -90,6 +90,14 @@ def test_card_at_save(folder, bank):
     assert facts.training_hours > 0 and facts.peak_memory_gb > 0.1
 
 
+def test_all_files_have_the_permissions_of_new_ones(folder):
+    (folder / "new").write_text("")
+    usual = (folder / "new").stat().st_mode
+    files = [path for name in ("bank", "model", "out1") for path in (folder / name).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".md", ".png", ".parquet"}
+    assert [path for path in files if path.stat().st_mode != usual] == []
+
+
 def test_snippet_runs_as_printed(folder, captions):
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "out1/README.md").read_text(), re.S)
     assert 'what \\"is\\" in the image?' in code and code.strip() == usage_snippet(read_facts(folder / "out1"))
