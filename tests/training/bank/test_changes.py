@@ -98,23 +98,23 @@ def read_on(folder: str, home: str, ready, changed, answers):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_three_readers_share_a_copy_and_are_not_disturbed(folder, tmp_path, tinyalign):
+def test_two_readers_share_a_copy_and_are_not_disturbed(folder, tmp_path, tinyalign):
     context = multiprocessing.get_context("spawn")
     MemoryBank.from_pretrained(folder)  # the first one lays it out
     ready, answers, changed = context.Queue(), context.Queue(), context.Event()
     home = str(tmp_path / "home")
     arguments = (str(folder), home, ready, changed, answers)
-    readers = [context.Process(target=read_on, args=arguments, daemon=True) for _ in range(3)]
+    readers = [context.Process(target=read_on, args=arguments, daemon=True) for _ in range(2)]
     for reader in readers:
         reader.start()
     mapped = [ready.get(timeout=1200) for _ in readers]
     # the same inodes: keys, values and rows, mapped and not read
-    assert len(mapped[0]) >= 3 and mapped.count(mapped[0]) == 3
+    assert len(mapped[0]) >= 3 and mapped.count(mapped[0]) == 2
     tinyalign("remove", folder, "--where", "source=a", "--out", tmp_path / "smaller")
     shutil.rmtree(folder)
     (tmp_path / "smaller").rename(folder)
     changed.set()
-    assert [answers.get(timeout=1200) for _ in readers] == [(12, True, 6)] * 3
+    assert [answers.get(timeout=1200) for _ in readers] == [(12, True, 6)] * 2
     for reader in readers:
         reader.join(600)
         assert reader.exitcode == 0

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.modeling_tinyalign.bank_shards import config_schema, list_column
-from tinyalign_vlm.training.bank import lance
+from tinyalign_vlm.modeling_tinyalign.bank_format import config_schema, list_column
+from tinyalign_vlm.training.bank import lance, lance_tables
 from tinyalign_vlm.training.bank.lance import LanceBank, write_lance
 
 lancedb = pytest.importorskip("lancedb")
@@ -28,9 +29,9 @@ ROWS = 700
 def many_rows(bank: MemoryBank, rows: int) -> MemoryBank:
     """The bank's encoders over random rows; every image has two, and rows 0 to 9 have the same key."""
     rng = np.random.default_rng(0)
-    keys = rng.standard_normal((rows, bank.key_dim), np.float32)
+    keys = rng.standard_normal((rows, bank.config.key_dim), np.float32)
     keys[:10] = keys[0]
-    values = rng.standard_normal((rows, bank.num_latents * bank.latent_dim), np.float32).astype(np.float16)
+    values = rng.standard_normal((rows, bank.config.value_size), np.float32).astype(np.float16)
     columns = {
         "id": pa.array(range(rows), pa.int64()),
         "source_id": pa.array([f"{row // 2:032x}" for row in range(rows)]),
@@ -39,7 +40,7 @@ def many_rows(bank: MemoryBank, rows: int) -> MemoryBank:
         "value": list_column(values),
         "thumbnail": pa.nulls(rows, config_schema(bank.config).field("thumbnail").type),
     }
-    return bank._with_rows([pa.record_batch(columns, schema=config_schema(bank.config))], [])
+    return bank.with_rows([pa.record_batch(columns, schema=config_schema(bank.config))])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def indexed(large, tmp_path_factory) -> LanceBank:
 @pytest.fixture(scope="module")
 def queries(large) -> np.ndarray:
     """Keys, one of them ten times in the bank, and others."""
-    noise = np.random.default_rng(1).standard_normal((20, large.key_dim), np.float32)
+    noise = np.random.default_rng(1).standard_normal((20, large.config.key_dim), np.float32)
     return np.concatenate([large.keys(np.arange(0, 60, 3)), noise])
 
 
@@ -82,17 +83,16 @@ def test_exact_search_is_that_of_the_local_bank(large, exact, queries):
 def test_the_index_finds_what_it_says(large, indexed, queries):
     facts = indexed.index_facts
     assert facts["index"] == "IVF_RQ" and facts["recall_at_5"] >= 0.99
-    assert indexed.config["index"]["recall_at_5"] == facts["recall_at_5"]
     scores, ids = indexed.search(queries, 5)
     expected = large.search(queries, 5)[0]
     assert (scores >= expected[:, -1:] - 1e-6).mean() >= 0.98
     keys = large.keys(ids.reshape(-1)).reshape(*ids.shape, -1).astype(np.float64)
     np.testing.assert_array_equal(scores, np.einsum("nkd,nd->nk", keys, queries.astype(np.float64)).astype(np.float32))
     assert (np.diff(scores, axis=1) <= 0).all() and all(len({*row}) == 5 for row in ids.tolist())
-    opened = LanceBank.from_pretrained(indexed.database.uri)
+    opened = LanceBank.from_pretrained(indexed.store.database.uri)
     assert opened.index_facts == facts
     np.testing.assert_array_equal(opened.search(queries, 5)[1], ids)
-    opened = LanceBank.from_pretrained(indexed.database.uri, index="exact")
+    opened = LanceBank.from_pretrained(indexed.store.database.uri, index="exact")
     assert opened.index_facts["index"] == "exact"
     np.testing.assert_array_equal(opened.search(queries, 5)[0], expected)
 
@@ -157,7 +157,7 @@ def test_a_model_answers_as_with_the_local_bank(make_model, processor, images, b
         assert getattr(found[0], name).equal(getattr(found[1], name))
     assert found[0].captions == found[1].captions and found[0].source_ids == found[1].source_ids
     assert stored.thumbnail(3).tobytes() == bank.thumbnail(3).tobytes()
-    assert stored.skipped_rows == [] and stored.key_space == "vision" and len(stored) == len(bank)
+    assert stored.config == replace(bank.config, sha256=stored.config.sha256, num_shards=1) and len(stored) == len(bank)
     with pytest.raises(ValueError, match="vision tower"):
         make_model("clip").attach_memory_bank(stored)
 
@@ -167,8 +167,8 @@ def test_it_can_be_taken_back(bank, model, processor, images, tmp_path):
     stored = write_lance(bank, tmp_path / "lance")
     stored.save_pretrained(tmp_path / "bank")
     back = MemoryBank.from_pretrained(tmp_path / "bank")
-    hashes = {name: back.config["sha256"][name] for name in ("keys", "values", "rows")}
-    assert hashes == {name: bank.config["sha256"][name] for name in hashes}
+    for name in ("keys", "values", "rows"):
+        assert vars(back.config.sha256)[name] == vars(bank.config.sha256)[name]
     fewer = stored.remove(0)
     assert type(fewer) is MemoryBank and fewer.rows([0])[0]["caption"] == bank.rows([1])[0]["caption"]
     more = fewer.add([{"image": images[0], "caption": "again"}], model, processor)
@@ -187,14 +187,14 @@ class Gathered(torch.utils.data.Dataset):
 
 
 def test_workers_read_values(large, exact, monkeypatch):
-    rows = exact.without_encoders()
+    rows = exact.store
     rows.gather([0])
     pickled = pickle.dumps(rows)
     assert len(pickled) < 20_000 and pickle.loads(pickled).gather([3]).equal(large.gather([3]))
     loader = DataLoader(Gathered(rows), num_workers=1, multiprocessing_context="spawn", batch_size=4)
     (batch,) = loader
     assert batch[:, 0].equal(large.gather(np.arange(4)))
-    monkeypatch.setattr(lance, "PROCESS", 0)  # as if it had been forked
+    monkeypatch.setattr(lance_tables, "PROCESS", 0)  # as if it had been forked
     for use in (lambda: rows.gather([0]), lambda: exact.search(exact.keys([0]), 1), lambda: rows.rows([0])):
         with pytest.raises(RuntimeError, match="forked .*multiprocessing_context: spawn"):
             use()
@@ -258,7 +258,7 @@ def test_what_is_no_bank_is_refused(bank, tmp_path, monkeypatch):
     lancedb.connect(tmp_path / "lance").open_table("bank").delete("name = 'bank_config.json'")
     with pytest.raises(ValueError, match="lacks bank_config.json"):
         LanceBank.from_pretrained(tmp_path / "lance")
-    monkeypatch.setattr(lance, "lancedb", None)
+    monkeypatch.setattr(lance_tables, "lancedb", None)
     for work in (lambda: LanceBank.from_pretrained(tmp_path / "lance"), lambda: write_lance(bank, tmp_path / "new")):
         with pytest.raises(ImportError, match=r"pip install tinyalign-vlm\[lance\]"):
             work()
@@ -281,7 +281,7 @@ def test_a_write_that_was_killed_is_begun_anew(bank, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lance, "describe", killed)
+        patch.setattr(lance, "write_encoders", killed)
         with pytest.raises(KeyboardInterrupt):
             write_lance(bank, tmp_path / "lance")
     with pytest.raises(ValueError, match="no whole memory bank"):

@@ -1,7 +1,7 @@
 """`tinyalign bank merge`."""
 
 import pytest
-from banks import content_of, small_value_encoder
+from banks import content_of, features_of, small_value_encoder
 
 from tinyalign_vlm import MemoryBank
 
@@ -26,8 +26,8 @@ def test_merge(folder, kept, captions, tmp_path, capsys, problems, tinyalign):
 def test_banks_that_cannot_be_merged(folder, images, make_model, make_processor, tmp_path, tinyalign):
     rows = [{"image": image, "caption": "x", "license": "", "source": ""} for image in images]
     clip = make_model("clip")
-    features = clip.get_vision_features(make_processor(clip, "clip")(images=images[:1])["pixel_values"]).shape
-    encoder = small_value_encoder(features[2], features[1])
+    _, tokens, width = features_of(images, clip, make_processor(clip, "clip")).shape
+    encoder = small_value_encoder(width, tokens)
     other = MemoryBank.build(rows, clip, make_processor(clip, "clip"), encoder, keep_columns=["license", "source"])
     other.save_pretrained(tmp_path / "other tower")
     with pytest.raises(SystemExit, match="other tower cannot be merged with .*bank.* vision tower: .*key encoder"):

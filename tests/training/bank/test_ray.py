@@ -126,7 +126,7 @@ def test_a_worker_is_killed_and_the_same_bank(build, cluster, monkeypatch, capsy
     assert build("bank", "--ray", "2") == expected
     assert capsys.readouterr().out.endswith(said)
     assert len(pids) == 2 and pids[0] not in encoding()
-    assert len(saved) == PARTS and sorted(os.listdir(build.out)) == [".bank.lock", "bank", "local"]
+    assert len(saved) == PARTS and sorted(os.listdir(build.out)) == ["bank", "local"]
 
 
 def test_rows_are_added_by_actors(build, cluster, place, capsys):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from banks import SHARD
+from banks import SHARD, bank_of, unit
 from huggingface_hub import constants
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign import bank_folder, bank_format, bank_rows
 from tinyalign_vlm.modeling_tinyalign.bank_format import config_sha256
+from tinyalign_vlm.training.bank.verify import bank_problems
 
 
 def edit(folder: Path, change) -> None:
@@ -88,13 +89,9 @@ def test_verify_files_beside_the_shards(folder, problems):
         problems(folder)
     )
     (folder / "data/train-00007-of-00008.parquet").unlink()
-    for name in ("value_encoder/config.json",):
-        path = folder / name
-        content = path.read_bytes() if path.is_file() else b""
-        path.write_bytes(content.replace(b"num_", b"mum_") or b"{")
-        assert any(str(path) in line for line in problems(folder))
-        path.write_bytes(content)
-    assert problems(folder) == []
+    path = folder / "value_encoder/config.json"
+    path.write_bytes(path.read_bytes().replace(b"num_", b"mum_"))
+    assert any(str(path) in line for line in problems(folder))
 
 
 def test_verify_blames_the_shard_that_is_damaged(kept, tmp_path, monkeypatch, problems):
@@ -110,33 +107,42 @@ def test_verify_blames_the_shard_that_is_damaged(kept, tmp_path, monkeypatch, pr
     assert found[0] == f"{first} is damaged: 4 of its rows cannot be read." and str(second) not in " ".join(found)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("cut", [lambda content: b"", lambda content: content[:-9]])
-def test_verify_names_each_cut_file_of_this_machines_copy(cut, packed, kept, tmp_path, monkeypatch, problems):
+def test_verify_names_each_cut_file_of_this_machines_copy(cut, quantized, kept, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    bank = kept._with_rows(kept._batches(), [], packed)
+    bank = kept.with_rows(kept.store.batches(), quantized=quantized)
     bank.save_pretrained(tmp_path / "bank")
-    for path in bank._files.paths:
+    for path in bank.store.files.folder.iterdir():
         content = path.read_bytes()
         path.unlink()  # it is mapped
         path.write_bytes(cut(content))
-        assert str(path) in problems(tmp_path / "bank")[0]
+        assert str(path) in next(bank_problems(tmp_path / "bank"))
         path.write_bytes(content)
-    assert problems(tmp_path / "bank") == []
+    assert list(bank_problems(tmp_path / "bank")) == []
 
 
 @pytest.mark.parametrize("part", ["keys", "values", "rows"])
 def test_verify_this_machines_copy(part, folder, problems):
-    """What is searched is not the shards, but a copy of them."""
-    MemoryBank.from_pretrained(folder)
-    digest = json.loads((folder / "bank_config.json").read_text())["sha256"][part]
-    (copy,) = cache_root().glob(f"{digest}-*/*")
-    content = bytearray(copy.read_bytes())
-    if part == "rows":
-        place = content.index(b"a red square 0")
-        content[place] ^= 1
-    else:
-        content[-100] ^= 0x10
-    copy.write_bytes(content)
+    """The copy is searched, and not the shards."""
+    copy = MemoryBank.from_pretrained(folder).store.files.folder
+    path = copy / {"keys": "keys.npy", "values": "values.npy", "rows": "rows.arrow"}[part]
+    content = bytearray(path.read_bytes())
+    place = content.index(b"a red square 0") if part == "rows" else -100
+    content[place] ^= 0x10
+    path.write_bytes(content)
     found = problems(folder)
-    assert found and f"copy of the {part}" in found[0] and str(copy.parent) in found[0]
+    assert found and f"copy of the {part}" in found[0] and str(copy) in found[0]
+
+
+def test_verify_the_index(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyalign_vlm.modeling_tinyalign.bank_index.EXACT_ROWS", 500)
+    bank = bank_of(unit(600, 16))
+    bank.save_pretrained(tmp_path / "bank")
+    bank.search(unit(1, 16), 1)
+    assert list(bank_problems(tmp_path / "bank")) == []
+    (index,) = bank.store.files.folder.glob("*.faiss")
+    content = bytearray(index.read_bytes())
+    content[-100] ^= 0x10
+    index.write_bytes(content)
+    assert f"The index {index} is damaged" in "".join(bank_problems(tmp_path / "bank"))
