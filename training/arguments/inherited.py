@@ -2,11 +2,13 @@
 
 from transformers import TrainingArguments
 
+BATCHES = "a row of a batch is one chat, which has its own images: leave it out"
 LOGITS = "logits are computed where there is a label and nowhere else: leave it out"
 CHAT = "chats are written with the template and the tokens of the model's own processor: leave it out"
 # By name: the values that are allowed, and what to do instead of setting another one.
 ALLOWED = {
-    "packing": ((False,), "a row of a batch is one chat, which has its own images: leave it out"),
+    "packing": ((False,), BATCHES),
+    "padding_free": ((False,), BATCHES),
     "chat_template_path": ((None,), CHAT),
     "eos_token": ((None,), CHAT),
     "pad_token": ((None,), CHAT),
@@ -35,3 +37,8 @@ def refuse_harmful_settings(config: TrainingArguments):
         if settings.get(name, values[0]) not in values:
             expected = " or ".join(map(repr, values))
             raise ValueError(f"{name} is {settings[name]!r}, expected {expected}: {advice}.")
+    if config.use_cpu and settings.get("activation_offloading"):
+        raise ValueError(
+            "activation_offloading is True, but this runs on the CPU: there is no GPU whose memory it saves. Leave it "
+            "out."
+        )

@@ -172,8 +172,18 @@ class SupervisedTrainer(Trainer):
         """Return the loss, a mean over all supervised tokens, on `eval_dataset`, by default that of the trainer."""
         if isinstance(eval_dataset, datasets.Dataset):
             eval_dataset = evaluation_rows(self.model, eval_dataset, self.memory_bank, self.vision_features)
-        with contextlib.nullcontext() if self.is_in_train else ready_to_answer(self.model):
+        if self.is_in_train or self.is_divided:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._forget_preparation()
+        with ready_to_answer(self.model):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._forget_preparation()
+        return metrics
+
+    def _forget_preparation(self):
+        """Let accelerate put its mixed precision around the model again, which [`ready_to_answer`] has taken away."""
+        self.accelerator.free_memory()
+        vars(self.model).pop("_is_accelerate_prepared", None)  # of newer versions
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """

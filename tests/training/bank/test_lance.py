@@ -157,7 +157,9 @@ def test_a_model_answers_as_with_the_local_bank(make_model, processor, images, b
         assert getattr(found[0], name).equal(getattr(found[1], name))
     assert found[0].captions == found[1].captions and found[0].source_ids == found[1].source_ids
     assert stored.thumbnail(3).tobytes() == bank.thumbnail(3).tobytes()
-    assert stored.config == replace(bank.config, sha256=stored.config.sha256, num_shards=1) and len(stored) == len(bank)
+    assert stored.config == replace(bank.config, sha256=stored.config.sha256, num_shards=1) and len(stored) == len(
+        bank
+    )
     with pytest.raises(ValueError, match="vision tower"):
         make_model("clip").attach_memory_bank(stored)
 

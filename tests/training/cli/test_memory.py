@@ -12,6 +12,7 @@ from PIL import Image
 from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank, TinyAlignConfig, TinyAlignForConditionalGeneration
 from tinyalign_vlm.training.data import neighbour_table
+from tinyalign_vlm.training.stages.trainers import TRAINERS, AlignmentTrainer
 
 WORDS = ("a red square", "a blue circle", "what is on the background", "user", "system")
 
@@ -176,13 +177,10 @@ def test_every_comparison_point_is_an_option(folder, compose, make_processor, va
 
 
 def test_static_captions_are_in_the_prompts_of_training(folder, monkeypatch):
-    from tinyalign_vlm.training.stages import run
-
     seen = []
-    original = run.STAGES[1]
-    monkeypatch.setitem(run.STAGES, 1, lambda *args: seen.append(args) or original(*args))
+    monkeypatch.setitem(TRAINERS, 1, lambda *args, **data: seen.append(data) or AlignmentTrainer(*args, **data))
     train("--output_dir", "static", "--baseline", "static_rag")
-    _, _, _, rows, bank, *_ = seen[0]
+    rows, bank = seen[0]["train_dataset"], seen[0]["memory_bank"]
     asked = ["".join(part["text"] or "" for part in row["messages"][0]["content"]) for row in rows]
     assert bank is None and all(text.startswith("Similar: ") and text.endswith("\nwhat?") for text in asked)
     assert all(text.count(";") == 1 for text in asked)

@@ -46,8 +46,7 @@ def test_the_answer_in_the_data_does_not_change_the_models(model, processor, dat
 
 
 def test_a_learned_answer_is_an_exact_match(make_model, processor, dataset, bank, features, tmp_path):
-    from tinyalign_vlm.training.arguments.instruction import InstructionConfig
-    from tinyalign_vlm.training.stages.trainers import train_stage2
+    from tinyalign_vlm.training import InstructionConfig, InstructionTrainer
 
     model = make_model()
     same = dataset.map(
@@ -58,7 +57,15 @@ def test_a_learned_answer_is_an_exact_match(make_model, processor, dataset, bank
     config = InstructionConfig(
         str(tmp_path), max_steps=25, learning_rate=1e-2, bf16=False, save_strategy="no", disable_tqdm=True
     )
-    train_stage2(config, model, processor, same, bank, features)
+    trainer = InstructionTrainer(
+        model,
+        config,
+        train_dataset=same,
+        processing_class=processor,
+        memory_bank=bank,
+        vision_features=features,
+    )
+    trainer.train()
     result = evaluate_answers(model, processor, same, bank, features, max_new_tokens=8)
     assert result.answers == ["blue"] * 12 and result.exact_match.all()
     assert (result.correct_tokens == result.num_tokens).all()

@@ -11,7 +11,7 @@ from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.stages.lora import adapters
 from tinyalign_vlm.training.stages.trainable_parts import set_trainable
 
-from .test_stages import losses, run, weights
+from .short_runs import losses, run, weights
 
 
 @pytest.mark.parametrize("text", ["llama", "phi"])

@@ -11,7 +11,7 @@ from tinyalign_vlm.training.data.chats import name_row
 from tinyalign_vlm.training.data.check import training_data
 from tinyalign_vlm.training.stages.loss_check import BadLoss
 
-from .test_stages import changed_parts, run, weights
+from .short_runs import changed_parts, run, weights
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -12,15 +12,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinyalign_vlm.modeling_tinyalign.bank_rows import BankRows
 from tinyalign_vlm.processing import add_captions
-from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.arguments.files import read_config
 from tinyalign_vlm.training.data.chats import encode_chat, to_messages
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.memory_dropout import MemoryDropout
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.training.data.preparation import prepare
 from tinyalign_vlm.training.evaluation.answers import evaluate_answers
-from tinyalign_vlm.training.stages.run import prepare
-from tinyalign_vlm.training.stages.trainers import train_stage1
+
+from .short_runs import losses
+from .short_runs import run as short_run
 
 
 @pytest.fixture
@@ -35,14 +36,8 @@ def indexed(rows) -> list[dict]:
     return [{**row, "feature_index": index} for index, row in enumerate(rows)]
 
 
-def run(model, processor, rows, bank, features, folder, **settings):
-    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "bf16": False, **settings}
-    config = AlignmentConfig(output_dir=str(folder), disable_tqdm=True, learning_rate=1e-2, seed=3, **settings)
-    return train_stage1(config, model, processor, rows, bank, features)
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def run(model, processor, rows, bank, features, folder, eval_dataset=None, **settings):
+    return short_run(1, model, processor, rows, bank, folder, features, eval_dataset, seed=3, **settings)
 
 
 def test_a_batch_has_the_nearest_and_their_similarities(processor, rows, bank, features):
@@ -95,9 +90,14 @@ def test_several_images_of_a_row_are_treated_each_for_itself(processor, bank, fe
 def test_training_with_dropout_resumes_and_differs_by_epoch(
     workers, make_model, processor, rows, bank, features, tmp_path
 ):
-    settings = {"memory_dropout": 0.7, "dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+    settings = {
+        "memory_dropout": 0.7,
+        "max_steps": 6,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,
+    }
     whole = run(make_model(), processor, rows, bank, features, tmp_path / "whole", **settings)
-    without = run(make_model(), processor, rows, bank, features, tmp_path / "without", dataloader_num_workers=workers)
+    without = run(make_model(), processor, rows, bank, features, tmp_path / "without", max_steps=6)
     assert losses(whole) != losses(without)
     assert int(whole.data_collator.dropout.epoch) == 1  # 12 rows in batches of 4: the second epoch began
     if workers == 0:
@@ -132,17 +132,11 @@ def test_evaluation_has_no_dropout(make_model, processor, rows, bank, features, 
     rows = rows.add_column("feature_index", list(range(12)))
     evaluated = []
     for rate in (0.0, 1.0):
-        config = AlignmentConfig(
-            str(tmp_path / str(rate)),
-            max_steps=1,
-            learning_rate=0.0,
-            bf16=False,
-            disable_tqdm=True,
-            memory_dropout=rate,
-        )
-        config.eval_strategy, config.eval_steps = "steps", 1
-        trainer = train_stage1(config, make_model(), processor, rows, bank, features, eval_dataset=rows)
-        evaluated.append([entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry])
+        settings = {"max_steps": 1, "learning_rate": 0.0, "memory_dropout": rate}
+        settings |= {"eval_strategy": "steps", "eval_steps": 1}
+        folder = tmp_path / str(rate)
+        trainer = run(make_model(), processor, rows, bank, features, folder, rows, **settings)
+        evaluated.append(losses(trainer, "eval_loss"))
     assert evaluated[0] == evaluated[1] != []
 
 

@@ -8,21 +8,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
-from tinyalign_vlm.training.arguments.instruction import InstructionConfig
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.stages import metrics as module
 from tinyalign_vlm.training.stages.metrics import ModelFlops, gradient_norms, peak_flops
-from tinyalign_vlm.training.stages.trainers import train_stage1, train_stage2
 
-STAGES = {1: (AlignmentConfig, train_stage1), 2: (InstructionConfig, train_stage2)}
-
-
-def run(stage, model, processor, dataset, bank, output_dir, features=None, **settings):
-    config, train = STAGES[stage]
-    defaults = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "bf16": False}
-    config = config(output_dir=str(output_dir), disable_tqdm=True, **{**defaults, **settings})
-    return train(config, model, processor, dataset, bank, features)
+from .short_runs import entries, run
 
 
 @pytest.fixture
@@ -39,10 +29,6 @@ def scored(dataset, bank):
     names = [[name if index % 2 else "0" * len(name)] for index, name in enumerate(known)]
     scores = [[0.5 + 0.01 * row, 0.25] for row in range(12)]
     return dataset.add_column("memory_scores", scores).add_column("source_ids", names)
-
-
-def entries(trainer) -> list[dict]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -128,7 +114,6 @@ def test_evaluating_and_saving_take_no_time_from_training(clock, make_model):
     meter.on_evaluate(None, None, None)  # 2: a second was not of training
     meter.on_save(None, None, None)  # 3
     assert module.time.monotonic() - meter.started == 2
-    meter.close()
 
 
 def test_flops_are_those_of_the_literature(make_model, monkeypatch):

@@ -10,12 +10,9 @@ from isolation import set_hf_home
 from PIL import Image
 
 from tinyalign_cli.main import main
-from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
-from tinyalign_vlm.training.arguments.instruction import InstructionConfig
-from tinyalign_vlm.training.stages.samples import write_samples
-from tinyalign_vlm.training.stages.trainers import train_stage1, train_stage2
+from tinyalign_vlm.training.stages.samples import SampleAnswers, write_samples
 
-STAGES = {1: (AlignmentConfig, train_stage1), 2: (InstructionConfig, train_stage2)}
+from .short_runs import losses, run
 
 
 def samples_in(folder) -> list[dict]:
@@ -24,11 +21,9 @@ def samples_in(folder) -> list[dict]:
 
 @pytest.mark.parametrize(("stage", "bf16"), [(1, False), (1, True), (2, False), (2, True)])
 def test_answers_at_each_evaluation(stage, bf16, make_model, processor, dataset, bank, features, tmp_path, capsys):
-    config, train = STAGES[stage]
-    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_samples": 3, "disable_tqdm": True}
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_samples": 3}
     rows = dataset.add_column("memory_scores", [[0.5, 0.25]] * 12)
-    config = config(str(tmp_path), bf16=bf16, logging_steps=1, **settings)
-    trainer = train(config, make_model(), processor, rows, bank, features, rows)
+    trainer = run(stage, make_model(), processor, rows, bank, tmp_path, features, rows, bf16=bf16, **settings)
     samples = samples_in(tmp_path)
     assert [(sample["step"], sample["row"]) for sample in samples] == [(s, r) for s in (2, 4) for r in range(3)]
     for sample in samples:
@@ -46,34 +41,28 @@ def test_answers_at_each_evaluation(stage, bf16, make_model, processor, dataset,
 
 
 def test_answers_do_not_change_training(make_model, processor, dataset, bank, features, tmp_path):
-    losses = {}
+    found = {}
     for number in (0, 2):
         folder = tmp_path / str(number)
-        settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "eval_samples": number}
-        config = AlignmentConfig(str(folder), bf16=False, logging_steps=1, disable_tqdm=True, **settings)
-        trainer = train_stage1(config, make_model(), processor, dataset, bank, features, dataset)
-        losses[number] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_samples": number}
+        found[number] = losses(run(1, make_model(), processor, dataset, bank, folder, features, dataset, **settings))
         assert Path(folder, "samples.jsonl").exists() == (number > 0)
-    assert losses[0] == losses[2]
+    assert found[0] == found[2]
 
 
 def test_neighbours_below_the_threshold_are_not_shown(make_model, processor, dataset, bank, features, tmp_path):
     rows = dataset.add_column("memory_scores", [[0.5, 0.25]] * 12)
-    config = AlignmentConfig(str(tmp_path), max_steps=1, eval_strategy="steps", eval_steps=1, bf16=False)
-    train_stage1(config, make_model(retrieval_threshold=0.4), processor, rows, bank, features, rows)
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    run(1, make_model(retrieval_threshold=0.4), processor, rows, bank, tmp_path, features, rows, **settings)
     assert all(len(sample["neighbours"]) == 1 for sample in samples_in(tmp_path))
 
 
 def test_trackers_get_a_table(make_model, processor, dataset, bank, features, tmp_path, monkeypatch):
     logged = []
     tracker = SimpleNamespace(Table=lambda dataframe: dataframe, log=logged.append)
-    config = AlignmentConfig(str(tmp_path), max_steps=1, eval_samples=2, bf16=False)
-    trainer = train_stage1(config, make_model(), processor, dataset, bank, features)
-    trainer.eval_dataset = dataset
+    trainer = run(1, make_model(), processor, dataset, bank, tmp_path, features, dataset, max_steps=1, eval_samples=2)
     for name in ("wandb", "trackio"):
         monkeypatch.setitem(sys.modules, name, tracker)
-    from tinyalign_vlm.training.stages.samples import SampleAnswers
-
     trainer.args.report_to = ["trackio", "tensorboard"]
     SampleAnswers(trainer).on_evaluate(trainer.args, trainer.state, None)
     (entry,) = logged
@@ -143,9 +132,8 @@ def test_augmented_images_have_no_features(make_model, processor, dataset, bank,
     augmented = dataset.with_transform(lambda rows: rows)
     with pytest.raises(ValueError, match="The data set has a transform"):
         cache_vision_features(make_model(), processor, augmented["image"], tmp_path / "features")
-    config = AlignmentConfig(str(tmp_path), max_steps=1, bf16=False)
     with pytest.raises(ValueError, match="The data set has a transform"):
-        train_stage1(config, make_model(), processor, augmented, bank, features)
+        run(1, make_model(), processor, augmented, bank, tmp_path, features, max_steps=1)
 
 
 def test_features_that_the_disk_has_no_room_for(make_model, processor, images, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from tinyalign_vlm.training.arguments.tuning import PARTS, part_of
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.stages.trainable_parts import set_trainable
 
-from .test_stages import changed_parts, losses, run, weights
+from .short_runs import changed_parts, losses, run, weights
 
 FROZEN_CONNECTORS = {"tune_connector": "frozen", "tune_memory_connector": "frozen"}
 

@@ -1,4 +1,4 @@
-"""Both stages: what trains, the loss, accumulation, resuming."""
+"""Both trainers: what trains, the loss, accumulation, evaluation, resuming, saving."""
 
 from pathlib import Path
 
@@ -6,45 +6,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
-from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
-from tinyalign_vlm.training.arguments.instruction import InstructionConfig
 from tinyalign_vlm.training.data.chats import encode_chat
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
 from tinyalign_vlm.training.evaluation.answers import evaluate_answers
 from tinyalign_vlm.training.stages.checkpoints import load_connectors, save_connectors
-from tinyalign_vlm.training.stages.trainers import Stage1Trainer, Stage2Trainer, train_stage1, train_stage2
+from tinyalign_vlm.training.stages.trainers import AlignmentTrainer
 
-STAGES = {1: (AlignmentConfig, train_stage1), 2: (InstructionConfig, train_stage2)}
-
-
-def run(stage, model, processor, dataset, bank, output_dir, features=None, **settings):
-    config, train = STAGES[stage]
-    settings = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "bf16": False,
-        "disable_tqdm": True,
-        "learning_rate": 1e-2,
-        **settings,
-    }
-    return train(config(output_dir=str(output_dir), **settings), model, processor, dataset, bank, features)
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def changed_parts(before, after) -> set[str]:
-    return {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+from .short_runs import changed_parts, losses, make_trainer, run, weights
 
 
 @pytest.mark.parametrize(
@@ -96,16 +68,8 @@ def test_resuming_gives_the_uninterrupted_trajectory(
             if state.global_step == 5:
                 raise Killed
 
-    trainer_class = Stage1Trainer if stage == 1 else Stage2Trainer
-    original = trainer_class.train
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-
-        def train(self, *args, **kwargs):
-            self.add_callback(Kill())
-            return original(self, *args, **kwargs)
-
-        patch.setattr(trainer_class, "train", train)
-        run(stage, resumed, processor, dataset, bank, tmp_path / "resumed", features, **settings)
+    with pytest.raises(Killed):
+        run(stage, resumed, processor, dataset, bank, tmp_path / "resumed", features, callbacks=[Kill()], **settings)
     for step in ("4", "5"):  # killed while saving; out of space
         (tmp_path / "resumed" / f"checkpoint-{step}").mkdir()
     (tmp_path / "resumed" / "checkpoint-5" / "trainer_state.json").write_text('{"epoch":')
@@ -145,7 +109,7 @@ def test_killed_while_a_checkpoint_is_written_again(
 
     chosen = {**settings, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Stage1Trainer, "_save_optimizer_and_scheduler", kill)
+        patch.setattr(AlignmentTrainer, "_save_optimizer_and_scheduler", kill)
         run(1, make_model(), processor, dataset, bank, tmp_path, features, **chosen)
     again = run(1, resumed, processor, dataset, bank, tmp_path, features, **settings)
     assert losses(again) == losses(trainer) and not changed_parts(weights(whole), weights(resumed))
@@ -219,15 +183,14 @@ def test_the_evaluation_loss_is_that_of_the_tokens_whatever_the_batches(
     stage, make_model, processor, dataset, bank, features, tmp_path
 ):
     """Answers of 3 to 10 tokens: the mean of the batches' means would be another in batches of 5 and 2."""
-    config, train = STAGES[stage]
-    settings = {"max_steps": 1, "bf16": False, "disable_tqdm": True, "eval_samples": 0, "learning_rate": 0.0}
+    settings = {"max_steps": 1, "eval_samples": 0, "learning_rate": 0.0}
     rows = dataset.select(range(7)).add_column("feature_index", list(range(7)))
     model, found = make_model(), []
     for size in (5, 7):
         batches = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": size}
-        folder = str(tmp_path / str(size))
-        trainer = train(config(output_dir=folder, **settings, **batches), model, processor, rows, bank, features, rows)
-        found += [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        folder = tmp_path / str(size)
+        trainer = run(stage, model, processor, rows, bank, folder, features, rows, **settings, **batches)
+        found += losses(trainer, "eval_loss")
     measured = evaluate_answers(model, processor, rows, bank, features, max_new_tokens=1)
     assert found == pytest.approx([measured.losses.sum() / measured.num_tokens.sum()] * 2, rel=2e-5)
 
@@ -261,10 +224,10 @@ def test_learning_rates_of_the_parts(make_model, processor, dataset, bank, featu
     assert rates == {0.0, 5e-3}
 
 
-def test_connectors_alone_are_saved_and_loaded(make_model, processor, dataset, bank, features, tmp_path):
+def test_connectors_alone_are_saved_and_loaded(make_model, tmp_path):
     trained, other = make_model(), make_model()
-    run(1, trained, processor, dataset, bank, tmp_path, features)
-    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"connectors.safetensors"}
+    torch.nn.init.ones_(trained.model.connector.linear_1.weight)
+    save_connectors(trained, tmp_path)
     load_connectors(other, tmp_path)
     assert not changed_parts(weights(trained), weights(other))
     with pytest.raises(RuntimeError, match="memory_connector"):
@@ -312,20 +275,41 @@ def test_workers_read_the_bank(make_model, processor, dataset, bank, features, t
 
 
 def test_evaluation_during_training(make_model, processor, dataset, bank, features, tmp_path):
-    config = AlignmentConfig(
-        str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, bf16=False, disable_tqdm=True
-    )
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     indexed = dataset.add_column("feature_index", list(range(12)))
-    trainer = train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=indexed)
-    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
-    cached = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    config.output_dir = str(tmp_path / "images")
-    trainer = train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=dataset)
-    read = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    np.testing.assert_allclose(read, cached, rtol=1e-3)
+    trainer = run(1, make_model(), processor, dataset, bank, tmp_path / "a", features, indexed, **settings)
+    assert len(losses(trainer, "eval_loss")) == 2
+    images = run(1, make_model(), processor, dataset, bank, tmp_path / "b", features, dataset, **settings)
+    np.testing.assert_allclose(losses(images, "eval_loss"), losses(trainer, "eval_loss"), rtol=1e-3)
     with pytest.raises(ValueError, match="eval_dataset has the columns .* expected image, images or feature_index"):
-        unseen = dataset.remove_columns("image")
-        train_stage1(config, make_model(), processor, dataset, bank, features, eval_dataset=unseen)
+        trainer.evaluate(dataset.remove_columns("image"))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_trainer_is_used_as_any_other(stage, make_model, processor, dataset, bank, tmp_path):
+    """Made, evaluated, trained, evaluated and saved, in any order, and the result is one for `from_pretrained`."""
+    model, plain = make_model(), make_model()
+    settings = {"eval_samples": 0, "tune_language_model": "lora", "lora_dropout": 0.5, "bf16": True}
+    trainer = make_trainer(stage, model, processor, dataset, bank, tmp_path / "a", None, dataset, **settings)
+    before = trainer.evaluate()["eval_loss"]
+    output = trainer.train()
+    assert output.global_step == 4 and output.training_loss == pytest.approx(np.mean(losses(trainer)))
+    after = trainer.evaluate()["eval_loss"]
+    assert after < before
+    assert trainer.evaluate(dataset.select(range(3)))["eval_loss"] != after
+    trainer.save_model(tmp_path / "saved")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert not changed_parts(weights(model), weights(loaded))
+    assert AutoProcessor.from_pretrained(tmp_path / "saved").num_image_tokens == processor.num_image_tokens
+    assert not model.training and "forward" not in vars(model)
+
+    # what was asked before the first step changes nothing
+    other = run(stage, plain, processor, dataset, bank, tmp_path / "b", **settings)
+    assert losses(other) == losses(trainer)
+    once_more = make_trainer(stage, make_model(), processor, dataset, bank, tmp_path / "b", **settings)
+    assert once_more.train().training_loss == pytest.approx(output.training_loss)  # loaded
+    anew = make_trainer(stage, make_model(), processor, dataset, bank, tmp_path / "b", **settings)
+    assert anew.train(resume_from_checkpoint=False).training_loss == output.training_loss and losses(anew)
 
 
 @pytest.mark.parametrize(
