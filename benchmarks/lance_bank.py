@@ -23,7 +23,7 @@ import bank as bench
 import numpy as np
 from huggingface_hub import constants
 
-from tinyalign_vlm.training.bank.changes import size_of
+from tinyalign_vlm.training.bank.info import size_of
 from tinyalign_vlm.training.bank.lance import write_lance
 
 

@@ -16,6 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from packaging import version
 from safetensors.torch import load_file
 
+from tinyalign_cli.main import main
 from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.arguments.files import CONFIGS
 
