@@ -71,19 +71,18 @@ def measure(scratch: Path, rows: int, repeats: int) -> None:
     truth = nearest(keys[:rows], queries)
     keys = None
     (scratch / "keys.npy").unlink()
-    seconds, _ = bench.timed(lambda: local._searcher)
+    seconds, _ = bench.timed(lambda: local.index_facts)
     lance_seconds, stored = bench.timed(lambda: write_lance(local, scratch / "lance"))
     say("build, s", f"{seconds:.1f} (index)", f"{lance_seconds:.1f} (rows, index and its settings)")
     banks = {"faiss": local, "lance": stored}
     facts = [bank.index_facts for bank in banks.values()]
     say("index", *(f"{fact['index']}, k_factor {fact['k_factor']}" for fact in facts))
-    say("lists looked into", "1 of 1", f"{stored.search_settings['nprobes']}")
+    say("lists looked into", "1 of 1", f"{stored.store.search_settings['nprobes']}")
     say("recall@5, of its own keys", *(f"{fact['recall_at_5']:.4f}" for fact in facts))
     found = [bank.search(queries, bench.TOP_K)[1] for bank in banks.values()]
     hits = [np.mean([len({*a} & {*b}) for a, b in zip(ids, truth, strict=True)]) / bench.TOP_K for ids in found]
     say("recall@5, of other keys", *(f"{hit:.4f}" for hit in hits))
-    folders = [local._files.keys_folder, local._files.values_folder, local._files.rows.parent]
-    say("on disk, MB", f"{sum(map(size_of, folders)) / 1e6:.0f}", f"{size_of(scratch / 'lance') / 1e6:.0f}")
+    say("on disk, MB", f"{size_of(local.store.files.folder) / 1e6:.0f}", f"{size_of(scratch / 'lance') / 1e6:.0f}")
     starts = []
     for name, bank in banks.items():
         (scratch / name).with_suffix(".pickle").write_bytes(pickle.dumps(bank))

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from isolation import set_hf_home
 
-from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
+from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.arguments.files import STAGE_CONFIGS
 from tinyalign_vlm.training.bank import value_encoder_training
 
@@ -21,23 +21,26 @@ for file in (ROOT / "training" / "cli").glob("*.py"):
     OPTIONS.update(re.findall(r'"--([a-z_]+)"', file.read_text()))
 
 
-def test_your_own_data(checkpoints, images, tmp_path, monkeypatch):
+def test_your_own_data(checkpoints, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     set_hf_home(monkeypatch, tmp_path / "hf_home")
-    settings = value_encoder_training.ValueEncoderTrainingConfig(steps=2, batch_size=4)
-    monkeypatch.setattr(value_encoder_training, "ValueEncoderTrainingConfig", lambda: settings)
+    short = value_encoder_training.ValueEncoderTrainingConfig(steps=2, batch_size=4)
+    monkeypatch.setattr(value_encoder_training, "ValueEncoderTrainingConfig", lambda: short)
     rows = {"image": images, "caption": [f"a plain square {i}" for i in range(len(images))]}
     dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "build(" in block)
     code = code.replace("google/siglip-base-patch16-224", checkpoints["siglip"])
     code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", checkpoints["llama"])
-    exec(code, {"dataset": dataset})
+    assert len([line for line in code.splitlines() if line]) == 6
+    names = {"dataset": dataset}
+    exec(code, names)
 
-    model = TinyAlignForConditionalGeneration.from_pretrained("model")
-    model.attach_memory_bank(MemoryBank.from_pretrained("bank"))
-    assert model.config.memory_lexicon_size > 0
-    assert len(model.memory_bank) == len(images)
+    assert "Training a value encoder on" in capsys.readouterr().out
+    model, bank = names["model"], MemoryBank.from_pretrained("bank")
+    model.attach_memory_bank(bank)
+    model.build_lexicon(names["processor"].tokenizer, bank)
+    assert model.config.memory_lexicon_size > 0 and len(bank) == len({image.tobytes() for image in images})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -51,74 +51,51 @@ def build_bank(
     Args:
         dataset: a split of a Hub data set (streamed or not) or any iterable of dicts, with an image (PIL, bytes,
             path) and a caption in every row.
-        model: a TinyAlign model; its `get_vision_features` is used, and in language space (`config.key_space`)
-            snapshots of its connector and token embeddings.
-        processor: its `image_processor` is used, and in language space its `tokenizer`.
-        value_encoder: makes the values; it is saved with the bank. By default a new one is trained first, on 10,000
-            captions and 256 images of the data set.
+        value_encoder: makes the values; it is saved with the bank. By default a new one is trained first.
         keep_columns: other columns to keep with the rows as text, a source or licence say.
-        key_grid: keys hold this many rows and columns of the image and tell where something is; they get
-            `key_grid**2` times as wide, so give `whiten_dim` as well. 1: the whole image (the paper's keys).
-        whiten_dim: fit a PCA whitening to this many dimensions on the bank's raw keys (a sample of 4,096 in a larger
-            bank). None: only centre them.
+        key_grid: side of the raster of cells that a key holds; keys get `key_grid**2` times as wide, so give
+            `whiten_dim` as well. 1: the whole image (the paper's keys).
+        whiten_dim: fit a PCA whitening to this many dimensions on the bank's raw keys. None: only centre them.
         thumbnail_size: side in pixels of the JPEG kept of every image, or None for no thumbnails.
         skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `left_out`.
-        keep_duplicates: keep rows whose image, pixel for pixel, an earlier row has; by default they are left out and
-            listed.
+        keep_duplicates: keep images that an earlier row has, pixel for pixel; by default they are left out and listed.
         vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
         quantized: round keys to float16 and values to 8 bits. By default in banks of more than 20,000 rows.
-        value_encoder_training: settings of the training of a new value encoder.
 
     Raises:
-        ValueError: a column is missing, a row is bad (its number is named), there is no row, `key_grid` or
-            `whiten_dim` is impossible, or the value encoder makes latents of another shape than `model.config` asks
-            for.
+        ValueError: a row is bad (its number is named), there is no row, `key_grid` or `whiten_dim` is impossible, or
+            the value encoder makes latents of another shape than `model.config` asks for.
     """
     check_row_settings(keep_columns, batch_size, thumbnail_size)
     source = DatasetImages(dataset, image_column, caption_column, keep_columns)
-    if vision_features is not None and len(vision_features) < (source.total or 0):
-        raise ValueError(
-            f"vision_features has {len(vision_features)} rows, but the dataset has {source.total}: pass one row for "
-            "each, in the dataset's order."
-        )
+    source.check_features(vision_features)
     if value_encoder is None:
-        if not source.can_be_read_again:
-            raise ValueError(
-                "The dataset is an iterator, which can be read only once, but a new value encoder is to be trained on "
-                "it first: pass a list or a datasets.Dataset, or a value_encoder."
-            )
+        source.check_can_be_read_twice()
         value_encoder = train_new_value_encoder(
             model, processor, source, value_encoder_training, batch_size, vision_features
         )
-    encoder = RowEncoder(
-        model,
-        processor,
-        value_encoder,
-        new_key_encoder(model, processor, key_grid),
-        source.read,
-        keep_columns=keep_columns,
-        batch_size=batch_size,
-        thumbnail_size=thumbnail_size,
-        skip_bad_rows=skip_bad_rows,
-        seen=None if keep_duplicates else set(),
-        vision_features=vision_features,
-    )
+    settings = {"keep_columns": keep_columns, "batch_size": batch_size, "thumbnail_size": thumbnail_size}
+    settings |= {"skip_bad_rows": skip_bad_rows, "seen": None if keep_duplicates else set()}
+    key_encoder = new_key_encoder(model, processor, key_grid)
+    encoder = RowEncoder(model, processor, value_encoder, key_encoder, source.read, **settings)
+    encoder.vision_features = vision_features
     with evaluating(model, value_encoder), scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
         parts = EncodedParts(folder)
         parts.encode(encoder, source, RowChoice(total=source.total))
-        if parts.num_rows == 0:
-            raise no_usable_row("The dataset", parts.left_out)
-        return finish_bank(encoder, parts, whiten_dim, quantized)
+        return finish_bank(encoder, parts, "The dataset", whiten_dim, quantized)
 
 
 def finish_bank(
-    encoder: RowEncoder, parts: EncodedParts, whiten_dim: int | None = None, quantized: bool | None = None
+    encoder: RowEncoder, parts: EncodedParts, name: str, whiten_dim: int | None = None, quantized: bool | None = None
 ) -> MemoryBank:
     """Make a bank of encoded rows: fit the key encoder's mean and whitening to them, and finish their keys.
 
     Args:
         encoder: made all parts, with a key encoder of `new_key_encoder`.
+        name: the data set, for errors.
     """
+    if parts.num_rows == 0:
+        raise no_usable_row(name, parts.left_out)
     key_encoder = fit_key_encoder(encoder.key_encoder, parts.batches, parts.num_rows, whiten_dim)
     config = new_bank_config(encoder, parts.num_rows > QUANTIZED_ROWS if quantized is None else quantized)
     value_encoder = copy.deepcopy(encoder.value_encoder).requires_grad_(False).eval()

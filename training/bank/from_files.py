@@ -133,7 +133,7 @@ def build_from_files(settings: BuildSettings, out: str | os.PathLike, ray: int |
                 work.clear()
                 raise no_usable_row(settings.dataset, parts.left_out)
             if like is None:
-                bank = finish_bank(encoder, parts, settings.whiten_dim, settings.quantized)
+                bank = finish_bank(encoder, parts, settings.dataset, settings.whiten_dim, settings.quantized)
             else:
                 rows = finished(parts.batches(), like.key_encoder.cpu())
                 bank = like.with_rows(rows, parts.left_out, settings.quantized)

@@ -57,9 +57,21 @@ class DatasetImages(StoredImages):
         self.total = len(dataset) if isinstance(dataset, Sized) else None
         self.reader = RowReader(decode_image, image_column, caption_column, keep_columns)
 
-    @property
-    def can_be_read_again(self) -> bool:
-        return iter(self.dataset) is not self.dataset
+    def check_can_be_read_twice(self) -> None:
+        """Raise `ValueError` for an iterator."""
+        if iter(self.dataset) is self.dataset:
+            raise ValueError(
+                "The dataset is an iterator, which can be read only once, but a new value encoder is trained on it "
+                "first: pass a list or a datasets.Dataset, or a value_encoder."
+            )
+
+    def check_features(self, vision_features: Sequence | None) -> None:
+        """Raise `ValueError` if there are vision features, but not one for each row."""
+        if vision_features is not None and len(vision_features) < (self.total or 0):
+            raise ValueError(
+                f"vision_features has {len(vision_features)} rows, but the dataset has {self.total}: pass one row for "
+                "each, in the dataset's order."
+            )
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         return enumerate(self.dataset)

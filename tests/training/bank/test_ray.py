@@ -5,7 +5,6 @@ import io
 import os
 import re
 import secrets
-import shutil
 import signal
 import tempfile
 import time
@@ -15,17 +14,13 @@ import datasets
 import numpy as np
 import psutil
 import pytest
+from banks import content_of
 from PIL import Image
 
-from tinyalign_cli.main import main
 from tinyalign_vlm.training.bank import encode
 from tinyalign_vlm.training.bank import ray as bank_ray
 
 ROWS, PARTS = 60, 15
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +90,13 @@ def place(tmp_path_factory, make_model, make_processor, bank) -> Path:
 
 
 @pytest.fixture
-def build(place, tmp_path, monkeypatch):
+def build(place, tmp_path, monkeypatch, tinyalign):
     monkeypatch.setattr(encode, "PART_ROWS", ROWS // PARTS)
 
-    def run(out: str, *options: str) -> dict[str, bytes]:
+    def run(out: str, *options: str) -> dict[Path, bytes]:
         command = ["--model", place / "model", "--value_encoder", place / "bank", "--dataset", place / "data.parquet"]
-        main(["bank", "build", *map(str, command), "--batch_size", "2", "--out", str(tmp_path / out), *options])
-        return content(tmp_path / out)
+        tinyalign("build", *command, "--batch_size", "2", "--out", tmp_path / out, *options)
+        return content_of(tmp_path / out)
 
     run.out = tmp_path
     return run
@@ -129,26 +124,16 @@ def test_a_worker_is_killed_and_the_same_bank(build, cluster, monkeypatch, capsy
     assert len(saved) == PARTS and sorted(os.listdir(build.out)) == ["bank", "local"]
 
 
-def test_rows_are_added_by_actors(build, cluster, place, capsys):
-    """To the same bank, with the same ids; rows that it has are left out."""
+def test_rows_are_added_by_actors(build, cluster, place, capsys, tinyalign):
+    """With the same ids; rows that the bank has are left out."""
     chosen = ["--rows", "8", "--seed", "1"]
-    build("local", *chosen)
-    shutil.copytree(build.out / "local", build.out / "ray")
+    build("bank", *chosen)
+    more = ["--model", place / "model", "--dataset", place / "data.parquet", "--batch_size", "2", *chosen]
     for name, options in (("local", []), ("ray", ["--ray", "1"])):
-        more = [
-            "--model",
-            place / "model",
-            "--dataset",
-            place / "data.parquet",
-            "--batch_size",
-            "2",
-            *chosen,
-            *options,
-        ]
-        main(["bank", "add", *map(str, [build.out / name, *more])])
+        tinyalign("add", build.out / "bank", *more, "--out", build.out / name, *options)
         assert re.search(f"{name}: 16 rows, 8 of them new; 8 left out .8 duplicate", capsys.readouterr().out)
-    assert content(build.out / "ray") == content(build.out / "local")
-    assert sorted(os.listdir(build.out)) == [".local.lock", ".ray.lock", "local", "ray"]
+    assert content_of(build.out / "ray") == content_of(build.out / "local")
+    assert sorted(os.listdir(build.out)) == ["bank", "local", "ray"]
 
 
 def test_goes_on_where_it_stopped_with_and_without_ray(build, cluster, monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 
 from tinyalign_cli import main as cli
 from tinyalign_cli.main import main
+from tinyalign_vlm.processing.images import MAX_IMAGE_BYTES, MAX_SECONDS
 from tinyalign_vlm.training.arguments.files import CONFIGS
-from tinyalign_vlm.training.request_images import MAX_IMAGE_BYTES, MAX_SECONDS
 
 WITHOUT_IMPORTS = """
 import sys
