@@ -16,16 +16,18 @@ COLUMNS = {
 
 def push(folder: str, repo: str, kwargs: dict, seed: int | None = None, shard_bytes: int | None = None) -> str:
     from tinyalign_vlm import MemoryBank
-    from tinyalign_vlm.modeling_tinyalign import bank_folder
+    from tinyalign_vlm.modeling_tinyalign import bank_folder, bank_rows
 
     before = bank_folder.SHARD_BYTES, bank_folder.BATCH_ROWS
     if shard_bytes is not None:
-        bank_folder.SHARD_BYTES, bank_folder.BATCH_ROWS = shard_bytes, 2
+        bank_folder.SHARD_BYTES = shard_bytes
+        bank_folder.BATCH_ROWS = bank_rows.BATCH_ROWS = 2
     try:
         bank = MemoryBank.from_pretrained(folder)
         return (bank if seed is None else bank.shuffled(seed)).push_to_hub(repo, **kwargs).oid
     finally:
         bank_folder.SHARD_BYTES, bank_folder.BATCH_ROWS = before
+        bank_rows.BATCH_ROWS = before[1]
 
 
 def rows(repo: str, kwargs: dict) -> list[str]:

@@ -164,7 +164,7 @@ def large_bank(tmp_path) -> BankRows:
     rows, shape = 20_000, (50, 100)
     encoder = small_value_encoder(num_latents=shape[0], latent_dim=shape[1])
     bank = BankRows(replace(config_of(4, encoder, quantized=False), num_rows=rows))
-    bank.files.folder.mkdir(parents=True)
+    bank.files.folder.mkdir(parents=True, exist_ok=True)
     values = np.lib.format.open_memmap(bank.files.folder / "values.npy", "w+", np.float16, (rows, *shape))
     values[:] = 1
     values.flush()
