@@ -30,14 +30,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from huggingface_hub import constants
+from whole_answers import measure_answers
 
-from tinyalign_vlm import (
-    MemoryBank,
-    TinyAlignConfig,
-    TinyAlignForConditionalGeneration,
-    ValueEncoder,
-    ValueEncoderConfig,
-)
+from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
 from tinyalign_vlm.modeling_tinyalign.bank_format import (
     BankConfig,
     KeyEncoderConfig,
@@ -206,61 +201,6 @@ def step_reference(folder: Path, query_path: str) -> dict:
         "attach": 1000 * (ready - started),
         "first search": 1000 * (searched - ready),
     }
-
-
-def step_answers(folder: Path, repeats: str) -> dict:
-    """Milliseconds of a whole answer with and without a memory bank, and of the retrieval in it."""
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    }
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": 151_936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    }
-    settings = {"vision_config": vision, "text_config": text, "image_token_id": 151_935, "image_seq_length": 27**2}
-    model = TinyAlignForConditionalGeneration(TinyAlignConfig(**settings, memory_top_k=TOP_K)).eval()
-    with torch.device("meta"):
-        baseline = TinyAlignForConditionalGeneration(TinyAlignConfig(**settings, memory_top_k=0)).eval()
-    for part in ("vision_tower", "language_model", "connector"):
-        setattr(baseline.model, part, getattr(model.model, part))
-    baseline.lm_head = model.lm_head
-    model.attach_memory_bank(MemoryBank.from_pretrained(folder), check_probes=False)
-    bank = model.memory_bank
-    pixels = torch.randn(1, 3, 384, 384)
-    question = torch.arange(100, 130)[None]
-
-    def answer(asked: TinyAlignForConditionalGeneration, memory_tokens: int):
-        image = torch.full((1, 27**2 + memory_tokens), 151_935)
-        input_ids = torch.cat([question[:, :10], image, question[:, 10:]], dim=1)
-        asked.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            pixel_values=pixels,
-            min_new_tokens=20,
-            max_new_tokens=20,
-            do_sample=False,
-        )
-
-    features = torch.randn(1, 27**2, KEY_DIM)
-    works = {
-        "baseline": lambda: answer(baseline, 0),
-        "memory": lambda: answer(model, VALUE_SHAPE[0]),
-        "retrieval": lambda: bank.gather(bank.search(bank.encode_queries(features), TOP_K)[1]),
-    }
-    with torch.no_grad():
-        return in_turns(works, int(repeats))
 
 
 # ---------------------------------------------------------------------- the table
@@ -454,7 +394,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.step:
         step, folder, argument = arguments.step
-        steps = {"attach": step_attach, "reference": step_reference, "answers": step_answers}
+        steps = {"attach": step_attach, "reference": step_reference, "answers": measure_answers}
         print(json.dumps(steps[step](Path(folder), argument)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
