@@ -165,7 +165,7 @@ def in_turns(works: dict[str, Callable], repeats: int) -> dict[str, float]:
 
 
 def in_new_process(step: str, *arguments: object) -> dict:
-    """What `python benchmarks/bank.py --step ...` prints last: memory is measured from a fresh start."""
+    """Run one step in a process of its own, and return what it printed last: memory is measured from a fresh start."""
     command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
     environment = {**os.environ, "HF_HOME": constants.HF_HOME}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
@@ -295,7 +295,7 @@ def measure(kind: str, keys: np.ndarray, queries: np.ndarray, scratch: Path, rep
 
 
 def goals(results: list[dict], num_rows: int, answers: dict | None) -> Iterator[tuple[str, str, str, str, bool]]:
-    """What was measured, the reference's figure, ours, the goal, and whether it is met."""
+    """A row of the table: what was measured, the reference's figure, ours, the goal, and whether it is met."""
     first, million = results[0], num_rows > 500_000
     theirs, ours, gather = first.get("reference"), first["bank"], first["gather"]
     reckoned = f"{num_rows * 4 * (2 * KEY_DIM + VALUE_SHAPE[0] * VALUE_SHAPE[1]) / 1e6:,.0f} MB (reckoned)"

@@ -1,4 +1,4 @@
-"""What a memory bank is made of: bank_config.json and the columns of its rows, both strictly checked."""
+"""Format of a memory bank: bank_config.json and the columns of its rows, both strictly checked."""
 
 import dataclasses
 import hashlib

@@ -291,7 +291,10 @@ class MemoryBank:
 
     @property
     def index_facts(self) -> dict:
-        """How the bank is searched: `{"index", "k_factor", "recall_at_5"}`, measured when the index was made."""
+        """
+        Facts of the index that searches the bank: `{"index", "k_factor", "recall_at_5"}`, measured when the index was
+        made.
+        """
         return self.store.key_index.facts
 
     def encode_queries(

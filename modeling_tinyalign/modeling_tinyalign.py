@@ -355,9 +355,9 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """
-        As [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`]. Images are encoded
-        and neighbours retrieved once, before the first token. With `return_dict_in_generate=True` the output has
-        `memory_ids` and `memory_scores` `(images, top_k)` as well.
+        Generate like [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`]. Images
+        are encoded and neighbours retrieved once, before the first token. With `return_dict_in_generate=True` the
+        output has `memory_ids` and `memory_scores` `(images, top_k)` as well.
         """
         image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         mask = self.model.get_placeholder_mask(kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds"))

@@ -83,8 +83,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
         """
-        As of every model, but weights are read from safetensors only, never from pickles. Where there are connectors
-        alone, vision tower and language model are loaded from the checkpoints that the config names.
+        Load a model like every other; weights are read from safetensors only, never from pickles. Where there are
+        connectors alone, vision tower and language model are loaded from the checkpoints that the config names.
 
         Raises:
             ValueError: Config or weights are broken, `use_safetensors=False`, or the connectors are of other models.
@@ -168,8 +168,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         **kwargs,
     ) -> CommitInfo:
         """
-        As of every model, and: the config names the attached bank's repository, pinned to its commit; weights of an
-        earlier push that are not overwritten are deleted; a repository without a card gets one without blanks.
+        Push like every model, and: the config names the attached bank's repository, pinned to its commit; weights of
+        an earlier push that are not overwritten are deleted; a repository without a card gets one without blanks.
 
         Args:
             kwargs: `private`, `revision`, `create_pr`, `commit_description`.

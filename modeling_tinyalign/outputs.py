@@ -1,4 +1,4 @@
-"""What the TinyAlign models return."""
+"""Outputs of the TinyAlign models."""
 
 from dataclasses import dataclass, fields
 from typing import Any

@@ -222,8 +222,8 @@ class ValueEncoder(PreTrainedModel):
 
     def word_scores(self, words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        How to tell words apart in latents: the log-probability of word w, up to a constant that all words share, is
-        `latent @ keys[w] + bias[w]`. An empty string is the word of latents that no word was left for.
+        Return what tells words apart in latents: the log-probability of word w, up to a constant that all words share,
+        is `latent @ keys[w] + bias[w]`. An empty string is the word of latents that no word was left for.
 
         Returns:
             keys `(n, latent_dim)` and bias `(n,)`, float32.

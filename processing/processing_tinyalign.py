@@ -130,7 +130,7 @@ class TinyAlignProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
         """
-        As every processor of transformers. One small image shows whether the settings fit together.
+        Load a processor like every other. One small image shows whether the settings fit together.
 
         Raises:
             ValueError: they don't.
@@ -183,7 +183,7 @@ class TinyAlignProcessor(ProcessorMixin):
         **kwargs,
     ) -> BatchFeature:
         """
-        As every processor of transformers.
+        Make the model's inputs of texts and images.
 
         Args:
             images: One image, a list of images, or a list with a list of images for each text: PIL images, paths,
@@ -218,7 +218,10 @@ class TinyAlignProcessor(ProcessorMixin):
         return inputs
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
-        """As every processor of transformers; the query is the text of the user turns before the first answer."""
+        """
+        Format and tokenize chats, like every processor of transformers; the query is the text of the user turns before
+        the first answer.
+        """
         batched = isinstance(conversation[0], (list, tuple))
         conversations = [
             [self._fold_message(message) for message in messages]

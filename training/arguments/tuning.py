@@ -19,7 +19,7 @@ def part_of(parameter_name: str) -> str:
 
 @dataclass
 class TuningArguments:
-    """Which parts of the model train, how fast, and which of them are saved; see docs/training.md."""
+    """Settings of what trains, how fast, and what is saved; see docs/training.md."""
 
     tune_vision_tower: str = field(
         default="frozen",

@@ -30,7 +30,10 @@ LAST_STEP = ("whiten_dim", "quantized")
 
 @dataclass
 class RowSettings:
-    """Which model encodes which rows; the fields are the options of `tinyalign bank add`."""
+    """
+    Settings of the rows of a bank, and of the model that encodes them; the fields are the options of `tinyalign bank
+    add`.
+    """
 
     dataset: str
     model: str | None = None

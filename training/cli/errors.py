@@ -1,4 +1,4 @@
-"""How a command ends when something is wrong, or when it is stopped: with a line that says so, not a traceback."""
+"""Errors and Ctrl-C in commands: a line that says what happened instead of a traceback."""
 
 import sys
 from collections.abc import Iterator

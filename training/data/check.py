@@ -1,4 +1,4 @@
-"""What is wrong with a data set: found before the first step of a run, or by `tinyalign data check`."""
+"""Problems of a data set, found before the first step of a run, or by `tinyalign data check`."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ BAD_ROWS_NAME = "bad_rows.json"
 
 @dataclass
 class DataCheck:
-    """How many `rows` a data set has, and which are bad: what is wrong with them, and its kind, by number."""
+    """Number of `rows` in a data set, and its bad rows: what is wrong with each, and its kind, by number."""
 
     rows: int
     problems: dict[int, str]
@@ -175,7 +175,7 @@ def _numbered(reader: RowReader, row: dict, number: int) -> dict:
 
 
 class _Keep:
-    """Whether a streamed row is good. Says which are not, and how many have been skipped, by all workers together."""
+    """Return True for a good streamed row; print the bad ones, and how many all workers have skipped."""
 
     def __init__(self, config: StageArguments):
         self.dataset, self.strict = config.dataset, config.strict
@@ -194,8 +194,8 @@ class _Keep:
 
 def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
     """
-    What is wrong with a data set, named itself or by YAML files. The length of rows is checked if there is a model.
-    A data set that would be streamed is read as others are.
+    Return the problems of a data set, named itself or by YAML files. The length of rows is checked if there is a
+    model. A data set that would be streamed is read as others are.
 
     Raises `ValueError` or `OSError` when the files, the model or the data cannot be read.
     """

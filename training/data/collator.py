@@ -90,7 +90,7 @@ class TrainingCollator:
         return {**batch, **self.image_inputs(rows, counts)}
 
     def image_inputs(self, rows: list[dict[str, Any]], counts: list[int]) -> dict[str, torch.Tensor]:
-        """What the batch says about its images, `counts` in each row, and their neighbours."""
+        """Return the inputs of a batch's images, `counts` in each row, and of their neighbours."""
 
         def of_images(name: str) -> list:
             return [value for row, count in zip(rows, counts, strict=True) for value in _of_images(row, name, count)]
@@ -170,7 +170,7 @@ class TrainingCollator:
 
 
 def _of_images(row: dict[str, Any], name: str, count: int) -> list:
-    """What a column says about each of the `count` images of a row's chat."""
+    """Return a column's values, one for each of the `count` images of a row's chat."""
     values = _load_images(row) if name == "images" else row.get(name)
     if values is None:
         values = [] if count == 0 else _column(row, name)

@@ -200,7 +200,7 @@ def _check_room(partial: Path, num_images: int, needed: int):
 def _batches(
     model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any], span: range, batch_size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Of each batch of the images in `span`, the number of its first, and their features `(n, T, C)`."""
+    """Yield the number of the first image, and the features `(n, T, C)`, of each batch in `span`."""
     for start in range(span.start, span.stop, batch_size):
         batch = [read_image(images, index) for index in range(start, min(start + batch_size, span.stop))]
         pixel_values = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]

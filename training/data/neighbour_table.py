@@ -135,12 +135,12 @@ def neighbour_table(
 
 
 def read_neighbours(path: str | os.PathLike) -> datasets.Dataset:
-    """What [`neighbour_table`] wrote, memory-mapped."""
+    """Open what [`neighbour_table`] wrote, memory-mapped."""
     return datasets.Dataset.from_parquet(str(path))
 
 
 def summary(table: datasets.Dataset, top_k: int) -> str:
-    """What a table says, in a line."""
+    """Sum a table up in a line."""
     scores = np.array(table["memory_scores"][:])[:, :top_k]
     found = np.isfinite(scores)
     own = np.array(table["own_rows"][:]) > 0

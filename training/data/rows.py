@@ -277,8 +277,8 @@ def with_features(
     rows: datasets.Dataset | datasets.IterableDataset,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, np.ndarray | None]:
     """
-    With `config.cache_features` the visual features and the rows with `feature_index`. They are kept under `HF_HOME`,
-    for other runs with the same images, tower and preprocessing.
+    Return the visual features, with `config.cache_features`, and the rows with `feature_index`. They are kept under
+    `HF_HOME`, for other runs with the same images, tower and preprocessing.
 
     All processes of a run must call this at once: they share the work.
     """

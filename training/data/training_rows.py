@@ -83,7 +83,7 @@ def training_rows(
 
 
 def _neighbours_of_an_image(memory_ids: list) -> int | None:
-    """Of a row whose `memory_ids` are of one image or a list of such; None of a row of text."""
+    """Count the neighbours of an image in a row's `memory_ids`, one list or a list for each image; None for text."""
     first = memory_ids[0] if memory_ids else None
     return len(first) if isinstance(first, list) else len(memory_ids) if memory_ids else None
 
@@ -109,7 +109,7 @@ def evaluation_rows(
 
 
 def content_hash(rows: datasets.Dataset) -> str:
-    """Of chats and neighbours; the same in every run, where `Dataset._fingerprint` may be random."""
+    """Hash chats and neighbours; the same in every run, where `Dataset._fingerprint` may be random."""
     digest = hashlib.sha256()
     columns = [column for column in rows.column_names if column not in ("image", "images", "row", "id")]
     for batch in rows.select_columns(columns).with_format(None).iter(1000):

@@ -145,7 +145,7 @@ def _preparation(config: dict, seconds: dict[str, float]) -> dict[str, str]:
 
 
 def _comparisons(results: dict[str, dict[str, Evaluation]], nearest: dict[str, list[list[str]]]) -> list[str]:
-    """What the model is worse at than something simpler, if it is."""
+    """List the tasks at which something simpler beats the model."""
     limits = []
     loss = {system: results[system]["without"].summary()["loss_per_token"][0] for system in ("baseline", "tinyalign")}
     if loss["tinyalign"] > loss["baseline"]:

@@ -39,7 +39,7 @@ BANKS = ("without", "with")  # the drawings of the held-out concepts
 
 @dataclass
 class DemoConfig:
-    """How much the demo trains and asks; the defaults are the full run."""
+    """Size of the demo's training and evaluation; the defaults are the full run."""
 
     concepts: int | None = None
     value_encoder_steps: int = 1500

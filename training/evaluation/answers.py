@@ -1,4 +1,4 @@
-"""How well a model answers: loss, tokens, greedy answers, and how sure the numbers are."""
+"""Evaluation of answers: loss, tokens, greedy answers, and intervals of the numbers."""
 
 import time
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def exact_matches(predictions: list[str], references: list[str]) -> np.ndarray:
 @dataclass
 class Evaluation:
     """
-    What [`evaluate_answers`] measured, one entry a row.
+    Results of [`evaluate_answers`], one entry a row.
 
     Attributes:
         losses: `(n,)` float64, the loss summed over the answer's tokens, its end among them.

@@ -1,4 +1,4 @@
-"""What TinyAlign is compared with in the paper: the same run, with the option `baseline` set."""
+"""Baselines of the paper: the same run, with the option `baseline` set."""
 
 import datasets
 from transformers import ProcessorMixin

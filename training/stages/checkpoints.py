@@ -157,7 +157,7 @@ def last_checkpoint(
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether its last file, the trainer's state, is there, and whole: the disk may have been full."""
+    """Return True if the last file, the trainer's state, is there and whole: the disk may have been full."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run logs beside its loss: speed, memory, gradient norms, and what retrieval gave."""
+"""Metrics logged beside the loss: speed, memory, gradient norms, and what retrieval gave."""
 
 import contextlib
 import copy
@@ -144,7 +144,9 @@ class Meter(TrainerCallback):
     on_save = on_evaluate
 
     def read(self, logs: dict[str, float]) -> dict[str, float]:
-        """What to add to `logs`, which have a `loss` and `grad_norm`; then counts from 0. All processes call it."""
+        """
+        Return what to add to `logs`, which have `loss` and `grad_norm`, and count from 0 again. All processes call it.
+        """
         seconds = time.monotonic() - self.started
         accelerator = self.trainer.accelerator
         on_host = torch.tensor(list(self.on_host.values()), device=self.on_device.device)
@@ -190,7 +192,7 @@ def gradient_norms(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def peak_flops() -> float | None:
-    """Of this process's GPU, or None if there is none that is known."""
+    """Return the peak FLOP/s of this process's GPU, or None if it is not known."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -241,7 +243,7 @@ class ModelFlops:
         self.logits = 2 * hidden_size * config.text_config.vocab_size * (2 + head.requires_grad)
 
     def of(self, counts: dict[str, int]) -> float:
-        """Of as many images, tokens, pairs of tokens of one row, and supervised tokens."""
+        """Count the FLOPs of so many images, tokens, pairs of tokens of one row, and supervised tokens."""
         return (
             counts["encoded_images"] * self.image
             + counts["images"] * self.connectors
@@ -258,7 +260,7 @@ def _trained_share(model: PreTrainedModel, part: str) -> float:
 
 
 def _connector_flops(connector: Connector, input_trains: bool) -> float:
-    """Of a token, with gradients; that of the input only if something before it trains."""
+    """Count the FLOPs of a token, with gradients; that of the input only if something before it trains."""
     first, second = connector.linear_1, connector.linear_2
     return (6 if input_trains else 4) * first.in_features * first.out_features + (
         6 * second.in_features * second.out_features
@@ -267,7 +269,10 @@ def _connector_flops(connector: Connector, input_trains: bool) -> float:
 
 @torch.no_grad()
 def _forward_flops(config: PreTrainedConfig, **inputs: torch.Tensor) -> int:
-    """Of a model without its weights; eager attention, whose products the counter sees on every device."""
+    """
+    Count the forward FLOPs of a model without its weights; eager attention, whose products the counter sees on every
+    device.
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         AutoModel.from_config(copy.deepcopy(config), attn_implementation="eager").eval()(**inputs)
     return counter.get_total_flops()

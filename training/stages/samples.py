@@ -1,4 +1,4 @@
-"""What the model says of a few evaluation rows, and what it retrieved for them, each time it is evaluated."""
+"""Sample answers: what the model says of a few rows, and what it retrieved, each time it is evaluated."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""What of a model trains: freezing its parts, and a table of what that comes to."""
+"""Trainable parts of a model: freezing the others, and a table of what trains."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -269,7 +269,7 @@ class SupervisedTrainer(Trainer):
         return self.optimizer
 
     def _init_training_state(self, max_steps, *args):
-        """Of streamed rows, which have no length, `Trainer` takes all steps for those of the first epoch."""
+        """Count epochs of streamed rows: these have no length, and `Trainer` takes all steps for one epoch."""
         epochs, batches = super()._init_training_state(max_steps, *args)
         if isinstance(self.train_dataset, datasets.IterableDataset) and self.state.epoch:
             epochs = int(self.state.epoch)
@@ -288,7 +288,7 @@ class SupervisedTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process has a file of its own; the last file comes after all
 
     def _save(self, output_dir=None, state_dict=None):
-        """What trains, or all of the model if that is nearly the same."""
+        """Save what trains, or all of the model if that is nearly the same."""
         if self.args.tune_language_model == "full":
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
