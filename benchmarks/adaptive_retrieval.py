@@ -20,6 +20,7 @@ import numpy as np
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.bank.calibration import calibrate
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.training.demo.pairs import load_pairs
 from tinyalign_vlm.training.demo.run import (
     BANKS,
     TOP_K,
@@ -28,7 +29,6 @@ from tinyalign_vlm.training.demo.run import (
     compose,
     compose_with_memory,
     evaluate_system,
-    load_pairs,
     train_system,
     with_neighbours,
 )
@@ -49,7 +49,7 @@ def main():
         "vision": arguments.demo / "weights" / "efficientnet-lite0",
         "text": arguments.demo / "weights" / "smollm2-135m-instruct",
     }
-    pairs = load_pairs(config)
+    pairs = load_pairs(config.seed, config.concepts)
     labels = {"train": np.array(pairs.labels)[pairs.train], "heldout": np.array(pairs.labels)[pairs.heldout]}
     rows = {name: chats(column.tolist()) for name, column in labels.items()}
     (path,) = (arguments.demo / "features").glob("twemoji-*.npy")

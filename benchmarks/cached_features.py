@@ -22,7 +22,8 @@ from transformers.utils import logging
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 from tinyalign_vlm.training import AlignmentConfig, AlignmentTrainer
 from tinyalign_vlm.training.data.features import cache_vision_features
-from tinyalign_vlm.training.demo.run import DemoConfig, chats, load_pairs
+from tinyalign_vlm.training.demo.pairs import load_pairs
+from tinyalign_vlm.training.demo.run import chats
 
 
 def make_parts(folder: Path, demo: Path, share: float) -> tuple[str, str]:
@@ -54,7 +55,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=3, help="(default: %(default)s)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    pairs = load_pairs(DemoConfig())
+    pairs = load_pairs()
     images = pairs.twemoji.select(pairs.train[: arguments.images])
     rows = chats(images["label"]).add_column("image", list(images["image"]))
     seconds: dict[str, list[float]] = {}

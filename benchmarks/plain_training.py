@@ -37,7 +37,8 @@ from tinyalign_vlm.training.arguments.stage import bfloat16_is_fast
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
-from tinyalign_vlm.training.demo.run import DemoConfig, chats, compose_with_memory, load_pairs, with_neighbours
+from tinyalign_vlm.training.demo.pairs import load_pairs
+from tinyalign_vlm.training.demo.run import DemoConfig, chats, compose_with_memory, with_neighbours
 from tinyalign_vlm.training.stages.checkpoints import connectors_of
 from tinyalign_vlm.training.stages.precision import bfloat16_language_model
 
@@ -101,7 +102,7 @@ def main():
 
 def measure(model, processor, bank, arguments, folder):
     batch_size, top_k = 10 if arguments.demo else 2, model.config.memory_top_k
-    pairs = load_pairs(DemoConfig())
+    pairs = load_pairs()
     images = pairs.twemoji.select(pairs.train[: 4 * batch_size])
     features = cache_vision_features(model, processor, images["image"], Path(folder, "features"))
     names = source_ids_of(images["image"])

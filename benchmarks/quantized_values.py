@@ -22,7 +22,8 @@ from tinyalign_vlm.processing import TinyAlignProcessor
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.neighbours import find_neighbours
 from tinyalign_vlm.training.data.training_rows import training_rows
-from tinyalign_vlm.training.demo.run import BANKS, TOP_K, DemoConfig, chats, load_pairs, with_neighbours
+from tinyalign_vlm.training.demo.pairs import load_pairs
+from tinyalign_vlm.training.demo.run import BANKS, TOP_K, DemoConfig, chats, with_neighbours
 
 BATCH = 32
 
@@ -48,7 +49,7 @@ def main():
     arguments = parser.parse_args()
     kept = json.loads((arguments.demo / "config.json").read_text())
     config = DemoConfig(**{field.name: kept[field.name] for field in fields(DemoConfig) if field.name in kept})
-    pairs = load_pairs(config)
+    pairs = load_pairs(config.seed, config.concepts)
     heldout = pairs.heldout[: arguments.rows]
     rows = chats(np.array(pairs.labels)[heldout].tolist())
     (path,) = (arguments.demo / "features").glob("twemoji-*.npy")

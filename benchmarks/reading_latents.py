@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign.connectors import lexicon_words, read_words, slot_tokens
 from tinyalign_vlm.training.bank.value_encoder_training import CaptionSampler
-from tinyalign_vlm.training.demo.run import BANKS, DemoConfig, load_pairs
+from tinyalign_vlm.training.demo.pairs import load_pairs
+from tinyalign_vlm.training.demo.run import BANKS
 
 
 class Reader:
@@ -96,7 +97,7 @@ def main():
     arguments = parser.parse_args()
     torch.manual_seed(0)
     reader = Reader(arguments.demo / "weights" / "smollm2-135m-instruct")
-    pairs = load_pairs(DemoConfig())
+    pairs = load_pairs()
     rows = pairs.noto.select(pairs.heldout[: arguments.labels])
     labels = rows["label"]
     banks = {name: MemoryBank.from_pretrained(arguments.demo / f"bank_{name}_heldout") for name in BANKS}

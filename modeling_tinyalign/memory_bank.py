@@ -291,10 +291,7 @@ class MemoryBank:
 
     @property
     def index_facts(self) -> dict:
-        """
-        Facts of the index that searches the bank: `{"index", "k_factor", "recall_at_5"}`, measured when the index was
-        made.
-        """
+        """Facts of the index that searches the bank: `{"index", "k_factor", "recall_at_5"}`, measured when made."""
         return self.store.key_index.facts
 
     def encode_queries(

@@ -224,12 +224,12 @@ class TinyAlignProcessor(ProcessorMixin):
         """
         batched = isinstance(conversation[0], (list, tuple))
         conversations = [
-            [self._fold_message(message) for message in messages]
+            [self.fold_message(message) for message in messages]
             for messages in (conversation if batched else [conversation])
         ]
         processor_kwargs = dict(processor_kwargs or {})
         if self.key_space == "language":
-            processor_kwargs.setdefault("query_text", [self._query_text(messages) for messages in conversations])
+            processor_kwargs.setdefault("query_text", [self.query_text_of(messages) for messages in conversations])
             for name in {"padding", "padding_side", "truncation", "max_length"} & kwargs.keys():
                 processor_kwargs[name] = kwargs.pop(name)  # transformers 5.17 would drop the query for them
         return super().apply_chat_template(
@@ -287,7 +287,7 @@ class TinyAlignProcessor(ProcessorMixin):
             )
         return re.sub(r"\s?<rag>", "", text)
 
-    def _fold_message(self, message: Any) -> dict:
+    def fold_message(self, message: Any) -> dict:
         """In a chat the image may be an entry of its own, so `<rag>` is dropped wherever it stands."""
         message = _as_dict(message)
         content = message.get("content")
@@ -301,7 +301,7 @@ class TinyAlignProcessor(ProcessorMixin):
             message["content"] = parts
         return message
 
-    def _query_text(self, messages: list[dict]) -> str:
+    def query_text_of(self, messages: list[dict]) -> str:
         texts = []
         for message in messages:
             if message["role"] == "assistant":

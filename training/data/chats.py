@@ -84,7 +84,7 @@ def encode_chat(
     all that is to be learnt.
     """
     encoded = processor.tokenizer.apply_chat_template(
-        [processor._fold_message(message) for message in messages],
+        [processor.fold_message(message) for message in messages],
         chat_template=processor.chat_template,
         add_generation_prompt=add_generation_prompt,
         return_dict=True,

@@ -313,7 +313,7 @@ def with_neighbours(
     if len(images):
         queries = None
         if bank.config.key_encoder.key_space == "language":
-            texts = [processor._query_text(messages) for messages in rows["messages"]]
+            texts = [processor.query_text_of(messages) for messages in rows["messages"]]
             queries = [text for text, own in zip(texts, images.by_row(range(len(images))), strict=True) for _ in own]
         path = neighbour_table(
             bank,

@@ -27,10 +27,10 @@ from ..hub.run_facts import RECORD_NAME, stage_record, write_records
 from ..stages.precision import bfloat16_language_model
 from ..stages.trainers import TRAINERS
 from .cards import write_demo_cards
+from .pairs import Pairs, load_pairs
 from .report import write_report
 from .weights import convert_efficientnet_lite0, convert_smollm2
 
-PAIRS = Path(__file__).parents[2] / "examples" / "data" / "emoji_pairs.parquet"
 PROMPT = "What is this?"
 TOP_K, NUM_LATENTS = 4, 8  # 32 memory tokens; 8 latents hold four words, as many as 97% of the labels have
 ANSWER_TOKENS = 12  # the longest label has 10, and its end
@@ -87,52 +87,6 @@ class Clock:
         self.last = now
         write_json(self.path, self.record)
         print(f"[{now - self.started:5.0f} s] {step}{note and ': '}{note}", flush=True)
-
-
-@dataclass
-class Pairs:
-    """The emoji: bank drawings (Noto) and query drawings (Twemoji) of the same concepts, row by row."""
-
-    noto: datasets.Dataset
-    twemoji: datasets.Dataset
-    train: np.ndarray
-    heldout: np.ndarray
-
-    @property
-    def labels(self) -> list[str]:
-        return self.noto["label"]
-
-
-def load_pairs(config: DemoConfig) -> Pairs:
-    """
-    Splits by concept: a quarter is held out. Concepts that share a drawing, pixel for pixel, go to the same side.
-
-    `train` and `heldout` are rows of both data sets.
-    """
-    if not PAIRS.exists():
-        raise FileNotFoundError(
-            f"{PAIRS} is missing: it is in the repository, not in the package. Run `make demo` in a clone."
-        )
-    rows = datasets.load_dataset("parquet", data_files=str(PAIRS), split="train")
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    noto, twemoji = (
-        rows.filter(lambda row_style, style=style: row_style == style, input_columns="style").sort("concept")
-        for style in ("noto", "twemoji")
-    )
-    assert noto["concept"] == twemoji["concept"]
-    rng = np.random.default_rng(config.seed)
-    if config.concepts is not None:
-        chosen = np.sort(rng.permutation(len(noto))[: config.concepts])
-        noto, twemoji = noto.select(chosen), twemoji.select(chosen)
-    group = np.arange(len(noto))  # union of the concepts with the same bytes: the encoding is deterministic
-    for column in (noto["image"], twemoji["image"]):
-        first = {}
-        for row, image in enumerate(column):
-            other = first.setdefault(image["bytes"], row)
-            group[group == group[row]] = group[other]
-    groups = rng.permutation(np.unique(group))
-    is_heldout = np.isin(group, groups[: len(groups) // 4])
-    return Pairs(noto, twemoji, np.flatnonzero(~is_heldout), np.flatnonzero(is_heldout))
 
 
 def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -296,7 +250,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
         "vision": convert_efficientnet_lite0(weights_dir / "efficientnet-lite0"),
         "text": convert_smollm2(weights_dir / "smollm2-135m-instruct"),
     }
-    pairs = load_pairs(config)
+    pairs = load_pairs(config.seed, config.concepts)
     clock("weights converted", f"{len(pairs.train)} concepts to train on, {len(pairs.heldout)} held out")
 
     model, processor = compose_with_memory(weights, config)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+from tinyalign_vlm.training.demo import pairs as pairs_module
 from tinyalign_vlm.training.demo import report, run
-from tinyalign_vlm.training.demo.run import DemoConfig, load_pairs, run_demo
+from tinyalign_vlm.training.demo.pairs import load_pairs
+from tinyalign_vlm.training.demo.run import DemoConfig, run_demo
 from tinyalign_vlm.training.evaluation.answers import Evaluation
 
 TINY = DemoConfig(concepts=40, value_encoder_steps=3, stage1_steps=2, stage2_steps=1, batch_size=4)
@@ -15,7 +17,7 @@ TINY = DemoConfig(concepts=40, value_encoder_steps=3, stage1_steps=2, stage2_ste
 
 @pytest.fixture(scope="module")
 def pairs():
-    return load_pairs(DemoConfig())
+    return load_pairs()
 
 
 def test_split_by_concept_and_drawing(pairs):
@@ -76,6 +78,6 @@ def test_table_and_share():
 
 
 def test_missing_data_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "PAIRS", tmp_path / "no.parquet")
+    monkeypatch.setattr(pairs_module, "PAIRS", tmp_path / "no.parquet")
     with pytest.raises(FileNotFoundError, match="make demo"):
-        load_pairs(DemoConfig())
+        load_pairs()
