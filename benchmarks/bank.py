@@ -3,7 +3,7 @@ The memory bank beside the reference's way of doing it, in one run: memory, disk
 
     make bench-bank                                         # 100,000 rows, then whole answers
     make bench-bank BENCH_ARGS="--rows 1000000 --no_answers"   # needs 30 GB of disk for a while
-    make bench-bank BENCH_ARGS="--keys bank"                # real keys: of a bank's folder, or a float32 .npy file
+    make bench-bank BENCH_ARGS="--keys keys.npy"            # real keys: float32, of a bank's local files say
 
 The reference keeps float32 keys in a flat faiss index, and the same keys again with float32 values, a list of tensors,
 in one pickled file, which is written and read here only. Up to 100,000 rows are measured with it; what it would take
@@ -72,9 +72,8 @@ def synthetic_keys(path: Path, kind: str, rows: int) -> np.ndarray:
     return keys
 
 
-def blocks(num_rows: int) -> Iterator[range]:
-    for start in range(0, num_rows, BLOCK):
-        yield range(start, min(start + BLOCK, num_rows))
+def blocks(num_rows: int) -> list[range]:
+    return [range(start, min(start + BLOCK, num_rows)) for start in range(0, num_rows, BLOCK)]
 
 
 def values_of(rows: range) -> np.ndarray:
@@ -356,15 +355,8 @@ def report(results: list[dict], num_rows: int, answers: dict | None):
         print(f"| {size:,} | {' | '.join(times)} | {found['recall']:.3f} | {found['build']:.1f} s |")
 
 
-def given_keys(path: Path) -> np.ndarray:
-    if path.is_dir():
-        bank = MemoryBank.from_pretrained(path)
-        return bank.keys(np.arange(len(bank)))
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
 def run(arguments: argparse.Namespace, scratch: Path):
-    given = given_keys(arguments.keys) if arguments.keys else None
+    given = np.load(arguments.keys, mmap_mode="r", allow_pickle=False) if arguments.keys else None
     results = []
     for kind in [arguments.keys.stem] if arguments.keys else arguments.kinds:
         all_keys = synthetic_keys(scratch / "keys.npy", kind, arguments.rows) if given is None else given
@@ -385,11 +377,13 @@ def run(arguments: argparse.Namespace, scratch: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000, help="of the bank (default: %(default)s)")
-    parser.add_argument("--keys", type=Path, help="keys of a bank's folder or a .npy file, instead of synthetic ones")
+    parser.add_argument(
+        "--keys", type=Path, help="a .npy file of float32 keys, instead of synthetic ones"
+    )
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of synthetic keys (default: all)")
     parser.add_argument("--repeats", type=int, default=20, help="of what takes milliseconds (default: %(default)s)")
     parser.add_argument("--no_answers", action="store_true", help="leave out the whole answers")
-    parser.add_argument("--scratch", type=Path, help="where to write files (default: the system's temporary folder)")
+    parser.add_argument("--scratch", type=Path, help="where to write files (default: a temporary folder)")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
