@@ -110,7 +110,7 @@ def write_folder(
 ) -> None:
     """Write a bank into an empty folder."""
     bounds = shard_bounds(rows.table, 4 * rows.config.key_dim + 2 * rows.config.value_size)
-    write_shards(folder, rows.batches(), bounds, rows.config.quantized)
+    write_shards(folder, rows.batches(size=BATCH_ROWS), bounds, rows.config.quantized)
     write_encoders(folder, replace(rows.config, num_shards=len(bounds) - 1), key_encoder, probe_keys, value_encoder)
 
 

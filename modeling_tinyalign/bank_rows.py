@@ -166,15 +166,15 @@ class BankRows:
         wanted = np.bytes_(source_id.encode())
         return order[np.searchsorted(names, wanted, "left") : np.searchsorted(names, wanted, "right")]
 
-    def batches(self, keys_of: np.ndarray | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield all rows with keys and values, `BATCH_ROWS` at a time.
+    def batches(self, keys_of: np.ndarray | None = None, size: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+        """Yield all rows with keys and values, `size` at a time.
 
         Args:
             keys_of: the row whose key each row gets; by default its own.
         """
         schema = config_schema(self.config)
-        for start in range(0, len(self), BATCH_ROWS):
-            rows = slice(start, min(start + BATCH_ROWS, len(self)))
+        for start in range(0, len(self), size):
+            rows = slice(start, min(start + size, len(self)))
             part = self.table[rows].combine_chunks()
             columns = {name: part[name].combine_chunks() for name in part.column_names}
             keys = self.key_array[rows if keys_of is None else keys_of[rows]]

@@ -36,7 +36,6 @@ def test_load_dataset(saved, tmp_path, bank):
 def test_many_shards(bank, tmp_path, monkeypatch, empty_cache):
     monkeypatch.setattr(bank_folder, "SHARD_BYTES", 1000)
     monkeypatch.setattr(bank_folder, "BATCH_ROWS", 2)
-    monkeypatch.setattr("tinyalign_vlm.modeling_tinyalign.bank_rows.BATCH_ROWS", 2)
     bank.save_pretrained(tmp_path / "bank")
     shards = sorted((tmp_path / "bank" / "data").iterdir())
     assert len(shards) > 3 and sum(pq.read_metadata(shard).num_rows for shard in shards) == NUM_ROWS
