@@ -377,9 +377,7 @@ def run(arguments: argparse.Namespace, scratch: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000, help="of the bank (default: %(default)s)")
-    parser.add_argument(
-        "--keys", type=Path, help="a .npy file of float32 keys, instead of synthetic ones"
-    )
+    parser.add_argument("--keys", type=Path, help="a .npy file of float32 keys, instead of synthetic ones")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of synthetic keys (default: all)")
     parser.add_argument("--repeats", type=int, default=20, help="of what takes milliseconds (default: %(default)s)")
     parser.add_argument("--no_answers", action="store_true", help="leave out the whole answers")
