@@ -1,13 +1,15 @@
 """Runs the code blocks of a Markdown file, one after the other, and knows the output that it shows for them.
 
-A ```python block continues the Python session of the blocks before it, a ```bash block is run by bash; a ```text block
-behind one is what it prints. `PYTHONPATH=tests python tests/hub/documents.py FILE FOLDER` runs a file in a folder
+A ```python block continues the Python session of the blocks before it, a ```bash block is run by bash, or in the same
+session if it is nothing but plain `tinyalign` commands, which saves the imports; a ```text block behind one is what it
+prints. `PYTHONPATH=tests python tests/hub/documents.py FILE FOLDER` runs a file in a folder
 against a fake Hub and puts the output that came into the file.
 """
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -41,6 +43,25 @@ class Block:
     output: str = ""
 
 
+COMMANDS = """
+from tinyalign_cli.main import main
+for arguments in {}:
+    try:
+        main(arguments)
+    except SystemExit as done:
+        if done.code:
+            raise RuntimeError(done.code)
+"""
+
+
+def plain_commands(code: str) -> list[list[str]] | None:
+    """The arguments of the `tinyalign` commands that a block consists of; None if it takes a shell."""
+    lines = code.replace("\\\n", " ").splitlines()
+    if any(re.search(r"[*?$`;|&<>]", line) or not line.startswith("tinyalign ") for line in lines):
+        return None
+    return [shlex.split(line)[1:] for line in lines]
+
+
 def run_blocks(text: str, folder: Path, environment: dict[str, str]) -> list[Block]:
     """Runs all blocks in `folder`. RuntimeError with the block and its error when one fails."""
     paths = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -50,8 +71,10 @@ def run_blocks(text: str, folder: Path, environment: dict[str, str]) -> list[Blo
     with subprocess.Popen([sys.executable, "-c", SESSION], **pipes) as session:
         for match in BLOCK.finditer(text):
             block = Block(match[1], match[2], match.span(), match[3])
-            if block.language == "python":
-                print(json.dumps(block.code), file=session.stdin, flush=True)
+            commands = plain_commands(block.code)
+            if block.language == "python" or commands is not None:
+                code = block.code if commands is None else COMMANDS.format(commands)
+                print(json.dumps(code), file=session.stdin, flush=True)
                 block.output, error = json.loads(session.stdout.readline())
             else:
                 command = ["bash", "-e", "-c", block.code]

@@ -37,6 +37,6 @@ def test_the_walk(model, processor, value_encoder, images, tmp_path):
         found, shown = ((text or "").splitlines() for text in (block.output, block.shown))
         assert len(found) == len(shown), f"{block.code}printed\n{block.output}\nthe page shows\n{block.shown}"
     printed = "".join(block.output for block in blocks)
-    assert re.search(r"bank: 200 rows; 0 left out\.", printed) and "all: OK" in printed
-    assert "\nbank: 300 rows, 100 of them new; " in printed
+    assert re.search(r"bank: 200 rows; 0 left out\.", printed) and "fewer: OK" in printed
+    assert "\nlarger: 300 rows, 100 of them new; " in printed
     assert "exit status 1" in blocks[-1].output and "model.safetensors: its sha256 is" in blocks[-1].output
