@@ -30,10 +30,7 @@ LAST_STEP = ("whiten_dim", "quantized")
 
 @dataclass
 class RowSettings:
-    """
-    Settings of the rows of a bank, and of the model that encodes them; the fields are the options of `tinyalign bank
-    add`.
-    """
+    """The model, and the rows that it encodes; the fields are the options of `tinyalign bank add`."""
 
     dataset: str
     model: str | None = None
@@ -121,28 +118,7 @@ def build_from_files(settings: BuildSettings, out: str | os.PathLike, ray: int |
     like = None if settings.like is None else MemoryBank.from_pretrained(settings.like)
     if like is not None:
         settings.check_like(like.config.columns)
-    with work_folder(Path(out).resolve()) as work:
-        build = FileBuild.begin(settings, work, Path(out).resolve(), like)
-        if build is None:
-            print(f"{out} is complete: there is nothing to do.")
-            return
-        with keeping(work.path, "what was encoded"):
-            if like is None:
-                encoder = build.new_row_encoder(settings)
-            else:
-                encoder = build.row_encoder_of(like)
-            parts = build.encode(encoder, ray)
-            if parts.num_rows == 0:
-                work.clear()
-                raise no_usable_row(settings.dataset, parts.left_out)
-            if like is None:
-                bank = finish_bank(encoder, parts, settings.dataset, settings.whiten_dim, settings.quantized)
-            else:
-                rows = finished(parts.batches(), like.key_encoder.cpu())
-                bank = like.with_rows(rows, parts.left_out, settings.quantized)
-            bank.save_pretrained(out)
-        work.clear()
-    print(f"{out}: {len(bank)} rows; {describe_left_out(out, parts)}.")
+    _write_bank(settings, out, like, ray)
 
 
 def add_from_files(
@@ -152,32 +128,48 @@ def add_from_files(
 
     Goes on where it was killed, and raises, as `build_from_files`.
     """
-    bank = MemoryBank.from_pretrained(bank_name)
-    with work_folder(Path(out).resolve()) as work:
-        build = FileBuild.begin(settings, work, Path(out).resolve(), bank)
+    _write_bank(settings, out, MemoryBank.from_pretrained(bank_name), ray, with_old_rows=True)
+
+
+def _write_bank(
+    settings: RowSettings,
+    out: str | os.PathLike,
+    old: MemoryBank | None,
+    ray: int | None,
+    with_old_rows: bool = False,
+) -> None:
+    """Write a new bank: with the encoders of an old one or new ones, and with the old one's rows or without."""
+    folder = Path(out).resolve()
+    with work_folder(folder) as work:
+        build = FileBuild.begin(settings, work, folder, old)
         if build is None:
             print(f"{out} is complete: there is nothing to do.")
             return
         with keeping(work.path, "what was encoded"):
-            encoder = build.row_encoder_of(bank)
-            encoder.next_id = len(bank)
-            if encoder.seen is not None:
-                encoder.seen.update(map(bytes.fromhex, bank.store.table["source_id"].to_pylist()))
+            encoder = build.row_encoder(old)
+            if with_old_rows:
+                encoder.next_id = len(old)
+                if encoder.seen is not None:
+                    encoder.seen.update(map(bytes.fromhex, old.store.table["source_id"].to_pylist()))
             parts = build.encode(encoder, ray)
-            if parts.num_rows == 0 and not any(row.reason.startswith(DUPLICATE) for row in parts.left_out):
+            nothing_new = with_old_rows and any(row.reason.startswith(DUPLICATE) for row in parts.left_out)
+            if parts.num_rows == 0 and not nothing_new:
                 work.clear()
                 raise no_usable_row(settings.dataset, parts.left_out)
-            added = finished(parts.batches(), bank.key_encoder.cpu())
-            bank = bank.with_rows(chain(bank.store.batches(), added), parts.left_out)
+            if old is None:
+                bank = finish_bank(encoder, parts, settings.dataset, settings.whiten_dim, settings.quantized)
+            elif with_old_rows:
+                added = finished(parts.batches(), old.key_encoder.cpu())
+                bank = old.with_rows(chain(old.store.batches(), added), parts.left_out)
+            else:
+                rows = finished(parts.batches(), old.key_encoder.cpu())
+                bank = old.with_rows(rows, parts.left_out, settings.quantized)
+                bank.config.num_left_out = len(parts.left_out)
             bank.save_pretrained(out)
         work.clear()
-    print(f"{out}: {len(bank)} rows, {parts.num_rows} of them new; {describe_left_out(out, parts)}.")
-
-
-def describe_left_out(out: str | os.PathLike, parts: EncodedParts) -> str:
-    """Return `3 left out (2 broken image, 1 duplicate), listed in OUT/left_out.jsonl`."""
+    new = f", {parts.num_rows} of them new" if with_old_rows else ""
     listed = f", listed in {Path(out, LEFT_OUT_NAME)}" if parts.left_out else ""
-    return count_kinds(parts.left_out) + listed
+    print(f"{out}: {len(bank)} rows{new}; {count_kinds(parts.left_out)}{listed}.")
 
 
 @dataclass
@@ -233,34 +225,25 @@ class FileBuild:
         work.write_settings({"settings": used, "total": total})
         return cls(settings, work, model, processor, source, total, batch_size)
 
-    def new_row_encoder(self, settings: BuildSettings) -> RowEncoder:
-        """Return what makes rows for a new bank, with encoders of its own."""
+    def row_encoder(self, bank: MemoryBank | None) -> RowEncoder:
+        """Return what makes rows, with the encoders of a bank or new ones."""
+        seen = None if self.settings.keep_duplicates else set()
+        rows = {"read_row": self.source.read, "batch_size": self.batch_size, "skip_bad_rows": True, "seen": seen}
+        if bank is not None:
+            return bank.row_encoder(self.model, self.processor, **rows)
         return RowEncoder(
             self.model,
             self.processor,
-            self.value_encoder(settings),
-            new_key_encoder(self.model, self.processor, settings.key_grid),
-            self.source.read,
-            keep_columns=settings.keep,
-            batch_size=self.batch_size,
-            thumbnail_size=settings.thumbnail_size or None,
-            skip_bad_rows=True,
-            seen=None if settings.keep_duplicates else set(),
+            self.value_encoder(),
+            new_key_encoder(self.model, self.processor, self.settings.key_grid),
+            keep_columns=self.settings.keep,
+            thumbnail_size=self.settings.thumbnail_size or None,
+            **rows,
         )
 
-    def row_encoder_of(self, bank: MemoryBank) -> RowEncoder:
-        """Return what makes rows with the encoders of a bank."""
-        return bank.row_encoder(
-            self.model,
-            self.processor,
-            read_row=self.source.read,
-            batch_size=self.batch_size,
-            skip_bad_rows=True,
-            seen=None if self.settings.keep_duplicates else set(),
-        )
-
-    def value_encoder(self, settings: BuildSettings) -> ValueEncoder:
+    def value_encoder(self) -> ValueEncoder:
         """Return the value encoder that the settings name, or a new one, trained on rows of the data set, once."""
+        settings = self.settings
         if settings.value_encoder is not None:
             path = Path(settings.value_encoder)
             if path.is_dir() and not (path / CONFIG_NAME).is_file():

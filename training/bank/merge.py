@@ -43,8 +43,9 @@ def merge_banks(
                 f"`tinyalign bank build --like {bank_names[0]}`, which uses the same encoders."
             )
     merged = banks[0].with_rows(renumbered(merged_tables(banks, keep_duplicates)))
-    merged.save_pretrained(out)
     left_out = sum(map(len, banks)) - len(merged)
+    merged.config.num_left_out = left_out + sum(bank.config.num_left_out for bank in banks)
+    merged.save_pretrained(out)
     print(f"{out}: {len(merged)} rows of {len(banks)} banks; {left_out} left out, whose image an earlier bank has.")
 
 
