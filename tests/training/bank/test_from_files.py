@@ -20,7 +20,6 @@ from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign.row_encoder import image_source_id
 from tinyalign_vlm.training.bank import encode
 from tinyalign_vlm.training.bank.folders import work_folder
-from tinyalign_vlm.training.data.images import fingerprint_files
 
 ROWS = 40
 # In forked processes, so that imports, which take longer than the work, are done once. The n-th is killed before its
@@ -298,14 +297,6 @@ def test_another_command_does_not_go_on_with_its_work(build, tmp_path, monkeypat
     # what follows the encoding may be another
     bank = build("--rows", "12", "--whiten_dim", "3")
     assert len(bank) == 12 and bank.config.key_dim == 3 and os.listdir(tmp_path) == ["out"]
-
-
-def test_a_file_whose_name_is_a_pattern_is_watched(tmp_path):
-    (tmp_path / "pairs[1].json").write_text("[]")
-    before = fingerprint_files(str(tmp_path / "pairs[1].json"))
-    (tmp_path / "pairs[1].json").write_text("[ ]")
-    assert None is not before != fingerprint_files(str(tmp_path / "pairs[1].json")) is not None
-    assert fingerprint_files("org/pairs") is None
 
 
 def test_add(build, place, tmp_path, capsys, tinyalign):

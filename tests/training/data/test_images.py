@@ -1,0 +1,33 @@
+"""Rows of images with captions, as they are stored."""
+
+import numpy as np
+import pytest
+from banks import noise
+
+from tinyalign_vlm.modeling_tinyalign.row_encoder import BadRow
+from tinyalign_vlm.training.data.images import DatasetImages, fingerprint_files
+
+
+def test_rows_of_an_object_in_python():
+    rows = [{"picture": noise(number), "title": f"number {number}", "license": None} for number in range(5)]
+    source = DatasetImages(rows, "picture", "title", ["license"])
+    assert source.total == 5 and [number for number, _ in source.rows()] == [0, 1, 2, 3, 4]
+    chosen = list(source.rows(np.array([1, 4])))
+    assert [number for number, _ in chosen] == [1, 4] and list(source.rows(np.array([], int))) == []
+    row = source.read(*chosen[1])
+    assert (row.number, row.caption, row.kept) == (4, "number 4", [None]) and source.caption(rows[2]) == "number 2"
+    for wrong in ({}, {"title": None}, {"title": "  "}, {"title": 3}):
+        with pytest.raises(BadRow, match="no caption: the caption is .*, expected text"):
+            source.caption(wrong)
+    with pytest.raises(ValueError, match="vision_features has 4 rows, but the dataset has 5"):
+        source.check_features(np.zeros((4, 1, 1)))
+    with pytest.raises(ValueError, match="an iterator, which can be read only once"):
+        DatasetImages(iter(rows), "picture", "title", []).check_can_be_read_twice()
+
+
+def test_a_file_whose_name_is_a_pattern_is_watched(tmp_path):
+    (tmp_path / "pairs[1].json").write_text("[]")
+    before = fingerprint_files(str(tmp_path / "pairs[1].json"))
+    (tmp_path / "pairs[1].json").write_text("[ ]")
+    assert None is not before != fingerprint_files(str(tmp_path / "pairs[1].json")) is not None
+    assert fingerprint_files("org/pairs") is None
