@@ -114,7 +114,7 @@ def trajectory_settings(
         settings["rows_hash"] = content_hash(rows)
     settings["memory_bank"] = None
     if bank is not None:
-        settings["memory_bank"] = {name: bank.config["sha256"][name] for name in ("keys", "values")}
+        settings["memory_bank"] = {"keys": bank.config.sha256.keys, "values": bank.config.sha256.values}
     settings["image_aspect_ratio"] = processor.image_aspect_ratio
     for name in MODEL_TRAJECTORY:
         settings[name] = vars(model.config)[name]
