@@ -158,7 +158,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if self.config.memory_top_k > 0:
             given = {"memory_ids": memory_ids, "memory_values": memory_values, "memory_scores": memory_scores}
             if memory == "off":
-                given = self.no_memory(len(tokens))
+                given = self.no_memory(tokens.shape[0])
             elif memory_values is None:
                 queries = vision_features, query_input_ids, query_attention_mask
                 given = self.look_up(queries, memory_ids, memory_scores, exclude_ids)

@@ -347,7 +347,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         values = torch.as_tensor(memory_values)
         memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
         memory_scores = None if memory_scores is None else torch.as_tensor(memory_scores)
-        check_memory_values(self.config, values, len(tokens), memory_ids=memory_ids, memory_scores=memory_scores)
+        check_memory_values(self.config, values, tokens.shape[0], memory_ids=memory_ids, memory_scores=memory_scores)
         memory_ids, mask = used_slots(memory_ids, memory_scores, self.config.retrieval_threshold)
         memory_tokens = self.memory_connector(
             values.to(tokens.device),

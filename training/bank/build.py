@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, __version__
 
-from ...modeling_tinyalign.bank_arrays import QUANTIZED_ROWS, SCRATCH_PREFIX, cache_root
+from ...modeling_tinyalign.bank_arrays import QUANTIZED_ROWS, SCRATCH_PREFIX, cache_errors, cache_root
 from ...modeling_tinyalign.bank_format import BankConfig, KeyEncoderConfig, matrix
 from ...modeling_tinyalign.files import scratch_folder
 from ...modeling_tinyalign.key_encoder import KeyEncoder, describe_tower, evaluating, probe_pixels
@@ -79,7 +79,7 @@ def build_bank(
     key_encoder = new_key_encoder(model, processor, key_grid)
     encoder = RowEncoder(model, processor, value_encoder, key_encoder, source.read, **settings)
     encoder.vision_features = vision_features
-    with evaluating(model, value_encoder), scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
+    with evaluating(model, value_encoder), cache_errors(), scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
         parts = EncodedParts(folder)
         parts.encode(encoder, source, RowChoice(total=source.total))
         return finish_bank(encoder, parts, "The dataset", whiten_dim, quantized)
