@@ -50,19 +50,26 @@ def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> StageA
     """
     settings = read_settings(paths)
     named = " + ".join(map(str, paths))
+    config_class = config_class_of(settings, named)
+    prog = shlex.join(["tinyalign", "train", *map(str, paths)])
+    config = parse_settings(config_class, settings, fields, prog)
+    stage = settings["stage"]
+    if config.stage != stage:
+        raise ValueError(f"{named} is of stage {stage}, found --stage {config.stage}: name the file of that stage.")
+    config.model_kwargs = {**settings["model_kwargs"], **(config.model_kwargs or {})}
+    _check_together(config, named)
+    return config
+
+
+def config_class_of(settings: dict, named: str) -> type[StageArguments]:
+    """Return the class of the stage that files ask for; `named` is what an error calls them."""
     stage = settings.get("stage")
     if stage not in STAGE_CONFIGS:
         raise ValueError(
             f"{named} has stage: {stage}, expected `stage: 1` (connectors) or `stage: 2` (and the language model). "
             "A recipe of a model needs that of a stage before it: tinyalign train stage1.yaml qwen2-0.5b-siglip.yaml"
         )
-    prog = shlex.join(["tinyalign", "train", *map(str, paths)])
-    config = parse_settings(STAGE_CONFIGS[stage], settings, fields, prog)
-    if config.stage != stage:
-        raise ValueError(f"{named} is of stage {stage}, found --stage {config.stage}: name the file of that stage.")
-    config.model_kwargs = {**settings["model_kwargs"], **(config.model_kwargs or {})}
-    _check_together(config, named)
-    return config
+    return STAGE_CONFIGS[stage]
 
 
 def _check_together(config: StageArguments, named: str):

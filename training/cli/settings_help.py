@@ -8,6 +8,17 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 WIDTH, NAME_WIDTH = 119, 34
+# Titles by the class that has the settings; those of a stage's own class are settings of the run.
+TITLES = {
+    "ModelArguments": "the model and its memory",
+    "DataArguments": "the data (docs/training.md)",
+    "StageArguments": "the run",
+    "TuningArguments": "what trains (docs/training.md)",
+}
+# Inherited ones that nearly every run sets.
+COMMON = ("output_dir", "max_steps", "per_device_train_batch_size", "seed")
+# The package needs these as they are.
+FIXED = ("remove_unused_columns", "prediction_loss_only", "dataset_kwargs", "gradient_checkpointing")
 NAMES_OF_KINDS = {bool: "true|false", int: "N", float: "NUMBER", str: "TEXT", dict: "JSON"}
 
 
@@ -28,25 +39,27 @@ def settings_help(config_class: type, files: list[str], everything: bool) -> str
         add_help=False,
     )
     kinds = get_type_hints(config_class)
-    for title, fields in groups_of_settings(config_class, everything):
+    for title, fields in groups_of_settings(config_class, everything).items():
         group = parser.add_argument_group(title)
         for field in fields:
             group.add_argument(f"--{field.name}", metavar=value_name(field, kinds[field.name]), help=field_help(field))
     return parser.format_help()
 
 
-def groups_of_settings(config_class: type, everything: bool) -> list[tuple[str, list[dataclasses.Field]]]:
-    """Return titles and fields. A field belongs to the first class that has it, of this package if there is one."""
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+def groups_of_settings(config_class: type, everything: bool) -> dict[str, list[dataclasses.Field]]:
+    """Return fields by the title of their group: this package's, and then the inherited ones if all are asked for."""
+    from tinyalign_vlm.training.arguments.inherited import ALLOWED
+
+    hidden = {*FIXED, *(name for name, (values, _) in ALLOWED.items() if len(values) == 1)}
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.name not in hidden}
+    groups = {title: [] for title in TITLES.values()}
+    groups[TITLES["StageArguments"]] += [fields.pop(name) for name in COMMON]
     classes = [base for base in reversed(config_class.__mro__) if dataclasses.is_dataclass(base)]
-    own = [base for base in classes if is_own(base)]
-    rest = [base for base in classes if not is_own(base)]
-    groups = []
-    for base in [*own, *rest] if everything else own:
-        names = [name for name in inspect.get_annotations(base) if name in fields]
-        if names:
-            groups.append((title_of(base), [fields.pop(name) for name in names]))
-    return groups
+    # stable: this package's classes first, whose defaults and help are the ones that count
+    for base in sorted(classes, key=lambda base: not is_own(base)):
+        group = groups.setdefault(title_of(base), [])
+        group += [fields.pop(name) for name in inspect.get_annotations(base) if name in fields]
+    return {title: group for title, group in groups.items() if everything or title in TITLES.values()}
 
 
 def is_own(base: type) -> bool:
@@ -55,9 +68,9 @@ def is_own(base: type) -> bool:
 
 
 def title_of(base: type) -> str:
-    """Return the first line of the class's description."""
+    """Return the title of the group that has the settings of a class."""
     if is_own(base):
-        return base.__doc__.strip().splitlines()[0].rstrip(".:")
+        return TITLES.get(base.__name__, TITLES["StageArguments"])
     return f"{base.__name__} of {base.__module__.partition('.')[0]}"
 
 
@@ -75,4 +88,7 @@ def field_help(field: dataclasses.Field) -> str:
     text = str(field.metadata.get("help", "")).strip()
     if field.default in (None, "", dataclasses.MISSING) or "default" in text:
         return text
-    return f"{text.rstrip('.')} (default: {str(field.default).replace('%', '%%')})."
+    default = str(field.default).replace("%", "%%")
+    if isinstance(field.default, bool):
+        default = default.lower()
+    return f"{text.rstrip('.')} (default: {default})."

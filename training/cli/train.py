@@ -62,9 +62,9 @@ def configs_folder() -> Path:
 def run(arguments: argparse.Namespace):
     """Train, or print the settings of the files' stage."""
     if {"-h", "--help"} & set(arguments.fields):
-        from tinyalign_vlm.training.arguments.files import STAGE_CONFIGS, read_settings
+        from tinyalign_vlm.training.arguments.files import config_class_of, read_settings
 
-        config_class = STAGE_CONFIGS[read_settings(arguments.files)["stage"]]
+        config_class = config_class_of(read_settings(arguments.files), " + ".join(arguments.files))
         print(settings_help(config_class, arguments.files, everything="all" in arguments.fields), end="")
         return
     from tinyalign_vlm.training.stages.run import train_from_files

@@ -132,7 +132,7 @@ def last_checkpoint(
     """
     settings = json.loads(json.dumps(settings, default=str))
     run = Path(output_dir, RUN_NAME)
-    complete = [path for path in sort_checkpoints(str(output_dir)) if _is_complete(Path(path))]
+    complete = complete_checkpoints(output_dir)
     if complete and run.is_file():
         earlier = json.loads(run.read_text())
         changed = [  # an earlier version may have kept fewer settings
@@ -154,6 +154,11 @@ def last_checkpoint(
         run.parent.mkdir(parents=True, exist_ok=True)
         write_file(run, f"{json.dumps(settings, indent=2)}\n".encode())
     return chosen or (complete[-1] if complete else None)
+
+
+def complete_checkpoints(output_dir: str | os.PathLike) -> list[str]:
+    """Return the folders of the checkpoints that were written to their end, the last one last."""
+    return [path for path in sort_checkpoints(str(output_dir)) if _is_complete(Path(path))]
 
 
 def _is_complete(checkpoint: Path) -> bool:

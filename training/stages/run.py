@@ -2,14 +2,16 @@
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..arguments.files import read_config
 from ..data.preparation import prepare
 from ..disk import keeping
 from ..evaluation.baselines import with_static_captions
 from ..hub.training_card import write_training_card
-from .trainers import TRAINERS
+from .checkpoints import complete_checkpoints
+from .trainers import TRAINERS, SupervisedTrainer
 
 
 def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
@@ -37,8 +39,23 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
             memory_bank=bank,
             vision_features=run.features,
         )
-        trainer.train()
+        with interrupt_naming_steps(trainer):
+            trainer.train()
         trainer.save_model()
         if trainer.is_world_process_zero():
             command = shlex.join(["tinyalign", "train", *map(str, paths), *fields])
             write_training_card(config, run.model, trainer, bank, command)
+
+
+@contextmanager
+def interrupt_naming_steps(trainer: SupervisedTrainer) -> Iterator[None]:
+    """Say in a `KeyboardInterrupt` at which step training stops, and from which the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        checkpoints = complete_checkpoints(trainer.args.output_dir)
+        go_on = "starts anew, no checkpoint was saved yet"
+        if checkpoints:
+            go_on = f"goes on from {checkpoints[-1]}"
+        message = f"stopped at step {trainer.state.global_step}; the same command {go_on}"
+        raise KeyboardInterrupt(message) from interrupt

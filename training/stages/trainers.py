@@ -136,6 +136,8 @@ class SupervisedTrainer(Trainer):
                     f"{checkpoint} was saved with save_only_model: a run cannot go on without the optimizer's "
                     "state. Use another output_dir, or delete this one to train anew."
                 )
+            if checkpoint is not None and self.is_world_process_zero():
+                print(f"Going on from {checkpoint}.", flush=True)
             return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _checkpoint_to_resume(self, chosen: str | bool | None) -> str | None:

@@ -142,7 +142,7 @@ def test_a_value_encoder_is_trained_once(place, tmp_path, monkeypatch, tinyalign
     command = ["build", "--model", place / "model", "--dataset", place / "data.parquet", "--value_encoder_steps", "3"]
     tinyalign(*command, "--out", tmp_path / "a")
     assert "Training a value encoder on 38 captions" in capsys.readouterr().out
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         stop_after(0, patch)
         tinyalign(*command, "--out", tmp_path / "b")
     capsys.readouterr()
@@ -287,7 +287,7 @@ def stop_after(parts: int, monkeypatch) -> None:
 
 def test_another_command_does_not_go_on_with_its_work(build, tmp_path, monkeypatch):
     for parts in (0, 1):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
             stop_after(parts, patch)
             build("--rows", "12")
         assert len(os.listdir(tmp_path)) == parts, "nothing was encoded, and something is left"

@@ -146,7 +146,7 @@ def test_goes_on_where_it_stopped_with_and_without_ray(build, cluster, monkeypat
         encode.save_file(path, part)
         saved.extend([path] if path.suffix == ".arrow" else [])
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(bank_ray, "save_file", save_file)
         build("bank", *chosen, "--ray", "1")
     assert sorted((build.out / ".bank.build").glob("*.arrow")) == sorted(saved)

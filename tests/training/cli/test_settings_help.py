@@ -6,8 +6,9 @@ import re
 import pytest
 
 from tinyalign_cli.main import main
-from tinyalign_cli.settings_help import settings_help
+from tinyalign_cli.settings_help import FIXED, settings_help
 from tinyalign_vlm.training.arguments.files import STAGE_CONFIGS
+from tinyalign_vlm.training.arguments.inherited import ALLOWED
 
 
 @pytest.mark.parametrize("stage", STAGE_CONFIGS)
@@ -15,7 +16,7 @@ def test_our_settings_fit_on_a_few_screens(stage):
     text = settings_help(STAGE_CONFIGS[stage], ["stage.yaml"], everything=False)
     assert len(text.splitlines()) <= 120 and max(map(len, text.splitlines())) < 120
     names = re.findall(r"^  --(\w+)", text, re.M)
-    assert {"dataset", "memory_bank", "tune_language_model", "learning_rate", "report_to"} <= set(names)
+    assert {"dataset", "memory_bank", "tune_language_model", "learning_rate", "output_dir"} <= set(names)
     assert "fsdp" not in names and "stage.yaml --help all" in text
 
 
@@ -23,7 +24,9 @@ def test_our_settings_fit_on_a_few_screens(stage):
 def test_every_setting_is_there_once_when_all_are_asked_for(stage):
     text = settings_help(STAGE_CONFIGS[stage], ["stage.yaml"], everything=True)
     names = re.findall(r"^  --(\w+)", text, re.M)
-    assert sorted(names) == sorted(field.name for field in dataclasses.fields(STAGE_CONFIGS[stage]))
+    refused = {name for name, (values, _) in ALLOWED.items() if len(values) == 1}
+    fields = {field.name for field in dataclasses.fields(STAGE_CONFIGS[stage])}
+    assert sorted(names) == sorted(fields - refused - {*FIXED})
 
 
 def test_train_prints_them(files, monkeypatch, capsys):
@@ -35,3 +38,6 @@ def test_train_prints_them(files, monkeypatch, capsys):
     assert (
         "--fsdp" in everything and "--fsdp" not in ours and everything.index("--dataset ") < everything.index("--fsdp")
     )
+    (files / "none.yaml").write_text("output_dir: out")
+    with pytest.raises(SystemExit, match="none.yaml has stage: None, expected `stage: 1`"):
+        main(["train", "none.yaml", "--help"])
