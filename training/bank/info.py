@@ -27,6 +27,7 @@ def bank_info(folder: str | os.PathLike) -> str:
         ("rows", f"{len(bank):,} of {images:,} images"),
         ("left out", f"{config.num_left_out:,} rows of the data set"),
         ("on disk", shards),
+        ("local copy", str(bank.store.files.folder)),
         ("keys", ", ".join(_describe_keys(bank))),
         ("values", f"{config.num_latents} x {config.latent_dim} numbers of {value_bits} bits"),
         ("thumbnails", f"{config.thumbnail_size} pixels" if config.thumbnail_size else "none"),

@@ -62,7 +62,8 @@ def view_bank(
     queries, query_keys = _queries(bank, images, model)
     data = {
         "name": folder.resolve().name,
-        "facts": [line.split("  ", 1) for line in facts.splitlines()],
+        # the page may be passed on: no paths of this machine
+        "facts": [line.split("  ", 1) for line in facts.splitlines() if not line.startswith("local copy")],
         **page_data(bank, chosen, min(top_k, len(bank)), queries, query_keys),
     }
     # in a script, "<" could end it

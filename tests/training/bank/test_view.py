@@ -51,6 +51,7 @@ def test_what_is_in_the_page(place, data, captions):
     np.testing.assert_allclose(query["place"], data["map"][data["sample"].index(5)][1:], atol=1e-4)
     text = (place / "page.html").read_text()
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+    assert str(place) not in text and "local copy" not in text
     assert HOSTILE not in text and text.count("<script") == 2
 
 
