@@ -66,7 +66,7 @@ def test_ctrl_c_in_training(files):
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     for line in process.stdout:
-        if "loss" in line and list(files.glob("out1/checkpoint-*")):
+        if "loss" in line and list(files.glob("out1/checkpoint-*/trainer_state.json")):
             break
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=120)[1].splitlines()
