@@ -73,6 +73,14 @@ def dataset(images, captions, bank, model, features) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
 
+@pytest.fixture(scope="package")
+def scored_rows(dataset, bank, model, features, images):
+    """The rows with four neighbours each and their similarities; the models read two."""
+    scores, ids = find_neighbours(bank, model, features, 4, source_ids_of(images))
+    rows = dataset.remove_columns("memory_ids").add_column("memory_ids", ids.tolist())
+    return rows.add_column("memory_scores", scores.tolist())
+
+
 @pytest.fixture
 def files(tmp_path, checkpoints, make_model, processor, dataset, captions, bank, images):
     """A bank, a Parquet file of labels, a JSON file of chats with image paths, and the YAML files of both stages."""

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from tinyalign_vlm.processing import add_captions
 from tinyalign_vlm.training.data.chats import encode_chat, to_messages
 
 
@@ -41,3 +42,13 @@ def test_a_chat_is_encoded_as_the_processor_does(text, make_model, make_processo
 def test_an_answer_is_text(answer):
     with pytest.raises(ValueError, match=f"the answer is {re.escape(repr(answer))}, expected text that is not blank"):
         to_messages("what?", answer)
+
+
+def test_captions_come_before_the_question():
+    chat = to_messages("what?", "blue")
+    written = add_captions(chat, ["red", "green"])
+    assert [part.get("text") for part in written[0]["content"]] == [None, "Similar: red; green\n", "what?"]
+    assert written[1] == chat[1] and len(chat[0]["content"]) == 2
+    plain = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "what?"}]
+    assert add_captions(plain, ["red"])[1]["content"] == "Similar: red\nwhat?"
+    assert add_captions(chat, []) is chat

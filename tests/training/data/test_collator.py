@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tinyalign_vlm.modeling_tinyalign.row_encoder import image_source_id
-from tinyalign_vlm.training.data.chats import to_messages
+from tinyalign_vlm.training.data.chats import encode_chat, to_messages
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
+from tinyalign_vlm.training.data.memory_dropout import MemoryDropout
 from tinyalign_vlm.training.data.training_rows import training_rows
 
 
@@ -150,3 +151,68 @@ def test_a_worker_maps_the_features_itself(model, processor, images, dataset, tm
     assert isinstance(copy.vision_features, np.memmap) and np.array_equal(copy.vision_features, features)
     part = pickle.loads(pickle.dumps(TrainingCollator(processor, features[3:])))
     assert np.array_equal(part.vision_features, features[3:])
+
+
+def indexed(rows) -> list[dict]:
+    return [{**row, "feature_index": index} for index, row in enumerate(rows)]
+
+
+def test_a_batch_has_the_nearest_and_their_similarities(processor, scored_rows, bank, features):
+    batch = TrainingCollator(processor, features, bank, dropout=MemoryDropout(0.0, 2))(indexed(scored_rows))
+    assert batch["memory_ids"].tolist() == [ids[:2] for ids in scored_rows["memory_ids"]]
+    np.testing.assert_allclose(batch["memory_scores"], np.array(scored_rows["memory_scores"])[:, :2], rtol=1e-6)
+    assert torch.equal(batch["memory_values"], bank.gather(batch["memory_ids"], torch.float16))
+
+
+def test_similarities_of_other_neighbours_are_refused(processor, scored_rows, bank, features):
+    (row,) = indexed(scored_rows)[:1]
+    with pytest.raises(ValueError, match="they must be as many"):
+        TrainingCollator(processor, features, bank)([{**row, "memory_scores": row["memory_scores"][:2]}])
+
+
+def test_dropout_reaches_the_model(make_model, processor, scored_rows, bank, features):
+    """Off for all is the model with its memory off."""
+    collator = TrainingCollator(processor, features, bank, dropout=MemoryDropout(1.0, 2))
+    batch = collator(indexed(scored_rows))
+    ids = batch["memory_ids"]
+    assert (ids[(ids < 0).all(1)].numel() > 0) and (ids >= 0).any()
+    assert torch.equal(ids < 0, batch["memory_scores"].isinf())
+    assert collator.for_evaluation()(indexed(scored_rows))["memory_ids"].tolist() == [
+        row[:2] for row in scored_rows["memory_ids"]
+    ]
+    model = make_model()
+    off = (ids < 0).all(1)
+    some = {name: tensor[off] for name, tensor in batch.items()}
+    plain = {name: tensor for name, tensor in some.items() if not name.startswith("memory")}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**some).logits, model(**plain, memory="off").logits)
+
+
+def test_several_images_of_a_row_are_treated_each_for_itself(processor, bank, features):
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what?"}]
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "blue"}]
+    row = {
+        "messages": chat,
+        "feature_index": [0, 1],
+        "memory_ids": [[3, 4, 5], [6, 7, 8]],
+        "memory_scores": [[0.9, 0.8, 0.7], [0.6, 0.5, 0.4]],
+    }
+    text = {"messages": [{"role": "user", "content": "what?"}, chat[1]], "feature_index": [], "memory_ids": []}
+    batch = TrainingCollator(processor, features, bank, dropout=MemoryDropout(0.0, 2))(
+        [{**text, "memory_scores": []}, row]
+    )
+    assert batch["memory_ids"].tolist() == [[3, 4], [6, 7]]
+    np.testing.assert_allclose(batch["memory_scores"], [[0.9, 0.8], [0.6, 0.5]], rtol=1e-6)
+
+
+def test_captions_that_do_not_fit_are_left_out(make_model, make_processor, scored_rows, bank, features):
+    processor = make_processor(make_model(memory_top_k=0, prompt_captions=4))
+    (row,) = indexed(scored_rows)[:1]
+
+    def length(limit: int) -> int:
+        dropout = MemoryDropout(0.0, 4)
+        collator = TrainingCollator(processor, features, bank, limit, dropout=dropout, prompt_captions=4)
+        return collator([row])["input_ids"].shape[1]
+
+    bare, full = len(encode_chat(processor, row["messages"])[0]), length(10_000)
+    assert length(bare) == bare and bare < length(full - 1) < full

@@ -1,13 +1,17 @@
 """Cached features and neighbours."""
 
 import io
+import json
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from isolation import set_hf_home
 
+from tinyalign_cli.main import main
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 from tinyalign_vlm.training.data import features as module
 from tinyalign_vlm.training.data.features import cache_vision_features
@@ -168,3 +172,32 @@ def test_neighbours_leave_the_own_image_out(model, images, bank, features):
 def test_source_ids_are_those_of_the_bank(images, dataset, bank):
     ids = source_ids_of(dataset["image"])
     assert ids == [row["source_id"] for row in bank.rows(list(range(12)))] == source_ids_of(images)
+
+
+def test_features_are_kept_for_other_runs(files, monkeypatch):
+
+    from tinyalign_vlm.training.data import features as module
+
+    monkeypatch.chdir(files)
+    set_hf_home(monkeypatch, files / "home")
+    calls, compute = [], module._compute
+    monkeypatch.setattr(module, "_compute", lambda *arguments: calls.append(1) or compute(*arguments))
+    losses = []
+    for name, cached in (("a", "True"), ("b", "True"), ("c", "False")):
+        main(["train", "stage1.yaml", "--output_dir", name, "--cache_features", cached])
+        state = json.loads((files / name / "checkpoint-2/trainer_state.json").read_text())
+        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    assert calls == [1] and len(list((files / "home/tinyalign/features").glob("vision-*.npy"))) == 1
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_augmented_images_have_no_features(make_model, processor, dataset, tmp_path):
+    augmented = dataset.with_transform(lambda rows: rows)
+    with pytest.raises(ValueError, match="The data set has a transform"):
+        cache_vision_features(make_model(), processor, augmented["image"], tmp_path / "features")
+
+
+def test_features_that_the_disk_has_no_room_for(make_model, processor, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="The features of 12 images take 0.0 GB, but .* has 0.0 GB left"):
+        module.cache_vision_features(make_model(), processor, images, tmp_path / "features")

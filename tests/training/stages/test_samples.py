@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from isolation import set_hf_home
 from PIL import Image
 
 from tinyalign_cli.main import main
@@ -100,45 +99,3 @@ def test_evaluation_data_of_a_run(files, monkeypatch):
     logged = [entry for entry in state["log_history"] if "loss" in entry]
     assert all(entry["own_samples_excluded"] == 1.0 and 0 < entry["neighbour_similarity"] < 1 for entry in logged)
     assert len(samples_in(files / "streamed")) == 8
-
-
-def test_features_are_kept_for_other_runs(files, monkeypatch):
-
-    from tinyalign_vlm.training.data import features as module
-
-    monkeypatch.chdir(files)
-    set_hf_home(monkeypatch, files / "home")
-    calls, compute = [], module._compute
-    monkeypatch.setattr(module, "_compute", lambda *arguments: calls.append(1) or compute(*arguments))
-    losses = []
-    for name, cached in (("a", "True"), ("b", "True"), ("c", "False")):
-        main(["train", "stage1.yaml", "--output_dir", name, "--cache_features", cached])
-        state = json.loads((files / name / "checkpoint-2/trainer_state.json").read_text())
-        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    assert calls == [1] and len(list((files / "home/tinyalign/features").glob("vision-*.npy"))) == 1
-    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-3)
-
-
-def test_streamed_rows_have_no_features(files, monkeypatch):
-    monkeypatch.chdir(files)
-    fields = ["--streaming", "True", "--cache_features", "True"]
-    with pytest.raises(SystemExit, match="Found streaming and cache_features, expected one of the two"):
-        main(["train", "stage1.yaml", *fields])
-
-
-def test_augmented_images_have_no_features(make_model, processor, dataset, bank, features, tmp_path):
-    from tinyalign_vlm.training.data.features import cache_vision_features
-
-    augmented = dataset.with_transform(lambda rows: rows)
-    with pytest.raises(ValueError, match="The data set has a transform"):
-        cache_vision_features(make_model(), processor, augmented["image"], tmp_path / "features")
-    with pytest.raises(ValueError, match="The data set has a transform"):
-        run(1, make_model(), processor, augmented, bank, tmp_path, features, max_steps=1)
-
-
-def test_features_that_the_disk_has_no_room_for(make_model, processor, images, tmp_path, monkeypatch):
-    from tinyalign_vlm.training.data import features as module
-
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(OSError, match="The features of 12 images take 0.0 GB, but .* has 0.0 GB left"):
-        module.cache_vision_features(make_model(), processor, images, tmp_path / "features")
