@@ -198,6 +198,8 @@ def facts_of_bank_config(repo_id: str, config: dict[str, Any]) -> BankFacts:
 def facts_json(facts: ModelFacts | BankFacts) -> str:
     """Return the content of `card_facts.json`: all facts but those that are in the folder anyway."""
     content = asdict(facts)
+    if "/" not in facts.repo_id:  # the name of the folder, which may be moved
+        del content["repo_id"]
     if isinstance(facts, BankFacts):
         del content["config"], content["size_mb"]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

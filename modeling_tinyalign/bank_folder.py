@@ -129,8 +129,6 @@ def write_encoders(
         value_encoder=file_sha256(folder / VALUE_ENCODER_NAME),
     )
     replace(config, sha256=sha256).to_json(folder / CONFIG_NAME)
-    for name in (KEY_ENCODER_NAME, VALUE_ENCODER_NAME):  # safetensors lets nobody else read what it writes
-        (folder / name).chmod((folder / CONFIG_NAME).stat().st_mode)
 
 
 def push_folder(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
 
 from ...modeling_tinyalign import MemoryBank, ValueEncoder
 from ...modeling_tinyalign.bank_format import CONFIG_NAME, LEFT_OUT_NAME
+from ...modeling_tinyalign.files import replace_folder
 from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import DUPLICATE, RowEncoder, check_row_settings, finished
 from ..arguments.alignment import AlignmentConfig
 from ..data.images import CaptionedImages, fingerprint_files
 from ..data.rows import batch_size_of
 from ..disk import keeping
+from ..hub.parts import record_bank
 from ..models import load_model
 from .build import finish_bank, new_key_encoder
 from .encode import EncodedParts, RowChoice, count_kinds, no_usable_row
@@ -165,11 +168,18 @@ def _write_bank(
                 rows = finished(parts.batches(), old.key_encoder.cpu())
                 bank = old.with_rows(rows, parts.left_out, settings.quantized)
                 bank.config.num_left_out = len(parts.left_out)
-            bank.save_pretrained(out)
+            replace_folder(folder, partial(write_with_facts, bank, settings))
         work.clear()
     new = f", {parts.num_rows} of them new" if with_old_rows else ""
     listed = f", listed in {Path(out, LEFT_OUT_NAME)}" if parts.left_out else ""
     print(f"{out}: {len(bank)} rows{new}; {count_kinds(parts.left_out)}{listed}.")
+
+
+def write_with_facts(bank: MemoryBank, settings: RowSettings, folder: Path) -> None:
+    """Write a bank into an empty folder, and if all its rows are new, what its card will say of how it was made."""
+    bank.write_files(folder)
+    if isinstance(settings, BuildSettings):
+        record_bank(folder, settings)
 
 
 @dataclass

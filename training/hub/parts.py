@@ -39,18 +39,17 @@ def with_facts_of_hub(facts: BankFacts) -> BankFacts:
     return replace(facts, parts=parts)
 
 
-def record_bank(folder: str | os.PathLike, settings: Any, program: Sequence[str] = ("tinyalign", "bank", "build")):
+def record_bank(folder: str | os.PathLike, settings: Any) -> None:
     """
-    Writes what building a bank knows into its card_facts.json; summary and licence are left to a person.
+    Writes what `tinyalign bank build` knows into a bank's card_facts.json; summary and licence are left to a person.
 
     Args:
         folder: The bank's.
         settings: A dataclass whose fields are the options of the command, `dataset` and `dataset_revision` among them.
-        program: The command without options.
     """
     facts = read_facts(folder)
     data = describe_part("images and captions", settings.dataset, "dataset", settings.dataset_revision)
-    command = [*program, *_options(settings), "--out", os.fspath(folder)]
+    command = ["tinyalign", "bank", "build", *_options(settings), "--out", "bank"]
     facts = replace(facts, parts=[*facts.parts, data], command=public_command(command))
     if data.license != UNKNOWN:
         facts.license = [data.license]

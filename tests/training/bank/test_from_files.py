@@ -124,6 +124,15 @@ def test_files_have_the_rights_that_the_user_wants(build, tmp_path):
         assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
 
+def test_what_the_card_says_is_recorded(build, tmp_path):
+    build("--keep", "license")
+    text = (tmp_path / "out" / "card_facts.json").read_text()
+    facts = json.loads(text)
+    assert str(tmp_path) not in text and facts["summary"] is facts["license"] is None
+    assert re.match(r"tinyalign bank build --dataset \S+ .*--keep license .*--out bank$", facts["command"])
+    assert [part["role"] for part in facts["parts"]] == ["vision tower", "images and captions"]
+
+
 def test_duplicates_can_be_kept(build):
     assert len(build("--keep_duplicates")) == ROWS - 2
 
@@ -257,7 +266,7 @@ def test_killed_at_any_moment_and_the_same_bank(killed):
     assert min(int(steps[name]) for name in ("build", "add")) > 10
     for name in ("build", "add"):
         expected = content_of(root / name / "undisturbed")
-        assert content_of(root / name / "out") == expected and len(expected) == 6
+        assert content_of(root / name / "out") == expected and len(expected) == (7 if name == "build" else 6)
         assert sorted(os.listdir(root / name)) == ["out", "undisturbed"]
     assert content_of(root / "two" / "out") == content_of(root / "build" / "undisturbed")
 
