@@ -188,7 +188,7 @@ def test_a_composed_model_reads_the_banks_words(files, checkpoints, dataset, cap
         main(["train", "composed.yaml", "--output_dir", name, "--lexicon", name])
         config = TinyAlignForConditionalGeneration.from_pretrained(name).config
         assert config.latents_per_word == 1 and (config.memory_lexicon_size > 0) == (name == "True")
-    with pytest.raises(SystemExit, match="1 latents a word, the model reads 2"):
+    with pytest.raises(SystemExit, match=r"\(3, 5, 1\), the model expects \(3, 5, 2\)"):
         main(["train", "composed.yaml", "--model_kwargs", json.dumps({**SMALL, "latents_per_word": 2})])
 
 
