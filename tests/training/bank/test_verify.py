@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from banks import SHARD, bank_of, unit
-from huggingface_hub import constants
+from isolation import set_hf_home
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign import bank_folder, bank_format, bank_rows
@@ -110,8 +110,9 @@ def test_verify_blames_the_shard_that_is_damaged(kept, tmp_path, monkeypatch, pr
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("cut", [lambda content: b"", lambda content: content[:-9]])
 def test_verify_names_each_cut_file_of_this_machines_copy(cut, quantized, kept, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    bank = kept.with_rows(kept.store.batches(), quantized=quantized)
+    batches = list(kept.store.batches())
+    set_hf_home(monkeypatch, tmp_path / "home")
+    bank = kept.with_rows(batches, quantized=quantized)
     bank.save_pretrained(tmp_path / "bank")
     for path in bank.store.files.folder.iterdir():
         content = path.read_bytes()
