@@ -34,7 +34,6 @@ Values are made by a value encoder: that of --like or --value_encoder, or a new 
 data set (docs/value_encoder.md).
 """
 
-
 QUANTIZED_HELP = (
     "true: keys rounded to 16 bits and values to 8, half the disk and memory; false: 32 and 16 bits, nothing is "
     "rounded (default: true above 20,000 rows; with --like as that bank is)"
@@ -46,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add_out(parser)
     add_row_options(parser)
     parser.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="keep these columns: source, license")
-    parser.add_argument(
-        "--like",
-        metavar="BANK",
-        help="use the encoders, columns and thumbnail size of this bank: folder or repository",
-    )
+    parser.add_argument("--like", metavar="BANK", help="with the encoders, columns and thumbnail size of this bank")
     parser.add_argument("--value_encoder", metavar="BANK", help="use that of this bank, or of a folder, with new keys")
     parser.add_argument(
         "--value_encoder_steps", type=int, default=1000, metavar="N", help="to train a new one (default: %(default)s)"
@@ -65,10 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def parse_boolean(text: str) -> bool:
     """Read true or false."""
-    choices = {"true": True, "false": False}
-    if text.lower() not in choices:
+    if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
-    return choices[text.lower()]
+    return text.lower() == "true"
 
 
 def run(arguments: argparse.Namespace):

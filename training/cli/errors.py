@@ -19,12 +19,9 @@ def reported_errors(resumable: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        message = "stopped"
-        if str(interrupt):  # of a run that knows where: "stopped at step 12; ..."
-            message = str(interrupt)
-        elif resumable:
-            message = "stopped; the same command goes on from there"
-        print(f"tinyalign: {message}", file=sys.stderr)
+        message = "stopped; the same command goes on from there" if resumable else "stopped"
+        # a run that knows where it was says so: "stopped at step 12; ..."
+        print(f"tinyalign: {str(interrupt) or message}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
         message = message_of(error)
@@ -35,17 +32,13 @@ def reported_errors(resumable: bool = False) -> Iterator[None]:
 
 def message_of(error: Exception) -> str | None:
     """Return the message for what a user can mend; None for an error of the package itself."""
-    if not isinstance(error, (ValueError, OSError, ImportError)) and not is_library_mistake(error):
+    if not isinstance(error, (ValueError, OSError, ImportError)):
+        import yaml
+        from huggingface_hub.errors import StrictDataclassError
+
         from tinyalign_vlm.training.disk import full_disk_error
 
-        error = full_disk_error(error)
+        if not isinstance(error, (StrictDataclassError, yaml.YAMLError)):
+            error = full_disk_error(error)
     # A worker process puts the traceback into the text, before the error's own name and message.
     return None if error is None else str(error).rpartition(f"\n{type(error).__name__}: ")[2]
-
-
-def is_library_mistake(error: Exception) -> bool:
-    """Return whether a YAML file cannot be read, or a config has a field that it must not have."""
-    import yaml
-    from huggingface_hub.errors import StrictDataclassError
-
-    return isinstance(error, (StrictDataclassError, yaml.YAMLError))

@@ -26,6 +26,7 @@ from . import (
 )
 from .errors import reported_errors
 
+RAW = argparse.RawDescriptionHelpFormatter
 DESCRIPTION = "A small vision-language model that retrieves similar examples for every image."
 COMMANDS = {
     "demo": demo,
@@ -86,22 +87,16 @@ def exit_with_help_if_asked(command: ModuleType, parser: argparse.ArgumentParser
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; what it parses has the command's module and parser beside its options."""
     parser = argparse.ArgumentParser(prog="tinyalign", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument(
-        "--version", action=PrintVersion, nargs=0, dest=argparse.SUPPRESS, help="print the installed version"
-    )
+    parser.add_argument("--version", action=PrintVersion, nargs=0, dest=argparse.SUPPRESS, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     groups = {"": commands}
     for name, command in COMMANDS.items():
         group, _, word = name.rpartition(" ")
         if group not in groups:
             groups[group] = add_group(commands, group)
+        texts = {"help": command.SUMMARY, "description": command.HELP}
         command_parser = groups[group].add_parser(
-            word,
-            help=command.SUMMARY,
-            description=command.HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            add_help=command not in FILE_COMMANDS,
+            word, **texts, formatter_class=RAW, allow_abbrev=False, add_help=command not in FILE_COMMANDS
         )
         command.add_arguments(command_parser)
         command_parser.set_defaults(command_module=command, command_parser=command_parser)

@@ -21,12 +21,7 @@ def add_row_options(parser: argparse.ArgumentParser):
     add_model_options(parser.add_argument_group("the model, whose vision tower makes the keys"))
     add_data_options(parser.add_argument_group("the data set"))
     parser.add_argument(
-        "--ray",
-        nargs="?",
-        type=int,
-        const=0,
-        metavar="ACTORS",
-        help="encode on a Ray cluster (default: an actor for each GPU, or CPU)",
+        "--ray", nargs="?", type=int, const=0, metavar="ACTORS", help="on a Ray cluster (default: one for each GPU)"
     )
 
 

@@ -31,13 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--revision", default="main", help="of the model's repository (default: %(default)s)")
     parser.add_argument("--memory_bank", metavar="BANK", help="folder or repository (default: what the config names)")
     parser.add_argument("--memory", choices=("on", "off"), default="on", help="off: without retrieval")
-    parser.add_argument(
-        "--allow_image_host",
-        action="append",
-        default=[],
-        metavar="HOST",
-        help="fetch images from there, too; may be repeated",
-    )
+    hosts = {"action": "append", "default": [], "metavar": "HOST"}
+    parser.add_argument("--allow_image_host", **hosts, help="fetch images from there, too; may be repeated")
     parser.add_argument("--max_tokens", type=int, default=1024, help="of an answer (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")

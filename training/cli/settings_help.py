@@ -23,14 +23,7 @@ NAMES_OF_KINDS = {bool: "true|false", int: "N", float: "NUMBER", str: "TEXT", di
 
 
 def settings_help(config_class: type, files: list[str], everything: bool) -> str:
-    """
-    Return the help of a stage's settings.
-
-    Args:
-        config_class: The dataclass of the stage.
-        files: The YAML files of the command line.
-        everything: Also the settings of transformers and TRL that are left as they are.
-    """
+    """Return the help of a stage's settings; with `everything` also of those that are transformers' and TRL's."""
     command = f"tinyalign train {' '.join(files)}"
     parser = argparse.ArgumentParser(
         usage=f"{command} [--FIELD VALUE ...]",
@@ -56,20 +49,15 @@ def groups_of_settings(config_class: type, everything: bool) -> dict[str, list[d
     groups[TITLES["StageArguments"]] += [fields.pop(name) for name in COMMON]
     classes = [base for base in reversed(config_class.__mro__) if dataclasses.is_dataclass(base)]
     # stable: this package's classes first, whose defaults and help are the ones that count
-    for base in sorted(classes, key=lambda base: not is_own(base)):
+    for base in sorted(classes, key=lambda base: not base.__module__.startswith("tinyalign_vlm.")):
         group = groups.setdefault(title_of(base), [])
         group += [fields.pop(name) for name in inspect.get_annotations(base) if name in fields]
     return {title: group for title, group in groups.items() if everything or title in TITLES.values()}
 
 
-def is_own(base: type) -> bool:
-    """Return whether a class is this package's."""
-    return base.__module__.startswith("tinyalign_vlm.")
-
-
 def title_of(base: type) -> str:
     """Return the title of the group that has the settings of a class."""
-    if is_own(base):
+    if base.__module__.startswith("tinyalign_vlm."):
         return TITLES.get(base.__name__, TITLES["StageArguments"])
     return f"{base.__name__} of {base.__module__.partition('.')[0]}"
 

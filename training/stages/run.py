@@ -54,8 +54,6 @@ def interrupt_naming_steps(trainer: SupervisedTrainer) -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         checkpoints = complete_checkpoints(trainer.args.output_dir)
-        go_on = "starts anew, no checkpoint was saved yet"
-        if checkpoints:
-            go_on = f"goes on from {checkpoints[-1]}"
+        go_on = f"goes on from {checkpoints[-1]}" if checkpoints else "starts anew, no checkpoint was saved yet"
         message = f"stopped at step {trainer.state.global_step}; the same command {go_on}"
         raise KeyboardInterrupt(message) from interrupt
