@@ -96,7 +96,7 @@ def test_energy_is_estimated_from_a_given_power_only(model_facts):
         ({"limits": ["one", 2]}, r"index 1 in list 'limits'"),
         ({"peak_memory_gb": math.nan}, "peak_memory_gb is nan, expected a finite number"),
         ({"peak_memory_gb": "much"}, "'peak_memory_gb'"),
-        ({"watts": True}, "'watts'"),
+        ({"watts": "65"}, "'watts'"),
         ({"versions": {"torch": None}}, "'versions'"),
         ({"evaluation": "good"}, "'evaluation'"),
         ({"parts": ["tower"]}, "'parts'"),

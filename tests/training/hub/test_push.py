@@ -156,9 +156,9 @@ def test_what_is_missing_is_said_before_anything_is_pushed(hub, owner, folders, 
         and "connectors.py" in end
         and "AutoProcessor in the auto_map of processor_config.json" in end
     )
-    assert "give the checkpoint's folder and its repository" not in end
+    assert "expected the checkpoint's folder and its repository" not in end
     for incomplete in ([folders["model"]], []):
-        assert "give the checkpoint's folder and its repository" in push(*incomplete)
+        assert "expected the checkpoint's folder and its repository" in push(*incomplete)
     assert "bank_config.json" in push("--bank", str(tmp_path / "model"), "cli/nothing-bank")
 
 
