@@ -32,7 +32,6 @@ MOST_PRODUCT_LINES, MOST_TRAVELLING_LINES = 16_160, 5_170
 STILL_LONG = {
     "training/composition.py:compose",
     "training/data/neighbour_table.py:neighbour_table",
-    "training/data/training_rows.py:training_rows",
     "training/demo/cards.py:write_demo_cards",
     "training/demo/report.py:write_report",
     "training/demo/run.py:run_demo",

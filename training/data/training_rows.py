@@ -38,25 +38,10 @@ def training_rows(
         return dataset
     if len(dataset) == 0:
         raise ValueError("The data set has no rows, expected at least one.")
-    columns = ["messages"]
-    columns += [name for name in ("image", "images") if name in dataset.column_names] or ["image"]
-    if vision_features is not None:
-        columns = ["messages", "feature_index"]
-    columns += [] if bank is None else ["memory_ids", *({"source_ids"} & set(dataset.column_names))]
-    scores_wanted = model.config.memory_scores or model.config.retrieval_threshold is not None
-    if bank is not None and (scores_wanted or "memory_scores" in dataset.column_names):
-        columns.append("memory_scores")
     if vision_features is not None:
         refuse_transforms(dataset)
-    index = None
-    if vision_features is not None and "feature_index" not in dataset.column_names:
-        if len(vision_features) != len(dataset):
-            raise ValueError(
-                f"There are {len(vision_features)} vision_features for {len(dataset)} rows: give the data set a "
-                "column feature_index that says which features are whose."
-            )
-        index = list(range(len(dataset)))
-        columns.remove("feature_index")
+        dataset = _with_feature_index(dataset, len(vision_features))
+    columns = _columns_to_read(model, dataset, bank, vision_features)
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -65,8 +50,6 @@ def training_rows(
             "with vision_features."
         )
     rows = dataset.select_columns(columns + [name for name in ("row", "id") if name in dataset.column_names])
-    if index is not None:
-        rows = rows.add_column("feature_index", index)
     if "row" not in rows.column_names:
         rows = rows.add_column("row", list(range(len(rows))))
     if "image" in columns and isinstance(rows.features["image"], datasets.Image):
@@ -80,6 +63,35 @@ def training_rows(
             "find_neighbours(..., top_k=model.config.memory_top_k)."
         )
     return rows
+
+
+def _with_feature_index(dataset: datasets.Dataset, num_features: int) -> datasets.Dataset:
+    """Return the data set with a `feature_index`; without one, the features are those of the rows, in order."""
+    if "feature_index" in dataset.column_names:
+        return dataset
+    if num_features != len(dataset):
+        raise ValueError(
+            f"There are {num_features} vision_features for {len(dataset)} rows: give the data set a column "
+            "feature_index that says which features are whose."
+        )
+    return dataset.add_column("feature_index", list(range(len(dataset))))
+
+
+def _columns_to_read(
+    model: PreTrainedModel, dataset: datasets.Dataset, bank: MemoryBank | None, vision_features: np.ndarray | None
+) -> list[str]:
+    columns = ["messages"]
+    if vision_features is not None:
+        columns.append("feature_index")
+    else:
+        columns += [name for name in ("image", "images") if name in dataset.column_names] or ["image"]
+    if bank is None:
+        return columns
+    columns += ["memory_ids", *({"source_ids"} & set(dataset.column_names))]
+    scores_wanted = model.config.memory_scores or model.config.retrieval_threshold is not None
+    if scores_wanted or "memory_scores" in dataset.column_names:
+        columns.append("memory_scores")
+    return columns
 
 
 def _neighbours_of_an_image(memory_ids: list) -> int | None:
