@@ -137,7 +137,8 @@ def complaint(paths: list[str], most: int = 20) -> str:
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # it has inherited all but a cache of its own: some tests remove banks there
     PLACES = []
-    os.environ["HF_HOME"] += f"-{os.environ['PYTEST_XDIST_WORKER']}"
+    suffix = f"-{os.environ['PYTEST_XDIST_WORKER']}"
+    os.environ["HF_HOME"] = os.environ["HF_HOME"].removesuffix(suffix) + suffix  # a spawned process comes here again
 else:
     PLACES = watched_places()
     enter_own_folders()
