@@ -119,6 +119,7 @@ def enter_own_folders() -> None:
 def set_hf_home(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let this process, and those it starts, keep their caches in `folder`."""
     patch.setattr("huggingface_hub.constants.HF_HOME", str(folder))
+    patch.setattr(os, "environ", os.environ)  # `datasets.map(num_proc=...)` leaves a copy, which nothing would undo
     patch.setenv("HF_HOME", str(folder))
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from isolation import Place, complaint, set_hf_home
 
@@ -65,3 +66,12 @@ def test_processes_write_into_the_suites_folders(monkeypatch, tmp_path):
     suite = Path(os.environ["HOME"]).parent
     assert all(Path(path).is_relative_to(suite) for path in (*homes, temporary))
     assert hf_home == str(tmp_path) and hub_cache == str(tmp_path / "hub")
+
+
+def test_the_users_environment_comes_back_after_a_map_in_several_processes(tmp_path):
+    before = os.environ["HF_HOME"]
+    with pytest.MonkeyPatch.context() as patch:
+        set_hf_home(patch, tmp_path)
+        datasets.Dataset.from_dict({"number": [1, 2]}).map(lambda row: row, num_proc=2)
+        assert os.environ["HF_HOME"] == str(tmp_path)
+    assert os.environ["HF_HOME"] == before
