@@ -3,7 +3,7 @@ The memory bank beside the reference's way of doing it, in one run: memory, disk
 
     make bench-bank                                         # 100,000 rows, then whole answers
     make bench-bank BENCH_ARGS="--rows 1000000 --no_answers"   # needs 30 GB of disk for a while
-    make bench-bank BENCH_ARGS="--keys keys.npy"            # real keys: float32, of a bank's local files say
+    make bench-bank BENCH_ARGS="--keys keys.npy"            # real keys: float32, bank.keys(range(len(bank)))
 
 The reference keeps float32 keys in a flat faiss index, and the same keys again with float32 values, a list of tensors,
 in one pickled file, which is written and read here only. Up to 100,000 rows are measured with it; what it would take
@@ -273,7 +273,7 @@ def measure(kind: str, keys: np.ndarray, queries: np.ndarray, scratch: Path, rep
     result["sizes"] = {size: both_ways(np.ascontiguousarray(keys[:size]), queries, repeats) for size in small}
     folder = scratch / "bank"
     bank.save_pretrained(folder)
-    result["disk"] = megabytes([path for path in bank.store.files.folder.iterdir() if path.suffix != ".arrow"])
+    result["disk"] = megabytes([path for path in bank.folder.iterdir() if path.suffix != ".arrow"])
     result["shards"] = megabytes(list((folder / "data").iterdir()))
     for _ in range(2):  # the files above have pushed its pages out of memory: the second start finds them again
         result["bank"] = in_new_process("attach", folder, scratch / "queries.npy")

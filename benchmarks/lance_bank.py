@@ -77,12 +77,12 @@ def measure(scratch: Path, rows: int, repeats: int) -> None:
     banks = {"faiss": local, "lance": stored}
     facts = [bank.index_facts for bank in banks.values()]
     say("index", *(f"{fact['index']}, k_factor {fact['k_factor']}" for fact in facts))
-    say("lists looked into", "1 of 1", f"{stored.store.search_settings['nprobes']}")
+    say("lists looked into", "1 of 1", f"{stored.search_settings['nprobes']}")
     say("recall@5, of its own keys", *(f"{fact['recall_at_5']:.4f}" for fact in facts))
     found = [bank.search(queries, bench.TOP_K)[1] for bank in banks.values()]
     hits = [np.mean([len({*a} & {*b}) for a, b in zip(ids, truth, strict=True)]) / bench.TOP_K for ids in found]
     say("recall@5, of other keys", *(f"{hit:.4f}" for hit in hits))
-    say("on disk, MB", f"{size_of(local.store.files.folder) / 1e6:.0f}", f"{size_of(scratch / 'lance') / 1e6:.0f}")
+    say("on disk, MB", f"{size_of(local.folder) / 1e6:.0f}", f"{size_of(scratch / 'lance') / 1e6:.0f}")
     starts = []
     for name, bank in banks.items():
         (scratch / name).with_suffix(".pickle").write_bytes(pickle.dumps(bank))

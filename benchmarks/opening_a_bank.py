@@ -57,7 +57,7 @@ def small_bank() -> MemoryBank:
 
 
 def random_rows(like: MemoryBank, num_rows: int) -> Iterator[pa.RecordBatch]:
-    random, (example,) = np.random.default_rng(0), like.store.table.slice(0, 1).to_pylist()
+    random, (example,) = np.random.default_rng(0), like.table.slice(0, 1).to_pylist()
     for start in range(0, num_rows, BATCH_ROWS):
         size = min(BATCH_ROWS, num_rows - start)
         keys = random.standard_normal((size, like.config.key_dim), dtype=np.float32)
@@ -69,7 +69,7 @@ def random_rows(like: MemoryBank, num_rows: int) -> Iterator[pa.RecordBatch]:
             "value": list_column(
                 random.standard_normal((size, like.config.value_size), np.float32).astype(np.float16)
             ),
-            "thumbnail": pa.array([example["thumbnail"]] * size, like.store.table.schema.field("thumbnail").type),
+            "thumbnail": pa.array([example["thumbnail"]] * size, like.table.schema.field("thumbnail").type),
         }
         yield pa.record_batch(columns)
 

@@ -63,7 +63,7 @@ def main():
     )
     for name in BANKS:
         plain = MemoryBank.from_pretrained(arguments.demo / f"bank_{name}_heldout")
-        quantized = plain.with_rows(plain.store.batches(), quantized=True)
+        quantized = plain.with_rows(plain.batches(), quantized=True)
         losses, neighbours = [], []
         for bank in (plain, quantized):
             model.build_lexicon(processor.tokenizer, bank)

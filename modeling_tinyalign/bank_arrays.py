@@ -9,9 +9,8 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ MAX_FLOAT16 = 65504
 TINY_STEP = np.float32(2.0**-24)  # of float16
 GATHER_ROWS = 256  # at a time: they stay in the processor's cache
 
-KEYS, VALUES, CODES, EXPONENTS, ROWS = "keys.npy", "values.npy", "codes.npy", "exponents.npy", "rows.arrow"
+KEYS, VALUES, CODES, EXPONENTS, ROWS = "keys.bin", "values.bin", "codes.bin", "exponents.bin", "rows.arrow"
 
 
 def require_bank_packages() -> None:
@@ -64,59 +63,28 @@ def cache_errors() -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True)
-class BankFiles:
-    """The folder of one bank's local files, named after what is in them."""
+def local_folder(config: BankConfig) -> Path:
+    """Return the folder of a bank's local files, named after what is in them."""
+    shape = [config.num_rows, config.key_dim, *config.value_shape, config.quantized]  # the hashes don't cover it
+    parts = [config.sha256.keys, config.sha256.values, config.sha256.rows, *shape]
+    return cache_root() / f"bank-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
 
-    config: BankConfig
 
-    @property
-    def folder(self) -> Path:
-        config = self.config
-        shape = [config.num_rows, config.key_dim, *config.value_shape, config.quantized]  # the hashes don't cover it
-        parts = [config.sha256.keys, config.sha256.values, config.sha256.rows, *shape]
-        return cache_root() / f"bank-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
+@contextlib.contextmanager
+def laid_out_once(folder: Path) -> Iterator[None]:
+    """Wait while another process lays the same bank out; a killed one keeps nobody waiting.
 
-    def exist(self) -> bool:
-        return self.folder.is_dir()
-
-    @contextlib.contextmanager
-    def laid_out_once(self) -> Iterator[None]:
-        """Wait while another process lays the same bank out; a killed one keeps nobody waiting.
-
-        Where nothing can be locked, on Windows and some network file systems, each does so: more work, but no harm.
-
-        Raises:
-            OSError: the cache can't be written.
-        """
-        folder = cache_root() / f".layout-{self.folder.name}"
-        with cache_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with locked(folder):
-                yield
-        finally:
-            with contextlib.suppress(OSError):  # the next one has removed it
-                folder.rmdir()
-
-    def open_keys(self) -> np.ndarray:
-        """Return the keys `(num_rows, key_dim)`, memory-mapped: float32, or float16 in a quantized bank."""
-        dtype = np.float16 if self.config.quantized else np.float32
-        return map_array(self.folder / KEYS, dtype, (self.config.num_rows, self.config.key_dim))
-
-    def open_values(self) -> Values | QuantizedValues:
-        kind = QuantizedValues if self.config.quantized else Values
-        return kind(self.folder, (self.config.num_rows, *self.config.value_shape))
-
-    def open_table(self) -> pa.Table:
-        """Return every column but key and value."""
-        path = self.folder / ROWS
-        try:
-            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"The local file {path} is damaged ({error}). Delete {path.parent} and load the bank again."
-            ) from error
+    Where nothing can be locked, on Windows and some network file systems, each does so: more work, but no harm.
+    """
+    lock = cache_root() / f".layout-{folder.name}"
+    with cache_errors():
+        lock.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(lock):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # the next one has removed it
+            lock.rmdir()
 
 
 def lay_out(
@@ -151,43 +119,37 @@ def lay_out(
                 writer.write(batch)
         with cache_errors():
             config = writer.finish()
-            for part in ("keys", "values", "rows"):
-                found, wanted = vars(config.sha256)[part], vars(expected or config.sha256)[part]
-                if found != wanted:
+            for part, found in vars(config.sha256).items():
+                wanted = found if expected is None else vars(expected)[part]
+                if found not in (wanted, None):  # those of the encoders are not known here
                     raise ValueError(
                         f"{name}: the sha256 of the {part} is {found}, but {CONFIG_NAME} says {wanted}. The bank was "
                         "damaged or changed by hand: save or download it again."
                     )
             for path in folder.iterdir():
                 sync(path)
-            target = BankFiles(config).folder
             try:
-                os.rename(folder, target)
+                os.rename(folder, local_folder(config))
             except OSError:
-                if not target.is_dir():  # else another process was first
+                if not local_folder(config).is_dir():  # else another process was first
                     raise
     return config
 
 
-@dataclass
 class RowWriter:
     """Write the rows of a bank to the local files in `folder`, and hash them. Arguments as of `lay_out`."""
 
-    folder: Path
-    config: BankConfig
-    name: str
-    num_rows: int = 0
-    rows: pa.RecordBatchFileWriter | None = None
-    files: dict[str, BinaryIO] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.schema = config_schema(self.config)
+    def __init__(self, folder: Path, config: BankConfig, name: str):
+        self.config, self.name, self.num_rows = config, name, 0
+        self.schema = config_schema(config)
         self.hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
+        # written as files: on a full disk a memory map ends in a signal, not in an error
+        names = (KEYS, CODES, EXPONENTS, ROWS) if config.quantized else (KEYS, VALUES, ROWS)
+        self.files = {name: open(folder / name, "wb") for name in names}
+        columns = [column for column in self.schema if column.name not in ("key", "value")]
+        self.rows = pa.ipc.new_file(self.files[ROWS], pa.schema(columns, self.schema.metadata))
 
     def __enter__(self) -> RowWriter:
-        names = (KEYS, CODES, EXPONENTS) if self.config.quantized else (KEYS, VALUES)
-        self.files = {name: open(self.folder / name, "wb") for name in (*names, ROWS)}
-        self._write_heads()
         return self
 
     def __exit__(self, *exception) -> None:
@@ -198,7 +160,7 @@ class RowWriter:
     def write(self, batch: pa.RecordBatch) -> None:
         """Check and write a batch."""
         check_schema(batch.schema, self.schema, self.name)
-        batch = pa.record_batch([batch.column(column) for column in self.schema.names], schema=self.schema)
+        batch = batch.select(self.schema.names).cast(self.schema)
         check_batch(batch, self.num_rows, self.name)
         keys, values = matrix(batch, "key"), matrix(batch, "value")
         if self.config.quantized:
@@ -209,123 +171,97 @@ class RowWriter:
         else:
             self.files[VALUES].write(values.tobytes())
         self.files[KEYS].write(keys.tobytes())
-        self.hashes["keys"].update(keys.astype(np.float32, copy=False).tobytes())
-        self.hashes["values"].update(values.tobytes())
         rows = batch.drop_columns(["key", "value"])
-        self.rows = self.rows or pa.ipc.new_file(self.files[ROWS], rows.schema)
         self.rows.write_batch(rows)
-        for row in rows.to_pylist():
-            self.hashes["rows"].update(row_bytes(row))
         self.num_rows += len(batch)
+        update_hashes(self.hashes, keys.astype(np.float32, copy=False), values, rows)
 
     def finish(self) -> BankConfig:
         """Complete the files; see `lay_out`."""
         if self.num_rows == 0:
             raise ValueError(f"{self.name} has no rows: a memory bank needs at least one.")
         self.rows.close()
-        self._write_heads()
         for file in self.files.values():
             file.close()
         digests = {part: digest.hexdigest() for part, digest in self.hashes.items()}
         return replace(self.config, num_rows=self.num_rows, num_shards=0, sha256=BankHashes(**digests))
 
-    def _write_heads(self) -> None:
-        """Write what a .npy file begins with; it is as long whatever the number of rows.
 
-        Writing the arrays to a memory map instead would end in a signal, and not in an error, when the disk is full.
-        """
-        key_dtype = np.float16 if self.config.quantized else np.float32
-        shape = self.num_rows, *self.config.value_shape
-        heads = {
-            KEYS: (key_dtype, (self.num_rows, self.config.key_dim)),
-            VALUES: (np.float16, shape),
-            CODES: (np.int8, shape),
-            EXPONENTS: (np.int8, shape[:2]),
-        }
-        for name in heads.keys() & self.files.keys():
-            dtype, shape = heads[name]
-            self.files[name].seek(0)
-            head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(self.files[name], head)
-
-
-def row_bytes(row: dict) -> bytes:
-    """Return what the sha256 of the rows is made of: everything in a row but its number, key and value."""
-    row = {name: value for name, value in row.items() if name != "id"}
-    if row.get("thumbnail") is not None:
-        row["thumbnail"] = hashlib.sha256(row["thumbnail"]["bytes"] or b"").hexdigest()
-    return json.dumps(row, sort_keys=True, default=str).encode()
+def update_hashes(hashes: dict, keys: np.ndarray, values: np.ndarray, rows: pa.RecordBatch) -> None:
+    """Add keys, values and the other columns to the sha256 of each; a row's number says nothing about it."""
+    hashes["keys"].update(keys.tobytes())
+    hashes["values"].update(values.tobytes())
+    for row in rows.drop_columns(["id"]).to_pylist():
+        if row.get("thumbnail") is not None:
+            row["thumbnail"] = hashlib.sha256(row["thumbnail"]["bytes"] or b"").hexdigest()
+        hashes["rows"].update(json.dumps(row, sort_keys=True, default=str).encode())
 
 
 def map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a memory-mapped .npy file; ValueError, naming it, unless it holds this."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        found = None if (array.dtype, array.shape) == (dtype, shape) else f"{array.dtype} of shape {array.shape}"
-    except (ValueError, OSError, EOFError) as error:
-        found = error
-    if found is not None:
+    """Return a memory-mapped array; ValueError, naming the file, unless it is as large."""
+    expected = math.prod(shape) * np.dtype(dtype).itemsize
+    found = path.stat().st_size if path.is_file() else "no file"
+    if found != expected:
         raise ValueError(
-            f"The local file {path} is damaged (found {found}, expected {np.dtype(dtype)} of {shape}). Delete "
-            f"{path.parent} and load the bank again."
+            f"The local file {path} is damaged (found {found}, expected {expected} bytes). Delete {path.parent} and "
+            "load the bank again."
         )
-    return np.asarray(array)
+    return np.asarray(np.memmap(path, dtype, "r", shape=shape))
+
+
+def map_table(path: Path) -> pa.Table:
+    """Return a memory-mapped Arrow file; ValueError, naming it, if it is none."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"The local file {path} is damaged ({error}). Delete {path.parent} and load the bank again."
+        ) from error
 
 
 class Values:
-    """Memory-mapped float16 values: `values[rows]` is `(..., num_latents, latent_dim)`.
+    """Memory-mapped values: `values[rows]` is float16 `(..., num_latents, latent_dim)`.
 
     Args:
-        folder: of files written by this package on this machine.
-        shape: `(num_rows, num_latents, latent_dim)`, what they must hold.
-
-    Raises:
-        ValueError: they hold something else.
+        numbers: `(num_rows, num_latents, latent_dim)`, float16, or the int8 multiples of `quantize`.
+        exponents: `(num_rows, num_latents)`, int8, of the steps of multiples.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int]):
-        self.shape = shape
-        self._array = map_array(folder / VALUES, np.float16, shape)
-        self._tensor = read_only_tensor(self._array)
+    def __init__(self, numbers: np.ndarray, exponents: np.ndarray | None = None):
+        self._array, self._numbers = numbers, read_only_tensor(numbers)
+        self._exponents = None if exponents is None else read_only_tensor(exponents)
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        return self._array[rows]
-
-    def gather(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-        """Return the values of `rows`, of any shape, as a tensor."""
-        values = empty_tensor((rows.size, *self.shape[1:]), self._tensor.dtype, "cpu")
-        torch.index_select(self._tensor, 0, torch.from_numpy(rows.reshape(-1)), out=values)
-        values = values.view(*rows.shape, *self.shape[1:]).to(device)
-        return values if dtype == values.dtype else empty_tensor(values.shape, dtype, device).copy_(values)
-
-
-class QuantizedValues:
-    """Memory-mapped 8-bit values (`quantize`). Arguments as of `Values`; `values[rows]` is float16 as well."""
-
-    def __init__(self, folder: Path, shape: tuple[int, int, int]):
-        self.shape = shape
-        self._codes = read_only_tensor(map_array(folder / CODES, np.int8, shape))
-        self._exponents = read_only_tensor(map_array(folder / EXPONENTS, np.int8, shape[:2]))
-
-    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        rows = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else rows
+        if self._exponents is None:
+            return self._array[rows]
+        rows = np.arange(len(self._array))[rows] if isinstance(rows, slice) else rows
         return self.gather(rows, "cpu", torch.float32).half().numpy()
 
     def gather(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-        """Return the values of `rows`, of any shape, as a tensor; the 8-bit numbers are moved to the device."""
-        flat = torch.from_numpy(rows.reshape(-1))
-        steps = self._exponents.index_select(0, flat).to(device).float().exp2().unsqueeze(-1)
-        values = empty_tensor((len(flat), *self.shape[1:]), dtype, device)
+        """Return the values of `rows`, of any shape, as a tensor; 8-bit numbers are moved to the device as such."""
+        flat, shape = torch.from_numpy(rows.reshape(-1)), self._array.shape[1:]
+        if self._exponents is not None:
+            return self._multiply(flat, device, dtype).view(*rows.shape, *shape)
+        values = empty_tensor((len(flat), *shape), self._numbers.dtype, "cpu")
+        torch.index_select(self._numbers, 0, flat, out=values)
+        values = values.view(*rows.shape, *shape).to(device)
+        return values if dtype == values.dtype else empty_tensor(values.shape, dtype, device).copy_(values)
+
+    def _multiply(self, rows: torch.Tensor, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+        """Return the multiples of some rows times their steps."""
+        shape = self._array.shape[1:]
+        steps = self._exponents.index_select(0, rows).to(device).float().exp2().unsqueeze(-1)
+        values = empty_tensor((len(rows), *shape), dtype, device)
         # processors have a fast way from 8 bits to float32, and from there to half precision, but none around it
-        scratch = None if dtype == torch.float32 else torch.empty((GATHER_ROWS, *self.shape[1:]), device=device)
-        for start in range(0, len(flat), GATHER_ROWS):
+        scratch = None if dtype == torch.float32 else torch.empty((GATHER_ROWS, *shape), device=device)
+        for start in range(0, len(rows), GATHER_ROWS):
             block = slice(start, start + GATHER_ROWS)
-            codes = self._codes.index_select(0, flat[block]).to(device)
+            codes = self._numbers.index_select(0, rows[block]).to(device)
             numbers = values[block] if scratch is None else scratch[: len(codes)]
             numbers.copy_(codes).mul_(steps[block])
             if scratch is not None:
                 values[block] = numbers
-        return values.view(*rows.shape, *self.shape[1:])
+        return values
 
 
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 
-from .bank_arrays import SCRATCH_PREFIX, BankFiles, cache_root, lay_out, require_bank_packages
+from .bank_arrays import laid_out_once, lay_out, local_folder, require_bank_packages
 from .bank_format import (
     BATCH_ROWS,
     CONFIG_NAME,
     KEY_ENCODER_NAME,
-    LEFT_OUT_NAME,
     VALUE_ENCODER_NAME,
     BankConfig,
     check_file,
@@ -28,7 +25,7 @@ from .bank_format import (
     file_sha256,
 )
 from .bank_rows import BankRows
-from .files import CARD_NAME, SHARDS, evict_on_error, fetch, make_bank_card, push_files, scratch_folder
+from .files import evict_on_error, fetch, put_back
 from .key_encoder import KeyEncoder
 from .value_encoder import ValueEncoder
 
@@ -48,61 +45,54 @@ STATISTICS = ["id", "source_id", "caption"]  # keys and values are never filtere
 SPLIT_COLUMNS = ["key.list.element", "value.list.element"]
 
 
-@dataclass
-class OpenedFolder:
-    """A bank's folder, or the cached one of a Hub repository, with the config and the key encoder in it."""
+def open_folder(
+    name_or_path: str | Path, revision: str | None, token: str | bool | None
+) -> tuple[BankConfig, KeyEncoder, torch.Tensor, ValueEncoder, str | None, str | None]:
+    """Read all of a bank but its rows; see `MemoryBank.from_pretrained`.
 
-    folder: Path
-    repo_id: str | None
-    revision: str | None
-    config: BankConfig
-    key_encoder: KeyEncoder
-    probe_keys: torch.Tensor
-
-    def load_value_encoder(self) -> ValueEncoder:
-        """Read the value encoder; ValueError, naming its file, if it is not the one of the bank."""
-        path = self.folder / VALUE_ENCODER_NAME
-        with evict_on_error([path] if self.repo_id else []):
-            check_file(path, self.config.sha256.value_encoder)
-        return ValueEncoder.of_bank(path, self.config.value_encoder)
-
-
-def open_folder(name_or_path: str | Path, revision: str | None, token: str | bool | None) -> OpenedFolder:
-    """Read a bank's config and key encoder; see `MemoryBank.from_pretrained`."""
+    Returns:
+        config, key encoder, probe keys and value encoder; repository and commit, None for a folder.
+    """
     require_bank_packages()
     folder, repo_id = Path(name_or_path), None
+    if revision is None:
+        put_back(folder)
     if revision is not None or not folder.is_dir():
         repo_id = str(name_or_path)
         folder = fetch(repo_id, CONFIG_NAME, revision, token).parent
         revision = folder.name
-    config_path, encoder_path = folder / CONFIG_NAME, folder / KEY_ENCODER_NAME
-    with evict_on_error([config_path] if repo_id else []):
-        config = BankConfig.from_json(config_path)
+    paths = [folder / name for name in (CONFIG_NAME, KEY_ENCODER_NAME, VALUE_ENCODER_NAME)]
+    with evict_on_error(paths[:1] if repo_id else []):
+        config = BankConfig.from_json(paths[0])
     if repo_id is not None:
         for name in (KEY_ENCODER_NAME, VALUE_ENCODER_NAME):
             fetch(repo_id, name, revision, token)
-    with evict_on_error([config_path, encoder_path] if repo_id else []):
-        check_file(encoder_path, config.sha256.key_encoder)
-        key_encoder, probe_keys = KeyEncoder.load(encoder_path, config.key_encoder, config.key_dim)
-    return OpenedFolder(folder, repo_id, revision, config, key_encoder, probe_keys)
+    with evict_on_error(paths if repo_id else []):
+        check_file(paths[1], config.sha256.key_encoder)
+        check_file(paths[2], config.sha256.value_encoder)
+        key_encoder, probe_keys = KeyEncoder.load(paths[1], config.key_encoder, config.key_dim)
+        value_encoder = ValueEncoder.of_bank(paths[2], config.value_encoder)
+    return config, key_encoder, probe_keys, value_encoder, repo_id, revision
 
 
-def lay_out_folder(opened: OpenedFolder, token: str | bool | None) -> None:
-    """Make the bank's local files of its shards, downloaded if they are on the Hub, unless they are there."""
-    config, files = opened.config, BankFiles(opened.config)
-    if opened.repo_id is None:
-        shard_paths(opened.folder, config.num_shards)
-    if files.exist():
+def lay_out_folder(
+    config: BankConfig, name_or_path: str | Path, repo_id: str | None, revision: str | None, token: str | bool | None
+) -> None:
+    """Make a bank's local files of its shards, downloaded if they are on the Hub, unless they are there."""
+    names, folder = shard_names(config.num_shards), local_folder(config)
+    if repo_id is None:
+        paths = existing_paths(Path(name_or_path), names)
+    if folder.is_dir():
         return
-    with files.laid_out_once():
-        if files.exist():  # another process was first
+    with laid_out_once(folder):
+        if folder.is_dir():  # another process was first
             return
         fetched = []
-        if opened.repo_id is not None:
-            names = (CONFIG_NAME, *shard_names(config.num_shards))
-            fetched = [fetch(opened.repo_id, name, opened.revision, token) for name in names]
+        if repo_id is not None:
+            fetched = [fetch(repo_id, name, revision, token) for name in (*names, CONFIG_NAME)]
+            paths = fetched[:-1]
         with evict_on_error(fetched):
-            lay_out(read_shards(opened.folder, config), config, str(opened.folder / "data"), config.sha256)
+            lay_out(read_shards(paths, config), config, str(paths[0].parent), config.sha256)
 
 
 def write_folder(
@@ -131,29 +121,13 @@ def write_encoders(
     replace(config, sha256=sha256).to_json(folder / CONFIG_NAME)
 
 
-def push_folder(
-    write: Callable[[Path], None], repo_id: str, config: BankConfig, card: object | None, **kwargs
-) -> tuple[str, CommitInfo]:
-    """Upload what `write(folder)` writes to a dataset repository, with a card; see `MemoryBank.push_to_hub`."""
-    with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
-        write(folder)
-        (folder / LEFT_OUT_NAME).unlink(missing_ok=True)  # it may name files of this machine
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        if card is not None:
-            files[CARD_NAME] = str(card).encode()
-        kwargs = {"commit_message": "Upload memory bank", **kwargs}
-        make_card = partial(make_bank_card, config=config)
-        return push_files(files, repo_id, "dataset", replaced=SHARDS, make_card=make_card, **kwargs)
-
-
-def read_shards(folder: Path, config: BankConfig) -> Iterator[pa.RecordBatch]:
+def read_shards(paths: Sequence[Path], config: BankConfig) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a saved bank, shard by shard.
 
     Raises:
-        ValueError: a shard is missing, is not Parquet, has other columns or more data than declared, or is a bomb.
+        ValueError: a shard is not Parquet, has other columns or more data than declared, or is a bomb.
     """
     schema = config_schema(config)
-    paths = shard_paths(folder, config.num_shards)
     count = size = 0
     for path in paths:
         with _readable(path), pq.ParquetFile(path) as shard:
@@ -162,7 +136,7 @@ def read_shards(folder: Path, config: BankConfig) -> Iterator[pa.RecordBatch]:
             count += shard.metadata.num_rows
     if count != config.num_rows:
         raise ValueError(
-            f"{folder / CONFIG_NAME} declares {config.num_rows} rows, but the shards hold {count}. "
+            f"{paths[0].parents[1] / CONFIG_NAME} declares {config.num_rows} rows, but the shards hold {count}. "
             "Save or download the bank again."
         )
     thumbnails = ["thumbnail.bytes", "thumbnail.path"] if "thumbnail" in schema.names else []
@@ -223,9 +197,9 @@ def shard_names(num_shards: int) -> list[str]:
     return [f"data/train-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
 
 
-def shard_paths(folder: Path, num_shards: int) -> list[Path]:
-    """Return the Parquet shards, or raise ValueError naming the first that is missing."""
-    paths = [folder / name for name in shard_names(num_shards)]
+def existing_paths(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return the files with these names; ValueError names the first that is missing."""
+    paths = [folder / name for name in names]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} is missing. Save or download the bank again.")
@@ -257,8 +231,7 @@ def shard_bounds(table: pa.Table, row_bytes: int) -> list[int]:
     """Return the first rows of the shards and the end, so that none exceeds `SHARD_BYTES` (unless one batch does).
 
     Args:
-        table: every column but key and value.
-        row_bytes: key and value of one row.
+        table: every column but key and value, which have `row_bytes` a row.
     """
     bounds, size = [0], 0
     for start in range(0, len(table), BATCH_ROWS):

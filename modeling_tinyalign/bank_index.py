@@ -99,11 +99,6 @@ class KeyIndex:
     recall: float = 1.0
     gpu: faiss.Index | None = None
 
-    @property
-    def facts(self) -> dict:
-        """`{"index": its name, "k_factor", "recall_at_5"}`"""
-        return {"index": self.name, "k_factor": self.k_factor, "recall_at_5": self.recall}
-
     def search(self, queries: np.ndarray, top_k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Find the best rows that are not excluded; equal scores are ordered by row.
 
@@ -254,7 +249,8 @@ def make_fast_index(keys: np.ndarray, wanted: str | None) -> KeyIndex:
 
 def write_index(index: KeyIndex, path: Path) -> None:
     """Write a fast index, and what was measured of it, with the file's sha256, to a .json file beside it."""
-    facts, record = index.facts, path.with_suffix(".json")
+    facts = {"index": index.name, "k_factor": index.k_factor, "recall_at_5": index.recall}
+    record = path.with_suffix(".json")
     with cache_errors(), scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
         try:
             if index.fast is not None:

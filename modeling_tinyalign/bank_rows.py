@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from .bank_arrays import BankFiles, QuantizedValues, Values
+from .bank_arrays import CODES, EXPONENTS, KEYS, ROWS, VALUES, Values, local_folder, map_array, map_table
 from .bank_format import BATCH_ROWS, BankConfig, config_schema, list_column
 from .bank_index import KeyIndex, open_index
 from .row_encoder import read_thumbnail
@@ -39,7 +40,6 @@ class BankRows:
     def __init__(self, config: BankConfig, index: str | None = None):
         self.config = config
         self.index = index
-        self.files = BankFiles(config)
 
     def __len__(self) -> int:
         return self.config.num_rows
@@ -50,23 +50,43 @@ class BankRows:
     def __deepcopy__(self, memo: dict) -> BankRows:
         return copy.copy(self)
 
+    def rows_only(self) -> BankRows:
+        """Return the rows without encoders: small to pass to worker processes that only read rows."""
+        return BankRows(self.config, self.index)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the local files."""
+        return local_folder(self.config)
+
     @cached_property
     def key_array(self) -> np.ndarray:
         """`(num_rows, key_dim)`, float32, or float16 in a quantized bank."""
-        return self.files.open_keys()
+        dtype = np.float16 if self.config.quantized else np.float32
+        return map_array(self.folder / KEYS, dtype, (len(self), self.config.key_dim))
 
     @cached_property
-    def values(self) -> Values | QuantizedValues:
-        return self.files.open_values()
+    def values(self) -> Values:
+        shape = (len(self), *self.config.value_shape)
+        if not self.config.quantized:
+            return Values(map_array(self.folder / VALUES, np.float16, shape))
+        exponents = map_array(self.folder / EXPONENTS, np.int8, shape[:2])
+        return Values(map_array(self.folder / CODES, np.int8, shape), exponents)
 
     @cached_property
     def table(self) -> pa.Table:
         """Every column but key and value."""
-        return self.files.open_table()
+        return map_table(self.folder / ROWS)
 
     @cached_property
     def key_index(self) -> KeyIndex:
-        return open_index(self.key_array, self.files.folder, self.index)
+        return open_index(self.key_array, self.folder, self.index)
+
+    @property
+    def index_facts(self) -> dict:
+        """Facts of the index that searches the bank: `{"index", "k_factor", "recall_at_5"}`, measured when made."""
+        index = self.key_index
+        return {"index": index.name, "k_factor": index.k_factor, "recall_at_5": index.recall}
 
     @cached_property
     def captions(self) -> list[str]:

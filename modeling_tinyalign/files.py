@@ -55,7 +55,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
 
     Whatever fails, `target` is as it was. A bank that was there is replaced; files in its folder that are no bank's (a
     README.md, say) are kept, unless `write` has made new ones. A process that is killed between the two renames leaves
-    the earlier bank whole beside `target`, as `.NAME.old-...`.
+    the earlier bank as `.NAME.old`; whoever loads or saves it next puts it back.
 
     Raises:
         ValueError: `target` holds something that is not a memory bank.
@@ -63,6 +63,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """
     target = Path(target).resolve()
     try:
+        put_back(target)
         kept = _other_files(target)
         with scratch_folder(target.parent, f".{target.name}.new-") as fresh:
             write(fresh)
@@ -83,9 +84,15 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         ) from error
 
 
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
 def _swap(fresh: Path, target: Path) -> None:
     """Rename `fresh` to `target`; what was there is deleted afterwards, or put back if that fails."""
-    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+    old = _old(target)
+    if old.exists():  # of a process that was killed while it deleted it
+        shutil.rmtree(old)
     if target.exists():
         os.rename(target, old)
     try:
@@ -94,7 +101,18 @@ def _swap(fresh: Path, target: Path) -> None:
         if old.exists():
             os.rename(old, target)
         raise
+    (old / CONFIG_NAME).unlink(missing_ok=True)  # from here on it is no bank that could be put back
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(target: Path) -> None:
+    """Put the earlier bank back in its place, if a process was killed while it replaced it."""
+    if target.exists() or not _old(target := target.resolve()).is_dir():
+        return
+    old = _old(target)
+    with locked(target.parent):  # another process may be between the two renames
+        if not target.exists() and (old / CONFIG_NAME).is_file():
+            os.rename(old, target)
 
 
 def apply_umask(folder: str | os.PathLike) -> None:

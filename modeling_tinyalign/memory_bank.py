@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,31 @@ from huggingface_hub import CommitInfo, DatasetCard
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .bank_arrays import lay_out
-from .bank_folder import OpenedFolder, lay_out_folder, open_folder, push_folder, write_folder
+from .bank_arrays import SCRATCH_PREFIX, cache_root, lay_out
+from .bank_folder import lay_out_folder, open_folder, write_folder
 from .bank_format import BATCH_ROWS, LEFT_OUT_NAME, BankConfig
-from .bank_rows import BankRows, Excluded, Ids, renumbered
-from .files import replace_folder
+from .bank_index import open_index
+from .bank_rows import BankRows, renumbered
+from .files import CARD_NAME, SHARDS, make_bank_card, push_files, replace_folder, scratch_folder
 from .key_encoder import KeyEncoder, check_probes, evaluating
 from .row_encoder import LeftOutRow, RowEncoder, RowReader, finished, undecoded
 from .value_encoder import ValueEncoder
 
 try:
     import pyarrow as pa
-    from PIL import Image
 except ImportError:
-    pa = Image = None
+    pa = None
 
 
-class MemoryBank:
+class MemoryBank(BankRows):
     """Rows of image, caption, key and value, with the encoders that made them.
 
     It is immutable: `add`, `remove` and `shuffled` return a new bank.
 
     Attributes:
-        store: its `BankRows`, small to pass to worker processes that only read rows.
         key_encoder: the frozen `KeyEncoder`.
         probe_keys: `(4, raw_dim)`, raw keys of four fixed synthetic images.
+        value_encoder: the frozen `ValueEncoder`.
         repo_id, revision: the Hub repository and commit it came from or was pushed to, or None.
         left_out: rows that `build` or `add` has left out, and why; `save_pretrained` writes them to left_out.jsonl.
         any_tower: see `for_any_tower`.
@@ -52,23 +52,19 @@ class MemoryBank:
 
     def __init__(
         self,
-        store: BankRows,
+        config: BankConfig,
         key_encoder: KeyEncoder,
         probe_keys: torch.Tensor,
-        value_encoder: ValueEncoder | None = None,
-        opened: OpenedFolder | None = None,
+        value_encoder: ValueEncoder,
+        repo_id: str | None = None,
+        revision: str | None = None,
     ):
-        self.store = store
+        super().__init__(config)
         self.key_encoder = key_encoder.requires_grad_(False)
         self.probe_keys = probe_keys
-        self.repo_id = opened and opened.repo_id
-        self.revision = opened and opened.revision
+        self.value_encoder = value_encoder
+        self.repo_id, self.revision = repo_id, revision
         self.left_out: list[LeftOutRow] = []
-        self._opened = opened
-        self._value_encoder = value_encoder
-
-    def __len__(self) -> int:
-        return len(self.store)
 
     def __repr__(self) -> str:
         config = self.config
@@ -76,19 +72,6 @@ class MemoryBank:
             f"MemoryBank({len(self)} rows, keys of {config.key_dim}, values of {config.num_latents} x "
             f"{config.latent_dim}, {config.key_encoder.key_space} space, tower {config.tower.name})"
         )
-
-    def __deepcopy__(self, memo: dict) -> MemoryBank:
-        return copy.copy(self)
-
-    @property
-    def config(self) -> BankConfig:
-        """The content of bank_config.json."""
-        return self.store.config
-
-    @cached_property
-    def value_encoder(self) -> ValueEncoder:
-        """The value encoder the bank was built with, loaded when first asked for."""
-        return self._value_encoder or self._opened.load_value_encoder()
 
     # ------------------------------------------------------------------ making one
 
@@ -101,12 +84,7 @@ class MemoryBank:
         value_encoder: ValueEncoder | None = None,
         **settings,
     ) -> MemoryBank:
-        """Encode a data set into a bank; see `tinyalign_vlm.training.bank.build.build_bank` for the settings.
-
-        Args:
-            dataset: a split of a Hub data set (streamed or not) or any iterable of dicts, with an image (PIL, bytes,
-                path) and a caption in every row.
-            value_encoder: makes the values, and is saved with the bank. None: a new one, trained on the captions.
+        """Encode a data set into a bank: see `tinyalign_vlm.training.bank.build.build_bank`, which does it.
 
         Raises:
             ImportError: the package is not installed. A checkpoint's own code opens banks, but builds none.
@@ -130,7 +108,7 @@ class MemoryBank:
         """Make a bank of rows with keys and values; arguments as of `lay_out` and of the class."""
         config = lay_out(batches, config, "The new memory bank")
         config.num_left_out += len(left_out)  # which may have grown with the batches
-        bank = cls(BankRows(config), key_encoder, probe_keys, value_encoder)
+        bank = cls(config, key_encoder, probe_keys, value_encoder)
         bank.left_out = list(left_out)
         return bank
 
@@ -141,7 +119,7 @@ class MemoryBank:
         config = replace(self.config, quantized=self.config.quantized if quantized is None else quantized)
         encoder = copy.deepcopy(self.key_encoder)
         bank = MemoryBank.from_batches(batches, config, encoder, self.probe_keys, self.value_encoder, left_out)
-        bank.store.index = self.store.index
+        bank.index = self.index
         return bank
 
     def row_encoder(self, model: PreTrainedModel, processor: ProcessorMixin, **settings) -> RowEncoder:
@@ -187,7 +165,7 @@ class MemoryBank:
         if captions is not None:
             pairs = zip(images_or_rows, captions, strict=True)
             rows = ({image_column: image, caption_column: caption} for image, caption in pairs)
-        seen = None if keep_duplicates else set(map(bytes.fromhex, self.store.table["source_id"].to_pylist()))
+        seen = None if keep_duplicates else set(map(bytes.fromhex, self.table["source_id"].to_pylist()))
         encoder = self.row_encoder(
             model,
             processor,
@@ -200,7 +178,7 @@ class MemoryBank:
         )
         with evaluating(model, self.value_encoder):
             added = finished(encoder.batches(enumerate(undecoded(rows, image_column))), self.key_encoder)
-            return self.with_rows(itertools.chain(self.store.batches(), added), encoder.left_out)
+            return self.with_rows(itertools.chain(self.batches(), added), encoder.left_out)
 
     def remove(self, rows: int | str | Sequence[int | str]) -> MemoryBank:
         """Return a bank without some rows, the others numbered anew.
@@ -219,10 +197,10 @@ class MemoryBank:
                     f"{len(self) - 1}."
                 )
         keep = np.ones(len(self), dtype=bool)
-        keep[self.store.excluded_ids(rows)] = False
+        keep[self.excluded_ids(rows)] = False
         if not keep.any():
             raise ValueError(f"All {len(self)} rows would be removed, but a memory bank needs at least one.")
-        tables = (pa.Table.from_batches([batch]) for batch in self.store.batches())
+        tables = (pa.Table.from_batches([batch]) for batch in self.batches())
         return self.with_rows(renumbered(table.filter(pa.array(keep[table["id"].to_numpy()])) for table in tables))
 
     def shuffled(self, seed: int = 0) -> MemoryBank:
@@ -231,7 +209,7 @@ class MemoryBank:
         keys_of = np.empty_like(order)
         # one cycle through all rows: no row keeps its key
         keys_of[order] = np.roll(order, 1)
-        return self.with_rows(self.store.batches(keys_of))
+        return self.with_rows(self.batches(keys_of))
 
     @classmethod
     def from_dataset(
@@ -258,41 +236,6 @@ class MemoryBank:
         return like.with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), quantized=quantized)
 
     # ------------------------------------------------------------------ using it
-
-    def search(
-        self, queries: torch.Tensor | np.ndarray, top_k: int, exclude: Sequence[Excluded] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[np.ndarray, np.ndarray]:
-        """Find the nearest rows: scores and ids `(n, top_k)`; see `BankRows.search`."""
-        return self.store.search(queries, top_k, exclude)
-
-    def gather(self, ids: Ids, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return values of rows `(..., num_latents, latent_dim)`; id -1 gives zeros."""
-        return self.store.gather(ids, dtype)
-
-    def keys(self, ids: Ids) -> np.ndarray:
-        """Return keys of rows `(n, key_dim)`, float32."""
-        return self.store.keys(ids)
-
-    def rows(self, ids: Ids) -> list:
-        """Return `{"id", "source_id", "caption", kept columns...}` of rows; nested like `ids`, None for id -1."""
-        return self.store.rows(ids)
-
-    def thumbnail(self, row_id: int) -> Image.Image | None:
-        """Return the small picture kept of a row, None for id -1 and in a bank built without thumbnails."""
-        return self.store.thumbnail(row_id)
-
-    def ids_of(self, source_id: str) -> np.ndarray:
-        """Return the ids of the rows made from the image with this `source_id`."""
-        return self.store.ids_of(source_id)
-
-    @property
-    def captions(self) -> list[str]:
-        return self.store.captions
-
-    @property
-    def index_facts(self) -> dict:
-        """Facts of the index that searches the bank: `{"index", "k_factor", "recall_at_5"}`, measured when made."""
-        return self.store.key_index.facts
 
     def encode_queries(
         self,
@@ -333,8 +276,7 @@ class MemoryBank:
         cls, name_or_path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
     ) -> MemoryBank:
         """Open a bank's config and encoders; its rows are not read. Arguments and errors as of `from_pretrained`."""
-        opened = open_folder(name_or_path, revision, token)
-        return cls(BankRows(opened.config), opened.key_encoder, opened.probe_keys, opened=opened)
+        return cls(*open_folder(name_or_path, revision, token))
 
     @classmethod
     def from_pretrained(
@@ -362,10 +304,10 @@ class MemoryBank:
             OSError: the bank can't be downloaded, or the local files can't be written.
         """
         bank = cls.open_encoders(name_or_path, revision, token)
-        lay_out_folder(bank._opened, token)
-        bank.store.index = index
-        if index is not None:
-            bank.index_facts  # noqa: B018  an index that can't be made is refused now
+        lay_out_folder(bank.config, name_or_path, bank.repo_id, bank.revision, token)
+        bank.index = index
+        if index is not None:  # one that cannot be made is refused now
+            bank.key_index = open_index(bank.key_array, bank.folder, index)
         return bank
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -379,7 +321,7 @@ class MemoryBank:
 
     def write_files(self, folder: Path) -> None:
         """Write the files of the bank into an empty folder."""
-        write_folder(folder, self.store, self.key_encoder, self.probe_keys, self.value_encoder)
+        write_folder(folder, self, self.key_encoder, self.probe_keys, self.value_encoder)
         if self.left_out:
             lines = (json.dumps(asdict(row)) + "\n" for row in self.left_out)
             (folder / LEFT_OUT_NAME).write_text("".join(lines), encoding="utf-8")
@@ -395,6 +337,15 @@ class MemoryBank:
             kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision` (a branch, created if it
                 does not exist) and `create_pr`, as of every `push_to_hub`.
         """
-        self.repo_id, commit = push_folder(self.write_files, repo_id, self.config, card, **kwargs)
+        with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
+            self.write_files(folder)
+            (folder / LEFT_OUT_NAME).unlink(missing_ok=True)  # it may name files of this machine
+            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+            if card is not None:
+                files[CARD_NAME] = str(card).encode()
+            kwargs = {"commit_message": "Upload memory bank", **kwargs}
+            make_card = partial(make_bank_card, config=self.config)
+            found = push_files(files, repo_id, "dataset", replaced=SHARDS, make_card=make_card, **kwargs)
+        self.repo_id, commit = found
         self.revision = commit.oid
         return commit

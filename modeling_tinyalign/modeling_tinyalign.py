@@ -32,8 +32,8 @@ from .outputs import (
 # The other files that travel with a checkpoint. When their download is cut off, transformers' next try completes only
 # what the file it was asked for names: all of them are named here.
 if TYPE_CHECKING:
-    from .bank_arrays import BankFiles as BankFiles
-    from .bank_folder import OpenedFolder as OpenedFolder
+    from .bank_arrays import lay_out as lay_out
+    from .bank_folder import open_folder as open_folder
     from .bank_format import BankConfig as BankConfig
     from .bank_index import KeyIndex as KeyIndex
     from .bank_rows import BankRows as BankRows

@@ -29,7 +29,7 @@ def test_values_of_8_bits():
     assert (np.abs(rounded.astype(np.float32) - values) <= largest / 64).all()
     assert np.array_equal(quantize(rounded)[2], rounded), "rounding what is rounded changed it"
     bank = bank_of(unit(6000, 4), quantized=True, values=values)
-    assert np.array_equal(bank.store.values[:], rounded) and not np.signbit(bank.store.values[1:2]).any()
+    assert np.array_equal(bank.values[:], rounded) and not np.signbit(bank.values[1:2]).any()
     for dtype in (torch.float32, torch.bfloat16):
         found = bank.gather(np.array([[5, 7], [5, 0]]), dtype)
         expected = torch.tensor(rounded[[[5, 7], [5, 0]]].astype(np.float32))
@@ -39,8 +39,8 @@ def test_values_of_8_bits():
 def test_a_quantized_bank(tmp_path):
     keys, ids = clustered_keys(600, 32), np.arange(600)
     bank, plain = bank_of(keys, quantized=True), bank_of(keys)
-    assert bank.store.key_array.dtype == np.float16 and np.array_equal(plain.store.key_array, keys)
-    assert np.array_equal(bank.store.key_array, keys.astype(np.float16))
+    assert bank.key_array.dtype == np.float16 and np.array_equal(plain.key_array, keys)
+    assert np.array_equal(bank.key_array, keys.astype(np.float16))
     assert not bank.gather(ids).equal(plain.gather(ids))
     torch.testing.assert_close(bank.gather(ids), plain.gather(ids), atol=0.05, rtol=0)
     for other in (bank, plain):
@@ -56,7 +56,7 @@ def test_a_quantized_bank(tmp_path):
         before = content_of(tmp_path / "bank")
         loaded.save_pretrained(tmp_path / "bank")
         assert before == content_of(tmp_path / "bank")
-    arrays = [sum(path.stat().st_size for path in other.store.files.folder.glob("*.npy")) for other in (bank, plain)]
+    arrays = [sum(path.stat().st_size for path in other.folder.glob("*.bin")) for other in (bank, plain)]
     assert arrays[0] < 0.6 * arrays[1]
 
 
@@ -159,7 +159,7 @@ def load(barrier, layouts, waiting, results, kill):
     bank_folder.lay_out, bank_arrays.locked = counted, counted_lock
     barrier.wait(600)
     bank = MemoryBank.from_pretrained(folder)
-    inodes = sorted(path.stat().st_ino for path in bank.store.files.folder.iterdir())
+    inodes = sorted(path.stat().st_ino for path in bank.folder.iterdir())
     scores, ids = bank.search(bank.keys(np.arange(len(bank))), 3)
     results.put([inodes, scores.tolist(), ids.tolist(), bank.gather(ids).sum().item(), bank.captions])
 

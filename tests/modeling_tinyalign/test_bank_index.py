@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 def test_exact_search(quantized, queries):
     bank, asked = bank_of(unit(6000, 24), quantized), unit(queries, 24, seed=1)
     scores, ids = bank.search(asked, 7)
-    products = asked.astype(np.float64) @ bank.store.key_array[:].astype(np.float64).T
+    products = asked.astype(np.float64) @ bank.key_array[:].astype(np.float64).T
     assert (ids == np.argsort(-products, axis=1)[:, :7]).all()
     np.testing.assert_allclose(scores, np.take_along_axis(products, ids, 1), rtol=1e-6)
     exclude = [row[[0, 2]].tolist() for row in ids]
@@ -42,7 +42,7 @@ def test_ties_in_a_large_bank(index, copies, small_limits):
     keys = clustered_keys(1500, 32)
     keys[300 : 300 + copies] = keys[300]
     bank = bank_of(keys)
-    bank.store.index = index
+    bank.index = index
     expected = list(range(300, 300 + min(copies, 5)))
     for queries in (keys[300:301], np.repeat(keys[300:301], 20, axis=0)):
         assert (bank.search(queries, 5)[1][:, : len(expected)] == expected).all()
@@ -69,7 +69,7 @@ def test_a_fast_index_is_made_once(small_limits, monkeypatch, tmp_path):
 @pytest.mark.parametrize("width", [30, 31, 2])
 def test_widths_that_four_does_not_divide(width, small_limits):
     bank, queries = bank_of(clustered_keys(3000, width)), clustered_keys(30, width, seed=0)
-    truth = np.argsort(-(queries @ bank.store.key_array.T), axis=1)[:, :5]
+    truth = np.argsort(-(queries @ bank.key_array.T), axis=1)[:, :5]
     assert bank.index_facts["recall_at_5"] >= 0.99
     assert np.mean([len(set(a) & set(b)) / 5 for a, b in zip(bank.search(queries, 5)[1], truth, strict=True)]) > 0.97
 
@@ -95,7 +95,7 @@ def test_all_rows_of_a_small_bank_with_an_inverted_file(small_limits):
     """Its lists that are not looked into hold rows as well."""
     keys = clustered_keys(600, 16)
     bank = bank_of(keys)
-    bank.store.index = "IVF32,Flat"
+    bank.index = "IVF32,Flat"
     _, ids = bank.search(keys[:3], 590, exclude=[list(range(100, 110)), None, None])
     assert (ids >= 0).all() and bank.index_facts["index"] == "IVF32,Flat"
 
@@ -128,8 +128,8 @@ def test_keys_that_no_fast_index_is_good_at_are_searched_exactly(small_limits, m
     with caplog.at_level(logging.WARNING, bank_index.__name__):
         assert bank.index_facts["index"] == "exact" and bank.index_facts["recall_at_5"] == 1
     assert "it will be searched exactly" in caplog.text
-    truth = np.argsort(-(bank.store.key_array[:20] @ bank.store.key_array.T), axis=1)[:, :5]
-    assert (bank.search(bank.store.key_array[:20], 5)[1] == truth).all()
+    truth = np.argsort(-(bank.key_array[:20] @ bank.key_array.T), axis=1)[:, :5]
+    assert (bank.search(bank.key_array[:20], 5)[1] == truth).all()
 
 
 @pytest.mark.parametrize("factory", ["IVF16,PQ12x4fs", "SQfp16", "PQ12x4fs,Refine(SQfp16)", "HNSW16"])
@@ -139,22 +139,22 @@ def test_other_indexes(factory, small_limits, tmp_path):
     bank = MemoryBank.from_pretrained(tmp_path / "bank", index=factory)
     assert bank.index_facts["index"] == factory and bank.index_facts["recall_at_5"] > 0.9
     assert (bank.search(keys[:9], 1)[1][:, 0] == np.arange(9)).all()
-    assert bank.remove([0]).store.index == factory
+    assert bank.remove([0]).index == factory
 
 
 def test_an_index_that_is_damaged(small_limits):
     bank = bank_of(clustered_keys(3000, 48))
     assert bank.index_facts["index"] == "IVF1,PQ12x4fs"
     other = bank_of(clustered_keys(2000, 48))
-    for path in bank.store.files.folder.glob("auto*"):
+    for path in bank.folder.glob("auto*"):
         whole = path.read_bytes()
-        (others,) = other.store.files.folder.glob(path.name) if other.index_facts else ()
+        (others,) = other.folder.glob(path.name) if other.index_facts else ()
         for damaged in (b"", whole[:-20], others.read_bytes() if path.suffix == ".faiss" else b"[]"):
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match=r"\.faiss, or .*\.json beside it, is damaged .* Delete both"):
-                copy.deepcopy(bank.store).search(np.ones((1, 48)), 5)
+                copy.deepcopy(bank).search(np.ones((1, 48)), 5)
         path.write_bytes(whole)
-    assert copy.deepcopy(bank.store).search(np.ones((1, 48)), 5)[1].shape == (1, 5)
+    assert copy.deepcopy(bank).search(np.ones((1, 48)), 5)[1].shape == (1, 5)
 
 
 def test_indexes_that_cannot_be_made(tmp_path):
@@ -209,8 +209,8 @@ def test_a_gpu_is_used_if_faiss_has_one(monkeypatch):
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "GpuIndexFlatIP", Index, raising=False)
     bank, queries = bank_of(unit(5000, 24)), unit(30, 24, seed=1)
-    assert bank.index_facts["index"] == "gpu" and bank.store.key_index.gpu.index.ntotal == 5000
-    truth = np.argsort(-(queries.astype(np.float64) @ bank.store.key_array.T.astype(np.float64)), axis=1)
+    assert bank.index_facts["index"] == "gpu" and bank.key_index.gpu.index.ntotal == 5000
+    truth = np.argsort(-(queries.astype(np.float64) @ bank.key_array.T.astype(np.float64)), axis=1)
     assert (bank.search(queries, 5)[1] == truth[:, :5]).all()
     assert (bank.search(queries[:1], 3000)[1] == truth[:1, :3000]).all()
 
@@ -283,7 +283,7 @@ def test_eight_readers_share_one_copy(tmp_path):
     bank = bank_of(clustered_keys(40_000, 128))
     bank.save_pretrained(tmp_path / "bank")
     index_facts = bank.index_facts
-    size = sum(path.stat().st_size for path in bank.store.files.folder.glob("*.npy"))
+    size = sum(path.stat().st_size for path in bank.folder.glob("*.bin"))
     assert index_facts["index"] == "IVF1,PQ32x4fs" and size > 8e6
     command = [sys.executable, "-c", READERS, str(tmp_path / "bank"), os.environ["HF_HOME"]]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

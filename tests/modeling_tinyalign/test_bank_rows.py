@@ -52,7 +52,7 @@ def test_equal_keys_everywhere():
 def test_exclusion_still_returns_k():
     sources = [f"{i // 4:032x}" for i in range(80)]
     bank = bank_of(unit(80, 8), source_ids=sources)
-    queries = bank.store.key_array[::4].copy()
+    queries = bank.key_array[::4].copy()
     full = bank.search(queries, 80)[1]
     _, ids = bank.search(queries, 5, exclude=[sources[4 * i] for i in range(20)])
     for i in range(20):

@@ -177,7 +177,7 @@ def test_shuffled(bank):
     control = bank.shuffled(seed=0)
     assert control.captions == bank.captions
     assert control.gather(range(NUM_ROWS)).equal(bank.gather(range(NUM_ROWS)))
-    keys = torch.tensor(bank.store.key_array[:])
+    keys = torch.tensor(bank.key_array[:])
     found = control.search(keys, 1)[1].flatten()
     assert sorted(found.tolist()) == list(range(NUM_ROWS)) and not (found == torch.arange(NUM_ROWS)).any()
     assert bank.shuffled(seed=0).search(keys, 1)[1].flatten().equal(found)
@@ -244,13 +244,13 @@ def test_saved_again_it_is_the_same(saved, tmp_path, empty_cache):
 
 
 def test_copies_share_the_files(bank):
-    queries = torch.tensor(bank.store.key_array[:])
-    assert "values" not in pickle.loads(pickle.dumps(bank)).store.__dict__
+    queries = torch.tensor(bank.key_array[:])
+    assert "values" not in pickle.loads(pickle.dumps(bank)).__dict__
     for other in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
         assert other.search(queries, 2)[1].equal(bank.search(queries, 2)[1])
         assert other.gather([1]).equal(bank.gather([1]))
     assert len(pickle.dumps(bank)) < 200_000
-    assert not bank.store.values[:1].base.flags.writeable, "mapped, not read"
+    assert not bank.values[:1].base.flags.writeable, "mapped, not read"
 
 
 def test_no_such_bank(tmp_path, monkeypatch):

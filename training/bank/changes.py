@@ -35,7 +35,7 @@ def remove_rows(
     bank = MemoryBank.from_pretrained(bank_name)
     rows = set()
     if where:
-        rows.update(np.flatnonzero(matching(bank.store.table, where)).tolist())
+        rows.update(np.flatnonzero(matching(bank.table, where)).tolist())
         if not rows:
             raise ValueError(
                 f"No row of {bank_name} has {' and '.join(where)}: nothing is removed. `tinyalign bank info` shows "

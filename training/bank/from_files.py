@@ -153,7 +153,7 @@ def _write_bank(
             if with_old_rows:
                 encoder.next_id = len(old)
                 if encoder.seen is not None:
-                    encoder.seen.update(map(bytes.fromhex, old.store.table["source_id"].to_pylist()))
+                    encoder.seen.update(map(bytes.fromhex, old.table["source_id"].to_pylist()))
             parts = build.encode(encoder, ray)
             nothing_new = with_old_rows and any(row.reason.startswith(DUPLICATE) for row in parts.left_out)
             if parts.num_rows == 0 and not nothing_new:
@@ -163,7 +163,7 @@ def _write_bank(
                 bank = finish_bank(encoder, parts, settings.dataset, settings.whiten_dim, settings.quantized)
             elif with_old_rows:
                 added = finished(parts.batches(), old.key_encoder.cpu())
-                bank = old.with_rows(chain(old.store.batches(), added), parts.left_out)
+                bank = old.with_rows(chain(old.batches(), added), parts.left_out)
             else:
                 rows = finished(parts.batches(), old.key_encoder.cpu())
                 bank = old.with_rows(rows, parts.left_out, settings.quantized)

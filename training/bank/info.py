@@ -18,7 +18,7 @@ def bank_info(folder: str | os.PathLike) -> str:
     folder = Path(folder)
     config, bank = BankConfig.from_json(folder / CONFIG_NAME), MemoryBank.from_pretrained(folder)
     encoders = size_of(folder / "value_encoder") + (folder / KEY_ENCODER_NAME).stat().st_size
-    images = len(np.unique(bank.store.source_order[0]))
+    images = len(np.unique(bank.source_order[0]))
     shards = f"{_mib(size_of(folder / 'data'))} rows in {config.num_shards} shards, {_mib(encoders)} encoders"
     revision = f" at {config.tower.revision}" if config.tower.revision else ""
     index = [f"{value}" if name == "index" else f"{name} {value}" for name, value in bank.index_facts.items()]
@@ -27,13 +27,13 @@ def bank_info(folder: str | os.PathLike) -> str:
         ("rows", f"{len(bank):,} of {images:,} images"),
         ("left out", f"{config.num_left_out:,} rows of the data set"),
         ("on disk", shards),
-        ("local copy", str(bank.store.files.folder)),
+        ("local copy", str(bank.folder)),
         ("keys", ", ".join(_describe_keys(bank))),
         ("values", f"{config.num_latents} x {config.latent_dim} numbers of {value_bits} bits"),
         ("thumbnails", f"{config.thumbnail_size} pixels" if config.thumbnail_size else "none"),
         ("tower", f"{config.tower.name}{revision}, images of {' x '.join(map(str, config.tower.image_shape))}"),
         ("index", ", ".join(index)),
-        *((column, _common_values(bank.store.table[column])) for column in config.columns),
+        *((column, _common_values(bank.table[column])) for column in config.columns),
         *((f"sha256 {name}", digest) for name, digest in vars(config.sha256).items() if name != "config"),
     ]
     width = max(len(name) for name, _ in lines) + 2

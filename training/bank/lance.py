@@ -21,7 +21,6 @@ from ...modeling_tinyalign.bank_format import (
     CONFIG_NAME,
     KEY_ENCODER_NAME,
     VALUE_ENCODER_NAME,
-    BankConfig,
     check_schema,
     config_schema,
 )
@@ -57,15 +56,20 @@ SAMPLE = 200
 class LanceRows(BankRows):
     """`BankRows` whose rows stay in the database.
 
-    Args:
+    Attributes:
         index: "exact" reads every key for each search; None searches as `search_settings` say.
         database: the place of the rows.
         search_settings: what `write_lance` found to be good: fields of `LanceIndex`.
     """
 
-    def __init__(self, config: BankConfig, index: str | None, database: LanceDatabase, search_settings: dict):
-        super().__init__(config, index)
-        self.database, self.search_settings = database, search_settings
+    database: LanceDatabase
+    search_settings: dict
+
+    def rows_only(self) -> LanceRows:
+        """Return the rows without encoders; see `BankRows.rows_only`."""
+        rows = LanceRows(self.config, self.index)
+        rows.database, rows.search_settings = self.database, self.search_settings
+        return rows
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in super().__getstate__().items() if name != "columns"}
@@ -127,7 +131,7 @@ class LanceRows(BankRows):
             yield self.columns.take(rows, names)[0].select(names)
 
 
-class LanceBank(MemoryBank):
+class LanceBank(LanceRows, MemoryBank):
     """A `MemoryBank` that is searched and read in a LanceDB database; `write_lance` makes one.
 
     It is used as any other: `model.attach_memory_bank(LanceBank.from_pretrained(uri))`. Nothing is copied to this
@@ -172,7 +176,7 @@ class LanceBank(MemoryBank):
         if not folder.is_dir():
             replace_folder(folder, lambda fresh: _read_files(files, fresh))
         bank = cls.open_encoders(folder)
-        bank.store = LanceRows(bank.config, index, database, json.loads(contents[SEARCH_NAME]))
+        bank.index, bank.database, bank.search_settings = index, database, json.loads(contents[SEARCH_NAME])
         check_schema(rows.schema, config_schema(bank.config), f"{uri}, table {ROWS!r}")
         if rows.count_rows() != len(bank):
             raise ValueError(
@@ -221,7 +225,7 @@ def write_lance(
     found = connection.list_tables().tables
     if FILES in found and _is_whole(connection):
         there = LanceBank.from_pretrained(uri, storage_options)
-        if there.store.files.folder == bank.store.files.folder:  # named after the sha256 of the same rows
+        if there.folder == bank.folder:  # named after the sha256 of the same rows
             return there  # killed at the very end
         raise ValueError(f"{uri} holds another memory bank already: delete it, or choose another place.")
     for name in {FILES, ROWS}.intersection(found):  # of a process that was killed
@@ -255,7 +259,7 @@ def _is_whole(connection: lancedb.DBConnection) -> bool:
 def _write_tables(bank: MemoryBank, connection: lancedb.DBConnection, index: str) -> None:
     """Write both tables and the index; see `write_lance`."""
     schema = config_schema(bank.config).remove_metadata()
-    batches = (batch.replace_schema_metadata() for batch in bank.store.batches())
+    batches = (batch.replace_schema_metadata() for batch in bank.batches())
     rows = connection.create_table(ROWS, pa.RecordBatchReader.from_batches(schema, batches))
     if rows.count_rows() != len(bank):
         raise OSError(f"LanceDB wrote {rows.count_rows()} of {len(bank)} rows: its own message is above.")

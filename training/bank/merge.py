@@ -68,10 +68,10 @@ def merged_tables(banks: Sequence[MemoryBank], keep_duplicates: bool) -> Iterato
     """Yield the rows of all banks, without those whose image an earlier bank has unless they are to be kept."""
     seen = np.empty(0, "S32")
     for bank in banks:
-        names, order = bank.store.source_order
+        names, order = bank.source_order
         kept = np.ones(len(bank), dtype=bool)
         if not keep_duplicates:
             kept[order[np.isin(names, seen)]] = False
         seen = np.union1d(seen, names)
-        for batch in bank.store.batches():
+        for batch in bank.batches():
             yield pa.Table.from_batches([batch]).filter(pa.array(kept[batch["id"].to_numpy()]))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
 from ...modeling_tinyalign import KeyEncoder, MemoryBank, ValueEncoder
-from ...modeling_tinyalign.bank_arrays import row_bytes
+from ...modeling_tinyalign.bank_arrays import update_hashes
 from ...modeling_tinyalign.bank_folder import shard_names
 from ...modeling_tinyalign.bank_format import (
     BATCH_ROWS,
@@ -87,10 +87,7 @@ class RowHashes:
         self.hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
 
     def update(self, batch: pa.RecordBatch) -> None:
-        self.hashes["keys"].update(matrix(batch, "key").tobytes())
-        self.hashes["values"].update(matrix(batch, "value").tobytes())
-        for row in batch.drop_columns(["key", "value"]).to_pylist():
-            self.hashes["rows"].update(row_bytes(row))
+        update_hashes(self.hashes, matrix(batch, "key"), matrix(batch, "value"), batch.drop_columns(["key", "value"]))
 
     def differences(self, config: BankConfig) -> Iterator[tuple[str, str, str]]:
         """Yield the parts whose sha256 is not that of the config: name, found, expected."""
@@ -151,11 +148,11 @@ class Shards:
 
 def copy_problems(bank: MemoryBank, shards: Shards) -> Iterator[str]:
     """Name what is wrong with this machine's copy: its files, its index, and rows that do not find themselves."""
-    folder = bank.store.files.folder
+    folder = bank.folder
     advice = f"Delete {folder} and load the bank again."
     hashes = RowHashes()
     try:
-        for batch in bank.store.batches():
+        for batch in bank.batches():
             hashes.update(batch)
     except UnicodeDecodeError as error:
         yield f"This machine's copy of the rows is damaged ({error}). {advice}"
@@ -184,5 +181,5 @@ def search_problems(bank: MemoryBank, shards: Shards) -> Iterator[str]:
         if score < expected - 1e-5:
             yield (
                 f"The index does not find row {row} by its own key: it returns row {neighbour} with {score:.4f}, "
-                f"expected {expected:.4f}. Delete {bank.store.files.folder} and load the bank again."
+                f"expected {expected:.4f}. Delete {bank.folder} and load the bank again."
             )

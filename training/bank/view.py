@@ -147,7 +147,7 @@ def _queries(bank: MemoryBank, images: Sequence[str], model: str | None) -> tupl
 
 def _row(bank: MemoryBank, row: dict) -> dict:
     kept = [f"{name}: {row[name]}" for name in bank.config.columns if row[name] is not None]
-    picture = bank.store.table["thumbnail"][row["id"]].as_py() if bank.config.thumbnail_size else None
+    picture = bank.table["thumbnail"][row["id"]].as_py() if bank.config.thumbnail_size else None
     thumbnail = _data_url(picture["bytes"]) if picture and picture["bytes"] else None
     return {"caption": row["caption"], "source_id": row["source_id"], "kept": kept, "thumbnail": thumbnail}
 

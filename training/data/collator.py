@@ -54,7 +54,7 @@ class TrainingCollator:
     ):
         self.processor = processor
         self.vision_features = vision_features
-        self.bank = None if bank is None else bank.store
+        self.bank = None if bank is None else bank.rows_only()
         self.max_length, self.truncation = max_length, truncation
         self.dropout, self.prompt_captions = dropout, prompt_captions
         self.name_rows = name_rows

@@ -53,7 +53,7 @@ def test_parts_make_no_difference(pairs, model, processor, value_encoder, monkey
 def test_whitening_is_of_a_sample_of_all_batches(monkeypatch, pairs, model, processor, value_encoder):
     monkeypatch.setattr("tinyalign_vlm.training.bank.build.MAX_WHITENING_ROWS", 6)
     bank = build_bank(pairs, model, processor, value_encoder)
-    mean, sample = mean_and_sample(bank.store.batches(), 12)
+    mean, sample = mean_and_sample(bank.batches(), 12)
     np.testing.assert_allclose(mean, bank.keys(np.arange(12)).astype(np.float64).mean(0), atol=1e-7)
     assert sample.shape[0] == 6 and fit_whitening(sample, mean, 5).shape == (sample.shape[1], 5)
     with pytest.raises(ValueError, match="whiten_dim is 6, but 6 rows .* at most 5 components"):

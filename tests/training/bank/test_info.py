@@ -11,7 +11,7 @@ def test_info(kept, folder, tmp_path, capsys, tinyalign):
     found = dict(line.split(maxsplit=1) for line in lines if not line.startswith("sha"))
     assert found["rows"] == "11 of 11 images" and found["values"] == "3 x 5 numbers of 16 bits"
     assert found["license"] == "cc0 3, (empty) 3, (none) 3, cc-by 2" and found["source"] == "b 6, a 5"
-    assert found["local"] == f"copy            {MemoryBank.from_pretrained(tmp_path / 'smaller').store.files.folder}"
+    assert found["local"] == f"copy            {MemoryBank.from_pretrained(tmp_path / 'smaller').folder}"
     assert f"sha256 rows           {MemoryBank.from_pretrained(tmp_path / 'smaller').config.sha256.rows}" in lines
 
 

@@ -89,10 +89,10 @@ def test_the_index_finds_what_it_says(large, indexed, queries):
     keys = large.keys(ids.reshape(-1)).reshape(*ids.shape, -1).astype(np.float64)
     np.testing.assert_array_equal(scores, np.einsum("nkd,nd->nk", keys, queries.astype(np.float64)).astype(np.float32))
     assert (np.diff(scores, axis=1) <= 0).all() and all(len({*row}) == 5 for row in ids.tolist())
-    opened = LanceBank.from_pretrained(indexed.store.database.uri)
+    opened = LanceBank.from_pretrained(indexed.database.uri)
     assert opened.index_facts == facts
     np.testing.assert_array_equal(opened.search(queries, 5)[1], ids)
-    opened = LanceBank.from_pretrained(indexed.store.database.uri, index="exact")
+    opened = LanceBank.from_pretrained(indexed.database.uri, index="exact")
     assert opened.index_facts["index"] == "exact"
     np.testing.assert_array_equal(opened.search(queries, 5)[0], expected)
 
@@ -189,7 +189,7 @@ class Gathered(torch.utils.data.Dataset):
 
 
 def test_workers_read_values(large, exact, monkeypatch):
-    rows = exact.store
+    rows = exact.rows_only()
     rows.gather([0])
     pickled = pickle.dumps(rows)
     assert len(pickled) < 20_000 and pickle.loads(pickled).gather([3]).equal(large.gather([3]))

@@ -110,11 +110,11 @@ def test_verify_blames_the_shard_that_is_damaged(kept, tmp_path, monkeypatch, pr
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("cut", [lambda content: b"", lambda content: content[:-9]])
 def test_verify_names_each_cut_file_of_this_machines_copy(cut, quantized, kept, tmp_path, monkeypatch):
-    batches = list(kept.store.batches())
+    batches = list(kept.batches())
     set_hf_home(monkeypatch, tmp_path / "home")
     bank = kept.with_rows(batches, quantized=quantized)
     bank.save_pretrained(tmp_path / "bank")
-    for path in bank.store.files.folder.iterdir():
+    for path in bank.folder.iterdir():
         content = path.read_bytes()
         path.unlink()  # it is mapped
         path.write_bytes(cut(content))
@@ -126,8 +126,8 @@ def test_verify_names_each_cut_file_of_this_machines_copy(cut, quantized, kept, 
 @pytest.mark.parametrize("part", ["keys", "values", "rows"])
 def test_verify_this_machines_copy(part, folder, problems):
     """The copy is searched, and not the shards."""
-    copy = MemoryBank.from_pretrained(folder).store.files.folder
-    path = copy / {"keys": "keys.npy", "values": "values.npy", "rows": "rows.arrow"}[part]
+    copy = MemoryBank.from_pretrained(folder).folder
+    path = copy / {"keys": "keys.bin", "values": "values.bin", "rows": "rows.arrow"}[part]
     content = bytearray(path.read_bytes())
     place = content.index(b"a red square 0") if part == "rows" else -100
     content[place] ^= 0x10
@@ -142,7 +142,7 @@ def test_verify_the_index(tmp_path, monkeypatch):
     bank.save_pretrained(tmp_path / "bank")
     bank.search(unit(1, 16), 1)
     assert list(bank_problems(tmp_path / "bank")) == []
-    (index,) = bank.store.files.folder.glob("*.faiss")
+    (index,) = bank.folder.glob("*.faiss")
     content = bytearray(index.read_bytes())
     content[-100] ^= 0x10
     index.write_bytes(content)

@@ -20,8 +20,8 @@ def large_bank() -> BankRows:
     rows, shape = 20_000, (50, 100)
     encoder = small_value_encoder(num_latents=shape[0], latent_dim=shape[1])
     bank = BankRows(replace(config_of(4, encoder, quantized=False), num_rows=rows))
-    bank.files.folder.mkdir(parents=True)
-    values = np.lib.format.open_memmap(bank.files.folder / "values.npy", "w+", np.float16, (rows, *shape))
+    bank.folder.mkdir(parents=True)
+    values = np.memmap(bank.folder / "values.bin", np.float16, "w+", shape=(rows, *shape))
     values[:] = 1
     values.flush()
     return bank
