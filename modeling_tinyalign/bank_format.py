@@ -61,19 +61,12 @@ def check_digest(value: str | None) -> None:
 def check_columns(columns: Sequence[str]) -> None:
     """Raise ValueError unless these columns of a data set can be kept with a bank's rows."""
     distinct = {*columns, *FIXED_COLUMNS}
-    if (
-        isinstance(columns, str)
-        or len(distinct) != len(columns) + len(FIXED_COLUMNS)
-        or not all(map(_is_name, columns))
-    ):
+    named = all(column.isprintable() and 1 <= len(column) <= 1000 for column in columns)
+    if isinstance(columns, str) or len(distinct) < len(columns) + len(FIXED_COLUMNS) or not named:
         raise ValueError(
             f"the columns to keep are {columns!r}, expected a list of printable names, each once, other than "
             f"{', '.join(FIXED_COLUMNS)}: rename those columns first"
         )
-
-
-def _is_name(column: str) -> bool:
-    return column.isprintable() and 1 <= len(column) <= 1000
 
 
 def check_image_shape(shape: list[int]) -> None:
@@ -118,6 +111,9 @@ class BankHashes:
     key_encoder: str | None = validated_field(check_digest, default=None)
     value_encoder: str | None = validated_field(check_digest, default=None)
     config: str | None = validated_field(check_digest, default=None)
+
+
+NESTED = {"tower": TowerConfig, "key_encoder": KeyEncoderConfig, "sha256": BankHashes}
 
 
 @strict
@@ -181,9 +177,7 @@ class BankConfig:
         """
         content = read_json(path)
         try:
-            config = _parsed(
-                cls, content, {"tower": TowerConfig, "key_encoder": KeyEncoderConfig, "sha256": BankHashes}
-            )
+            config = _parsed(cls, content)
             if config.num_rows == 0 or config.num_shards == 0 or None in vars(config.sha256).values():
                 raise ValueError(
                     "num_rows or num_shards is 0, or a sha256 is null: this bank was not written to its end"
@@ -205,26 +199,23 @@ class BankConfig:
         self.from_json(path)
 
 
-def _parsed(kind: type, content: object, nested: dict[str, type], name: str = "") -> object:
+def _parsed(kind: type, content: object, name: str = "") -> object:
     """Make a strict dataclass of a JSON object. Raises ValueError for unknown and for missing fields."""
     if not isinstance(content, dict):
         raise ValueError(f"{name.rstrip('.')} is {str(content)[:80]!r}, expected an object")
-    fields = {known.name for known in dataclasses.fields(kind)}
-    for key in sorted(fields ^ content.keys()):
-        found = "missing" if key in fields else "unknown: this version of tinyalign-vlm does not read it"
+    for key in sorted({known.name for known in dataclasses.fields(kind)} ^ content.keys()):
+        found = "unknown: this version of tinyalign-vlm does not read it" if key in content else "missing"
         raise ValueError(f"the field {name}{key[:80]} is {found}")
-    values = dict(content)
-    for key, part in nested.items():
-        values[key] = _parsed(part, content[key], {}, f"{key}.")
-    return kind(**values)
+    nested = NESTED if kind is BankConfig else {}
+    return kind(**content | {key: _parsed(part, content[key], f"{key}.") for key, part in nested.items()})
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object, or raise ValueError naming the file: no key twice, no NaN, at most `MAX_CONFIG_BYTES`."""
+    """Read a JSON object of at most `MAX_CONFIG_BYTES`, or raise ValueError naming the file."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MAX_CONFIG_BYTES}")
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {path.parent} is not a (whole) memory bank.") from None
     except (ValueError, OSError, RecursionError) as error:
@@ -232,17 +223,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object. Save the bank again.")
     return content
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError(f"a key is there twice, among {', '.join(name for name, _ in pairs)[:200]}")
-    return content
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"found {name}, expected numbers that are finite")
 
 
 def config_sha256(content: dict) -> str:
@@ -270,23 +250,20 @@ def check_file(path: Path, sha256: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------- columns
-
-
 def row_schema(key_dim: int, value_size: int, thumbnails: bool, kept: Iterable[str]) -> "pa.Schema":
     """Return the columns of a bank: the fixed ones, then what was `kept` of the source, as text."""
-    fields = [
-        pa.field("id", pa.int64()),
-        pa.field("source_id", pa.string()),
-        pa.field("caption", pa.string()),
-        pa.field("key", pa.list_(pa.float32(), key_dim)),
-        pa.field("value", pa.list_(pa.float16(), value_size)),
-    ]
+    fields = {
+        "id": pa.int64(),
+        "source_id": pa.string(),
+        "caption": pa.string(),
+        "key": pa.list_(pa.float32(), key_dim),
+        "value": pa.list_(pa.float16(), value_size),
+    }
     metadata = None
     if thumbnails:
-        fields.append(pa.field("thumbnail", pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+        fields["thumbnail"] = pa.struct({"bytes": pa.binary(), "path": pa.string()})
         metadata = {"huggingface": json.dumps({"info": {"features": {"thumbnail": {"_type": "Image"}}}})}
-    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in kept)], metadata=metadata)
+    return pa.schema(fields | dict.fromkeys(kept, pa.string()), metadata=metadata)
 
 
 def config_schema(config: BankConfig) -> "pa.Schema":
@@ -321,11 +298,12 @@ def check_schema(found: "pa.Schema", expected: "pa.Schema", name: str) -> None:
 def check_batch(batch: "pa.RecordBatch", start: int, name: str) -> None:
     """Refuse nulls, numbers that are not finite, long keys and malformed ids in the rows `start, start + 1, ...`."""
 
-    def refuse(wrong: Sequence[bool], column: str, found: object, expected: str) -> None:
+    def refuse(wrong: Sequence[bool], column: str, found: str | Sequence, expected: str) -> None:
         if np.any(wrong):
+            row = int(np.argmax(wrong))
+            text = found if isinstance(found, str) else repr(found[row])[:80]
             raise ValueError(
-                f"{name}: row {start + int(np.argmax(wrong))} has {column} {found}, expected {expected}. Save or "
-                "download the bank again."
+                f"{name}: row {start + row} has {column} {text}, expected {expected}. Save or download the bank again."
             )
 
     try:
@@ -340,12 +318,10 @@ def check_batch(batch: "pa.RecordBatch", start: int, name: str) -> None:
         refuse(~np.isfinite(matrix(batch, column)).all(axis=1), column, "'NaN or infinity'", "finite numbers")
     norms = np.linalg.norm(matrix(batch, "key").astype(np.float64), axis=1)
     refuse(norms > MAX_KEY_NORM, "key", f"of length {norms.max():.3g}", "at most 1, or it would win every search")
-    ids = batch.column("id").to_numpy()
-    wrong = ids != np.arange(start, start + len(batch))
-    refuse(wrong, "id", ids[wrong.argmax()], "the row's number")
+    ids = batch.column("id").to_pylist()
+    refuse(ids != np.arange(start, start + len(batch)), "id", ids, "the row's number")
     names = batch.column("source_id").to_pylist()
-    wrong = [not re.fullmatch("[0-9a-f]{32}", source_id) for source_id in names]
-    refuse(wrong, "source_id", repr(names[np.argmax(wrong)][:80]), "32 hex digits")
+    refuse([not re.fullmatch("[0-9a-f]{32}", source_id) for source_id in names], "source_id", names, "32 hex digits")
     if "thumbnail" in batch.schema.names:
         paths = batch.column("thumbnail").field("path")
         refuse(paths.is_valid().to_numpy(False), "thumbnail", "with a path", "pictures inside the bank")

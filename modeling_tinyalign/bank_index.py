@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -57,11 +57,7 @@ _searching_process: int | None = None
 
 @contextlib.contextmanager
 def faiss_threads() -> Iterator[None]:
-    """Let faiss use `torch.get_num_threads()` threads.
-
-    Raises:
-        RuntimeError: in a DataLoader worker or another forked process, where faiss would hang.
-    """
+    """Let faiss use torch's number of threads; RuntimeError in a DataLoader worker or another forked process."""
     global _searching_process
     in_worker = torch.utils.data.get_worker_info() is not None
     if in_worker or _searching_process not in (None, os.getpid()):
@@ -81,7 +77,7 @@ def faiss_threads() -> Iterator[None]:
 
 @dataclass
 class KeyIndex:
-    """Searches keys exactly, or compares only the candidates of a fast index with the query.
+    """Search keys exactly, or compare only the candidates of a fast index with the query.
 
     Attributes:
         keys: `(num_rows, key_dim)`, float32 or float16, memory-mapped.
@@ -99,6 +95,11 @@ class KeyIndex:
     recall: float = 1.0
     gpu: faiss.Index | None = None
 
+    @property
+    def facts(self) -> dict:
+        """`{"index": its name, "k_factor", "recall_at_5"}`"""
+        return {"index": self.name, "k_factor": self.k_factor, "recall_at_5": self.recall}
+
     def search(self, queries: np.ndarray, top_k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Find the best rows that are not excluded; equal scores are ordered by row.
 
@@ -108,9 +109,6 @@ class KeyIndex:
 
         Returns:
             scores `(n, top_k)` float32 and rows `(n, top_k)` int64, filled up with -inf and -1.
-
-        Raises:
-            RuntimeError: in a DataLoader worker or another forked process, where faiss would hang.
         """
         scores = np.empty((len(queries), top_k), np.float32)
         rows = np.empty((len(queries), top_k), np.int64)
@@ -151,10 +149,7 @@ class KeyIndex:
     def candidates(
         self, queries: np.ndarray, fetch: int, wanted: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        """Find at least the best `fetch` rows, roughly.
-
-        Args:
-            wanted: of them, how many are really asked for.
+        """Find at least the best `fetch` rows, roughly; `wanted` of them are really asked for.
 
         Returns:
             rough scores and rows, both `(n, fetch or more)`, by how much the scores may be off `(n,)`, and whether no
@@ -164,21 +159,17 @@ class KeyIndex:
         compared = max(fetch, round(self.k_factor * wanted))
         if self.fast is not None and compared <= MAX_CANDIDATES and compared < len(self.keys):
             _, rows = self.fast.search(queries, compared)
-            return self._products(queries, rows), rows, error, False
+            products = np.empty(rows.shape, np.float32)
+            # torch is not faster here, and its threads would wait in the way of faiss's
+            for query, found in enumerate(np.maximum(rows, 0)):  # -1 where the index found too few
+                products[query] = self.keys[found].astype(np.float32) @ queries[query]
+            return products, rows, error, False
         if self.gpu is not None and fetch <= MAX_GPU_CANDIDATES:
             error = error + GPU_ROUNDING * np.linalg.norm(queries, axis=1)
             return *self.gpu.search(queries, fetch), error, True
         if len(queries) < MATRIX_QUERIES and self.keys.dtype == np.float32:
             return *faiss.knn(queries, self.keys, fetch, metric=faiss.METRIC_INNER_PRODUCT), error, True
         return *self._best_of_blocks(queries, fetch), error, True
-
-    def _products(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the float32 products of each query with the keys of its candidates `rows`, both `(n, candidates)`."""
-        products = np.empty(rows.shape, np.float32)
-        # torch is not faster here, and its threads would wait in the way of faiss's
-        for query, found in enumerate(np.maximum(rows, 0)):  # -1 where the index found too few
-            products[query] = self.keys[found].astype(np.float32) @ queries[query]
-        return products
 
     def _best_of_blocks(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return scores and rows `(n, fetch)`, best first, from products with all keys."""
@@ -199,13 +190,11 @@ def open_index(keys: np.ndarray, folder: Path, wanted: str | None) -> KeyIndex:
 
     Args:
         folder: of the bank's local files.
-        wanted: "exact", a faiss factory string, or None: a GPU's if faiss has one, exact up to `EXACT_ROWS` rows, and
-            beyond the fast index if it finds `MIN_RECALL` of the neighbours.
+        wanted: as of `MemoryBank.from_pretrained`.
 
     Raises:
         ValueError: faiss can't make such an index, or its file is damaged.
         OSError: it can't be written.
-        RuntimeError: in a DataLoader worker or another forked process.
     """
     if wanted is None and faiss.get_num_gpus() > 0:
         return KeyIndex(keys, GPU, gpu=gpu_index(keys))
@@ -237,7 +226,7 @@ def make_fast_index(keys: np.ndarray, wanted: str | None) -> KeyIndex:
     for factory, k_factors in factories.items():
         with faiss_threads():
             index = KeyIndex(keys, factory, train_index(keys, factory))
-        index.recall = tune(index, k_factors)
+        tune(index, k_factors)
         if index.recall >= MIN_RECALL:
             return index
     logger.warning(
@@ -248,9 +237,8 @@ def make_fast_index(keys: np.ndarray, wanted: str | None) -> KeyIndex:
 
 
 def write_index(index: KeyIndex, path: Path) -> None:
-    """Write a fast index, and what was measured of it, with the file's sha256, to a .json file beside it."""
-    facts = {"index": index.name, "k_factor": index.k_factor, "recall_at_5": index.recall}
-    record = path.with_suffix(".json")
+    """Write a fast index, and its facts with the file's sha256 to a .json file beside it."""
+    facts, record = index.facts, path.with_suffix(".json")
     with cache_errors(), scratch_folder(cache_root(), SCRATCH_PREFIX) as scratch:
         try:
             if index.fast is not None:
@@ -295,15 +283,14 @@ def train_index(keys: np.ndarray, factory: str) -> faiss.Index:
     return index
 
 
-def tune(index: KeyIndex, k_factors: Sequence[int]) -> float:
-    """Raise the settings of a fast index until its recall is good: the cells it looks into, the candidates compared.
+def recall_of(index: KeyIndex, sample: int = SAMPLE) -> Callable[[int], float]:
+    """Return a function that sets `k_factor` and measures recall@5 against exact search.
 
-    Returns:
-        recall@5 against exact search, of a sample of the keys, none of which is its own neighbour.
+    The queries are a sample of the keys, none of which is its own neighbour.
     """
-    rows = np.random.default_rng(1).permutation(len(index.keys))[:SAMPLE]
+    rows = np.sort(np.random.default_rng(1).permutation(len(index.keys))[:sample])
     queries, own = index.keys[rows].astype(np.float32), list(rows[:, None])
-    truth, _ = KeyIndex(index.keys).search(queries, TOP_K, own)
+    truth, _ = type(index)(index.keys).search(queries, TOP_K, own)
 
     def recall(k_factor: int) -> float:
         index.k_factor = k_factor * TOP_K / (TOP_K + 1)  # no more candidates than for a query that excludes nothing
@@ -311,6 +298,12 @@ def tune(index: KeyIndex, k_factors: Sequence[int]) -> float:
         index.k_factor = k_factor
         return float((scores >= truth[:, -1:] - ROUNDING).mean())
 
+    return recall
+
+
+def tune(index: KeyIndex, k_factors: Sequence[int]) -> None:
+    """Raise the settings of an index until its recall is good: the cells it looks into, the candidates compared."""
+    recall = recall_of(index)
     cells = faiss.try_extract_index_ivf(index.fast)
     if cells and cells.nlist > 1:
         for power in range(cells.nlist.bit_length()):
@@ -318,9 +311,9 @@ def tune(index: KeyIndex, k_factors: Sequence[int]) -> float:
             if recall(k_factors[-1]) >= GOOD_RECALL:
                 break
     for k_factor in k_factors:
-        if (found := recall(k_factor)) >= GOOD_RECALL:
+        index.recall = recall(k_factor)
+        if index.recall >= GOOD_RECALL:
             break
-    return found
 
 
 def gpu_index(keys: np.ndarray) -> faiss.Index:

@@ -85,8 +85,7 @@ class BankRows:
     @property
     def index_facts(self) -> dict:
         """Facts of the index that searches the bank: `{"index", "k_factor", "recall_at_5"}`, measured when made."""
-        index = self.key_index
-        return {"index": index.name, "k_factor": index.k_factor, "recall_at_5": index.recall}
+        return self.key_index.facts
 
     @cached_property
     def captions(self) -> list[str]:
@@ -111,8 +110,7 @@ class BankRows:
         Args:
             queries: `(n, key_dim)`, a tensor or an array.
             top_k: number of neighbours, at most the size of the bank.
-            exclude: for each query None, a `source_id` or row id (-1 is ignored), or several of them, that must not
-                be returned.
+            exclude: for each query None, or a `source_id`, a row id (-1 is ignored) or several of them to leave out.
 
         Returns:
             scores `(n, top_k)` float32, best first, and row ids `(n, top_k)` int64, as tensors on the queries' device
@@ -135,11 +133,11 @@ class BankRows:
             )
         if isinstance(exclude, str):
             raise ValueError(f"exclude is {exclude!r}, expected a list with one item a query: [{exclude!r}] of one.")
-        if exclude is not None and len(exclude) != len(vectors):
+        if exclude is None:
+            exclude = [None] * len(vectors)
+        if len(exclude) != len(vectors):
             raise ValueError(f"exclude has {len(exclude)} items for {len(vectors)} queries, expected one a query.")
-        excluded = [NO_IDS] * len(vectors)
-        if exclude is not None:
-            excluded = [self.excluded_ids(item) for item in exclude]
+        excluded = [self.excluded_ids(item) for item in exclude]
         scores, ids = self.key_index.search(vectors, top_k, excluded)
         if isinstance(queries, torch.Tensor):
             return torch.from_numpy(scores).to(queries.device), torch.from_numpy(ids).to(queries.device)
@@ -187,32 +185,26 @@ class BankRows:
         return order[np.searchsorted(names, wanted, "left") : np.searchsorted(names, wanted, "right")]
 
     def batches(self, keys_of: np.ndarray | None = None, size: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-        """Yield all rows with keys and values, `size` at a time.
-
-        Args:
-            keys_of: the row whose key each row gets; by default its own.
-        """
+        """Yield all rows with values and their own keys, or those of the rows `keys_of`, `size` at a time."""
         schema = config_schema(self.config)
         for start in range(0, len(self), size):
             rows = slice(start, min(start + size, len(self)))
-            part = self.table[rows].combine_chunks()
-            columns = {name: part[name].combine_chunks() for name in part.column_names}
+            (part,) = self.table[rows].combine_chunks().to_batches()
+            columns = dict(zip(part.schema.names, part.columns, strict=True))
             keys = self.key_array[rows if keys_of is None else keys_of[rows]]
             columns["key"] = list_column(keys.astype(np.float32, copy=False))
             columns["value"] = list_column(self.values[rows].reshape(len(part), -1))
-            yield pa.record_batch([columns[name] for name in schema.names], schema=schema)
+            yield pa.record_batch(columns, schema=schema)
 
     def excluded_ids(self, item: Excluded) -> np.ndarray:
         """Return the ids that an item of `exclude` means."""
         if item is None:
             return NO_IDS
-        if isinstance(item, (int, np.integer)):
-            item = [item]
         if isinstance(item, str):
             return self.ids_of(item)
-        if any(isinstance(entry, str) for entry in item):
-            return np.concatenate([self.excluded_ids(entry if isinstance(entry, str) else [entry]) for entry in item])
-        ids = self.checked_ids(item)
+        if not isinstance(item, (int, np.integer)) and any(isinstance(entry, str) for entry in item):
+            return np.concatenate([self.excluded_ids(entry) for entry in item])
+        ids = np.atleast_1d(self.checked_ids(item))
         return ids[ids >= 0]
 
     def checked_ids(self, ids: Ids) -> np.ndarray:

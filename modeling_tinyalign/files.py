@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import (
@@ -51,11 +51,10 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder beside `target` with `write(folder)`, then rename it to `target`.
+    """Fill a new folder with `write(folder)`, then rename it to `target`: the new bank is there whole, or the old one.
 
-    Whatever fails, `target` is as it was. A bank that was there is replaced; files in its folder that are no bank's (a
-    README.md, say) are kept, unless `write` has made new ones. A process that is killed between the two renames leaves
-    the earlier bank as `.NAME.old`; whoever loads or saves it next puts it back.
+    Files there that are no bank's (a README.md, say) are kept, unless `write` has made new ones. A process that is
+    killed between the two renames leaves the earlier bank as `.NAME.old`; whoever loads or saves it next puts it back.
 
     Raises:
         ValueError: `target` holds something that is not a memory bank.
@@ -159,11 +158,9 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
 
 def _other_files(target: Path) -> list[Path]:
     """Return what is in a bank's folder and not the bank's; ValueError if the folder holds no bank."""
-    if not target.exists():
-        return []
-    if not target.is_dir():
+    if target.is_file():
         raise ValueError(f"{target} is a file, expected a folder. Choose another place for the memory bank.")
-    entries = list(target.iterdir())
+    entries = list(target.iterdir()) if target.exists() else []
     if entries and not (target / CONFIG_NAME).is_file():
         raise ValueError(
             f"{target} is not empty and holds no memory bank ({CONFIG_NAME} is missing). Choose an empty folder."
@@ -173,11 +170,7 @@ def _other_files(target: Path) -> list[Path]:
 
 
 def fetch(repo_id: str, filename: str, revision: str | None, token: str | bool | None) -> Path:
-    """Return a file of a bank in the local cache, downloaded if need be; its folder is named after the commit.
-
-    Raises:
-        OSError: it could not be downloaded. The cache is as it was.
-    """
+    """Return a file of a bank in the cache, in a folder named after the commit; OSError if it can't be downloaded."""
     try:
         return Path(hf_hub_download(repo_id, filename, repo_type="dataset", revision=revision, token=token))
     # huggingface_hub raises errors of its own, and those of an HTTP library that changes from version to version
@@ -202,11 +195,7 @@ def evict_on_error(downloaded: list[Path]) -> Iterator[None]:
 
 
 def resolve_commit(repo_id: str, revision: str | None, token: str | bool | None = None) -> str:
-    """Return the commit hash of a bank's revision.
-
-    Raises:
-        OSError: the Hub has no such dataset or revision, or cannot be reached.
-    """
+    """Return the commit hash of a bank's revision; OSError if the Hub has no such thing, or cannot be reached."""
     try:
         return HfApi().dataset_info(repo_id, revision=revision, token=token).sha
     except Exception as error:  # as in fetch
@@ -236,7 +225,7 @@ def push_files(
         files: what to upload, by name in the repository.
         replaced: pattern of files that are deleted unless they are in `files`: shards of an earlier version.
         make_card: makes README.md from the repository's name, where neither `files` nor the repository has one.
-        commit: `commit_message`, `commit_description` and `create_pr` of `HfApi.create_commit`.
+        commit: of `HfApi.create_commit`.
 
     Returns:
         the full name of the repository, and the commit.
@@ -249,7 +238,7 @@ def push_files(
     if CARD_NAME not in present | files.keys():
         files = {**files, CARD_NAME: make_card(repo_id).encode()}
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-    stale = sorted(name for name in present - files.keys() if fnmatch(name, replaced))
+    stale = sorted(fnmatch.filter(present - files.keys(), replaced))
     operations += [CommitOperationDelete(name) for name in stale]
     return repo_id, api.create_commit(repo_id, operations, **where, **commit)
 

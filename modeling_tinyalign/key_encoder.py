@@ -24,7 +24,6 @@ NUM_PROBES = 4
 MIN_PROBE_COSINE = 0.99
 MAX_PROBE_DIFFERENCE = 1e-3
 MAX_FEATURES = 2**26  # of one image
-CONNECTOR_WEIGHTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 
 
 def attention_pool(features: torch.Tensor, attention_mask: torch.Tensor | None = None, grid: int = 1) -> torch.Tensor:
@@ -195,15 +194,15 @@ class KeyEncoder(nn.Module):
         cls, tensors: dict[str, torch.Tensor], config: KeyEncoderConfig, key_dim: int
     ) -> tuple[KeyEncoder, torch.Tensor]:
         """Make what `load` returns, and raise whatever torch raises for tensors that do not fit together."""
-        connector = None
-        if config.key_space == "language":
-            weights = {name: tensors.pop(f"connector.{name}") for name in CONNECTOR_WEIGHTS}
-            (hidden_size, in_size), out_size = weights["linear_1.weight"].shape, len(weights["linear_2.bias"])
-            with torch.device("meta"):
-                connector = Connector(in_size, hidden_size, out_size, config.connector_act)
-            connector.load_state_dict(weights, assign=True)
         mean, probe_keys = tensors.pop("mean"), tensors.pop("probe_keys")
         projection, embeddings = tensors.pop("projection", None), tensors.pop("token_embeddings", None)
+        connector = None
+        if config.key_space == "language":
+            weights = {name.removeprefix("connector."): tensors.pop(name) for name in list(tensors)}
+            hidden_size, in_size = weights["linear_1.weight"].shape
+            with torch.device("meta"):
+                connector = Connector(in_size, hidden_size, len(weights["linear_2.bias"]), config.connector_act)
+            connector.load_state_dict(weights, assign=True)
         grid, pool_size = config.grid, config.vision_pool_size
         encoder = cls(mean, projection, connector, embeddings, pool_size, config.alpha, grid)
         (raw_dim,) = mean.shape
@@ -243,7 +242,7 @@ def check_probes(
     Raises:
         ValueError: naming both towers and the cosine, or the widths of their features.
     """
-    found = describe_tower(model, tower.image_shape).name
+    found = tower_name(model)
     advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
     try:
         raw = key_encoder.probe(model, tower.image_shape)
@@ -288,26 +287,26 @@ def probe_pixels(image_shape: Sequence[int]) -> torch.Tensor:
     """
     channels, height, width = image_shape
     probe, channel, y, x = np.ogrid[:NUM_PROBES, :channels, :height, :width]
-    scales = (1, 2, 4, 8, 16)
-    waves = [
-        np.sin(
-            2 * np.pi * k * x / width + k * probe + 1.7 * channel + np.sin(2 * np.pi * k * y / height + 2.3 * probe)
-        )
-        for k in scales
-    ]
-    weights = [k**-0.5 for k in scales]
-    return torch.from_numpy(np.average(waves, axis=0, weights=weights)).float()
+    scales, waves = (1, 2, 4, 8, 16), []
+    for k in scales:
+        down = np.sin(2 * np.pi * k * y / height + 2.3 * probe)
+        waves.append(np.sin(2 * np.pi * k * x / width + k * probe + 1.7 * channel + down))
+    return torch.from_numpy(np.average(waves, axis=0, weights=[k**-0.5 for k in scales])).float()
+
+
+def tower_name(model: PreTrainedModel) -> str:
+    """Return the name of a model's vision tower; that of a local folder without its path."""
+    name = model.config.vision_config._name_or_path or model.config.vision_config.model_type
+    is_path = os.path.isabs(name) or os.path.isdir(name)
+    return os.path.basename(os.path.abspath(name)) if is_path else name
 
 
 def describe_tower(model: PreTrainedModel, image_shape: list[int]) -> TowerConfig:
-    """Return name, revision and settings of a model's vision tower; a local folder is named without its path."""
-    vision_config = model.config.vision_config
-    settings = json.loads(vision_config.to_json_string())
+    """Return name, revision and settings of a model's vision tower."""
+    settings = json.loads(model.config.vision_config.to_json_string())
     settings.pop("_name_or_path", None)
-    name = vision_config._name_or_path or vision_config.model_type
-    is_path = os.path.isabs(name) or os.path.isdir(name)
     return TowerConfig(
-        name=Path(os.path.abspath(name)).name if is_path else name,
+        name=tower_name(model),
         revision=model.config.vision_model_revision,
         config=settings,
         vision_feature_layer=model.config.vision_feature_layer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -38,10 +39,10 @@ class BadRow(ValueError):
 
     def __init__(self, kind: str, text: str):
         super().__init__(kind, text)
-        self.kind, self.text = kind, text
+        self.kind = kind
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.text}"
+        return ": ".join(self.args)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class BankRow:
 
 @dataclass
 class RowReader:
-    """Reads rows that are dictionaries with an image (PIL, path, bytes, `{"bytes", "path"}`) and a caption.
+    """Read rows that are dictionaries with an image (PIL, path, bytes, `{"bytes", "path"}`) and a caption.
 
     Attributes:
         decode_image: returns an RGB image, or raises ValueError.
@@ -91,7 +92,16 @@ class RowReader:
             BadRow: it lacks a column, or its image or its caption cannot be used.
             ValueError: it is no dictionary.
         """
-        self._check_columns(number, row)
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"Row {number} of the dataset is a {type(row).__name__}, expected a dict of columns. Of a "
+                'DatasetDict, pass one split: dataset["train"].'
+            )
+        named = [("caption_column", self.caption_column), ("image_column", self.image_column)]
+        for setting, column in [*named, *(("keep_columns", column) for column in self.keep_columns)]:
+            if column not in row:
+                text = f"no column {column!r}, the columns are {sorted(row)}: pass {setting}=..., the right name"
+                raise BadRow("missing column", text)
         if row[self.image_column] is None:
             raise BadRow("missing image", "there is no image, expected a PIL image, bytes or a path")
         try:
@@ -102,24 +112,10 @@ class RowReader:
         kept = [None if row[column] is None else str(row[column]) for column in self.keep_columns]
         return BankRow(number, image, image_source_id(image), caption, kept)
 
-    def _check_columns(self, number: int, row: dict) -> None:
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"Row {number} of the dataset is a {type(row).__name__}, expected a dict of columns. Of a "
-                'DatasetDict, pass one split: dataset["train"].'
-            )
-        named = {"caption_column": self.caption_column, "image_column": self.image_column}
-        for setting, column in [*named.items(), *(("keep_columns", column) for column in self.keep_columns)]:
-            if column not in row:
-                raise BadRow(
-                    "missing column",
-                    f"no column {column!r}, the columns are {sorted(row)}: pass {setting}=..., the right name",
-                )
-
 
 @dataclass
 class RowEncoder:
-    """Encodes rows of a data set, batch by batch, into record batches of a bank.
+    """Encode rows of a data set, batch by batch, into record batches of a bank.
 
     Attributes:
         read_row: reads a row, as `RowReader` does.
@@ -166,13 +162,8 @@ class RowEncoder:
         Raises:
             ValueError: a row is bad, or gets a key or value that is not finite (its number is named).
         """
-        chunk = []
-        for row in self.good_rows(rows):
-            chunk.append(row)
-            if len(chunk) == self.batch_size:
-                yield self.encode(chunk)
-                chunk = []
-        if chunk:
+        good = self.good_rows(rows)
+        while chunk := list(itertools.islice(good, self.batch_size)):
             yield self.encode(chunk)
 
     def good_rows(self, rows: Iterable[tuple[int, Any]]) -> Iterator[BankRow]:
@@ -187,11 +178,11 @@ class RowEncoder:
                         "leave such rows out and have them listed in bank.left_out."
                     ) from error
                 self.left_out.append(LeftOutRow(number, str(error)))
-                continue
-            if is_duplicate(row.source_id, self.seen):
-                self.left_out.append(LeftOutRow(number, DUPLICATE_REASON))
-                continue
-            yield row
+            else:
+                if is_duplicate(row.source_id, self.seen):
+                    self.left_out.append(LeftOutRow(number, DUPLICATE_REASON))
+                else:
+                    yield row
 
     @torch.no_grad()
     def encode(self, rows: list[BankRow]) -> pa.RecordBatch:
@@ -200,19 +191,17 @@ class RowEncoder:
         Raises:
             ValueError: a key or value is not finite (the row is named).
         """
-        pixels = None
-        if self.vision_features is None or self.value_encoder.config.image_input == "pixels":
-            images = self.processor.image_processor(images=[row.image for row in rows], return_tensors="pt")
-            pixels = images["pixel_values"]
+        reads_pixels = self.value_encoder.config.image_input == "pixels"
+        if self.vision_features is None or reads_pixels:
+            images = [row.image for row in rows]
+            pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         if self.vision_features is None:
             features = self.model.get_vision_features(pixels)
         else:
             features = torch.stack([torch.as_tensor(self.vision_features[row.number]) for row in rows])
         captions = [row.caption for row in rows]
-        ids, mask = self._caption_ids(captions, features.device)
-        keys = self.key_encoder.to(features.device).raw_keys(features, ids, mask).cpu()
-        images = pixels if self.value_encoder.config.image_input == "pixels" else features
-        values = self.value_encoder.encode(images, captions).float().cpu().half()
+        keys = self.key_encoder.to(features.device).raw_keys(features, *self._caption_ids(captions, features.device))
+        values = self.value_encoder.encode(pixels if reads_pixels else features, captions).float().half()
         for name, tensor in (("key", keys), ("value", values)):
             finite = tensor.flatten(1).isfinite().all(dim=1)
             if not finite.all():
@@ -221,21 +210,20 @@ class RowEncoder:
                     "infinite in the bank's precision. Check the vision tower and the value encoder; float16 towers "
                     "overflow."
                 )
-        return self._record_batch(rows, keys.numpy(), values.flatten(1).numpy())
+        return self._record_batch(rows, keys.cpu().numpy(), values.flatten(1).cpu().numpy())
 
     def _record_batch(self, rows: list[BankRow], keys: np.ndarray, values: np.ndarray) -> pa.RecordBatch:
-        columns = [
-            pa.array(range(self.next_id, self.next_id + len(rows)), pa.int64()),
-            pa.array([row.source_id for row in rows]),
-            pa.array([row.caption for row in rows]),
-            list_column(keys),
-            list_column(values),
-        ]
+        columns = {
+            "id": np.arange(self.next_id, self.next_id + len(rows)),
+            "source_id": [row.source_id for row in rows],
+            "caption": [row.caption for row in rows],
+            "key": list_column(keys),
+            "value": list_column(values),
+        }
         if self.thumbnail_size is not None:
-            small = [{"bytes": thumbnail_bytes(row.image, self.thumbnail_size), "path": None} for row in rows]
-            columns.append(pa.array(small, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
-        for number in range(len(self.keep_columns)):
-            columns.append(pa.array([row.kept[number] for row in rows], pa.string()))
+            columns["thumbnail"] = [{"bytes": thumbnail_bytes(row.image, self.thumbnail_size)} for row in rows]
+        for number, name in enumerate(self.keep_columns):
+            columns[name] = [row.kept[number] for row in rows]
         self.next_id += len(rows)
         return pa.record_batch(columns, schema=self.schema)
 
@@ -245,7 +233,7 @@ class RowEncoder:
         """Return token ids and mask `(batch, length)` of the captions, in language space only."""
         if self.key_encoder.token_embeddings is None:
             return None, None
-        ids = [self.processor.tokenizer(caption, add_special_tokens=False)["input_ids"] for caption in captions]
+        ids = self.processor.tokenizer(captions, add_special_tokens=False)["input_ids"]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], True)
         padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], True)
         return padded.to(device), mask.to(device)
@@ -264,9 +252,9 @@ def undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:
         import datasets
     except ImportError:
         return dataset
-    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        if isinstance((dataset.features or {}).get(image_column), datasets.Image):
-            return dataset.cast_column(image_column, datasets.Image(decode=False))
+    is_hub_dataset = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset))
+    if is_hub_dataset and isinstance((dataset.features or {}).get(image_column), datasets.Image):
+        return dataset.cast_column(image_column, datasets.Image(decode=False))
     return dataset
 
 
@@ -313,10 +301,7 @@ def check_latents(value_encoder: ValueEncoder, model: PreTrainedModel) -> None:
 
 
 def image_source_id(image: Image.Image) -> str:
-    """Return the name of an RGB image: the first 32 hex digits of the sha256 of its size and pixels.
-
-    The same picture gets the same name whatever its file name or lossless format.
-    """
+    """Return the name of an RGB image, the same in every lossless format: 32 hex digits of a sha256 of its pixels."""
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()[:32]
 
 

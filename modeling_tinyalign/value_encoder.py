@@ -17,6 +17,10 @@ from .files import apply_umask
 PADDING_BYTE = 256
 MAX_SIZE = 65_536
 MAX_LAYERS = 1024
+SHARED_WITH_PERCEIVER = (
+    *("num_latents", "d_model", "num_blocks", "num_self_attends_per_block", "num_self_attention_heads"),
+    *("num_cross_attention_heads", "qk_channels", "v_channels"),
+)
 
 
 @strict
@@ -68,11 +72,11 @@ class ValueEncoderConfig(PreTrainedConfig):
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more.")
         heads = (self.num_self_attention_heads, self.num_cross_attention_heads)
-        for name, width in (("qk_channels", self.qk_channels), ("v_channels", self.v_channels)):
-            if any(width % number for number in heads):
+        for name in ("qk_channels", "v_channels"):
+            if any(vars(self)[name] % number for number in heads):
                 raise ValueError(
-                    f"{name} is {width}, expected a multiple of the numbers of heads, {heads}: change it (it is "
-                    f"latent_dim = {self.latent_dim} unless given), or num_self_attention_heads and "
+                    f"{name} is {vars(self)[name]}, expected a multiple of the numbers of heads, {heads}: change it "
+                    f"(it is latent_dim = {self.latent_dim} unless given), or num_self_attention_heads and "
                     "num_cross_attention_heads."
                 )
         if self.num_latents < self.latents_per_word:
@@ -102,8 +106,7 @@ class ValueEncoderConfig(PreTrainedConfig):
 
 
 class ValueEncoder(PreTrainedModel):
-    """
-    Perceiver (`transformers.PerceiverModel`) over the words of a caption and the tokens of its image.
+    """Perceiver (`transformers.PerceiverModel`) over the words of a caption and the tokens of its image.
 
     It knows no language model: captions are read as bytes, so one bank serves every language model. It is trained so
     that latents `i * latents_per_word` and following spell word i of the caption through one linear layer, `spelling`.
@@ -127,15 +130,8 @@ class ValueEncoder(PreTrainedModel):
         self.image_position = nn.Embedding(num_tokens, config.d_model)
         self.perceiver = PerceiverModel(
             PerceiverConfig(
-                num_latents=config.num_latents,
+                **{name: vars(config)[name] for name in SHARED_WITH_PERCEIVER},
                 d_latents=config.latent_dim,
-                d_model=config.d_model,
-                num_blocks=config.num_blocks,
-                num_self_attends_per_block=config.num_self_attends_per_block,
-                num_self_attention_heads=config.num_self_attention_heads,
-                num_cross_attention_heads=config.num_cross_attention_heads,
-                qk_channels=config.qk_channels,
-                v_channels=config.v_channels,
                 attention_probs_dropout_prob=0.0,
             )
         )
@@ -150,15 +146,10 @@ class ValueEncoder(PreTrainedModel):
 
     @classmethod
     def of_bank(cls, path: Path, settings: dict) -> "ValueEncoder":
-        """
-        A memory bank's value encoder, frozen.
+        """Read a memory bank's value encoder, frozen, from its tensors and `value_encoder` of its bank_config.json.
 
         A bank may be anybody's, and a config.json can make `from_pretrained` read other files, adapters and kernels:
         here nothing counts but tensors and sizes.
-
-        Args:
-            path: `value_encoder/model.safetensors` of the bank.
-            settings: `value_encoder` of its bank_config.json, see [`ValueEncoderConfig.settings`].
 
         Raises:
             ValueError: the file is not safetensors, or does not hold an encoder of these sizes (the file is named).
@@ -208,22 +199,22 @@ class ValueEncoder(PreTrainedModel):
         return self.output_norm(latents)
 
     def tokenize(self, captions: list[str]) -> torch.LongTensor:
-        """Captions -> `(n, words, bytes_per_patch)`: a word a row, at most `max_words` rows, the rest is not read."""
+        """Return bytes `(n, words, bytes_per_patch)` of captions: a word a row, at most `max_words` rows."""
         return caption_patches(captions, self.config.max_words, self.config.bytes_per_patch)
 
     def encode(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """Images (see [`forward`]) and their captions -> values `(n, num_latents, latent_dim)`."""
+        """Return values `(n, num_latents, latent_dim)` of images (see [`forward`]) and their captions."""
         images = images.to(self.device, self.dtype)
         return self(images, self.tokenize(captions).to(self.device))
 
     def spell(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(..., latent_dim)` -> logits of the bytes of their word `(..., bytes_per_patch, 257)`."""
+        """Return logits of the bytes of each latent's word: `(..., latent_dim)` to `(..., bytes_per_patch, 257)`."""
         return self.spelling(latents).unflatten(-1, (self.config.bytes_per_patch, PADDING_BYTE + 1))
 
     def word_scores(self, words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Return what tells words apart in latents: the log-probability of word w, up to a constant that all words share,
-        is `latent @ keys[w] + bias[w]`. An empty string is the word of latents that no word was left for.
+        """Return what tells words apart in latents: the log-probability of word w is `latent @ keys[w] + bias[w]`.
+
+        That is up to a constant that all words share. An empty string is the word of latents without a word.
 
         Returns:
             keys `(n, latent_dim)` and bias `(n,)`, float32.
@@ -239,13 +230,12 @@ class ValueEncoder(PreTrainedModel):
 
 
 def caption_patches(captions: list[str], max_words: int, bytes_per_patch: int) -> torch.LongTensor:
-    """Captions -> UTF-8 bytes `(n, words, bytes_per_patch)`, one word a row, padded with 256."""
+    """Return the UTF-8 bytes of captions `(n, words, bytes_per_patch)`, one word a row, padded with 256."""
     rows = []
     for caption in captions:
-        words = [word.encode() for word in caption.split()]
-        patches = [
-            word[start : start + bytes_per_patch] for word in words for start in range(0, len(word), bytes_per_patch)
-        ]
+        patches = []
+        for word in map(str.encode, caption.split()):
+            patches += [word[start : start + bytes_per_patch] for start in range(0, len(word), bytes_per_patch)]
         rows.append(patches[:max_words])
     patches = torch.full((len(rows), max(1, *map(len, rows)), bytes_per_patch), PADDING_BYTE)
     for row, words in enumerate(rows):

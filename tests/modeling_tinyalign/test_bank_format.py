@@ -38,7 +38,7 @@ BAD_CONFIGS = [
     ({"format_version": 2}, "'format_version'.* found 2, expected 1"),
     ({"key_encoder": {**KEY_ENCODER, "key_space": "audio"}}, "'key_space' expected one of .'vision', 'language'."),
     ({"key_encoder": {**KEY_ENCODER, "key_space": "language"}}, "key_encoder.safetensors does not hold"),
-    ({"key_encoder": {**KEY_ENCODER, "alpha": float("nan")}}, "found NaN, expected numbers that are finite"),
+    ({"key_encoder": {**KEY_ENCODER, "alpha": float("nan")}}, "'alpha'.* found nan, expected 0 to 1"),
     ({"key_encoder": {**KEY_ENCODER, "alpha": "0.4"}}, "'alpha' expected float, got str"),
     ({"key_encoder": {"key_space": "vision"}}, "field key_encoder.alpha is missing"),
     ({"key_encoder": {**KEY_ENCODER, "grid": 10**9}}, "'grid'.* found 1000000000"),
