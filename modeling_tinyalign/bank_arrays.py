@@ -90,10 +90,9 @@ def laid_out_once(folder: Path) -> Iterator[None]:
 def lay_out(
     batches: Iterable[pa.RecordBatch], config: BankConfig, name: str, expected: BankHashes | None = None
 ) -> BankConfig:
-    """Check the rows of a bank and write its local files.
+    """Check the rows of a bank and write its local files: under a temporary name, put in place by one rename.
 
-    They are written under a temporary name and put in place by one rename, so that a killed or failed run leaves
-    nothing behind that could be taken for a bank, and processes that do the same work at once do no harm.
+    So a killed or failed run leaves nothing behind that could be taken for a bank.
 
     Args:
         batches: the rows, in order, with the columns of `config_schema(config)`.

@@ -184,6 +184,10 @@ class BankRows:
         wanted = np.bytes_(source_id.encode())
         return order[np.searchsorted(names, wanted, "left") : np.searchsorted(names, wanted, "right")]
 
+    def image_names(self) -> set[bytes]:
+        """Return the `source_id` of all rows, 16 bytes each."""
+        return set(map(bytes.fromhex, self.table["source_id"].to_pylist()))
+
     def batches(self, keys_of: np.ndarray | None = None, size: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """Yield all rows with values and their own keys, or those of the rows `keys_of`, `size` at a time."""
         schema = config_schema(self.config)

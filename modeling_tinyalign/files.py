@@ -83,13 +83,9 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         ) from error
 
 
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
 def _swap(fresh: Path, target: Path) -> None:
     """Rename `fresh` to `target`; what was there is deleted afterwards, or put back if that fails."""
-    old = _old(target)
+    old = target.with_name(f".{target.name}.old")
     if old.exists():  # of a process that was killed while it deleted it
         shutil.rmtree(old)
     if target.exists():
@@ -106,9 +102,11 @@ def _swap(fresh: Path, target: Path) -> None:
 
 def put_back(target: Path) -> None:
     """Put the earlier bank back in its place, if a process was killed while it replaced it."""
-    if target.exists() or not _old(target := target.resolve()).is_dir():
+    if target.exists() or not target.name:
         return
-    old = _old(target)
+    old = target.with_name(f".{target.name}.old")
+    if not old.is_dir():
+        return
     with locked(target.parent):  # another process may be between the two renames
         if not target.exists() and (old / CONFIG_NAME).is_file():
             os.rename(old, target)
@@ -244,7 +242,7 @@ def push_files(
 
 
 def make_model_card(repo_id: str, config: PreTrainedConfig, tags: list[str]) -> str:
-    """Return README.md of a model that is pushed without a card: metadata alone where the package is not installed."""
+    """Return README.md of a model that is pushed without a card: only metadata where the package is not installed."""
     try:
         from tinyalign_vlm.hub_cards.cards import plain_model_card
     except ImportError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,13 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .bank_format import KeyEncoderConfig, TowerConfig
+from .bank_format import KeyEncoderConfig
 from .connectors import Connector, pool_grid
 from .files import apply_umask
 
 NUM_PROBES = 4
-MIN_PROBE_COSINE = 0.99
-MAX_PROBE_DIFFERENCE = 1e-3
 MAX_FEATURES = 2**26  # of one image
 
 
@@ -65,8 +62,7 @@ class KeyEncoder(nn.Module):
     Args:
         mean: `(raw_dim,)`, the mean of the bank's raw keys.
         projection: `(raw_dim, key_dim)`, PCA whitening fitted on the bank's raw keys, or None.
-        connector: the connector, or None.
-        token_embeddings: `(vocabulary, raw_dim)`, or None.
+        token_embeddings: `(vocabulary, raw_dim)`; with the connector, for keys in language space.
         vision_pool_size: side of the grid the visual tokens are average-pooled to before the connector, or None.
         alpha: weight of the image tokens; the text tokens weigh `1 - alpha`.
         grid: in vision space, keys hold `grid` x `grid` cells of the image (see `attention_pool`).
@@ -131,7 +127,7 @@ class KeyEncoder(nn.Module):
                 return attention_pool(image)
             if query_attention_mask is None:
                 query_attention_mask = torch.ones_like(query_input_ids)
-            vocabulary = self.token_embeddings.shape[0]
+            vocabulary = len(self.token_embeddings)
             if query_input_ids.numel() and int(query_input_ids.max()) >= vocabulary:
                 raise ValueError(
                     f"Query token {int(query_input_ids.max())} is outside the {vocabulary} tokens this bank was built "
@@ -166,13 +162,7 @@ class KeyEncoder(nn.Module):
 
     @classmethod
     def load(cls, path: Path, config: KeyEncoderConfig, key_dim: int) -> tuple[KeyEncoder, torch.Tensor]:
-        """Read what `save` wrote.
-
-        Args:
-            key_dim: width the keys must have.
-
-        Returns:
-            the key encoder and the probe keys `(4, raw_dim)`.
+        """Read what `save` wrote: the key encoder, of keys `key_dim` wide, and the probe keys `(4, raw_dim)`.
 
         Raises:
             ValueError: the file is not safetensors, or its tensors do not fit together (the file is named).
@@ -228,43 +218,6 @@ class KeyEncoder(nn.Module):
         return self.to(features.device).raw_keys(features).cpu()
 
 
-def check_probes(
-    key_encoder: KeyEncoder, probe_keys: torch.Tensor, tower: TowerConfig, model: PreTrainedModel
-) -> None:
-    """Refuse a model whose vision tower is not the one that a bank's keys were made with.
-
-    The keys of the probe images are made anew and compared: they are the same, or their cosine, centred, is near 1.
-
-    Args:
-        probe_keys: made by the tower of the bank.
-        tower: what the bank's config says of it.
-
-    Raises:
-        ValueError: naming both towers and the cosine, or the widths of their features.
-    """
-    found = tower_name(model)
-    advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
-    try:
-        raw = key_encoder.probe(model, tower.image_shape)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"The memory bank was built with the vision tower {tower.name}, of images {tower.image_shape} and "
-            f"features {key_encoder.feature_dim} wide, which this model's ({found}) does not take or make ({error}). "
-            f"{advice}"
-        ) from error
-    mean = key_encoder.mean.cpu()
-    # a nearly constant tower, an untrained one say, leaves nothing to take a cosine of; squares need float64
-    probes = probe_keys.double()
-    if ((raw - probes).norm(dim=-1) <= MAX_PROBE_DIFFERENCE * probes.norm(dim=-1)).all():
-        return
-    cosine = F.cosine_similarity(raw - mean, probe_keys - mean).min().item()
-    if not cosine >= MIN_PROBE_COSINE:
-        raise ValueError(
-            f"The memory bank was built with the vision tower {tower.name}, this model has {found}: on the probe "
-            f"images the cosine of their keys is {cosine:.3f}, expected at least {MIN_PROBE_COSINE}. {advice}"
-        )
-
-
 @contextlib.contextmanager
 def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
     """Switch gradients off and eval mode on; the modes are put back afterwards."""
@@ -299,17 +252,3 @@ def tower_name(model: PreTrainedModel) -> str:
     name = model.config.vision_config._name_or_path or model.config.vision_config.model_type
     is_path = os.path.isabs(name) or os.path.isdir(name)
     return os.path.basename(os.path.abspath(name)) if is_path else name
-
-
-def describe_tower(model: PreTrainedModel, image_shape: list[int]) -> TowerConfig:
-    """Return name, revision and settings of a model's vision tower."""
-    settings = json.loads(model.config.vision_config.to_json_string())
-    settings.pop("_name_or_path", None)
-    return TowerConfig(
-        name=tower_name(model),
-        revision=model.config.vision_model_revision,
-        config=settings,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        image_shape=image_shape,
-    )

@@ -24,7 +24,7 @@ from .bank_format import BATCH_ROWS, LEFT_OUT_NAME, BankConfig
 from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
 from .files import CARD_NAME, SHARDS, make_bank_card, push_files, replace_folder, scratch_folder
-from .key_encoder import KeyEncoder, check_probes, evaluating
+from .key_encoder import KeyEncoder, evaluating, tower_name
 from .row_encoder import LeftOutRow, RowEncoder, RowReader, finished, undecoded
 from .value_encoder import ValueEncoder
 
@@ -32,6 +32,9 @@ try:
     import pyarrow as pa
 except ImportError:
     pa = None
+
+MIN_PROBE_COSINE = 0.99
+MAX_PROBE_DIFFERENCE = 1e-3
 
 
 class MemoryBank(BankRows):
@@ -123,11 +126,7 @@ class MemoryBank(BankRows):
         return bank
 
     def row_encoder(self, model: PreTrainedModel, processor: ProcessorMixin, **settings) -> RowEncoder:
-        """Return what makes rows for this bank, with its own encoders; another vision tower is refused.
-
-        Args:
-            settings: fields of `RowEncoder`.
-        """
+        """Return a `RowEncoder` with these settings and this bank's encoders; another vision tower is refused."""
         self.check_probes(model)
         settings |= {"keep_columns": self.config.columns, "thumbnail_size": self.config.thumbnail_size}
         return RowEncoder(model, processor, self.value_encoder, self.key_encoder, **settings)
@@ -141,10 +140,8 @@ class MemoryBank(BankRows):
         *,
         image_column: str = "image",
         caption_column: str = "caption",
-        batch_size: int = 32,
-        skip_bad_rows: bool = False,
         keep_duplicates: bool = False,
-        vision_features: torch.Tensor | np.ndarray | None = None,
+        **settings,
     ) -> MemoryBank:
         """Return a bank with more rows behind this one's, whose ids stay.
 
@@ -153,10 +150,9 @@ class MemoryBank(BankRows):
 
         Args:
             images_or_rows: dicts with an image (PIL, bytes, path) and a caption, or images alone, with `captions`.
-            skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `left_out`.
-            keep_duplicates: keep rows whose image, pixel for pixel, an earlier row has; by default they are left out
-                and listed.
-            vision_features: `(rows, tokens, width)`, to skip the tower where features are known.
+            keep_duplicates: keep images that an earlier row has, pixel for pixel; by default they are left out and
+                listed in `left_out`.
+            settings: `batch_size`, `skip_bad_rows` and `vision_features` of `RowEncoder`.
 
         Raises:
             ValueError: a row is bad (its number is named), or the model has another vision tower.
@@ -165,17 +161,9 @@ class MemoryBank(BankRows):
         if captions is not None:
             pairs = zip(images_or_rows, captions, strict=True)
             rows = ({image_column: image, caption_column: caption} for image, caption in pairs)
-        seen = None if keep_duplicates else set(map(bytes.fromhex, self.table["source_id"].to_pylist()))
-        encoder = self.row_encoder(
-            model,
-            processor,
-            read_row=RowReader(processor.decode_image, image_column, caption_column, self.config.columns),
-            batch_size=batch_size,
-            skip_bad_rows=skip_bad_rows,
-            seen=seen,
-            vision_features=vision_features,
-            next_id=len(self),
-        )
+        settings["seen"] = None if keep_duplicates else self.image_names()
+        reader = RowReader(processor.decode_image, image_column, caption_column, self.config.columns)
+        encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)
         with evaluating(model, self.value_encoder):
             added = finished(encoder.batches(enumerate(undecoded(rows, image_column))), self.key_encoder)
             return self.with_rows(itertools.chain(self.batches(), added), encoder.left_out)
@@ -266,8 +254,33 @@ class MemoryBank(BankRows):
         return bank
 
     def check_probes(self, model: PreTrainedModel) -> None:
-        """Refuse a model whose vision tower is not the one of the bank's keys (ValueError); see `check_probes`."""
-        check_probes(self.key_encoder, self.probe_keys, self.config.tower, model)
+        """Refuse a model whose vision tower is not the one that the bank's keys were made with.
+
+        Keys of the probe images are made anew and compared: they are the same, or their cosine, centred, is near 1.
+
+        Raises:
+            ValueError: naming both towers and the cosine, or the widths of their features.
+        """
+        encoder, tower, found = self.key_encoder, self.config.tower, tower_name(model)
+        advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
+        try:
+            raw = encoder.probe(model, tower.image_shape)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"The memory bank was built with the vision tower {tower.name}, of images {tower.image_shape} and "
+                f"features {encoder.feature_dim} wide, which this model's ({found}) does not take or make ({error}). "
+                f"{advice}"
+            ) from error
+        # a nearly constant tower, an untrained one say, leaves nothing to take a cosine of; squares need float64
+        probes, mean = self.probe_keys.double(), encoder.mean.cpu()
+        if ((raw - probes).norm(dim=-1) <= MAX_PROBE_DIFFERENCE * probes.norm(dim=-1)).all():
+            return
+        cosine = F.cosine_similarity(raw - mean, self.probe_keys - mean).min().item()
+        if not cosine >= MIN_PROBE_COSINE:
+            raise ValueError(
+                f"The memory bank was built with the vision tower {tower.name}, this model has {found}: on the probe "
+                f"images the cosine of their keys is {cosine:.3f}, expected at least {MIN_PROBE_COSINE}. {advice}"
+            )
 
     # ------------------------------------------------------------------ files
 

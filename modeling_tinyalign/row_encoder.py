@@ -55,14 +55,7 @@ class LeftOutRow:
 
 @dataclass
 class BankRow:
-    """A row that was read and is good.
-
-    Attributes:
-        number: which row of the data set it is.
-        image: RGB.
-        source_id: of `image_source_id`.
-        kept: the values of the columns to keep.
-    """
+    """A row that was read and is good: its number in the data set, an RGB image, and the columns to keep, as text."""
 
     number: int
     image: Image.Image
@@ -86,12 +79,7 @@ class RowReader:
     keep_columns: Sequence[str] = ()
 
     def __call__(self, number: int, row: dict) -> BankRow:
-        """Return a row.
-
-        Raises:
-            BadRow: it lacks a column, or its image or its caption cannot be used.
-            ValueError: it is no dictionary.
-        """
+        """Return a row; raises `BadRow` if it lacks a column, or if its image or caption cannot be used."""
         if not isinstance(row, dict):
             raise ValueError(
                 f"Row {number} of the dataset is a {type(row).__name__}, expected a dict of columns. Of a "
@@ -145,16 +133,21 @@ class RowEncoder:
     def __post_init__(self):
         require_bank_packages()
         check_row_settings(self.keep_columns, self.batch_size, self.thumbnail_size)
-        check_latents(self.value_encoder, self.model)
+        found, expected = [
+            (config.num_latents, config.latent_dim) for config in (self.value_encoder.config, self.model.config)
+        ]
+        if found != expected:
+            raise ValueError(
+                f"The value encoder makes latents of shape {found}, but the model expects {expected}. Give both the "
+                "same num_latents and latent_dim."
+            )
 
     @property
     def schema(self) -> pa.Schema:
         """The columns of the record batches; the keys are raw."""
-        config = self.value_encoder.config
-        thumbnails = self.thumbnail_size is not None
-        return row_schema(
-            self.key_encoder.mean.numel(), config.num_latents * config.latent_dim, thumbnails, self.keep_columns
-        )
+        width, config = self.key_encoder.mean.numel(), self.value_encoder.config
+        value_size = config.num_latents * config.latent_dim
+        return row_schema(width, value_size, self.thumbnail_size is not None, self.keep_columns)
 
     def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
         """Encode numbered rows, as the data set stores them, into record batches with raw keys.
@@ -186,11 +179,7 @@ class RowEncoder:
 
     @torch.no_grad()
     def encode(self, rows: list[BankRow]) -> pa.RecordBatch:
-        """Encode one batch.
-
-        Raises:
-            ValueError: a key or value is not finite (the row is named).
-        """
+        """Encode one batch; ValueError names a row whose key or value is not finite."""
         reads_pixels = self.value_encoder.config.image_input == "pixels"
         if self.vision_features is None or reads_pixels:
             images = [row.image for row in rows]
@@ -262,11 +251,9 @@ def is_duplicate(source_id: str, seen: set[bytes] | None) -> bool:
     """Look for an image in `seen`, the names of earlier ones, and add it; with None, none is a duplicate."""
     if seen is None:
         return False
-    name = bytes.fromhex(source_id)
-    if name in seen:
-        return True
-    seen.add(name)
-    return False
+    before = len(seen)
+    seen.add(bytes.fromhex(source_id))
+    return len(seen) == before
 
 
 def check_caption(caption: object) -> str:
@@ -287,17 +274,6 @@ def check_row_settings(keep_columns: Sequence[str], batch_size: int, thumbnail_s
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more.")
     if thumbnail_size is not None and not 1 <= thumbnail_size <= MAX_THUMBNAIL:
         raise ValueError(f"thumbnail_size is {thumbnail_size}, expected 1 to {MAX_THUMBNAIL} pixels, or none.")
-
-
-def check_latents(value_encoder: ValueEncoder, model: PreTrainedModel) -> None:
-    """Refuse a value encoder whose latents are not of the shape the model reads (ValueError with both shapes)."""
-    found = (value_encoder.config.num_latents, value_encoder.config.latent_dim)
-    expected = (model.config.num_latents, model.config.latent_dim)
-    if found != expected:
-        raise ValueError(
-            f"The value encoder makes latents of shape {found}, but the model expects {expected}. Give both the same "
-            "num_latents and latent_dim."
-        )
 
 
 def image_source_id(image: Image.Image) -> str:

@@ -18,8 +18,8 @@ PADDING_BYTE = 256
 MAX_SIZE = 65_536
 MAX_LAYERS = 1024
 SHARED_WITH_PERCEIVER = (
-    *("num_latents", "d_model", "num_blocks", "num_self_attends_per_block", "num_self_attention_heads"),
-    *("num_cross_attention_heads", "qk_channels", "v_channels"),
+    *("num_latents", "d_model", "num_blocks", "num_self_attends_per_block"),
+    *("num_self_attention_heads", "num_cross_attention_heads"),
 )
 
 
@@ -32,7 +32,6 @@ class ValueEncoderConfig(PreTrainedConfig):
     d_model (`int`, *optional*, defaults to 128): Width of the inputs that the latents attend to.
     num_blocks, num_self_attends_per_block (`int`, *optional*, default to 1 and 8): Depth.
     num_self_attention_heads, num_cross_attention_heads (`int`, *optional*, default to 8): Attention heads.
-    qk_channels, v_channels (`int`, *optional*, default to `latent_dim`): Widths inside the attention.
     image_input (`str`, *optional*, defaults to `"features"`):
         `"features"` reads the vision tower's frozen features, `"pixels"` the image itself (the paper's way).
     vision_feature_size (`int`, *optional*, defaults to 1152): Width of the features (C).
@@ -54,8 +53,6 @@ class ValueEncoderConfig(PreTrainedConfig):
     num_self_attends_per_block: int = 8
     num_self_attention_heads: int = 8
     num_cross_attention_heads: int = 8
-    qk_channels: int | None = None
-    v_channels: int | None = None
     image_input: Literal["features", "pixels"] = "features"
     vision_feature_size: int = 1152
     num_vision_tokens: int = 729
@@ -66,28 +63,19 @@ class ValueEncoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.qk_channels = self.latent_dim if self.qk_channels is None else self.qk_channels
-        self.v_channels = self.latent_dim if self.v_channels is None else self.v_channels
         for name, value in self.settings.items():
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more.")
         heads = (self.num_self_attention_heads, self.num_cross_attention_heads)
-        for name in ("qk_channels", "v_channels"):
-            if any(vars(self)[name] % number for number in heads):
-                raise ValueError(
-                    f"{name} is {vars(self)[name]}, expected a multiple of the numbers of heads, {heads}: change it "
-                    f"(it is latent_dim = {self.latent_dim} unless given), or num_self_attention_heads and "
-                    "num_cross_attention_heads."
-                )
+        if any(self.latent_dim % number for number in heads):
+            raise ValueError(
+                f"latent_dim is {self.latent_dim}, expected a multiple of the numbers of heads, {heads}: change it or "
+                "num_self_attention_heads and num_cross_attention_heads."
+            )
         if self.num_latents < self.latents_per_word:
             raise ValueError(
                 f"num_latents is {self.num_latents}, expected at least latents_per_word = {self.latents_per_word}, "
                 "the room of one word."
-            )
-        if self.v_channels != self.latent_dim:
-            raise ValueError(
-                f"v_channels is {self.v_channels}, expected latent_dim = {self.latent_dim}: self-attention adds its "
-                "values to the latents."
             )
         if self.d_model % self.bytes_per_patch:
             raise ValueError(
@@ -131,7 +119,7 @@ class ValueEncoder(PreTrainedModel):
         self.perceiver = PerceiverModel(
             PerceiverConfig(
                 **{name: vars(config)[name] for name in SHARED_WITH_PERCEIVER},
-                d_latents=config.latent_dim,
+                **dict.fromkeys(("d_latents", "qk_channels", "v_channels"), config.latent_dim),
                 attention_probs_dropout_prob=0.0,
             )
         )

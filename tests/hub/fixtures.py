@@ -52,7 +52,7 @@ def saved(make_model, make_processor, tmp_path_factory) -> dict[str, str]:
     processor = make_processor(model)
     sizes = {"num_latents": 3, "latent_dim": 5, "vision_feature_size": 16, "num_vision_tokens": 16}
     heads = {"num_self_attention_heads": 1, "num_cross_attention_heads": 1, "num_self_attends_per_block": 1}
-    widths = {"d_model": 16, "bytes_per_patch": 4, "qk_channels": 5, "v_channels": 5}
+    widths = {"d_model": 16, "bytes_per_patch": 4}
     value_encoder = ValueEncoder(ValueEncoderConfig(**sizes, **heads, **widths))
     pixels = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
     rows = [{"image": Image.fromarray(image), "caption": f"noise {i}"} for i, image in enumerate(pixels)]

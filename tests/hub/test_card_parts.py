@@ -52,7 +52,7 @@ def upload_folder(repo_id: str, folder: str) -> str:
 def compose(tower: str, text: str, revision: str) -> dict:
     """What is known of the parts of a model that was composed, saved and loaded."""
     from tinyalign_vlm import TinyAlignForConditionalGeneration
-    from tinyalign_vlm.modeling_tinyalign.key_encoder import describe_tower
+    from tinyalign_vlm.training.bank.build import describe_tower
 
     composed = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
         tower, text, vision_kwargs={"revision": revision}

@@ -24,7 +24,7 @@ from tinyalign_vlm.modeling_tinyalign import bank_arrays
 from tinyalign_vlm.modeling_tinyalign.bank_format import (
     BankHashes,
 )
-from tinyalign_vlm.modeling_tinyalign.key_encoder import attention_pool, describe_tower
+from tinyalign_vlm.modeling_tinyalign.key_encoder import attention_pool, tower_name
 from tinyalign_vlm.modeling_tinyalign.row_encoder import image_source_id
 
 
@@ -208,7 +208,7 @@ def test_other_towers_are_refused(bank, make_model, model, processor):
 def test_the_tower_of_the_current_folder_has_a_name(model, checkpoints, monkeypatch):
     monkeypatch.chdir(checkpoints["siglip"])
     monkeypatch.setattr(model.config.vision_config, "_name_or_path", ".")
-    assert describe_tower(model, [3, 32, 32]).name == os.path.basename(checkpoints["siglip"])
+    assert tower_name(model) == os.path.basename(checkpoints["siglip"])
 
 
 def test_save_and_load(bank, saved, empty_cache, dataset, model, processor):

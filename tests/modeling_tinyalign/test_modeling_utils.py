@@ -24,8 +24,6 @@ def build_bank(model, processor, rows: list, num_vision_tokens: int = 16) -> Mem
         num_vision_tokens,
         num_latents=config.num_latents,
         latent_dim=config.latent_dim,
-        qk_channels=8,
-        v_channels=config.latent_dim,
     )
     return MemoryBank.build(rows, model, processor, encoder)
 

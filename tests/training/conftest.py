@@ -51,7 +51,7 @@ def features(model, processor, images) -> np.ndarray:
 def value_encoder(features):
     torch.manual_seed(0)
     heads = {"num_self_attention_heads": 1, "num_cross_attention_heads": 1, "num_self_attends_per_block": 1}
-    width = {"num_latents": 3, "latent_dim": 5, "v_channels": 5, "qk_channels": 5, "d_model": 16}
+    width = {"num_latents": 3, "latent_dim": 5, "d_model": 16}
     _, tokens, size = features.shape
     return ValueEncoder(ValueEncoderConfig(**heads, **width, vision_feature_size=size, num_vision_tokens=tokens))
 

@@ -13,9 +13,9 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, __version__
 
 from ...modeling_tinyalign.bank_arrays import QUANTIZED_ROWS, SCRATCH_PREFIX, cache_errors, cache_root
-from ...modeling_tinyalign.bank_format import BankConfig, KeyEncoderConfig, matrix
+from ...modeling_tinyalign.bank_format import BankConfig, KeyEncoderConfig, TowerConfig, matrix
 from ...modeling_tinyalign.files import scratch_folder
-from ...modeling_tinyalign.key_encoder import KeyEncoder, describe_tower, evaluating, probe_pixels
+from ...modeling_tinyalign.key_encoder import KeyEncoder, evaluating, probe_pixels, tower_name
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.row_encoder import RowEncoder, check_row_settings, finished
 from ...modeling_tinyalign.value_encoder import ValueEncoder
@@ -139,6 +139,20 @@ def new_key_encoder(model: PreTrainedModel, processor: ProcessorMixin, grid: int
     connector = copy.deepcopy(model.base_model.connector).float()
     mean = torch.zeros(embeddings.shape[1])
     return KeyEncoder(mean, None, connector, embeddings, config.vision_pool_size, config.query_alpha, grid)
+
+
+def describe_tower(model: PreTrainedModel, image_shape: list[int]) -> TowerConfig:
+    """Return name, revision and settings of a model's vision tower."""
+    settings = json.loads(model.config.vision_config.to_json_string())
+    settings.pop("_name_or_path", None)
+    return TowerConfig(
+        name=tower_name(model),
+        revision=model.config.vision_model_revision,
+        config=settings,
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        image_shape=image_shape,
+    )
 
 
 def image_shape(processor: ProcessorMixin) -> list[int]:

@@ -153,7 +153,7 @@ def _write_bank(
             if with_old_rows:
                 encoder.next_id = len(old)
                 if encoder.seen is not None:
-                    encoder.seen.update(map(bytes.fromhex, old.table["source_id"].to_pylist()))
+                    encoder.seen.update(old.image_names())
             parts = build.encode(encoder, ray)
             nothing_new = with_old_rows and any(row.reason.startswith(DUPLICATE) for row in parts.left_out)
             if parts.num_rows == 0 and not nothing_new:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +24,7 @@ from ...modeling_tinyalign.bank_format import (
     check_schema,
     config_schema,
 )
-from ...modeling_tinyalign.bank_index import (
-    EXACT,
-    EXACT_ROWS,
-    GOOD_RECALL,
-    MIN_RECALL,
-    ROUNDING,
-    TOP_K,
-)
+from ...modeling_tinyalign.bank_index import EXACT, EXACT_ROWS, GOOD_RECALL, MIN_RECALL, recall_of
 from ...modeling_tinyalign.bank_rows import BankRows
 from ...modeling_tinyalign.files import replace_folder, scratch_folder
 from ...modeling_tinyalign.memory_bank import MemoryBank
@@ -54,16 +47,10 @@ SAMPLE = 200
 
 
 class LanceRows(BankRows):
-    """`BankRows` whose rows stay in the database.
-
-    Attributes:
-        index: "exact" reads every key for each search; None searches as `search_settings` say.
-        database: the place of the rows.
-        search_settings: what `write_lance` found to be good: fields of `LanceIndex`.
-    """
+    """`BankRows` whose rows stay in the database."""
 
     database: LanceDatabase
-    search_settings: dict
+    search_settings: dict  # fields of `LanceIndex` that `write_lance` found to be good
 
     def rows_only(self) -> LanceRows:
         """Return the rows without encoders; see `BankRows.rows_only`."""
@@ -93,15 +80,18 @@ class LanceRows(BankRows):
         return LanceIndex(self.key_array, **settings)
 
     @cached_property
-    def captions(self) -> list[str]:
-        """All of them: read into memory."""
-        return [caption for table in self._tables(["caption"]) for caption in table["caption"].to_pylist()]
-
-    @cached_property
     def table(self) -> pa.Table:
         """Every column but key and value, read into memory: only what makes a bank of this machine needs it."""
-        names = [name for name in config_schema(self.config).names if name not in ("key", "value")]
-        return pa.concat_tables(self._tables(names))
+        return self._read([name for name in config_schema(self.config).names if name not in ("key", "value")])
+
+    @cached_property
+    def captions(self) -> list[str]:
+        return self._read(["caption"])["caption"].to_pylist()
+
+    def _read(self, names: Sequence[str]) -> pa.Table:
+        starts = range(0, len(self), BATCH_ROWS)
+        blocks = [np.arange(start, min(start + BATCH_ROWS, len(self))) for start in starts]
+        return pa.concat_tables(self.columns.take(rows, names)[0].select(names) for rows in blocks)
 
     def thumbnail(self, row_id: int) -> Image.Image | None:
         """Return the small picture of a row; see `BankRows.thumbnail`."""
@@ -125,11 +115,6 @@ class LanceRows(BankRows):
         found = table.to_pylist()
         return [found[place] for place in places]
 
-    def _tables(self, names: Sequence[str]) -> Iterator[pa.Table]:
-        for start in range(0, len(self), BATCH_ROWS):
-            rows = np.arange(start, min(start + BATCH_ROWS, len(self)))
-            yield self.columns.take(rows, names)[0].select(names)
-
 
 class LanceBank(LanceRows, MemoryBank):
     """A `MemoryBank` that is searched and read in a LanceDB database; `write_lance` makes one.
@@ -149,10 +134,8 @@ class LanceBank(LanceRows, MemoryBank):
         """Open a bank.
 
         Args:
-            uri: a folder, or `s3://bucket/path`, `gs://...`, `az://...`.
-            storage_options: of LanceDB, for an object store.
+            uri, storage_options, cache_bytes: as of `LanceDatabase`.
             index: "exact" reads every key for each search. By default what was found to be good when it was written.
-            cache_bytes: how much of the index a process keeps in memory.
 
         Raises:
             ImportError: lancedb is missing.
@@ -207,11 +190,8 @@ def write_lance(
     starts anew. If the bank is there already, it is returned as it is.
 
     Args:
-        uri, storage_options: as of `LanceBank.from_pretrained`.
+        uri, storage_options: as of `LanceDatabase`.
         index: "exact" makes none; "IVF_RQ" or "IVF_SQ" makes one in a small bank, too.
-
-    Returns:
-        the bank in the database.
 
     Raises:
         ImportError: lancedb is missing.
@@ -257,7 +237,6 @@ def _is_whole(connection: lancedb.DBConnection) -> bool:
 
 
 def _write_tables(bank: MemoryBank, connection: lancedb.DBConnection, index: str) -> None:
-    """Write both tables and the index; see `write_lance`."""
     schema = config_schema(bank.config).remove_metadata()
     batches = (batch.replace_schema_metadata() for batch in bank.batches())
     rows = connection.create_table(ROWS, pa.RecordBatchReader.from_batches(schema, batches))
@@ -291,17 +270,7 @@ def tuned(index: LanceIndex) -> LanceIndex:
 
     If no setting is good enough, return the exact search, with a warning.
     """
-    chosen = np.sort(np.random.default_rng(1).permutation(len(index.keys))[:SAMPLE])
-    queries, own = index.keys[chosen], list(chosen[:, None])
-    truth, _ = LanceIndex(index.keys).search(queries, TOP_K, own)
-    lists = num_lists(len(index.keys))
-
-    def recall(k_factor: int) -> float:
-        index.k_factor = k_factor * TOP_K / (TOP_K + 1)  # no more candidates than for a query that excludes nothing
-        scores, _ = index.search(queries, TOP_K, own)
-        index.k_factor = k_factor
-        return float((scores >= truth[:, -1:] - ROUNDING).mean())
-
+    recall, lists = recall_of(index, SAMPLE), num_lists(len(index.keys))
     while recall(K_FACTORS[-1]) < GOOD_RECALL and index.nprobes < lists:
         index.nprobes = min(2 * index.nprobes, lists)
     for k_factor in K_FACTORS:

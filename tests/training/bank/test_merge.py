@@ -33,7 +33,7 @@ def test_banks_that_cannot_be_merged(folder, images, make_model, make_processor,
     with pytest.raises(SystemExit, match="other tower cannot be merged with .*bank.* vision tower: .*key encoder"):
         tinyalign("merge", folder, tmp_path / "other tower", "--out", tmp_path / "out")
     wide = make_model(latent_dim=8)
-    other = MemoryBank.build(rows, wide, make_processor(wide), small_value_encoder(latent_dim=8, v_channels=8))
+    other = MemoryBank.build(rows, wide, make_processor(wide), small_value_encoder(latent_dim=8))
     other.save_pretrained(tmp_path / "other shape")
     with pytest.raises(SystemExit, match=r"size of a latent: 8 here, 5 there.*kept columns: \[\] here.*--like"):
         tinyalign("merge", folder, tmp_path / "other shape", "--out", tmp_path / "out")
