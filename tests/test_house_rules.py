@@ -31,7 +31,6 @@ MOST_PRODUCT_LINES, MOST_TRAVELLING_LINES = 16_160, 5_170
 # Functions that are still to be divided.
 STILL_LONG = {
     "training/composition.py:compose",
-    "training/data/neighbour_table.py:neighbour_table",
     "training/demo/cards.py:write_demo_cards",
     "training/demo/report.py:write_report",
     "training/demo/run.py:run_demo",

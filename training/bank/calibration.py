@@ -1,8 +1,10 @@
 """`tinyalign bank calibrate`: from which similarity on a neighbour is worth listening to."""
 
+import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,8 @@ MIN_NEIGHBOURS = 50
 
 def agreement(first: str, second: str) -> float:
     """Return the F1 of the words of two texts, each as often as it is there: 0 to 1."""
-    words = [re.findall(r"\w+", text.lower()) for text in (first, second)]
-    shared = sum(min(words[0].count(word), words[1].count(word)) for word in set(words[0]))
-    return 2 * shared / max(1, len(words[0]) + len(words[1]))
+    words = [Counter(re.findall(r"\w+", text.lower())) for text in (first, second)]
+    return 2 * (words[0] & words[1]).total() / max(1, words[0].total() + words[1].total())
 
 
 @dataclass
@@ -31,10 +32,10 @@ class Calibration:
     """The agreement of neighbours' captions with the answers of the rows they were found for, by similarity.
 
     Attributes:
-        threshold: The lowest similarity from which on a neighbour is expected to agree by `target` or more.
-        target: Half-way from `chance` to the agreement of the most similar tenth, unless another was asked for.
-        chance: Agreement of an answer with the neighbours of another row.
-        curve: For each tenth of the neighbours, the most similar first: `similarity`, the lowest in it; `agreement`,
+        threshold: the lowest similarity from which on a neighbour is expected to agree by `target` or more.
+        target: half-way from `chance` to the agreement of the most similar tenth, unless another was asked for.
+        chance: agreement of an answer with the neighbours of another row.
+        curve: for each tenth of the neighbours, the most similar first: `similarity`, the lowest in it; `agreement`,
             the mean in it; `precision`, the mean of all neighbours down to it; `recall`, their share of all the
             agreement there is beyond chance.
     """
@@ -45,31 +46,30 @@ class Calibration:
     curve: list[dict[str, float]]
 
     def __str__(self) -> str:
-        row = "{similarity:15.3f} {agreement:11.3f} {precision:11.3f} {recall:8.3f}"
-        return "\n".join(
-            [
-                "similarity from   agreement   precision   recall",
-                *(row.format(**values) for values in self.curve),
-                f"Chance, the agreement with another row's neighbours: {self.chance:.3f}",
-                f"retrieval_threshold: {self.threshold:.3f}, where neighbours agree by {self.target:.3f} or more",
-            ]
+        row = "{similarity:15.3f} {agreement:11.3f} {precision:11.3f} {recall:8.3f}\n"
+        return (
+            "similarity from   agreement   precision   recall\n"
+            f"{''.join(row.format(**values) for values in self.curve)}"
+            f"Chance, the agreement with another row's neighbours: {self.chance:.3f}\n"
+            f"retrieval_threshold: {self.threshold:.3f}, where neighbours agree by {self.target:.3f} or more"
         )
 
 
 def calibrate(
     scores: np.ndarray, captions: Sequence[Sequence[str]], answers: Sequence[str], target: float | None = None
 ) -> Calibration:
-    """Choose `retrieval_threshold` on training rows and their neighbours, their own rows of the bank left out. Nothing
-    says whether a neighbour helps; that its caption says what the row's answer says is the next best thing.
+    """Choose `retrieval_threshold` on training rows and their neighbours, their own rows of the bank left out.
+
+    Nothing says whether a neighbour helps; that its caption says what the row's answer says is the next best thing.
 
     Args:
         scores: `(n, k)` similarities; not finite in empty slots.
-        captions: The neighbours' captions, `n` rows of `k`; what stands in empty slots is not read.
-        answers: The `n` answers in the training rows.
-        target: Agreement that a neighbour must be expected to have, 0 to 1.
+        captions: the neighbours' captions, `n` rows of `k`; what stands in empty slots is not read.
+        answers: the `n` answers in the training rows.
+        target: agreement that a neighbour must be expected to have, 0 to 1.
 
     Raises:
-        ValueError: There are fewer than 50 neighbours, or none agrees as much as it should.
+        ValueError: there are fewer than 50 neighbours, or none agrees as much as it should.
     """
     slots = np.argwhere(np.isfinite(scores))
     if len(slots) < MIN_NEIGHBOURS:
@@ -89,22 +89,13 @@ def calibrate(
             f"The most similar neighbours agree with the rows' answers by {expected[0]:.3f}, chance is {chance:.3f}: "
             f"no similarity is high enough to expect {target:.3f}. Ask for less, or use a bank closer to the data."
         )
-    bounds = np.linspace(0, len(slots), 11).round().astype(int)
-    beyond = np.cumsum(agrees - chance)
-    return Calibration(
-        threshold=float(similarity[expected >= target][-1]),
-        target=float(target),
-        chance=chance,
-        curve=[
-            {
-                "similarity": float(similarity[stop - 1]),
-                "agreement": float(agrees[start:stop].mean()),
-                "precision": float(agrees[:stop].mean()),
-                "recall": float(beyond[stop - 1] / beyond[-1]),
-            }
-            for start, stop in zip(bounds, bounds[1:], strict=False)
-        ],
-    )
+    bounds = np.linspace(0, len(slots), 11).round().astype(int).tolist()
+    beyond, curve = np.cumsum(agrees - chance), []
+    for start, stop in itertools.pairwise(bounds):
+        agreements = {"agreement": float(agrees[start:stop].mean()), "precision": float(agrees[:stop].mean())}
+        share = float(beyond[stop - 1] / beyond[-1])
+        curve.append({"similarity": float(similarity[stop - 1]), **agreements, "recall": share})
+    return Calibration(float(similarity[expected >= target][-1]), float(target), chance, curve)
 
 
 def calibrate_rows(
@@ -144,10 +135,7 @@ def write_threshold(folder: Path, threshold: float) -> None:
 
 
 def calibrate_from_files(paths: Sequence[str | os.PathLike], fields: list[str], target: float | None = None):
-    """
-    Print how much neighbours agree with the answers of the rows, and set the `retrieval_threshold` of the config's
-    `model`, if that is a folder.
-    """
+    """Print how much neighbours agree with the rows' answers; set the threshold of `model`, if it is a folder."""
     if target is not None and not 0 <= target <= 1:
         raise ValueError(f"min_agreement is {target}, expected a share, 0 (no word shared) to 1 (the same words).")
     config = read_config(paths, [*fields, "--cache_features", "False"])

@@ -26,17 +26,15 @@ NUM_IMAGES, NUM_CAPTIONS = 256, 10_000
 
 @dataclass
 class ValueEncoderTrainingConfig:
-    r"""
-    Settings of [`train_value_encoder`].
+    """Settings of `train_value_encoder`.
 
-    steps, batch_size (`int`, *optional*, default to 1000 and 64): Length of the training.
-    learning_rate (`float`, *optional*, defaults to 3e-3): Peak of the one-cycle schedule.
-    invented_share (`float`, *optional*, defaults to 0.5):
-        Share of words in made-up captions that are random letters, so that words never seen can be spelled.
-    vision_weight (`float`, *optional*, defaults to 0.1):
-        Weight of predicting the mean visual feature (cosine) from the mean latent. Without effect if the encoder reads
-        pixels (`image_input="pixels"`): there is no feature to predict.
-    seed (`int`, *optional*, defaults to 0): Of the data.
+    Attributes:
+        learning_rate: peak of the one-cycle schedule.
+        invented_share: share of words in made-up captions that are random letters, so that words never seen can be
+            spelled.
+        vision_weight: weight of predicting the mean visual feature (cosine) from the mean latent; without effect if
+            the encoder reads pixels.
+        seed: of the data.
     """
 
     steps: int = 1000
@@ -91,11 +89,8 @@ class CaptionSampler:
 def spelling_loss(encoder: ValueEncoder, latents: torch.Tensor, caption_bytes: torch.Tensor) -> tuple:
     """Return the mean cross-entropy of the bytes, and the share of words that are spelled without a fault.
 
-    Latents without a word have to spell nothing; they weigh a tenth.
-
-    Args:
-        latents: `(n, L, D)`.
-        caption_bytes: `(n, words, bytes_per_patch)`.
+    Latents `(n, L, D)` whose word in `caption_bytes` `(n, words, bytes_per_patch)` is none have to spell nothing, and
+    weigh a tenth.
     """
     config = encoder.config
     missing = config.max_words - caption_bytes.shape[1]
@@ -175,14 +170,10 @@ def train_new_value_encoder(
     batch_size: int = 32,
     vision_features: torch.Tensor | np.ndarray | None = None,
 ) -> ValueEncoder:
-    """Return a value encoder for a model, trained on the first rows of a data set. Says what it does.
+    """Return a value encoder for a model, trained on the first rows of a data set. Say what is done.
 
-    Args:
-        batch_size: images at once.
-        vision_features: `(rows of the data set, tokens, width)`, to skip the tower.
-
-    Raises:
-        ValueError: no row is usable.
+    `vision_features` `(rows of the data set, tokens, width)` save the work of the tower. Raises `ValueError` if no row
+    is usable.
     """
     config = config or ValueEncoderTrainingConfig()
     images, captions = sample_rows(source)

@@ -1,6 +1,7 @@
 """`tinyalign bank verify`: finds out if a memory bank is what its bank_config.json says."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,10 +36,7 @@ def bank_problems(folder: Path, model: PreTrainedModel | None = None) -> Iterato
     """Name what is wrong with a bank; nothing if it is what its bank_config.json says.
 
     Read are the number of rows, each number and name in them, the sha256 of all that is in the bank, the encoders, and
-    this machine's copy, which is what is searched.
-
-    Args:
-        model: must have the vision tower of the bank's keys.
+    this machine's copy, which is what is searched. A `model` must have the vision tower of the bank's keys.
     """
     folder = Path(folder)
     try:
@@ -46,11 +44,11 @@ def bank_problems(folder: Path, model: PreTrainedModel | None = None) -> Iterato
     except ValueError as error:
         yield str(error)
         return
-    wrong_encoders = list(encoder_problems(folder, config))
-    yield from wrong_encoders
-    shards = Shards(folder, config)
-    yield from shards.problems()
-    if wrong_encoders or not shards.are_right:
+    shards, is_right = Shards(folder, config), True
+    for problem in itertools.chain(encoder_problems(folder, config), shards.problems()):
+        is_right = False
+        yield problem
+    if not is_right:
         return
     try:
         bank = MemoryBank.from_pretrained(folder)
@@ -89,12 +87,14 @@ class RowHashes:
     def update(self, batch: pa.RecordBatch) -> None:
         update_hashes(self.hashes, matrix(batch, "key"), matrix(batch, "value"), batch.drop_columns(["key", "value"]))
 
-    def differences(self, config: BankConfig) -> Iterator[tuple[str, str, str]]:
-        """Yield the parts whose sha256 is not that of the config: name, found, expected."""
+    def differences(self, config: BankConfig, place: str) -> Iterator[str]:
+        """Name the parts whose sha256 is not that of the config."""
         for part, digest in self.hashes.items():
             expected = vars(config.sha256)[part]
             if digest.hexdigest() != expected:
-                yield part, digest.hexdigest(), expected
+                yield (
+                    f"The sha256 of the {part} in {place} is {digest.hexdigest()}, but {CONFIG_NAME} says {expected}."
+                )
 
 
 class Shards:
@@ -103,15 +103,9 @@ class Shards:
     def __init__(self, folder: Path, config: BankConfig):
         self.config, self.schema = config, config_schema(config)
         self.paths = [folder / name for name in shard_names(config.num_shards)]
-        self.are_right = True
 
     def problems(self) -> Iterator[str]:
-        """Name what is wrong, and remember in `are_right` if anything is."""
-        for problem in self._problems():
-            self.are_right = False
-            yield problem
-
-    def _problems(self) -> Iterator[str]:
+        """Name what is wrong."""
         hashes, count = RowHashes(), 0
         first = 0  # the number that the next row must have; None behind a shard that could not be read
         for path in self.paths:
@@ -131,8 +125,7 @@ class Shards:
             yield f"{path} is none of the bank's {len(self.paths)} shards, but `datasets` would read it: delete it."
         if count != self.config.num_rows:
             yield f"The shards hold {count} rows, but {CONFIG_NAME} says {self.config.num_rows}."
-        for part, found, expected in hashes.differences(self.config):
-            yield f"The sha256 of the {part} in the shards is {found}, but {CONFIG_NAME} says {expected}."
+        yield from hashes.differences(self.config, "the shards")
 
     def read(self, path: Path) -> Iterator[pa.RecordBatch]:
         """Yield the rows of a shard; raises `ValueError` if some are missing, and whatever pyarrow does."""
@@ -157,11 +150,8 @@ def copy_problems(bank: MemoryBank, shards: Shards) -> Iterator[str]:
     except UnicodeDecodeError as error:
         yield f"This machine's copy of the rows is damaged ({error}). {advice}"
         return
-    for part, found, expected in hashes.differences(bank.config):
-        yield (
-            f"This machine's copy of the {part} is not what is in the bank: its sha256 is {found}, expected "
-            f"{expected}. {advice}"
-        )
+    for problem in hashes.differences(bank.config, "this machine's copy"):
+        yield f"{problem} {advice}"
     for path in folder.glob("*.faiss"):
         expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
         if file_sha256(path) != expected:

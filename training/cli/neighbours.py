@@ -8,7 +8,6 @@ Look up the neighbours of a data set's images in the memory bank, once: `tinyali
 them again, in this run and in others. Otherwise it does this itself, before its first step.
 
   tinyalign neighbours stage1.yaml qwen2-0.5b-siglip.yaml              # takes all that `tinyalign train` takes
-  tinyalign neighbours stage1.yaml --num_proc 4                        # 4 processes on this machine
   torchrun --nproc_per_node 8 -m tinyalign_cli neighbours stage1.yaml     # 8 GPUs
 
 They are a Parquet file under HF_HOME/tinyalign/neighbours, named by the fingerprints of the data and of the bank: for

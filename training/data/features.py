@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,55 +35,68 @@ def cache_vision_features(
     batch_size: int = 8,
     desc: str = "Vision features",
 ) -> np.memmap:
-    """
-    Reads what `model.get_vision_features` makes of each image, computing only what an earlier call has not.
+    """Read what `model.get_vision_features` makes of each image, computing only what an earlier call has not.
 
     The features are in `<path>-<fingerprint>.npy`. The fingerprint covers the images' bytes, the tower's weights and
     the preprocessing, so another input never gets an old file. What a killed call had finished is used by the next.
     Under `accelerate launch` or `torchrun` all processes must call this: each computes a share, on its own device.
 
     Args:
-        model: A TinyAlign model; its tower runs where it is, in its dtype.
-        images: A column of a `datasets.Dataset` (`dataset["image"]`), or PIL images, bytes or paths.
-        path: Where to keep the features; the folder is made.
-        batch_size: Images per forward pass. Small ones are faster on a CPU: EfficientNet-Lite0 takes 24 ms an image
+        model: a TinyAlign model; its tower runs where it is, in its dtype.
+        images: a column of a `datasets.Dataset` (`dataset["image"]`), or PIL images, bytes or paths.
+        batch_size: images per forward pass. Small ones are faster on a CPU: EfficientNet-Lite0 takes 24 ms an image
             in batches of 4, 82 ms in batches of 32.
-        desc: What the progress bar says.
+        desc: what the progress bar says.
 
     Returns:
         `(n, T, C)` float16, memory-mapped, one row an image.
 
     Raises:
-        ValueError: There is no image, one cannot be read, its features do not fit in float16 (its number is named),
+        ValueError: there is no image, one cannot be read, its features do not fit in float16 (its number is named),
             the tower trains, or a transform changes the images.
-        OSError: The disk has no room for them, or is full: what was computed is kept for the next call.
+        OSError: the disk has no room for them, or is full: what was computed is kept for the next call.
     """
     if isinstance(images, datasets.Column):
         refuse_transforms(images.source)
     images = undecoded(images)
     if len(images) == 0:
         raise ValueError("There are no images, expected at least one.")
-    state = PartialState()
-    names = [fingerprint_images(model, processor, images) if state.is_main_process else None]
-    (fingerprint,) = broadcast_object_list(names)
     path = Path(path)
-    complete = path.with_name(f"{path.name}-{fingerprint}.npy")
-    complete.parent.mkdir(parents=True, exist_ok=True)
-    # another run that wants the same waits for this one, and then finds them
-    first = state.is_main_process and not complete.exists()
-    with FileLock(complete.with_suffix(".lock")) if first else nullcontext():
-        state.wait_for_everyone()
-        if not complete.exists():
-            partial = complete.with_suffix(".partial")
-            _compute(model, processor, images, partial, batch_size, desc)
-            if state.is_main_process:
-                os.replace(partial, complete)
-            state.wait_for_everyone()
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def place() -> tuple[Path, bool]:
+        complete = path.with_name(f"{path.name}-{fingerprint_images(model, processor, images)}.npy")
+        return complete, complete.exists()
+
+    complete, is_there = from_main_process(place)
+    if not is_there:
+        with one_run_at_a_time(complete.with_suffix(".lock")) as state:
+            if not complete.exists():
+                partial = complete.with_suffix(".partial")
+                _compute(model, processor, images, partial, batch_size, desc)
+                if state.is_main_process:
+                    os.replace(partial, complete)
     return np.load(complete, mmap_mode="r", allow_pickle=False)
 
 
+def from_main_process(make: Callable[[], Any]) -> Any:
+    """Return what `make` returns in the main process, in all of them."""
+    (found,) = broadcast_object_list([make() if PartialState().is_main_process else None])
+    return found
+
+
+@contextmanager
+def one_run_at_a_time(lock: Path) -> Iterator[PartialState]:
+    """Let all processes of a run in and out together; another run that wants the same waits, and then finds it."""
+    state = PartialState()
+    with FileLock(lock) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        yield state
+        state.wait_for_everyone()
+
+
 def refuse_transforms(dataset: datasets.Dataset):
-    """Raises `ValueError` if `set_transform` has put something (augmentation, say) between a data set and its rows."""
+    """Raise `ValueError` if `set_transform` has put something (augmentation, say) between a data set and its rows."""
     if dataset.format["type"] == "custom":
         raise ValueError(
             "The data set has a transform, which may change its images (augmentation): features computed once are "
@@ -93,14 +106,14 @@ def refuse_transforms(dataset: datasets.Dataset):
 
 
 def undecoded(images: Sequence[Any]) -> Sequence[Any]:
-    """A dataset's image column as the bytes and paths it holds; any other sequence as it is."""
+    """Return a dataset's image column as the bytes and paths it holds; any other sequence as it is."""
     if isinstance(images, datasets.Column) and isinstance(images.features, datasets.Image):
         return images.source.cast_column(images.column_name, datasets.Image(decode=False))[images.column_name]
     return images
 
 
 def read_image(images: Sequence[Any], index: int) -> Any:
-    """The image as upright RGB; raises `ValueError` with its number."""
+    """Return an image as upright RGB; raises `ValueError` with its number."""
     try:
         return decode_image(images[index])
     except ValueError as error:
@@ -108,7 +121,7 @@ def read_image(images: Sequence[Any], index: int) -> Any:
 
 
 def fingerprint_images(model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any]) -> str:
-    """32 hex digits of images, tower and preprocessing."""
+    """Return 32 hex digits that images, tower and preprocessing decide."""
     digest = hashlib.sha256()
     config, tower = model.config, model.base_model.vision_tower
     settings = (tower.dtype, config.vision_feature_layer, config.vision_feature_select_strategy)
@@ -141,10 +154,7 @@ def _compute(
     batch_size: int,
     desc: str,
 ):
-    """
-    Fills `partial`, an .npy file of full size. Until all is there, a byte for each part stands behind the rows: 1 when
-    the part is written.
-    """
+    """Fill `partial`, an .npy file. Until all is there, a byte for each part, 1 when it is written, ends the file."""
     state = PartialState()
     ((_, features),) = _batches(model, processor, images, range(1), 1)
     header, row_bytes, num_parts = BytesIO(), 2 * features.numel(), -(-len(images) // PART_IMAGES)
@@ -152,7 +162,13 @@ def _compute(
     np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
     end = header.tell() + len(images) * row_bytes
     if state.is_main_process and not (partial.exists() and partial.stat().st_size in (end, end + num_parts)):
-        _check_room(partial, len(images), end)
+        free = shutil.disk_usage(partial.parent).free
+        if end > free:
+            raise OSError(
+                f"The features of {len(images)} images take {end / 1e9:.1f} GB, but {partial.parent} has "
+                f"{free / 1e9:.1f} GB left. Make room, set HF_HOME to a larger disk, or train with cache_features: "
+                "false."
+            )
         with open(partial, "wb") as file:
             file.write(header.getvalue())
             file.truncate(end + num_parts)
@@ -186,15 +202,6 @@ def _compute(
     state.wait_for_everyone()
     if state.is_main_process:
         os.truncate(partial, end)
-
-
-def _check_room(partial: Path, num_images: int, needed: int):
-    free = shutil.disk_usage(partial.parent).free
-    if needed > free:
-        raise OSError(
-            f"The features of {num_images} images take {needed / 1e9:.1f} GB, but {partial.parent} has "
-            f"{free / 1e9:.1f} GB left. Make room, set HF_HOME to a larger disk, or train with cache_features: false."
-        )
 
 
 def _batches(

@@ -8,8 +8,7 @@ from transformers import TrainerCallback
 
 
 class MemoryDropout:
-    """
-    Takes neighbours away from a share of the images, in one of three ways, a third of them each:
+    """Take neighbours away from a share of the images, in one of three ways, a third of them each:
 
     - all of them: the bank is off;
     - each with probability 1/2: some of its slots are off, as below `retrieval_threshold`;
@@ -20,9 +19,8 @@ class MemoryDropout:
     the batch, the process or the worker, nor on whether the run was interrupted.
 
     Args:
-        rate: The share of images, 0 to 1.
-        top_k: Neighbours of an image that the model gets; those behind them in a row are the spare ones.
-        seed: Another seed draws other images.
+        rate: the share of images, 0 to 1.
+        top_k: neighbours of an image that the model gets; those behind them in a row are the spare ones.
     """
 
     def __init__(self, rate: float, top_k: int, seed: int = 0):
@@ -32,16 +30,14 @@ class MemoryDropout:
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes see it change
 
     def __call__(self, ids: np.ndarray, scores: np.ndarray, chat: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """
+        """Return ids and scores `(top_k,)` of the neighbours that are left; -1 and -inf where a slot is off.
+
         Args:
             ids, scores: `(depth,)` of one image, best first; `depth` is at least `top_k`.
-            chat, number: The text of the row, and which of its images this is.
-
-        Returns:
-            `(top_k,)` each; -1 and -inf where a slot is off.
+            chat, number: the text of the row, and which of its images this is.
         """
         rng = np.random.default_rng([self.seed, int(self.epoch), zlib.crc32(chat.encode()), number])
-        draw = rng.random()
+        draw, off = rng.random(), ids < 0
         if draw < self.rate / 3:
             off = np.ones(len(ids), bool)
         elif draw < self.rate * 2 / 3:
@@ -51,13 +47,11 @@ class MemoryDropout:
             ids = np.concatenate([ids[missing:], np.full(self.top_k, -1)])
             scores = np.concatenate([scores[missing:], np.full(self.top_k, -np.inf)])
             off = ids < 0
-        else:
-            off = ids < 0
         return np.where(off, -1, ids)[: self.top_k], np.where(off, -np.inf, scores)[: self.top_k]
 
 
 class TellEpoch(TrainerCallback):
-    """Tells a `MemoryDropout` which epoch begins, or goes on after an interruption."""
+    """Tell a `MemoryDropout` which epoch begins, or goes on after an interruption."""
 
     def __init__(self, dropout: MemoryDropout):
         self.dropout = dropout

@@ -1,15 +1,13 @@
 """The neighbours of every image of a data set, computed once, by as many processes as one likes, kept as Parquet."""
 
 import hashlib
+import itertools
 import json
 import os
-import pickle
 import shutil
-import uuid
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock
-from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModel, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ...modeling_tinyalign.bank_arrays import cache_root
 from ...modeling_tinyalign.bank_format import list_column
-from ...modeling_tinyalign.files import sync
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.row_encoder import image_source_id
+from ..disk import save_file
 from .chats import query_inputs
-from .features import fingerprint_images, read_image, undecoded
+from .features import fingerprint_images, from_main_process, one_run_at_a_time, read_image, undecoded
 
 PART_IMAGES = 512  # what a killed process loses at most
 
@@ -51,12 +46,11 @@ def neighbour_table(
     folder: str | os.PathLike | None = None,
     batch_size: int = 8,
     num_workers: int = 0,
-    num_proc: int = 1,
 ) -> Path:
-    """
-    Looks up the neighbours of each image in the bank, unless an earlier run has. An image's own rows of the bank
-    (those with its `source_id`) are left out, and those of the other images in its row: it would retrieve its own
-    answer.
+    """Look up the neighbours of each image in the bank, unless an earlier run has.
+
+    An image's own rows of the bank (those with its `source_id`) are left out, and those of the other images in its
+    row: it would retrieve its own answer.
 
     The table is a Parquet file named by the fingerprints of the data (images, questions, tower, preprocessing) and of
     the bank (keys, sources, captions), so another run finds it and another bank does not. It is computed in parts,
@@ -64,52 +58,30 @@ def neighbour_table(
     `accelerate launch` or `torchrun` each process computes a share, on its own device.
 
     Args:
-        model: Its vision tower runs where it is; the bank is checked against it.
-        images: A column of a `datasets.Dataset`, or PIL images, bytes or paths.
-        depth: Neighbours to keep of each image; a bank with fewer rows gives fewer.
-        rows: The row that each image is of, in ascending order. By default each is of its own.
-        queries: The question asked about each image; only for a bank with keys in the language space.
-        vision_features: `(n, T, C)`, as [`cache_vision_features`] returns, to skip the tower.
-        folder: Where the tables are. Defaults to `HF_HOME/tinyalign/neighbours`.
-        batch_size: Images per forward pass.
-        num_workers: Workers of each process that read and prepare images.
-        num_proc: Processes to start on this machine, if this is the only one and needs the tower.
+        model: its vision tower runs where it is; the bank is checked against it.
+        images: a column of a `datasets.Dataset`, or PIL images, bytes or paths.
+        depth: neighbours to keep of each image; a bank with fewer rows gives fewer.
+        rows: the row that each image is of, in ascending order. By default each is of its own.
+        queries: the question asked about each image; only for a bank with keys in the language space.
+        vision_features: `(n, T, C)`, as `cache_vision_features` returns, to skip the tower.
+        folder: of the tables, by default `HF_HOME/tinyalign/neighbours`.
+        num_workers: workers of each process that read and prepare images.
 
     Returns:
-        The file. One row an image: `source_id`, `own_rows` (how many rows of the bank are of this image),
+        the file. One row an image: `source_id`, `own_rows` (how many rows of the bank are of this image),
         `memory_ids` `(depth,)` int64, best first, and `memory_scores` `(depth,)` float32, their inner products with
         the query; -1 and -inf where too few rows are left.
 
     Raises:
-        ValueError: The bank is of another tower, an image cannot be read (its number is named), there is none, or the
+        ValueError: the bank is of another tower, an image cannot be read (its number is named), there is none, or the
             lengths differ.
     """
     images = undecoded(images)
-    if len(images) == 0:
-        raise ValueError("There are no images, expected at least one.")
-    for name, column in (("rows", rows), ("queries", queries), ("vision_features", vision_features)):
-        if column is not None and len(column) != len(images):
-            raise ValueError(f"Found {len(column)} {name} for {len(images)} images, expected one for each.")
-    if not bank.any_tower:
-        bank.check_probes(model)
-    depth = min(depth, len(bank))
-    state = PartialState()
-    names = [_name(bank, model, processor, images, rows, queries) if state.is_main_process else None]
-    (name,) = broadcast_object_list(names)
+    check_inputs(bank, model, images, {"rows": rows, "queries": queries, "vision_features": vision_features})
+    name = from_main_process(lambda: _name(bank, model, processor, images, rows, queries))
     folder = cache_root() / "neighbours" if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # another run of the same table waits for this one, and then finds it
-    with FileLock(folder / f".{name}.lock") if state.is_main_process else nullcontext():
-        state.wait_for_everyone()
-        path = _deep_enough(folder, name, depth)
-        if path is not None:
-            if state.is_main_process:  # killed when the table was complete
-                shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
-            return path
-        path, parts = folder / f"{name}-{depth}.parquet", folder / f"{name}-{depth}.parts"
-        parts.mkdir(exist_ok=True)
-        todo = [part for part in range(-(-len(images) // PART_IMAGES)) if not _part_path(parts, part).is_file()]
-        state.wait_for_everyone()  # all know what is to do before one of them starts to do it
+    with one_run_at_a_time(folder / f".{name}.lock") as state:
         search = NeighbourSearch(
             bank,
             model.base_model,
@@ -118,24 +90,32 @@ def neighbour_table(
             range(len(images)) if rows is None else rows,
             queries,
             vision_features,
-            depth,
+            min(depth, len(bank)),
             batch_size,
             num_workers,
-            PART_IMAGES,
         )
-        if state.num_processes > 1 or vision_features is not None or min(num_proc, len(todo)) < 2:
-            search.write_parts(todo[state.process_index :: state.num_processes], parts, state.process_index)
-        else:
-            _in_processes(search, todo, parts, min(num_proc, len(todo)))
-        state.wait_for_everyone()
-        if state.is_main_process:
-            _join(parts, path)
-        state.wait_for_everyone()
+        path = _deep_enough(folder, name, search.depth)
+        if path is None:
+            path = folder / f"{name}-{search.depth}.parquet"
+            search.write_table(path)
+        elif state.is_main_process:  # killed when the table was complete
+            shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
     return path
 
 
+def check_inputs(bank: MemoryBank, model: PreTrainedModel, images: Sequence[Any], columns: dict[str, Any]) -> None:
+    """Raise `ValueError` unless there are images, as many of each column that there is, and the bank's tower."""
+    if len(images) == 0:
+        raise ValueError("There are no images, expected at least one.")
+    for name, column in columns.items():
+        if column is not None and len(column) != len(images):
+            raise ValueError(f"Found {len(column)} {name} for {len(images)} images, expected one for each.")
+    if not bank.any_tower:
+        bank.check_probes(model)
+
+
 def read_neighbours(path: str | os.PathLike) -> datasets.Dataset:
-    """Open what [`neighbour_table`] wrote, memory-mapped."""
+    """Open what `neighbour_table` wrote, memory-mapped."""
     return datasets.Dataset.from_parquet(str(path))
 
 
@@ -155,7 +135,7 @@ def summary(table: datasets.Dataset, top_k: int) -> str:
 
 @dataclass
 class NeighbourSearch:
-    """All that a search takes, in one object that can be sent to another process; of the model, the vision tower."""
+    """All that a search takes; fields as of `neighbour_table`."""
 
     bank: MemoryBank
     model: PreTrainedModel
@@ -167,39 +147,38 @@ class NeighbourSearch:
     depth: int
     batch_size: int
     num_workers: int
-    part_images: int
 
-    def __getstate__(self) -> dict:
-        weights = {name: tensor.cpu() for name, tensor in self.model.vision_tower.state_dict().items()}
-        return {**vars(self), "model": (type(self.model), self.model.config, self.model.vision_tower.device, weights)}
-
-    def __setstate__(self, state: dict):
-        model_class, config, device, weights = state["model"]
-        with torch.device("meta"):
-            model = model_class(config)
-        model.vision_tower = AutoModel.from_config(config.vision_config)
-        model.vision_tower.load_state_dict(weights, assign=True)
-        model.vision_tower.to(device).eval()
-        vars(self).update(state, model=model)
+    def write_table(self, path: Path):
+        """Write what is missing of the parts, with all processes of this run, and join them to `path`."""
+        state, parts = PartialState(), path.with_suffix(".parts")
+        parts.mkdir(exist_ok=True)
+        every = [parts / f"{part:06d}.parquet" for part in range(-(-len(self.images) // PART_IMAGES))]
+        todo = [part for part, file in enumerate(every) if not file.is_file()]
+        state.wait_for_everyone()  # all know what is to do before one of them starts to do it
+        self.write_parts({part: every[part] for part in todo[state.process_index :: state.num_processes]})
+        state.wait_for_everyone()
+        if state.is_main_process:
+            write_parquet(pa.concat_tables(map(pq.read_table, every)), path)
+            shutil.rmtree(parts)
 
     @torch.no_grad()
-    def write_parts(self, todo: Sequence[int], parts: Path, position: int = 0):
-        """Part i holds the images from `i * part_images` on. Whoever computes it, its batches are the same."""
-        spans = [self._batches_of(part) for part in todo]
-        batches = [batch for batches in spans for batch in batches]
+    def write_parts(self, files: dict[int, Path]):
+        """Write parts: part i holds the images from `i * PART_IMAGES` on, in the same batches whoever does it."""
+        spans = {part: self._batches_of(part) for part in files}
+        batches = list(itertools.chain(*spans.values()))
         prepared = iter(DataLoader(PreparedImages(self, batches), batch_size=None, num_workers=self.num_workers))
-        total = sum(len(batch) for batches in spans for batch in batches)
-        with tqdm(total=total, desc="Neighbours", unit="image", position=position) as bar:
-            for part, batches in zip(todo, spans, strict=True):
+        position = PartialState().process_index
+        with tqdm(total=sum(map(len, batches)), desc="Neighbours", unit="image", position=position) as bar:
+            for part, file in files.items():
                 tables = []
-                for batch in batches:
+                for batch in spans[part]:
                     tables.append(self._search(batch, *next(prepared)))
                     bar.update(len(batch))
-                _write(_part_path(parts, part), pa.concat_tables(tables), parts)
+                write_parquet(pa.concat_tables(tables), file)
 
     def _batches_of(self, part: int) -> list[range]:
-        stop = min((part + 1) * self.part_images, len(self.images))
-        starts = range(part * self.part_images, stop, self.batch_size)
+        stop = min((part + 1) * PART_IMAGES, len(self.images))
+        starts = range(part * PART_IMAGES, stop, self.batch_size)
         return [range(start, min(start + self.batch_size, stop)) for start in starts]
 
     def _search(
@@ -211,25 +190,16 @@ class NeighbourSearch:
         else:
             features = self.model.get_vision_features(pixel_values)
         query = {} if self.queries is None else query_inputs(self.processor, list(self.queries[rows]))
-        keys = self.bank.encode_queries(
-            features, **{name: tensor.to(features.device) for name, tensor in query.items()}
-        )
-        scores, ids = self.bank.search(keys, self.depth, exclude=excluded)
-        return pa.table(
-            {
-                "source_id": source_ids,
-                "own_rows": pa.array([len(self.bank.ids_of(source_id)) for source_id in source_ids], pa.int32()),
-                "memory_ids": list_column(ids.cpu().numpy()),
-                "memory_scores": list_column(scores.cpu().numpy()),
-            }
-        )
+        query = {name: tensor.to(features.device) for name, tensor in query.items()}
+        scores, ids = self.bank.search(self.bank.encode_queries(features, **query), self.depth, exclude=excluded)
+        own_rows = [len(self.bank.ids_of(source_id)) for source_id in source_ids]
+        columns = {"source_id": source_ids, "own_rows": pa.array(own_rows, pa.int32())}
+        columns |= {"memory_ids": list_column(ids.cpu().numpy()), "memory_scores": list_column(scores.cpu().numpy())}
+        return pa.table(columns)
 
 
 class PreparedImages(Dataset):
-    """
-    Item i is batch i, ready for the tower: the images' `source_id`s, for each of them those of all images in its row,
-    and, if they are needed, `pixel_values`.
-    """
+    """Item i is batch i: `source_id`s, for each those of all images in its row, and `pixel_values` if needed."""
 
     def __init__(self, search: NeighbourSearch, batches: list[range]):
         self.images, self.rows, self.batches = search.images, search.rows, batches
@@ -255,29 +225,15 @@ class PreparedImages(Dataset):
         return source_ids[own], excluded, pixel_values
 
 
-def _in_processes(search: NeighbourSearch, todo: list[int], parts: Path, num_proc: int):
-    """Spawned, not forked: torch and faiss have threads. They end when this process is killed."""
-    try:
-        # pickled by value: tensors would go through /dev/shm, which is small in a container
-        torch.multiprocessing.spawn(_process, (num_proc, pickle.dumps(search), todo, parts), num_proc)
-    except ProcessRaisedException as error:
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-
-
-def _process(number: int, num_proc: int, search: bytes, todo: list[int], parts: Path):
-    torch.set_num_threads(max(1, torch.get_num_threads() // num_proc))  # of those that OMP_NUM_THREADS allows
-    pickle.loads(search).write_parts(todo[number::num_proc], parts, number)
-
-
 def _name(
     bank: MemoryBank,
-    model,
+    model: PreTrainedModel,
     processor: ProcessorMixin,
-    images,
+    images: Sequence[Any],
     rows: Sequence[int] | None,
     queries: Sequence[str] | None,
 ) -> str:
-    """Fingerprints of the data and of the bank, 32 hex digits each."""
+    """Return fingerprints of the data and of the bank, 32 hex digits each."""
     data = hashlib.sha256(fingerprint_images(model, processor, images).encode())
     data.update(json.dumps(None if queries is None else list(queries)).encode())
     if rows is not None and len(set(rows)) < len(rows):
@@ -287,27 +243,14 @@ def _name(
 
 
 def _deep_enough(folder: Path, name: str, depth: int) -> Path | None:
-    """A table with this many neighbours or more."""
-    depths = sorted(int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{name}-*.parquet"))
-    return next((folder / f"{name}-{found}.parquet" for found in depths if found >= depth), None)
+    """Return a table with this many neighbours or more, if there is one."""
+    depths = [int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{name}-*.parquet")]
+    enough = [found for found in depths if found >= depth]
+    return folder / f"{name}-{min(enough)}.parquet" if enough else None
 
 
-def _part_path(parts: Path, part: int) -> Path:
-    return parts / f"{part:06d}.parquet"
-
-
-def _write(path: Path, table: pa.Table, parts: Path):
-    """Whole or not at all: what a killed process leaves is in `parts`."""
-    fresh = parts / f".{path.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        pq.write_table(table, fresh)
-        sync(fresh)
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def _join(parts: Path, path: Path):
-    """The parts, in order, as one file."""
-    _write(path, pa.concat_tables(pq.read_table(part) for part in sorted(parts.glob("[0-9]*.parquet"))), parts)
-    shutil.rmtree(parts)
+def write_parquet(table: pa.Table, path: Path):
+    """Write a table whole or not at all."""
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content)
+    save_file(path, content.getvalue())

@@ -22,21 +22,19 @@ def find_neighbours(
     source_ids: Sequence[str] | None = None,
     batch_size: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """
-    The `top_k` rows of the bank nearest to each image, best first.
+    """Find the `top_k` rows of the bank nearest to each image, best first.
 
     Args:
-        model: Checked against the bank; the search runs on its device.
-        vision_features: `(n, T, C)`, as [`cache_vision_features`] returns.
-        source_ids: The `source_id` of each image ([`source_ids_of`]); its own rows of the bank are left out. Training
-            without it lets an image retrieve itself, its answer included.
+        model: checked against the bank; the search runs on its device.
+        vision_features: `(n, T, C)`, as `cache_vision_features` returns.
+        source_ids: of each image (`source_ids_of`); its own rows of the bank are left out. Training without it lets
+            an image retrieve itself, its answer included.
 
     Returns:
-        Similarities `(n, top_k)` float32 and row ids `(n, top_k)` int64, -inf and -1 where exclusion left too few.
-        Store them as the columns `memory_scores` and `memory_ids`.
+        similarities `(n, top_k)` float32 and row ids `(n, top_k)` int64, -inf and -1 where exclusion left too few.
 
     Raises:
-        ValueError: The bank is of another tower, `top_k` is larger than it, or the lengths differ.
+        ValueError: the bank is of another tower, `top_k` is larger than it, or the lengths differ.
     """
     n = len(vision_features)
     if source_ids is not None and len(source_ids) != n:
@@ -53,6 +51,6 @@ def find_neighbours(
 
 
 def source_ids_of(images: Sequence[Any], desc: str = "Naming images") -> list[str]:
-    """The `source_id` of each image: a hash of its decoded pixels, as in the bank."""
+    """Return the `source_id` of each image: a hash of its decoded pixels, as in the bank."""
     images = undecoded(images)
     return [image_source_id(read_image(images, index)) for index in tqdm(range(len(images)), desc, unit="image")]

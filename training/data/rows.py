@@ -326,7 +326,6 @@ def with_neighbours(
             vision_features=features,
             batch_size=batch_size_of(config),
             num_workers=config.dataloader_num_workers,
-            num_proc=config.num_proc or 1,
         )
         table = read_neighbours(path)
         if PartialState().is_main_process:

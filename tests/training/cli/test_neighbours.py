@@ -13,7 +13,7 @@ def tables(folder) -> list:
 
 
 def test_neighbours_are_looked_up_once(folder, monkeypatch):
-    main(["neighbours", "stage1.yaml", "--num_proc", "2"])
+    main(["neighbours", "stage1.yaml"])
     (path,) = tables(folder)
     table = pq.read_table(path)
     assert table["own_rows"].to_pylist() == [1] * 20 + [0] * 10
