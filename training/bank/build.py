@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -74,11 +74,19 @@ def build_bank(
         value_encoder = train_new_value_encoder(
             model, processor, source, value_encoder_training, batch_size, vision_features
         )
-    settings = {"keep_columns": keep_columns, "batch_size": batch_size, "thumbnail_size": thumbnail_size}
-    settings |= {"skip_bad_rows": skip_bad_rows, "seen": None if keep_duplicates else set()}
-    key_encoder = new_key_encoder(model, processor, key_grid)
-    encoder = RowEncoder(model, processor, value_encoder, key_encoder, source.read, **settings)
-    encoder.vision_features = vision_features
+    encoder = RowEncoder(
+        model,
+        processor,
+        value_encoder,
+        new_key_encoder(model, processor, key_grid),
+        source.read,
+        keep_columns,
+        batch_size,
+        thumbnail_size,
+        skip_bad_rows,
+        None if keep_duplicates else set(),
+        vision_features,
+    )
     with evaluating(model, value_encoder), cache_errors(), scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
         parts = EncodedParts(folder)
         parts.encode(encoder, source, RowChoice(total=source.total))
@@ -90,13 +98,15 @@ def finish_bank(
 ) -> MemoryBank:
     """Make a bank of encoded rows: fit the key encoder's mean and whitening to them, and finish their keys.
 
-    Args:
-        encoder: made all parts, with a key encoder of `new_key_encoder`.
-        name: the data set, for errors.
+    The encoder has made all parts, with a key encoder of `new_key_encoder`; `name` names the data set in errors.
     """
     if parts.num_rows == 0:
         raise no_usable_row(name, parts.left_out)
-    key_encoder = fit_key_encoder(encoder.key_encoder, parts.batches, parts.num_rows, whiten_dim)
+    key_encoder = encoder.key_encoder.cpu()
+    mean, sample = mean_and_sample(parts.batches(), parts.num_rows)
+    key_encoder.mean = mean.float()
+    if whiten_dim is not None:
+        key_encoder.projection = fit_whitening(sample, mean, whiten_dim)
     config = new_bank_config(encoder, parts.num_rows > QUANTIZED_ROWS if quantized is None else quantized)
     value_encoder = copy.deepcopy(encoder.value_encoder).requires_grad_(False).eval()
     probe_keys = key_encoder.probe(encoder.model, config.tower.image_shape)
@@ -161,17 +171,6 @@ def image_shape(processor: ProcessorMixin) -> list[int]:
     return list(pixels.shape[1:])
 
 
-def fit_key_encoder(
-    key_encoder: KeyEncoder, batches: Callable[[], Iterator[pa.RecordBatch]], num_rows: int, whiten_dim: int | None
-) -> KeyEncoder:
-    """Set the mean, and the whitening if it is wanted, to those of the raw keys in all batches."""
-    mean, sample = mean_and_sample(batches(), num_rows)
-    key_encoder.cpu().mean = mean.float()
-    if whiten_dim is not None:
-        key_encoder.projection = fit_whitening(sample, mean, whiten_dim)
-    return key_encoder
-
-
 def mean_and_sample(batches: Iterable[pa.RecordBatch], num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean of all raw keys, float64 `(raw_dim,)`, and up to `MAX_WHITENING_ROWS` of them."""
     chosen = np.zeros(num_rows, dtype=bool)
@@ -187,15 +186,11 @@ def mean_and_sample(batches: Iterable[pa.RecordBatch], num_rows: int) -> tuple[t
 
 
 def fit_whitening(raw_keys: torch.Tensor, mean: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return a PCA whitening, through the products of the rows: keys may be wider than there are rows.
+    """Return a PCA whitening `(raw_dim, dim)` float32, through the products of the rows: fewer than keys are wide.
 
     Args:
         raw_keys: `(rows, raw_dim)`, the raw keys or a sample of them.
         mean: `(raw_dim,)`, of all raw keys.
-        dim: number of components kept.
-
-    Returns:
-        `(raw_dim, dim)` float32.
 
     Raises:
         ValueError: `dim` exceeds the raw width or the rank that so many rows can have.

@@ -41,7 +41,7 @@ def remove_rows(
                 f"No row of {bank_name} has {' and '.join(where)}: nothing is removed. `tinyalign bank info` shows "
                 "what the columns hold."
             )
-    names = {name: name for name in source_ids}
+    names = dict(zip(source_ids, source_ids, strict=True))
     names |= {path: image_source_id(decode_image(path)) for path in images}
     for asked, name in names.items():
         found = bank.ids_of(name).tolist()
@@ -51,10 +51,6 @@ def remove_rows(
                 "source_id of the bank: 32 hex digits that follow from the image's pixels. Nothing is removed."
             )
         rows.update(found)
-    if len(rows) == len(bank):
-        raise ValueError(
-            f"All {len(bank)} rows of {bank_name} would be removed, but a memory bank needs at least one."
-        )
     smaller = bank.remove(sorted(rows))
     smaller.save_pretrained(out)
     print(f"{out}: {len(smaller)} rows, {len(rows)} removed.")

@@ -22,11 +22,9 @@ Chunk = list[tuple[int, dict[str, Any]]]
 
 @dataclass
 class RowChoice:
-    """The rows of a data set to encode.
+    """The rows of a data set to encode: all, or as many as are `wanted`, chosen by `seed` of the `total`, if known.
 
-    Attributes:
-        wanted: how many are chosen by `seed`; for one that has to be left out another one is chosen. None: all.
-        total: how many rows the data set has, None if that is not known; it must be if some are chosen.
+    For a chosen row that has to be left out another one is chosen.
     """
 
     wanted: int | None = None
@@ -39,11 +37,7 @@ class EncodedParts:
     """Arrow files in `folder`, one for each part of the data set, each there whole or not at all.
 
     Part i depends on the data set and the parts before it and on nothing else: whoever makes it, and whenever, it is
-    the same.
-
-    Attributes:
-        num_rows: rows encoded so far.
-        left_out: rows of the data set that were left out so far.
+    the same. `num_rows` are encoded so far, and `left_out` are rows that were left out.
     """
 
     folder: Path

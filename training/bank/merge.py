@@ -32,15 +32,12 @@ def merge_banks(
     expected = shared_settings(banks[0].config)
     for name, bank in zip(bank_names[1:], banks[1:], strict=True):
         found = shared_settings(bank.config)
-        differences = [
-            f"{field}: {found[field]!r} here, {value!r} there"
-            for field, value in expected.items()
-            if found[field] != value
-        ]
+        differing = [field for field in expected if found[field] != expected[field]]
+        differences = "; ".join(f"{field}: {found[field]!r} here, {expected[field]!r} there" for field in differing)
         if differences:
             raise ValueError(
-                f"{name} cannot be merged with {bank_names[0]}. {'; '.join(differences)}. Build it again with "
-                f"`tinyalign bank build --like {bank_names[0]}`, which uses the same encoders."
+                f"{name} cannot be merged with {bank_names[0]}. {differences}. Build it again with `tinyalign bank "
+                f"build --like {bank_names[0]}`, which uses the same encoders."
             )
     merged = banks[0].with_rows(renumbered(merged_tables(banks, keep_duplicates)))
     left_out = sum(map(len, banks)) - len(merged)
@@ -66,12 +63,10 @@ def shared_settings(config: BankConfig) -> dict[str, object]:
 
 def merged_tables(banks: Sequence[MemoryBank], keep_duplicates: bool) -> Iterator[pa.Table]:
     """Yield the rows of all banks, without those whose image an earlier bank has unless they are to be kept."""
-    seen = np.empty(0, "S32")
+    seen = set()
     for bank in banks:
-        names, order = bank.source_order
-        kept = np.ones(len(bank), dtype=bool)
-        if not keep_duplicates:
-            kept[order[np.isin(names, seen)]] = False
-        seen = np.union1d(seen, names)
+        names = bank.table["source_id"].to_pylist()
+        kept = np.array([keep_duplicates or name not in seen for name in names])
+        seen.update(names)
         for batch in bank.batches():
             yield pa.Table.from_batches([batch]).filter(pa.array(kept[batch["id"].to_numpy()]))

@@ -41,10 +41,6 @@ def encode_on_cluster(
 
     Args:
         actors: how many; 0: one for each of the cluster's GPUs, or else of its CPUs.
-
-    Raises:
-        ImportError: Ray is not installed.
-        ValueError, OSError: as `EncodedParts.encode`.
     """
     if ray is None:
         raise ImportError('--ray needs Ray: `pip install "tinyalign-vlm[ray]"`.')
@@ -74,7 +70,7 @@ def _actor_pool(encoder: RowEncoder, actors: int, num_parts: int) -> dict[str, A
     gpus = int(resources.get("GPU", 0))
     size = min(actors or gpus or int(resources["CPU"]), num_parts)
     pool = {"compute": ray.data.ActorPoolStrategy(size=size), "fn_constructor_args": [_to_ray(encoder)]}
-    return pool | ({"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1})
+    return pool | {"num_gpus": int(gpus > 0), "num_cpus": int(gpus == 0)}
 
 
 @dataclass

@@ -57,8 +57,8 @@ def view_bank(
         )
     if rows < 1 or top_k < 1 or seed < 0:
         raise ValueError(f"--rows is {rows}, --top_k {top_k}, --seed {seed}, expected 1, 1 and 0 or more.")
-    chosen = np.random.default_rng(seed).permutation(len(bank))[:rows]
-    chosen = np.array(list(dict.fromkeys([*wanted, *chosen.tolist()])))
+    chosen = np.random.default_rng(seed).permutation(len(bank))[:rows].tolist()
+    chosen = np.array(list(dict.fromkeys([*wanted, *chosen])))
     queries, query_keys = _queries(bank, images, model)
     data = {
         "name": folder.resolve().name,
@@ -87,9 +87,7 @@ def page_data(bank: MemoryBank, chosen: np.ndarray, top_k: int, queries: list[di
             query["neighbours"] = _pairs(query_ids[number], query_scores[number])
             query["place"] = places[len(keys) + number].tolist()
     shown = np.unique(np.concatenate(shown))
-    neighbours = {}
-    for row, row_ids, row_scores in zip(chosen, ids, scores, strict=True):
-        neighbours[int(row)] = _pairs(row_ids, row_scores)
+    neighbours = {int(row): _pairs(*found) for row, *found in zip(chosen, ids, scores, strict=True)}
     return {
         "sample": chosen.tolist(),
         "rows": {row["id"]: _row(bank, row) for row in bank.rows(shown[shown >= 0])},
@@ -133,15 +131,10 @@ def _queries(bank: MemoryBank, images: Sequence[str], model: str | None) -> tupl
     with evaluating(tower), torch.no_grad():
         pixels = processor(images=loaded, return_tensors="pt")["pixel_values"]
         keys = bank.encode_queries(tower.get_vision_features(pixels)).cpu().numpy()
-    queries = [
-        {
-            "caption": Path(path).name,
-            "note": "image",
-            "kept": [],
-            "thumbnail": _data_url(thumbnail_bytes(image, THUMBNAIL)),
-        }
-        for path, image in zip(images, loaded, strict=True)
-    ]
+    queries = []
+    for path, image in zip(images, loaded, strict=True):
+        thumbnail = _data_url(thumbnail_bytes(image, THUMBNAIL))
+        queries.append({"caption": Path(path).name, "note": "image", "kept": [], "thumbnail": thumbnail})
     return queries, keys
 
 
