@@ -70,7 +70,8 @@ def teach_mlp(reader, encoder, features, captions, words, width: int, steps: int
     mlp = torch.nn.Sequential(torch.nn.Linear(96, width), torch.nn.GELU(), torch.nn.Linear(width, 576))
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    sampler = CaptionSampler(captions, words, 0.7, seed=0)
+    sampler = CaptionSampler(captions, 0.7, seed=0)
+    sampler.other_word = lambda: sampler.rng.choice(words)
     scale = reader.embeddings.std()
     blank = reader.embed("\n")[-1]
     for _ in trange(steps, desc=f"MLP of {width}"):

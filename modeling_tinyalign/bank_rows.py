@@ -100,10 +100,7 @@ class BankRows:
         return names[order], order
 
     def search(
-        self,
-        queries: torch.Tensor | np.ndarray,
-        top_k: int,
-        exclude: Sequence[Excluded] | None = None,
+        self, queries: torch.Tensor | np.ndarray, top_k: int, exclude: Sequence[Excluded] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[np.ndarray, np.ndarray]:
         """Find the rows with the largest inner products, exactly or through a fast index; equal ones ordered by id.
 

@@ -177,10 +177,7 @@ def _read_files(files: lancedb.table.Table, folder: Path) -> None:
 
 
 def write_lance(
-    bank: MemoryBank,
-    uri: str | Path,
-    storage_options: dict[str, str] | None = None,
-    index: str | None = None,
+    bank: MemoryBank, uri: str | Path, storage_options: dict[str, str] | None = None, index: str | None = None
 ) -> LanceBank:
     """Write a bank as a LanceDB database of two tables: its rows, and bank_config.json with the encoders.
 

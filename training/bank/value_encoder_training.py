@@ -52,7 +52,7 @@ class CaptionSampler:
         ValueError: a caption is no text, or all are blank.
     """
 
-    def __init__(self, captions: Sequence[str], other_words: Sequence[str], other_share: float, seed: int):
+    def __init__(self, captions: Sequence[str], invented_share: float, seed: int):
         for number, caption in enumerate(captions):
             if not isinstance(caption, str):
                 raise ValueError(
@@ -65,12 +65,10 @@ class CaptionSampler:
                 "of the training images."
             )
         self.words = sorted({word for caption in self.captions for word in caption.split()})
-        self.other_words, self.other_share = other_words, other_share
-        self.rng = random.Random(seed)
+        self.invented_share, self.rng = invented_share, random.Random(seed)
 
     def other_word(self) -> str:
-        if self.other_words:
-            return self.rng.choice(self.other_words)
+        """Return a word that may be in no caption: random letters."""
         return "".join(self.rng.choices("abcdefghijklmnopqrstuvwxyz", k=self.rng.randint(2, 12)))
 
     def sample(self, n: int, max_words: int) -> list[str]:
@@ -81,7 +79,7 @@ class CaptionSampler:
                 samples.append(self.rng.choice(self.captions))
                 continue
             length = self.rng.randint(1, max_words)
-            is_other = [self.rng.random() < self.other_share for _ in range(length)]
+            is_other = [self.rng.random() < self.invented_share for _ in range(length)]
             samples.append(" ".join(self.other_word() if other else self.rng.choice(self.words) for other in is_other))
         return samples
 
@@ -105,10 +103,7 @@ def spelling_loss(encoder: ValueEncoder, latents: torch.Tensor, caption_bytes: t
 
 
 def train_value_encoder(
-    encoder: ValueEncoder,
-    images: Sequence,
-    captions: Sequence[str],
-    config: ValueEncoderTrainingConfig | None = None,
+    encoder: ValueEncoder, images: Sequence, captions: Sequence[str], config: ValueEncoderTrainingConfig | None = None
 ) -> list[dict]:
     """Train the value encoder, in place, to spell: a linear layer reads word i out of latents 2i and 2i + 1.
 
@@ -128,7 +123,7 @@ def train_value_encoder(
     config = config or ValueEncoderTrainingConfig()
     if len(images) == 0:
         raise ValueError("Found 0 images, expected at least one: pass the training images' features or pixels.")
-    sampler = CaptionSampler(captions, (), config.invented_share, config.seed)
+    sampler = CaptionSampler(captions, config.invented_share, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     sees_features = encoder.config.image_input == "features"
     with torch.random.fork_rng():

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +44,15 @@ def bank_problems(folder: Path, model: PreTrainedModel | None = None) -> Iterato
     except ValueError as error:
         yield str(error)
         return
-    shards, is_right = Shards(folder, config), True
-    for problem in itertools.chain(encoder_problems(folder, config), shards.problems()):
+    paths, is_right = [folder / name for name in shard_names(config.num_shards)], True
+    for problem in itertools.chain(encoder_problems(folder, config), shard_problems(paths, config)):
         is_right = False
         yield problem
     if not is_right:
         return
     try:
         bank = MemoryBank.from_pretrained(folder)
-        yield from copy_problems(bank, shards)
+        yield from copy_problems(bank, paths)
         if model is not None:
             bank.check_probes(model)
     except ValueError as error:
@@ -97,49 +97,44 @@ class RowHashes:
                 )
 
 
-class Shards:
-    """The Parquet files of a bank, read whatever is wrong with some of them."""
-
-    def __init__(self, folder: Path, config: BankConfig):
-        self.config, self.schema = config, config_schema(config)
-        self.paths = [folder / name for name in shard_names(config.num_shards)]
-
-    def problems(self) -> Iterator[str]:
-        """Name what is wrong."""
-        hashes, count = RowHashes(), 0
-        first = 0  # the number that the next row must have; None behind a shard that could not be read
-        for path in self.paths:
-            try:
-                for batch in self.read(path):
-                    first = batch["id"][0].as_py() or 0 if first is None else first
-                    try:
-                        check_batch(batch, first, str(path))
-                    except ValueError as error:
-                        yield str(error)
-                    count, first = count + len(batch), first + len(batch)
-                    hashes.update(batch)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                first = None
-                yield str(error) if str(path) in str(error) else f"{path} cannot be read ({error})."
-        for path in sorted(set(self.paths[0].parent.glob("*")) - set(self.paths)):
-            yield f"{path} is none of the bank's {len(self.paths)} shards, but `datasets` would read it: delete it."
-        if count != self.config.num_rows:
-            yield f"The shards hold {count} rows, but {CONFIG_NAME} says {self.config.num_rows}."
-        yield from hashes.differences(self.config, "the shards")
-
-    def read(self, path: Path) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a shard; raises `ValueError` if some are missing, and whatever pyarrow does."""
-        with pq.ParquetFile(path) as shard:
-            check_schema(shard.schema_arrow, self.schema, str(path))
-            rest = shard.metadata.num_rows
-            for batch in shard.iter_batches(BATCH_ROWS):
-                rest -= len(batch)
-                yield pa.record_batch([batch.column(name) for name in self.schema.names], schema=self.schema)
-        if rest:
-            raise ValueError(f"{path} is damaged: {rest} of its rows cannot be read.")
+def shard_problems(paths: Sequence[Path], config: BankConfig) -> Iterator[str]:
+    """Name what is wrong with the Parquet files of a bank, read whatever is wrong with some of them."""
+    hashes, count = RowHashes(), 0
+    first = 0  # the number that the next row must have; None behind a shard that could not be read
+    for path in paths:
+        try:
+            for batch in read_shard(path, config):
+                first = batch["id"][0].as_py() or 0 if first is None else first
+                try:
+                    check_batch(batch, first, str(path))
+                except ValueError as error:
+                    yield str(error)
+                count, first = count + len(batch), first + len(batch)
+                hashes.update(batch)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            first = None
+            yield str(error) if str(path) in str(error) else f"{path} cannot be read ({error})."
+    for path in sorted(set(paths[0].parent.glob("*")) - set(paths)):
+        yield f"{path} is none of the bank's {len(paths)} shards, but `datasets` would read it: delete it."
+    if count != config.num_rows:
+        yield f"The shards hold {count} rows, but {CONFIG_NAME} says {config.num_rows}."
+    yield from hashes.differences(config, "the shards")
 
 
-def copy_problems(bank: MemoryBank, shards: Shards) -> Iterator[str]:
+def read_shard(path: Path, config: BankConfig) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a shard; raises `ValueError` if some are missing, and whatever pyarrow does."""
+    schema = config_schema(config)
+    with pq.ParquetFile(path) as shard:
+        check_schema(shard.schema_arrow, schema, str(path))
+        rest = shard.metadata.num_rows
+        for batch in shard.iter_batches(BATCH_ROWS):
+            rest -= len(batch)
+            yield batch.select(schema.names).cast(schema)
+    if rest:
+        raise ValueError(f"{path} is damaged: {rest} of its rows cannot be read.")
+
+
+def copy_problems(bank: MemoryBank, paths: Sequence[Path]) -> Iterator[str]:
     """Name what is wrong with this machine's copy: its files, its index, and rows that do not find themselves."""
     folder = bank.folder
     advice = f"Delete {folder} and load the bank again."
@@ -157,13 +152,13 @@ def copy_problems(bank: MemoryBank, shards: Shards) -> Iterator[str]:
         if file_sha256(path) != expected:
             yield f"The index {path} is damaged: its sha256 is {file_sha256(path)}, expected {expected}. {advice}"
             return
-    yield from search_problems(bank, shards)
+    yield from search_problems(bank, paths)
 
 
-def search_problems(bank: MemoryBank, shards: Shards) -> Iterator[str]:
+def search_problems(bank: MemoryBank, paths: Sequence[Path]) -> Iterator[str]:
     """Name rows, of a sample, that the index does not find by their own key."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(bank))[:SEARCHED])
-    batches = (batch for path in shards.paths for batch in shards.read(path))
+    batches = (batch for path in paths for batch in read_shard(path, bank.config))
     keys = np.concatenate([matrix(batch, "key")[np.isin(batch["id"].to_numpy(), chosen)] for batch in batches])
     scores, found = bank.search(keys, 1)
     own = np.einsum("nd,nd->n", keys.astype(np.float64), keys.astype(np.float64))

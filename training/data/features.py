@@ -147,12 +147,7 @@ def _image_bytes(image: Any) -> bytes:
 
 @torch.no_grad()
 def _compute(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    images: Sequence[Any],
-    partial: Path,
-    batch_size: int,
-    desc: str,
+    model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any], partial: Path, batch_size: int, desc: str
 ):
     """Fill `partial`, an .npy file. Until all is there, a byte for each part, 1 when it is written, ends the file."""
     state = PartialState()

@@ -50,12 +50,10 @@ def neighbour_table(
     """Look up the neighbours of each image in the bank, unless an earlier run has.
 
     An image's own rows of the bank (those with its `source_id`) are left out, and those of the other images in its
-    row: it would retrieve its own answer.
-
-    The table is a Parquet file named by the fingerprints of the data (images, questions, tower, preprocessing) and of
-    the bank (keys, sources, captions), so another run finds it and another bank does not. It is computed in parts,
-    each written whole or not at all: a killed run goes on where it stopped, and ends with the same bytes. Under
-    `accelerate launch` or `torchrun` each process computes a share, on its own device.
+    row: it would retrieve its own answer. The table is a Parquet file named by the fingerprints of the data (images,
+    questions, tower, preprocessing) and of the bank (keys, sources, captions), so another run finds it and another
+    bank does not. It is computed in parts, each written whole or not at all: a killed run goes on where it stopped,
+    and ends with the same bytes. Under `accelerate launch` or `torchrun` each process computes a share, on its device.
 
     Args:
         model: its vision tower runs where it is; the bank is checked against it.
@@ -76,42 +74,21 @@ def neighbour_table(
         ValueError: the bank is of another tower, an image cannot be read (its number is named), there is none, or the
             lengths differ.
     """
-    images = undecoded(images)
-    check_inputs(bank, model, images, {"rows": rows, "queries": queries, "vision_features": vision_features})
-    name = from_main_process(lambda: _name(bank, model, processor, images, rows, queries))
+    images, depth = undecoded(images), min(depth, len(bank))
+    rows = range(len(images)) if rows is None else rows
+    settings = (queries, vision_features, depth, batch_size, num_workers)
+    search = NeighbourSearch(bank, model.base_model, processor, images, rows, *settings)
     folder = cache_root() / "neighbours" if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    name = from_main_process(search.fingerprint)
     with one_run_at_a_time(folder / f".{name}.lock") as state:
-        search = NeighbourSearch(
-            bank,
-            model.base_model,
-            processor,
-            images,
-            range(len(images)) if rows is None else rows,
-            queries,
-            vision_features,
-            min(depth, len(bank)),
-            batch_size,
-            num_workers,
-        )
-        path = _deep_enough(folder, name, search.depth)
+        path = _deep_enough(folder, name, depth)
         if path is None:
-            path = folder / f"{name}-{search.depth}.parquet"
+            path = folder / f"{name}-{depth}.parquet"
             search.write_table(path)
         elif state.is_main_process:  # killed when the table was complete
             shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
     return path
-
-
-def check_inputs(bank: MemoryBank, model: PreTrainedModel, images: Sequence[Any], columns: dict[str, Any]) -> None:
-    """Raise `ValueError` unless there are images, as many of each column that there is, and the bank's tower."""
-    if len(images) == 0:
-        raise ValueError("There are no images, expected at least one.")
-    for name, column in columns.items():
-        if column is not None and len(column) != len(images):
-            raise ValueError(f"Found {len(column)} {name} for {len(images)} images, expected one for each.")
-    if not bank.any_tower:
-        bank.check_probes(model)
 
 
 def read_neighbours(path: str | os.PathLike) -> datasets.Dataset:
@@ -147,6 +124,25 @@ class NeighbourSearch:
     depth: int
     batch_size: int
     num_workers: int
+
+    def __post_init__(self):
+        if len(self.images) == 0:
+            raise ValueError("There are no images, expected at least one.")
+        for name in ("rows", "queries", "vision_features"):
+            column = vars(self)[name]
+            if column is not None and len(column) != len(self.images):
+                raise ValueError(f"Found {len(column)} {name} for {len(self.images)} images, expected one for each.")
+        if not self.bank.any_tower:
+            self.bank.check_probes(self.model)
+
+    def fingerprint(self) -> str:
+        """Return fingerprints of the data and of the bank, 32 hex digits each."""
+        data = hashlib.sha256(fingerprint_images(self.model, self.processor, self.images).encode())
+        data.update(json.dumps(None if self.queries is None else list(self.queries)).encode())
+        if len(set(self.rows)) < len(self.rows):
+            data.update(json.dumps(list(self.rows)).encode())
+        of_bank = hashlib.sha256((self.bank.config.sha256.keys + self.bank.config.sha256.rows).encode())
+        return f"{data.hexdigest()[:32]}-{of_bank.hexdigest()[:32]}"
 
     def write_table(self, path: Path):
         """Write what is missing of the parts, with all processes of this run, and join them to `path`."""
@@ -223,23 +219,6 @@ class PreparedImages(Dataset):
             return source_ids[own], excluded, None
         pixel_values = self.image_processor(images=images[own], return_tensors="pt")["pixel_values"]
         return source_ids[own], excluded, pixel_values
-
-
-def _name(
-    bank: MemoryBank,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    images: Sequence[Any],
-    rows: Sequence[int] | None,
-    queries: Sequence[str] | None,
-) -> str:
-    """Return fingerprints of the data and of the bank, 32 hex digits each."""
-    data = hashlib.sha256(fingerprint_images(model, processor, images).encode())
-    data.update(json.dumps(None if queries is None else list(queries)).encode())
-    if rows is not None and len(set(rows)) < len(rows):
-        data.update(json.dumps(list(rows)).encode())
-    of_bank = hashlib.sha256((bank.config.sha256.keys + bank.config.sha256.rows).encode())
-    return f"{data.hexdigest()[:32]}-{of_bank.hexdigest()[:32]}"
 
 
 def _deep_enough(folder: Path, name: str, depth: int) -> Path | None:

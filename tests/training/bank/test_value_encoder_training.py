@@ -61,11 +61,11 @@ def test_pixels_are_an_option():
 
 
 def test_sampler():
-    sampler = CaptionSampler(CAPTIONS, (), 1.0, seed=0)
+    sampler = CaptionSampler(CAPTIONS, 1.0, seed=0)
     samples = sampler.sample(200, 3)
     assert set(CAPTIONS) <= set(samples)
     assert max(len(sample.split()) for sample in samples) == 3
-    assert samples == CaptionSampler(CAPTIONS, (), 1.0, seed=0).sample(200, 3)
+    assert samples == CaptionSampler(CAPTIONS, 1.0, seed=0).sample(200, 3)
 
 
 @pytest.mark.parametrize(
