@@ -145,7 +145,7 @@ def load(barrier, layouts, waiting, results, kill):
             layouts.value += 1
             first = layouts.value == 1
         if first and kill:
-            for _ in range(8):
+            for _ in range(4):
                 waiting.acquire()
             time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -166,11 +166,11 @@ def load(barrier, layouts, waiting, results, kill):
 for kill in (False, True):
     constants.HF_HOME = f"{home}/{kill}"
     layouts, results = context.Value("i", 0), context.Queue()
-    shared = (context.Barrier(8), layouts, context.Semaphore(0), results, kill)
-    processes = [context.Process(target=load, args=shared) for _ in range(8)]
+    shared = (context.Barrier(4), layouts, context.Semaphore(0), results, kill)
+    processes = [context.Process(target=load, args=shared) for _ in range(4)]
     for process in processes:
         process.start()
-    answers = [results.get(timeout=600) for _ in range(7 if kill else 8)]
+    answers = [results.get(timeout=600) for _ in range(3 if kill else 4)]
     for process in processes:
         process.join(600)
     print(json.dumps([layouts.value, answers, sorted(process.exitcode for process in processes)]))
@@ -178,13 +178,13 @@ for kill in (False, True):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and locks")
-def test_eight_first_loads_lay_a_bank_out_once(bank, tmp_path):
+def test_four_first_loads_lay_a_bank_out_once(bank, tmp_path):
     bank.save_pretrained(tmp_path / "bank")
     command = [sys.executable, "-c", FIRST_LOADS, str(tmp_path / "bank"), str(tmp_path / "home")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=1200)
     for kill, line in zip((False, True), done.stdout.splitlines(), strict=True):
         layouts, answers, statuses = json.loads(line)
-        assert layouts == (2 if kill else 1) and statuses == ([-9] if kill else [0]) + [0] * 7
+        assert layouts == (2 if kill else 1) and statuses == ([-9] if kill else [0]) + [0] * 3
         assert all(answer == answers[0] for answer in answers), "the same files, and what is in them"
         assert answers[0][-1] == bank.captions and [ids[0] for ids in answers[0][2]] == list(range(NUM_ROWS))
         names = [path.name for path in (tmp_path / "home" / str(kill) / "tinyalign").iterdir()]

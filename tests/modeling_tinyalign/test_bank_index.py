@@ -216,15 +216,29 @@ def test_a_gpu_is_used_if_faiss_has_one(monkeypatch):
 
 
 BUILD = """
-import sys
-import numpy as np
+import json, multiprocessing, sys
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign import bank_index
 bank_index.EXACT_ROWS = 500
 train = bank_index.train_index
-bank_index.train_index = lambda *arguments: print("trained") or train(*arguments)
-bank = MemoryBank.from_pretrained(sys.argv[1])
-print(bank.search(bank.keys(range(50)), 5)[1].tolist())
+
+def search(trained, barrier, results):
+    def counted(*arguments):
+        with trained.get_lock():
+            trained.value += 1
+        return train(*arguments)
+
+    bank_index.train_index = counted
+    barrier.wait(600)
+    bank = MemoryBank.from_pretrained(sys.argv[1])
+    results.put(bank.search(bank.keys(range(50)), 5)[1].tolist())
+
+context = multiprocessing.get_context("fork")
+trained, barrier, results = context.Value("i", 0), context.Barrier(3), context.Queue()
+processes = [context.Process(target=search, args=(trained, barrier, results)) for _ in range(3)]
+for process in processes:
+    process.start()
+print(json.dumps([[results.get(timeout=600) for _ in processes], trained.value]))
 """
 
 
@@ -232,11 +246,9 @@ def test_processes_that_need_the_index_at_once_build_it_once(small_limits, tmp_p
     bank_of(clustered_keys(3000, 48)).save_pretrained(tmp_path / "bank")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "other home")}
     command = [sys.executable, "-c", BUILD, str(tmp_path / "bank")]
-    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = [process.communicate()[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes)
-    assert sum("trained" in output for output in outputs) == 1
-    assert len({output.splitlines()[-1] for output in outputs}) == 1
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    answers, trained = json.loads(done.stdout)
+    assert trained == 1 and answers[0] == answers[1] == answers[2]
     names = [path.name for path in (tmp_path / "other home" / "tinyalign").iterdir()]
     assert len(names) == 1 and not any(name.startswith(".") for name in names)
 
