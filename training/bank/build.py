@@ -74,19 +74,10 @@ def build_bank(
         value_encoder = train_new_value_encoder(
             model, processor, source, value_encoder_training, batch_size, vision_features
         )
-    encoder = RowEncoder(
-        model,
-        processor,
-        value_encoder,
-        new_key_encoder(model, processor, key_grid),
-        source.read,
-        keep_columns,
-        batch_size,
-        thumbnail_size,
-        skip_bad_rows,
-        None if keep_duplicates else set(),
-        vision_features,
-    )
+    seen = None if keep_duplicates else set()
+    settings = (keep_columns, batch_size, thumbnail_size, skip_bad_rows, seen, vision_features)
+    key_encoder = new_key_encoder(model, processor, key_grid)
+    encoder = RowEncoder(model, processor, value_encoder, key_encoder, source.read, *settings)
     with evaluating(model, value_encoder), cache_errors(), scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
         parts = EncodedParts(folder)
         parts.encode(encoder, source, RowChoice(total=source.total))
