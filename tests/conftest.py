@@ -4,6 +4,11 @@
 import isolation
 
 # isort: split
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -194,3 +199,30 @@ def images() -> list[Image.Image]:
     """Six plain images of different colours and sizes."""
     colours = ["red", "green", "blue", "white", "black", "yellow"]
     return [Image.new("RGB", (40 + 3 * i, 50), colour) for i, colour in enumerate(colours)]
+
+
+@pytest.fixture(scope="module")
+def model(make_model) -> TinyAlignForConditionalGeneration:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def processor(make_processor, model) -> TinyAlignProcessor:
+    return make_processor(model)
+
+
+@pytest.fixture
+def make_disk(tmp_path):
+    """`make_disk(size)` -> the folder of a new file system, of "2m" say."""
+    disk = tmp_path / "disk"
+
+    def make(size: str) -> Path:
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs needs Linux and root")
+        return disk
+
+    yield make
+    if os.path.ismount(disk):
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a bank that was mapped there may still be

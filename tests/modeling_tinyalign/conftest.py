@@ -16,16 +16,6 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def model(make_model):
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def processor(make_processor, model):
-    return make_processor(model)
-
-
-@pytest.fixture(scope="module")
 def value_encoder() -> ValueEncoder:
     return small_value_encoder()
 

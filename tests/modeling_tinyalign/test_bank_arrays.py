@@ -75,19 +75,8 @@ def test_full_cache(dataset, model, processor, value_encoder, empty_cache, monke
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a bank that was mapped there may still be
+def small_disk(make_disk):
+    return make_disk("256k")
 
 
 def test_really_full_disk(bank, saved, small_disk, monkeypatch, dataset, model, processor, value_encoder):

@@ -52,16 +52,6 @@ def memory_values(images: int, seed: int = 0, top_k: int = 2) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def model(make_model):
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def processor(make_processor, model):
-    return make_processor(model)
-
-
-@pytest.fixture(scope="module")
 def ragged(processor, images):
     """Three rows: two images, one image, no image; prompts of different lengths."""
     chats = [chat(images[:2], PROMPTS[0]), chat(images[2:3], PROMPTS[1]), chat([], PROMPTS[2])]

@@ -14,16 +14,6 @@ from transformers import AutoTokenizer
 from tinyalign_vlm import TinyAlignProcessor
 
 
-@pytest.fixture(scope="module")
-def model(make_model):
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def processor(make_processor, model):
-    return make_processor(model)
-
-
 @pytest.fixture
 def language_processor(make_processor, make_model):
     return make_processor(make_model(key_space="language"))

@@ -1,8 +1,6 @@
 """A tiny model, its bank, and a data set of chats about plain and noisy images."""
 
 import json
-import shutil
-import subprocess
 
 import datasets
 import numpy as np
@@ -116,12 +114,5 @@ def files(tmp_path, checkpoints, make_model, processor, dataset, captions, bank,
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs Linux and root")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+def small_disk(make_disk):
+    return make_disk("2m")
