@@ -14,18 +14,13 @@ from transformers.utils import TransformersKwargs, is_tracing
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tinyalign import TinyAlignConfig
-from .connectors import (
-    Connector,
-    MemoryConnector,
-    pool_grid,
-    read_vision_tower,
-)
-from .modeling_utils import TinyAlignPreTrainedModel
+from .connectors import Connector, MemoryConnector, pool_grid, read_vision_tower
+from .modeling_utils import TinyAlignPreTrainedModel, check_retrieval, merged_settings
 from .outputs import (
     TinyAlignCausalLMOutputWithPast,
     TinyAlignImageFeatures,
     TinyAlignModelOutputWithPast,
-    has_cache,
+    cache_of,
     language_model_fields,
 )
 
@@ -55,6 +50,8 @@ IMAGE_INPUTS = (
     "memory_scores",
     "exclude_ids",
     "memory",
+    "memory_top_k",
+    "retrieval_threshold",
 )
 
 
@@ -131,6 +128,8 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         memory_scores: torch.Tensor | None = None,
         exclude_ids: list | None = None,
         memory: Literal["on", "off"] | None = None,
+        memory_top_k: int | None = None,
+        retrieval_threshold: float | None = None,
         **kwargs,
     ) -> TinyAlignImageFeatures:
         r"""
@@ -143,26 +142,30 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             memory_ids (`(n, top_k)`): Rows of the bank to use; -1 marks an empty slot. Nothing is retrieved.
             memory_scores (`(n, top_k)`): With one of these their similarities, for `config.retrieval_threshold` and
                 `config.memory_scores`.
-            exclude_ids: For each image what not to retrieve: `None`, a `source_id`, a row id, or a list of them.
+            exclude_ids: For each image what not to retrieve: `None`, a `source_id`, a row id, or a list of them. One
+                `source_id` or row id is for all images.
             memory: `"off"` fills all slots with "nothing retrieved".
+            memory_top_k: Retrieve no more than this many; the other slots stay empty. 0 is `memory="off"`.
+            retrieval_threshold: In place of `config.retrieval_threshold`.
             kwargs: For the vision tower, `output_hidden_states` and `output_attentions` among them.
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features.")
-        if memory not in (None, "on", "off"):
-            raise ValueError(f"memory is {memory!r}, expected 'on' or 'off'.")
+        check_retrieval(self.config, memory, memory_top_k, retrieval_threshold)
         tower = {}
         if vision_features is None:
             vision_features, tower = self._read_vision_tower(pixel_values, **kwargs)
         tokens = self._visual_tokens(vision_features)
         if self.config.memory_top_k > 0:
             given = {"memory_ids": memory_ids, "memory_values": memory_values, "memory_scores": memory_scores}
-            if memory == "off":
+            if memory == "off" or memory_top_k == 0:
                 given = self.no_memory(tokens.shape[0])
             elif memory_values is None:
                 queries = vision_features, query_input_ids, query_attention_mask
-                given = self.look_up(queries, memory_ids, memory_scores, exclude_ids)
-            memory_tokens, memory_ids, memory_scores = self.read_memory(tokens, **given)
+                given = self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
+            if retrieval_threshold is None:
+                retrieval_threshold = self.config.retrieval_threshold
+            memory_tokens, memory_ids, memory_scores = self.read_memory(tokens, retrieval_threshold, **given)
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
         elif memory_ids is not None or memory_values is not None:
             raise ValueError(
@@ -194,6 +197,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        kwargs |= kwargs.pop("call_settings", None) or {}
         image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         images_given = image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None
         images = (mm_encoder_outputs or {}).get("image")
@@ -207,10 +211,10 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if images_given:
             images = self.get_image_features(**image_inputs, return_dict=True)
             if checked:
-                self.check_placeholders(mask, images.pooler_output)
+                images.pooler_output = self.uncached_images(images.pooler_output, mask, cache_of(kwargs))
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if images is not None:
+        if images is not None and len(images.pooler_output):
             features = images.pooler_output
             features = features.flatten(0, 1) if torch.is_tensor(features) else torch.cat(features)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -219,7 +223,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
                     f"Found {mask.sum()} image placeholders, expected {len(features)}, one per image token."
                 )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
-        elif input_ids is not None and checked and not has_cache(kwargs):
+        elif input_ids is not None and checked and cache_of(kwargs) is None:
             self.check_no_placeholders(mask)
 
         outputs = self.language_model(
@@ -284,14 +288,6 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        query_input_ids: torch.LongTensor | None = None,
-        query_attention_mask: torch.Tensor | None = None,
-        memory_ids: torch.LongTensor | None = None,
-        memory_values: torch.Tensor | None = None,
-        memory_scores: torch.Tensor | None = None,
-        exclude_ids: list | None = None,
-        memory: Literal["on", "off"] | None = None,
         mm_encoder_outputs: dict[str, TinyAlignImageFeatures] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         supervised_logits_only: bool = False,
@@ -311,14 +307,6 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            vision_features=vision_features,
-            query_input_ids=query_input_ids,
-            query_attention_mask=query_attention_mask,
-            memory_ids=memory_ids,
-            memory_values=memory_values,
-            memory_scores=memory_scores,
-            exclude_ids=exclude_ids,
-            memory=memory,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -353,25 +341,48 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         return logits, self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *args, sources: list | None = None, **kwargs):
         """
         Generate like [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`]. Images
         are encoded and neighbours retrieved once, before the first token. With `return_dict_in_generate=True` the
-        output has `memory_ids` and `memory_scores` `(images, top_k)` as well.
+        output has `memory_ids` and `memory_scores` `(images, top_k)` as well. A chat goes on from a cache: whole, with
+        all its images, or only with what is new.
+
+        Args:
+            sources: A list to be filled, because a pipeline passes it in `generate_kwargs` but returns text alone. It
+                gets a list for each row: the neighbours that were read, rows of [`MemoryBank.rows`] with their `score`
+                and the number of their `image` in the row.
         """
-        image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
-        mask = self.model.get_placeholder_mask(kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds"))
-        images = None
-        if image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None:
-            images = self.model.get_image_features(**image_inputs, return_dict=True)
-            self.model.check_placeholders(mask, images.pooler_output)
-            kwargs["mm_encoder_outputs"] = {"image": images}
-        elif "mm_encoder_outputs" not in kwargs and not has_cache(kwargs):
-            self.model.check_no_placeholders(mask)
+        kwargs |= merged_settings(kwargs.pop("call_settings", None))
+        images, mask = self._encode_images(inputs, kwargs)
+        if sources is not None and mask is not None:
+            sources += self.model.sources_of(images, mask)
         outputs = super().generate(inputs, *args, **kwargs)
         if images is not None and not torch.is_tensor(outputs):
             outputs["memory_ids"], outputs["memory_scores"] = images.memory_ids, images.memory_scores
         return outputs
+
+    def _encode_images(
+        self, inputs: torch.Tensor | None, kwargs: dict
+    ) -> tuple[TinyAlignImageFeatures | None, torch.Tensor | None]:
+        """Put images of `kwargs` into it as `mm_encoder_outputs`; return them, and where in the prompt they go."""
+        image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        given = image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None
+        embeds, input_ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", inputs)
+        if not given and (embeds is not None or input_ids is None):  # without images, embeddings are complete
+            return None, None
+        mask = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds)
+        attention_mask = kwargs.get("attention_mask")
+        whole = attention_mask is None or attention_mask.shape[1] == mask.shape[1]  # prompt, also with a cache
+        if not given:
+            if cache_of(kwargs) is None and "mm_encoder_outputs" not in kwargs:
+                self.model.check_no_placeholders(mask)
+            return None, mask
+        images = self.model.get_image_features(**image_inputs, return_dict=True)
+        features = self.model.uncached_images(images.pooler_output, mask, cache_of(kwargs), whole)
+        if features:
+            kwargs["mm_encoder_outputs"] = {"image": TinyAlignImageFeatures(pooler_output=features)}
+        return images, mask
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Images follow their row, which may have several: transformers 5.17 only repeats one image a row."""

@@ -3,14 +3,19 @@
 import os
 import re
 import tempfile
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
+from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 from transformers.utils import logging
 
 from .composition import check_origins, load_models, unless_local
@@ -18,10 +23,11 @@ from .configuration_tinyalign import TinyAlignConfig
 from .connectors import MemoryConnector, build_lexicon, check_memory_values, used_slots
 from .files import WEIGHTS, apply_umask, make_model_card, push_files, resolve_commit
 from .memory_bank import MemoryBank
-from .outputs import TinyAlignRetrieval
+from .outputs import TinyAlignImageFeatures, TinyAlignRetrieval
 
 logger = logging.get_logger(__name__)
 
+MAX_SIDE = 4096  # of an image made for the tower: a bank's settings may be anybody's
 CONNECTORS = r"^(model\.)?(memory_)?connector\."
 
 # What a broken config.json or broken weights make transformers raise, beside ValueError and OSError.
@@ -35,6 +41,50 @@ BROKEN = (
     RecursionError,
     TypeError,
 )
+
+
+def check_retrieval(config: TinyAlignConfig, memory: str | None, top_k: int | None, threshold: float | None):
+    """Raise `ValueError` if what steers the retrieval of one call is out of range."""
+    if memory not in (None, "on", "off"):
+        raise ValueError(f"memory is {memory!r}, expected 'on' or 'off'.")
+    if top_k is not None and not (type(top_k) is int and 0 <= top_k <= config.memory_top_k):
+        raise ValueError(f"memory_top_k is {top_k!r}, expected 0 to the model's {config.memory_top_k}.")
+    if threshold is not None and not (isinstance(threshold, (int, float)) and -1 <= threshold <= 1):
+        raise ValueError(f"retrieval_threshold is {threshold!r}, expected a similarity from -1 to 1.")
+
+
+def merged_settings(settings: dict | list[dict] | None) -> dict:
+    """Return what a call of a pipeline sets, of one chat or of the chats of a batch, in which it is the same."""
+    if isinstance(settings, dict) or not settings:
+        return settings or {}
+    merged = dict(settings[0])
+    if isinstance(merged.get("exclude_ids"), list):
+        merged["exclude_ids"] = [item for chat in settings for item in chat["exclude_ids"]]
+    return merged
+
+
+def for_each(exclude_ids: list | str | int | None, n: int) -> list | None:
+    """Return what not to retrieve, one item an image: one `source_id` or row id is for all of them."""
+    return [exclude_ids] * n if isinstance(exclude_ids, (str, int)) else exclude_ids
+
+
+def opened_bank(bank: MemoryBank | str | os.PathLike, revision: str | None = None) -> MemoryBank:
+    """Return a bank, loaded if it is a name or a path; `TypeError` for anything else."""
+    if isinstance(bank, (str, os.PathLike)):
+        return MemoryBank.from_pretrained(bank, revision=revision)
+    if type(bank).__name__ != "MemoryBank":  # a checkpoint's own class is another one
+        raise TypeError(f"The bank is a {type(bank).__name__}, expected a MemoryBank, a folder or a repository.")
+    return bank
+
+
+def read_image(image: Image.Image | str | os.PathLike) -> Image.Image:
+    """Return an image, upright and on white, as a bank's images are read; `ValueError` if it is none."""
+    try:
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+    except Exception as error:  # PIL and its codecs raise many
+        raise ValueError(f"Found {str(image)[:200]!r}, expected a PIL image or the path of one ({error}).") from error
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 class TinyAlignPreTrainedModel(PreTrainedModel):
@@ -199,21 +249,22 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         return self.base_model._memory_bank
 
     def attach_memory_bank(
-        self, bank: MemoryBank | str | os.PathLike, revision: str | None = None, check_probes: bool = True
+        self, bank: MemoryBank | str | os.PathLike | None, revision: str | None = None, check_probes: bool = True
     ):
         """
         Retrieve from this bank from now on. It is no part of the weights; the config names its Hub repository.
 
         Args:
-            bank: A bank, or the folder or dataset repository (at `revision`) of one.
+            bank: A bank, or the folder or dataset repository (at `revision`) of one. None: see `detach_memory_bank`.
             check_probes: `False` takes a bank of another vision tower too, as [`MemoryBank.for_any_tower`].
 
         Raises:
             ValueError: The bank has other latents or keys than the model, is too small, or is of another vision tower.
         """
-        if isinstance(bank, (str, os.PathLike)):
-            bank = MemoryBank.from_pretrained(bank, revision=revision)
-        config = self.config
+        if bank is None:
+            self.detach_memory_bank()
+            return
+        bank, config = opened_bank(bank, revision), self.config
         found = (*bank.config.value_shape, bank.config.key_encoder.key_space)
         expected = (config.num_latents, config.latent_dim, config.key_space)
         if found != expected:
@@ -254,8 +305,9 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         """Forgets the bank, also the one that `config.memory_bank` names."""
         self.base_model._memory_bank = self.config.memory_bank = self.config.memory_bank_revision = None
 
-    def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank):
+    def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank | str | os.PathLike):
         """Teach the memory connector the words of a bank; see [`connectors.build_lexicon`]."""
+        bank = opened_bank(bank)
         build_lexicon(self.base_model, tokenizer, bank.captions, bank.value_encoder)
 
     def require_bank(self) -> MemoryBank:
@@ -272,26 +324,33 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def retrieve(
         self,
-        pixel_values: torch.Tensor | None = None,
+        images: torch.Tensor | Any = None,
         vision_features: torch.Tensor | None = None,
         query_input_ids: torch.LongTensor | None = None,
         query_attention_mask: torch.Tensor | None = None,
         top_k: int | None = None,
-        exclude_ids: list | None = None,
+        exclude_ids: list | str | int | None = None,
+        retrieval_threshold: float | None = None,
+        pixel_values: torch.Tensor | None = None,
     ) -> TinyAlignRetrieval:
         """
         The `top_k` (default: as many as the model uses) neighbours of each image; inputs as [`get_image_features`].
-        Those below `config.retrieval_threshold` have id -1, and neither caption nor source.
+        Those below `retrieval_threshold` (default: the config's) have id -1, and neither caption nor source.
+
+        Args:
+            images: `pixel_values` of the processor, or a PIL image, the path of one, or a list of these.
         """
-        if (pixel_values is None) == (vision_features is None):
+        images = pixel_values if images is None else images
+        if (images is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features.")
-        if vision_features is None:
-            vision_features = self.get_vision_features(pixel_values)
-        top_k = self.config.num_neighbours if top_k is None else top_k
         bank = self.require_bank()
+        if vision_features is None:
+            vision_features = self.get_vision_features(images if torch.is_tensor(images) else self._pixels(images))
+        top_k = self.config.num_neighbours if top_k is None else top_k
         keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
-        scores, ids = bank.search(keys, top_k, exclude=exclude_ids)
-        ids, _ = used_slots(ids, scores, self.config.retrieval_threshold)
+        scores, ids = bank.search(keys, top_k, exclude=for_each(exclude_ids, len(keys)))
+        threshold = self.config.retrieval_threshold if retrieval_threshold is None else retrieval_threshold
+        ids, _ = used_slots(ids, scores, threshold)
         rows = [[neighbour for neighbour in row if neighbour is not None] for row in bank.rows(ids)]
         return TinyAlignRetrieval(
             scores=scores,
@@ -299,6 +358,35 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             captions=[[neighbour["caption"] for neighbour in row] for row in rows],
             source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
         )
+
+    def _pixels(self, images: Any) -> torch.Tensor:
+        """Make pixels of PIL images, or of files, as those of the bank's images were made."""
+        settings = self.memory_bank.config.preprocessing
+        sides = re.findall(r"\d+", f"{settings.get('size')} {settings.get('crop_size')}")
+        image_processor = get_image_processor_class_from_name(str(settings.get("image_processor_type")))
+        if image_processor is None or max(map(int, sides), default=0) > MAX_SIDE:
+            raise ValueError(
+                f"The bank's preprocessing names no image processor of transformers with sides up to {MAX_SIDE}: pass "
+                "pixel_values that the model's processor made."
+            )
+        images = [read_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+        pixels = image_processor.from_dict(dict(settings))(images=images, return_tensors="pt")["pixel_values"]
+        return pixels.to(self.device, self.base_model.vision_tower.dtype)
+
+    def sources_of(self, images: TinyAlignImageFeatures | None, mask: torch.Tensor) -> list[list[dict[str, Any]]]:
+        """Return the neighbours that were read for each row of a prompt, whose placeholders are at `mask`."""
+        sources = [[] for _ in mask]
+        if images is None or images.memory_ids is None or self.memory_bank is None:
+            return sources
+        scores = [None] * len(images.memory_ids) if images.memory_scores is None else images.memory_scores.tolist()
+        found = iter(zip(self.memory_bank.rows(images.memory_ids), scores, strict=True))
+        for row, count in enumerate((mask.sum(1) // len(images.pooler_output[0])).tolist()):
+            for number, (neighbours, similar) in enumerate(islice(found, count)):
+                for slot, neighbour in enumerate(neighbours):
+                    if neighbour is not None:
+                        score = similar and similar[slot]
+                        sources[row].append({"image": number, "score": score, **neighbour})
+        return sources
 
     def check_top_k(self):
         """Raise ValueError if `config.memory_top_k` was changed and the memory connector can't follow."""
@@ -324,20 +412,26 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         queries: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
         memory_ids: torch.LongTensor | None,
         memory_scores: torch.Tensor | None,
-        exclude_ids: list | None,
+        exclude_ids: list | str | int | None,
+        top_k: int | None = None,
     ) -> dict[str, torch.Tensor | None]:
         """Return memory values, ids and scores: of these rows of the bank, or of the nearest to the queries."""
         self.check_top_k()
         bank = self.require_bank()
         if memory_ids is None:
             keys = bank.encode_queries(*queries)
-            memory_scores, memory_ids = bank.search(keys, self.config.memory_top_k, exclude=exclude_ids)
+            slots = self.config.memory_top_k
+            top_k = slots if top_k is None else top_k
+            memory_scores, memory_ids = bank.search(keys, top_k, exclude=for_each(exclude_ids, len(keys)))
+            memory_ids = F.pad(memory_ids, (0, slots - top_k), value=-1)
+            memory_scores = F.pad(memory_scores, (0, slots - top_k), value=-torch.inf)
         memory_ids = torch.as_tensor(memory_ids)
         return {"memory_ids": memory_ids, "memory_values": bank.gather(memory_ids), "memory_scores": memory_scores}
 
     def read_memory(
         self,
         tokens: torch.Tensor,
+        threshold: float | None,
         memory_values: torch.Tensor,
         memory_ids: torch.LongTensor | None,
         memory_scores: torch.Tensor | None,
@@ -348,7 +442,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
         memory_scores = None if memory_scores is None else torch.as_tensor(memory_scores)
         check_memory_values(self.config, values, tokens.shape[0], memory_ids=memory_ids, memory_scores=memory_scores)
-        memory_ids, mask = used_slots(memory_ids, memory_scores, self.config.retrieval_threshold)
+        memory_ids, mask = used_slots(memory_ids, memory_scores, threshold)
         memory_tokens = self.memory_connector(
             values.to(tokens.device),
             mask,
@@ -369,6 +463,31 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             raise ValueError("Pass input_ids or inputs_embeds, the prompt made by the processor, with the images.")
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+    def uncached_images(
+        self, features: list[torch.Tensor], mask: torch.Tensor, cache: Cache | None, whole: bool = False
+    ) -> list[torch.Tensor]:
+        """
+        Return the image tokens that go into a prompt, those of images that a cache holds left out: they come first.
+
+        Args:
+            whole: The prompt has what the cache holds as well, and not only what comes after it.
+        """
+        size, past = len(features[0]), 0
+        if cache is not None and whole:
+            past = int(cache.get_seq_length())
+        elif cache is not None and cache.get_seq_length() > 0 and (len(mask) == 1 or not mask.any()):
+            features = features[len(features) - int(mask.sum()) // size :]
+            if not features:
+                return features
+        self.check_placeholders(mask, features)
+        left, new = iter(features), []
+        for row in mask:
+            cached = int(row[:past].sum())
+            if cached % size:
+                raise ValueError(f"The cache ends within an image, after {cached % size} of its {size} tokens.")
+            new += list(islice(left, int(row.sum()) // size))[cached // size :]
+        return new
 
     def check_placeholders(self, mask: torch.Tensor, features: list[torch.Tensor]):
         """Raise ValueError unless each row has its images' placeholders: two wrong rows could cancel out."""

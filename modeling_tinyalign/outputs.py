@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -69,9 +70,10 @@ class TinyAlignRetrieval(ModelOutput):
     source_ids: list[list[str]] | None = None
 
 
-def has_cache(kwargs: dict[str, Any]) -> bool:
-    """Return whether a cache is among these arguments: `cache`, called `past_key_values` before transformers 5.24."""
-    return kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
+def cache_of(kwargs: dict[str, Any]) -> Cache | None:
+    """Return the cache among these arguments: `cache`, called `past_key_values` before transformers 5.24."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def language_model_fields(outputs: ModelOutput) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers import BatchFeature, GenerationConfig, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_numpy_array, is_torch_tensor
 
@@ -25,6 +25,11 @@ BROKEN = (
     RecursionError,
     TypeError,
 )
+
+# What a pipeline passes to the processor, because it does not know it, and `generate` takes.
+RETRIEVAL_SETTINGS = {"memory", "exclude_ids", "memory_top_k", "retrieval_threshold"}
+GENERATION_SETTINGS = vars(GenerationConfig()).keys() - {"max_length", "return_dict_in_generate"}
+CALL_SETTINGS = RETRIEVAL_SETTINGS | GENERATION_SETTINGS | {"generation_config", "logits_processor", "streamer"}
 
 # Both have images, and `{% generation %}` around answers, so that only they are trained on.
 _CONTENT = """
@@ -196,6 +201,7 @@ class TinyAlignProcessor(ProcessorMixin):
             `input_ids`, `attention_mask`, `pixel_values (images, 3, H, W)`, and with `key_space="language"` and a
             query `query_input_ids`, `query_attention_mask (images, Q)`.
         """
+        settings = taken_settings(kwargs)
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
             texts = [self._fold_rag(sample) for sample in texts]
@@ -215,6 +221,8 @@ class TinyAlignProcessor(ProcessorMixin):
             )
             query_inputs = {f"query_{name}": query_inputs[name] for name in ("input_ids", "attention_mask")}
             inputs.update(BatchFeature(query_inputs, tensor_type=kwargs.get("return_tensors")))
+        if settings:
+            inputs["call_settings"] = settings
         return inputs
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
@@ -228,6 +236,8 @@ class TinyAlignProcessor(ProcessorMixin):
             for messages in (conversation if batched else [conversation])
         ]
         processor_kwargs = dict(processor_kwargs or {})
+        if kwargs.get("return_dict"):
+            processor_kwargs |= taken_settings(kwargs)
         if self.key_space == "language":
             processor_kwargs.setdefault("query_text", [self.query_text_of(messages) for messages in conversations])
             for name in {"padding", "padding_side", "truncation", "max_length"} & kwargs.keys():
@@ -335,6 +345,23 @@ class TinyAlignProcessor(ProcessorMixin):
                 spans.append((start, end))
             restored.append(spans)
         return restored
+
+
+def taken_settings(kwargs: dict) -> dict:
+    """Take the settings of `generate` out of the arguments of a call; `top_k` is `memory_top_k`.
+
+    Raises:
+        ValueError: `top_k` could be that of sampling.
+    """
+    settings = {name: kwargs.pop(name) for name in CALL_SETTINGS & kwargs.keys()}
+    if "top_k" in settings and "do_sample" in settings:
+        raise ValueError(
+            "top_k could be the number of neighbours or that of sampling: say memory_top_k=..., or "
+            "generate_kwargs={'do_sample': True, 'top_k': ...}."
+        )
+    if "top_k" in settings:
+        settings["memory_top_k"] = settings.pop("top_k")
+    return settings
 
 
 def _as_dict(message: Any) -> dict:
