@@ -308,6 +308,81 @@ def test_generate_takes_a_cache(model, ragged, name):
     assert torch.equal(second.sequences, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # the old name is the caller's
+@pytest.mark.parametrize("name", cache_names())
+@pytest.mark.parametrize("new_images", [0, 1])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_chat_goes_on_from_a_cache(model, processor, images, name, new_images, whole):
+    """The second turn from the cache of the first, with all images again: what it is without a cache."""
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    turns = chat(images[:2], PROMPTS[0])
+    first = encode(processor, [turns])
+    values = memory_values(3)
+    found = model.generate(**first, memory_values=values[:2], **settings, return_dict_in_generate=True)
+    ids = found.sequences
+    turns += chat(images[2 : 2 + new_images], PROMPTS[2])
+    rest = encode(processor, [turns[1:]])
+    pixels = [first["pixel_values"]] + ([rest["pixel_values"]] if new_images else [])
+    seen = {"pixel_values": torch.cat(pixels), "memory_values": values[: 2 + new_images]}
+    inputs = {"input_ids": torch.cat([ids, rest["input_ids"]], 1)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    expected = model.generate(**inputs, **seen, **settings)[:, -4:]
+    cached = found[name].get_seq_length()
+    with torch.no_grad():
+        logits = model(**inputs, **seen).logits[:, -1]
+        new = {**inputs, "input_ids": inputs["input_ids"][:, cached:], name: copy.deepcopy(found[name])}
+        torch.testing.assert_close(model(**new, **seen).logits[:, -1], logits, atol=1e-4, rtol=1e-4)
+    if not whole:
+        inputs["input_ids"] = inputs["input_ids"][:, cached:]
+    assert model.generate(**inputs, **seen, **{name: found[name]}, **settings)[:, -4:].equal(expected)
+
+
+def test_a_batch_of_chats_goes_on_from_a_cache(model, processor, images):
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    chats = [chat(images[:2], PROMPTS[1]), chat(images[2:3], PROMPTS[0])]
+    batch, values = encode(processor, chats), memory_values(4)
+    found = model.generate(**batch, memory_values=values[:3], **settings, return_dict_in_generate=True)
+    rest = encode(processor, [chat(images[3:4], PROMPTS[1]), chat([], PROMPTS[2])])
+    inputs = {
+        "input_ids": torch.cat([found.sequences, rest["input_ids"]], 1),
+        "attention_mask": torch.cat([F.pad(batch["attention_mask"], (0, 3), value=1), rest["attention_mask"]], 1),
+        "pixel_values": torch.cat([batch["pixel_values"][:2], rest["pixel_values"], batch["pixel_values"][2:]]),
+        "memory_values": values[[0, 1, 3, 2]],
+    }
+    expected = model.generate(**inputs, **settings)
+    cache = found[cache_names()[0]]
+    assert model.generate(**inputs, **settings, **{cache_names()[0]: cache}).equal(expected)
+
+
+def test_a_cache_that_ends_within_an_image(model, ragged):
+    _, batch = ragged
+    row = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
+    row |= {name: batch[name][:2] for name in ("pixel_values", "memory_values")}
+    place = (row["input_ids"][0] == model.config.image_token_id).nonzero()[5].item()
+    cache = model(input_ids=torch.full((1, place), 5), use_cache=True)[cache_names()[0]]
+    with pytest.raises(ValueError, match="The cache ends within an image, after 5 of its 19 tokens"):
+        model.generate(**row, max_new_tokens=1, **{cache_names()[0]: cache})
+
+
+@torch.no_grad()
+def test_generate_without_a_prompt_and_with_embeddings(model, ragged):
+    """As transformers' models do: from the first token, and from embeddings that are complete."""
+    _, batch = ragged
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    start = torch.tensor([[model.generation_config.bos_token_id]])
+    assert model.generate(**settings).equal(model.generate(input_ids=start, **settings))
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    features = model.get_image_features(**{name: batch[name] for name in ("pixel_values", "memory_values")})
+    embeds[batch["input_ids"] == model.config.image_token_id] = torch.cat(features.pooler_output)
+    expected, mask = model.generate(**batch, **settings), batch["attention_mask"]
+    found = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings)
+    assert found.equal(expected[:, -3:])
+    given = {"input_ids": batch["input_ids"], "inputs_embeds": embeds, "attention_mask": mask}
+    assert model.generate(**given, **settings).equal(expected)
+    whole = model(**batch).logits
+    torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, whole)
+
+
 def test_no_deprecation_of_ours(model, ragged, monkeypatch):
     """transformers warns of old names through its loggers, once a process."""
     messages = []
