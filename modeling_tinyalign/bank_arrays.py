@@ -72,10 +72,7 @@ def local_folder(config: BankConfig) -> Path:
 
 @contextlib.contextmanager
 def laid_out_once(folder: Path) -> Iterator[None]:
-    """Wait while another process lays the same bank out; a killed one keeps nobody waiting.
-
-    Where nothing can be locked, on Windows and some network file systems, each does so: more work, but no harm.
-    """
+    """Wait while another process lays the same bank out. Where nothing can be locked each does so, without harm."""
     lock = cache_root() / f".layout-{folder.name}"
     with cache_errors():
         lock.mkdir(parents=True, exist_ok=True)

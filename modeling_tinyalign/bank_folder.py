@@ -207,16 +207,10 @@ def existing_paths(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def write_shards(folder: Path, batches: Iterable[pa.RecordBatch], bounds: Sequence[int], quantized: bool) -> None:
-    """Write `data/train-*.parquet` under `folder`.
-
-    Args:
-        batches: the bank's rows, `BATCH_ROWS` each.
-        bounds: of `shard_bounds`.
-        quantized: the numbers are rounded, and small once their like bytes are next to each other.
-    """
+    """Write `data/train-*.parquet` under `folder`: batches of `BATCH_ROWS`, in shards with these `shard_bounds`."""
     (folder / "data").mkdir()
     options = {"use_dictionary": False, "write_statistics": STATISTICS}
-    if quantized:
+    if quantized:  # rounded numbers are small once their like bytes are next to each other
         options |= {"compression": "zstd", "use_byte_stream_split": SPLIT_COLUMNS}
     rows = iter(batches)
     for name, (start, stop) in zip(shard_names(len(bounds) - 1), itertools.pairwise(bounds), strict=True):
@@ -228,11 +222,7 @@ def write_shards(folder: Path, batches: Iterable[pa.RecordBatch], bounds: Sequen
 
 
 def shard_bounds(table: pa.Table, row_bytes: int) -> list[int]:
-    """Return the first rows of the shards and the end, so that none exceeds `SHARD_BYTES` (unless one batch does).
-
-    Args:
-        table: every column but key and value, which have `row_bytes` a row.
-    """
+    """Return the first rows of shards of at most `SHARD_BYTES`, and the end. Key and value have `row_bytes` a row."""
     bounds, size = [0], 0
     for start in range(0, len(table), BATCH_ROWS):
         batch = table[start : start + BATCH_ROWS]

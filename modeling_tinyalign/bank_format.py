@@ -122,7 +122,6 @@ class BankConfig:
     """The content of bank_config.json.
 
     Attributes:
-        key_dim, num_latents, latent_dim: sizes of a key and of a value.
         quantized: keys are rounded to float16 and values to 8 bits.
         preprocessing: settings of the image processor.
         value_encoder: sizes of the `ValueEncoder`.

@@ -63,8 +63,7 @@ class MemoryBank(BankRows):
         revision: str | None = None,
     ):
         super().__init__(config)
-        self.key_encoder = key_encoder.requires_grad_(False)
-        self.probe_keys = probe_keys
+        self.key_encoder, self.probe_keys = key_encoder.requires_grad_(False), probe_keys
         self.value_encoder = value_encoder
         self.repo_id, self.revision = repo_id, revision
         self.left_out: list[LeftOutRow] = []
@@ -245,10 +244,7 @@ class MemoryBank(BankRows):
         return self.key_encoder.to(vision_features.device)(vision_features, query_input_ids, query_attention_mask)
 
     def for_any_tower(self) -> MemoryBank:
-        """Return this bank, for a vision tower it was not built with: an ablation (the paper's Table 7).
-
-        Features of another width are cut, or filled up with zeros.
-        """
+        """Return this bank for a tower it was not built with, whose features are cut or filled up: an ablation."""
         bank = copy.copy(self)
         bank.any_tower = True
         return bank

@@ -106,11 +106,10 @@ class RowEncoder:
     """Encode rows of a data set, batch by batch, into record batches of a bank.
 
     Attributes:
-        read_row: reads a row, as `RowReader` does.
-        keep_columns: names of what it keeps.
+        read_row: reads a row, as `RowReader` does, with the columns to keep.
         skip_bad_rows: leave bad rows out instead of raising ValueError.
-        seen: names of images, 16 bytes each, whose rows are left out as duplicates; those of the rows are added. None
-            keeps duplicates.
+        seen: 16 bytes for each image, whose rows are left out as duplicates; those of the rows are added. None keeps
+            duplicates.
         vision_features: `(rows of the data set, tokens, width)`, to skip the tower where they are known.
         next_id: the id that the next row gets.
         left_out: rows that were left out so far.
