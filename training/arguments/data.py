@@ -53,9 +53,7 @@ class DataArguments:
         },
     )
     strict: bool = field(default=False, metadata={"help": "Stop when a row is bad, instead of skipping it."})
-    num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that read and check the rows, and look up their neighbours."}
-    )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that read and check the rows."})
     cache_features: bool = field(
         default=False,
         metadata={

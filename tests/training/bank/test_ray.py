@@ -124,21 +124,16 @@ def test_a_worker_is_killed_and_the_same_bank(build, cluster, monkeypatch, capsy
     assert len(saved) == PARTS and sorted(os.listdir(build.out)) == ["bank", "local"]
 
 
-def test_rows_are_added_by_actors(build, cluster, place, capsys, tinyalign):
-    """With the same ids; rows that the bank has are left out."""
-    chosen = ["--rows", "8", "--seed", "1"]
-    build("bank", *chosen)
-    more = ["--model", place / "model", "--dataset", place / "data.parquet", "--batch_size", "2", *chosen]
-    for name, options in (("local", []), ("ray", ["--ray", "1"])):
-        tinyalign("add", build.out / "bank", *more, "--out", build.out / name, *options)
-        assert re.search(f"{name}: 16 rows, 8 of them new; 8 left out .8 duplicate", capsys.readouterr().out)
-    assert content_of(build.out / "ray") == content_of(build.out / "local")
-    assert sorted(os.listdir(build.out)) == ["bank", "local", "ray"]
+def test_adding_goes_on_where_it_stopped_with_and_without_ray(build, cluster, place, monkeypatch, capsys, tinyalign):
+    """Ids go on from the bank's; rows that it has are left out, and others are chosen."""
+    build("bank", "--rows", "8", "--seed", "1")
+    saved = []
 
-
-def test_goes_on_where_it_stopped_with_and_without_ray(build, cluster, monkeypatch):
-    chosen = ["--rows", "50", "--seed", "3"]
-    expected, saved = build("local", *chosen), []
+    def add(out: str, *options: str) -> dict[Path, bytes]:
+        more = ["--model", place / "model", "--dataset", place / "data.parquet", "--batch_size", "2"]
+        chosen = ["--rows", "40", "--seed", "1", "--out", build.out / out]
+        tinyalign("add", build.out / "bank", *more, *chosen, *options)
+        return content_of(build.out / out)
 
     def save_file(path: Path, part):
         if len(saved) == 4:
@@ -146,11 +141,15 @@ def test_goes_on_where_it_stopped_with_and_without_ray(build, cluster, monkeypat
         encode.save_file(path, part)
         saved.extend([path] if path.suffix == ".arrow" else [])
 
+    expected = add("local")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(bank_ray, "save_file", save_file)
-        build("bank", *chosen, "--ray", "1")
-    assert sorted((build.out / ".bank.build").glob("*.arrow")) == sorted(saved)
-    assert build("bank", *chosen) == expected
+        add("again", "--ray", "1")
+    assert sorted((build.out / ".again.build").glob("*.arrow")) == sorted(saved)
+    capsys.readouterr()
+    assert add("again") == expected
+    assert re.search(r"again: 48 rows, 40 of them new; \d+ left out .[89] duplicate", capsys.readouterr().out)
+    assert sorted(os.listdir(build.out)) == ["again", "bank", "local"]
 
 
 def test_a_number_of_actors(build):
