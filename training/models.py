@@ -9,6 +9,7 @@ from transformers.utils import logging
 from ..modeling_tinyalign import MemoryBank, TinyAlignConfig, TinyAlignForConditionalGeneration
 from ..modeling_tinyalign.connectors import Connector
 from ..processing import TinyAlignProcessor
+from .arguments.names import check_name
 from .arguments.stage import StageArguments
 
 logger = logging.get_logger(__name__)
@@ -16,6 +17,9 @@ logger = logging.get_logger(__name__)
 
 def load_model(config: StageArguments, bank: MemoryBank | None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model of a config and its processor, loaded or composed; a composed one reads the words of this bank."""
+    for name in ("vision_model", "language_model") if config.model is None else ("model",):
+        if vars(config)[name] is not None:
+            check_name(name, vars(config)[name])
     if config.model is not None:
         model = _load_trained(config)
         padding = {"image_aspect_ratio": "pad"} if config.image_aspect_ratio == "pad" else {}
@@ -120,6 +124,7 @@ def read_bank(config: StageArguments) -> MemoryBank | None:
     """The bank that a config names, or None if it names none or is of the baseline."""
     if not config.memory_bank or (config.model_kwargs or {}).get("memory_top_k") == 0:
         return None
+    check_name("memory_bank", config.memory_bank, "dataset")
     bank = MemoryBank.from_pretrained(config.memory_bank)
     return bank.for_any_tower() if config.any_tower else bank
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import sys
 from itertools import takewhile
+from pathlib import Path
 from types import ModuleType
 
 from . import (
@@ -55,6 +56,9 @@ GROUPS = {
 }
 # These take YAML files first, and then any field of the settings of the files.
 FILE_COMMANDS = (train, neighbours, data_check, bank_calibrate)
+# Options that name a folder or a repository, and the kind of repository.
+REPOSITORIES = {"model": "model", "vision_model": "model", "language_model": "model"}
+REPOSITORIES |= dict.fromkeys(("bank", "banks", "like", "value_encoder", "memory_bank"), "dataset")
 # Started again, these go on from where they were stopped.
 RESUMABLE_COMMANDS = (train, neighbours, demo, bank_build, bank_add)
 
@@ -73,7 +77,19 @@ def main(argv: list[str] | None = None):
     if not sys.stderr.isatty():  # a progress bar in a file is one long line
         os.environ.setdefault("TQDM_DISABLE", "1")
     with reported_errors(resumable=command in RESUMABLE_COMMANDS):
+        check_names(vars(arguments))
         command.run(arguments)
+
+
+def check_names(options: dict):
+    """Tell of a model or bank that is nowhere, before anything is loaded."""
+    for option, repo_type in REPOSITORIES.items():
+        values = options.get(option)
+        for name in values if option == "banks" and values else [values]:
+            if isinstance(name, str) and not Path(name).expanduser().exists():
+                from tinyalign_vlm.training.arguments.names import check_name
+
+                check_name(option, name, repo_type)
 
 
 def exit_with_help_if_asked(command: ModuleType, parser: argparse.ArgumentParser, arguments: argparse.Namespace):

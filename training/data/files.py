@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import datasets
 
+from ..arguments.names import check_name
 from ..arguments.stage import StageArguments
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -47,6 +48,7 @@ def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDat
         if suffix == ".parquet":
             rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=config.streaming)
         else:
+            check_name("dataset", config.dataset, "dataset")
             rows = datasets.load_dataset(
                 config.dataset,
                 config.dataset_config,
