@@ -44,7 +44,7 @@ def test_remove_by_picture_name_and_columns(folder, kept, images, captions, tmp_
         (["--where", "licence=cc0"], "no column 'licence', expected column=value.*id, source_id, caption, license"),
         (["--where", "__import__('os')"], "no condition, expected column=value"),
         (["--where", "license>cc0"], "no condition"),
-        (["--where", "source~"], "All 12 rows of .* would be removed, but a memory bank needs at least one"),
+        (["--where", "source~"], "All 12 rows would be removed, but a memory bank needs at least one"),
         (["--image", "missing.png"], "the image cannot be read .FileNotFoundError"),
     ],
 )

@@ -1,11 +1,9 @@
 """A bank in a LanceDB database is the bank that was written there."""
 
-import json
+import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from huggingface_hub import constants
 from isolation import set_hf_home
-from torch.utils.data import DataLoader
 
 from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
@@ -177,53 +175,35 @@ def test_it_can_be_taken_back(bank, model, processor, images, tmp_path):
     assert more.captions == [*bank.captions[1:], "again"]
 
 
-class Gathered(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, number):
-        return self.rows.gather([number])
-
-
 def test_workers_read_values(large, exact, monkeypatch):
     rows = exact.rows_only()
     rows.gather([0])
     pickled = pickle.dumps(rows)
     assert len(pickled) < 20_000 and pickle.loads(pickled).gather([3]).equal(large.gather([3]))
-    loader = DataLoader(Gathered(rows), num_workers=1, multiprocessing_context="spawn", batch_size=4)
-    (batch,) = loader
-    assert batch[:, 0].equal(large.gather(np.arange(4)))
     monkeypatch.setattr(lance_tables, "PROCESS", 0)  # as if it had been forked
     for use in (lambda: rows.gather([0]), lambda: exact.search(exact.keys([0]), 1), lambda: rows.rows([0])):
         with pytest.raises(RuntimeError, match="forked .*multiprocessing_context: spawn"):
             use()
 
 
+def answers_elsewhere(rows, uri: Path, home: str) -> list:
+    """In a process of its own: what is read from the rows of a bank, and what the bank answers that is opened anew."""
+    constants.HF_HOME = home
+    bank = LanceBank.from_pretrained(uri)
+    scores, ids = bank.search(bank.keys(range(3)), 4)
+    return [rows.gather([0, 1]).tolist(), scores.tolist(), ids.tolist(), bank.gather(ids).double().sum().item()]
+
+
 def test_the_command_and_a_new_process(bank, tmp_path, capsys):
     bank.save_pretrained(tmp_path / "bank")
     main(["bank", "lance", str(tmp_path / "bank"), (tmp_path / "lance").as_uri()])
     assert f"{len(bank)} rows" in capsys.readouterr().out
-    script = (
-        "import json, sys, numpy as np\n"
-        "from tinyalign_vlm.training.bank.lance import LanceBank\n"
-        "bank = LanceBank.from_pretrained(sys.argv[1])\n"
-        "scores, ids = bank.search(bank.keys(range(3)), 4)\n"
-        "print(json.dumps([scores.tolist(), ids.tolist(), bank.gather(ids).double().sum().item()]))"
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "fresh_home")}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "lance")],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env=environment,
-        cwd=tmp_path,
-    )
+    rows = LanceBank.from_pretrained(tmp_path / "lance").rows_only()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        gathered, *found = pool.apply(answers_elsewhere, (rows, tmp_path / "lance", str(tmp_path / "fresh_home")))
     scores, ids = bank.search(bank.keys(range(3)), 4)
-    assert json.loads(done.stdout) == [scores.tolist(), ids.tolist(), bank.gather(ids).double().sum().item()]
+    assert gathered == bank.gather([0, 1]).tolist()
+    assert found == [scores.tolist(), ids.tolist(), bank.gather(ids).double().sum().item()]
 
 
 def test_what_is_no_bank_is_refused(bank, tmp_path, monkeypatch):
