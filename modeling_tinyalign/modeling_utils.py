@@ -72,7 +72,7 @@ def opened_bank(bank: MemoryBank | str | os.PathLike, revision: str | None = Non
     """Return a bank, loaded if it is a name or a path; `TypeError` for anything else."""
     if isinstance(bank, (str, os.PathLike)):
         return MemoryBank.from_pretrained(bank, revision=revision)
-    if type(bank).__name__ != "MemoryBank":  # a checkpoint's own class is another one
+    if "MemoryBank" not in (kind.__name__ for kind in type(bank).__mro__):  # a checkpoint's own class is another one
         raise TypeError(f"The bank is a {type(bank).__name__}, expected a MemoryBank, a folder or a repository.")
     return bank
 
