@@ -18,11 +18,8 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.utils import logging
 
 from ...processing.images import decode_image
-
-logger = logging.get_logger(__name__)
 
 PART_IMAGES = 256  # what a killed process loses at most
 
@@ -173,8 +170,6 @@ def _compute(
         written = file.read() or bytes([1]) * num_parts
         state.wait_for_everyone()  # all know what is to do before one of them starts to do it
         todo = [part for part in range(num_parts) if not written[part]]
-        if len(todo) < num_parts:
-            logger.info(f"{partial}: {num_parts - len(todo)} of {num_parts} parts are there.")
         todo = todo[state.process_index :: state.num_processes]
         spans = [range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, len(images))) for part in todo]
         with tqdm(total=sum(map(len, spans)), desc=desc, unit="image", position=state.process_index) as bar:
