@@ -47,11 +47,11 @@ SPLIT_COLUMNS = ["key.list.element", "value.list.element"]
 
 def open_folder(
     name_or_path: str | Path, revision: str | None, token: str | bool | None
-) -> tuple[BankConfig, KeyEncoder, torch.Tensor, ValueEncoder, str | None, str | None]:
-    """Read all of a bank but its rows; see `MemoryBank.from_pretrained`.
+) -> tuple[BankConfig, KeyEncoder, torch.Tensor, Path, str | None, str | None]:
+    """Read a bank's config and key encoder; see `MemoryBank.from_pretrained`.
 
     Returns:
-        config, key encoder, probe keys and value encoder; repository and commit, None for a folder.
+        config, key encoder and probe keys; the folder; repository and commit, None if it is none of the Hub's.
     """
     require_bank_packages()
     folder, repo_id = Path(name_or_path), None
@@ -61,18 +61,24 @@ def open_folder(
         repo_id = str(name_or_path)
         folder = fetch(repo_id, CONFIG_NAME, revision, token).parent
         revision = folder.name
-    paths = [folder / name for name in (CONFIG_NAME, KEY_ENCODER_NAME, VALUE_ENCODER_NAME)]
-    with evict_on_error(paths[:1] if repo_id else []):
-        config = BankConfig.from_json(paths[0])
+    config_path, encoder_path = folder / CONFIG_NAME, folder / KEY_ENCODER_NAME
+    with evict_on_error([config_path] if repo_id else []):
+        config = BankConfig.from_json(config_path)
     if repo_id is not None:
         for name in (KEY_ENCODER_NAME, VALUE_ENCODER_NAME):
             fetch(repo_id, name, revision, token)
-    with evict_on_error(paths if repo_id else []):
-        check_file(paths[1], config.sha256.key_encoder)
-        check_file(paths[2], config.sha256.value_encoder)
-        key_encoder, probe_keys = KeyEncoder.load(paths[1], config.key_encoder, config.key_dim)
-        value_encoder = ValueEncoder.of_bank(paths[2], config.value_encoder)
-    return config, key_encoder, probe_keys, value_encoder, repo_id, revision
+    with evict_on_error([config_path, encoder_path] if repo_id else []):
+        check_file(encoder_path, config.sha256.key_encoder)
+        key_encoder, probe_keys = KeyEncoder.load(encoder_path, config.key_encoder, config.key_dim)
+    return config, key_encoder, probe_keys, folder, repo_id, revision
+
+
+def read_value_encoder(folder: Path, config: BankConfig, is_download: bool) -> ValueEncoder:
+    """Read the value encoder; ValueError, naming its file, if it is not the one of the bank."""
+    path = folder / VALUE_ENCODER_NAME
+    with evict_on_error([path] if is_download else []):
+        check_file(path, config.sha256.value_encoder)
+    return ValueEncoder.of_bank(path, config.value_encoder)
 
 
 def lay_out_folder(

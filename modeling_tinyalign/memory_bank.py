@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .bank_arrays import SCRATCH_PREFIX, cache_root, lay_out
-from .bank_folder import lay_out_folder, open_folder, write_folder
+from .bank_folder import lay_out_folder, open_folder, read_value_encoder, write_folder
 from .bank_format import BATCH_ROWS, LEFT_OUT_NAME, BankConfig
 from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
@@ -45,7 +45,6 @@ class MemoryBank(BankRows):
     Attributes:
         key_encoder: the frozen `KeyEncoder`.
         probe_keys: `(4, raw_dim)`, raw keys of four fixed synthetic images.
-        value_encoder: the frozen `ValueEncoder`.
         repo_id, revision: the Hub repository and commit it came from or was pushed to, or None.
         left_out: rows that `build` or `add` has left out, and why; `save_pretrained` writes them to left_out.jsonl.
         any_tower: see `for_any_tower`.
@@ -58,13 +57,13 @@ class MemoryBank(BankRows):
         config: BankConfig,
         key_encoder: KeyEncoder,
         probe_keys: torch.Tensor,
-        value_encoder: ValueEncoder,
+        value_encoder: ValueEncoder | Path,
         repo_id: str | None = None,
         revision: str | None = None,
     ):
         super().__init__(config)
         self.key_encoder, self.probe_keys = key_encoder.requires_grad_(False), probe_keys
-        self.value_encoder = value_encoder
+        self._value_encoder = value_encoder
         self.repo_id, self.revision = repo_id, revision
         self.left_out: list[LeftOutRow] = []
 
@@ -74,6 +73,13 @@ class MemoryBank(BankRows):
             f"MemoryBank({len(self)} rows, keys of {config.key_dim}, values of {config.num_latents} x "
             f"{config.latent_dim}, {config.key_encoder.key_space} space, tower {config.tower.name})"
         )
+
+    @property
+    def value_encoder(self) -> ValueEncoder:
+        """The frozen value encoder, read from the bank's folder when it is first asked for."""
+        if isinstance(self._value_encoder, Path):
+            self._value_encoder = read_value_encoder(self._value_encoder, self.config, self.repo_id is not None)
+        return self._value_encoder
 
     # ------------------------------------------------------------------ making one
 

@@ -65,7 +65,7 @@ def test_pickles_in_the_place_of_a_banks_files(name, bank_folder, canary):
     for content in (canary.pickled, canary.torch_file):
         (bank_folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=str(bank_folder / name)):
-            MemoryBank.from_pretrained(bank_folder)
+            MemoryBank.from_pretrained(bank_folder).value_encoder.eval()
     assert canary.alive
 
 
