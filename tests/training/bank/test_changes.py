@@ -63,7 +63,7 @@ def test_folders_that_are_no_banks(command, tmp_path, capsys, tinyalign, monkeyp
     options = {
         "remove": ["--where", "a=b", *out],
         "merge": [tmp_path / "empty", *out],
-        "add": ["--model", "m", "--dataset", "d", *out],
+        "add": ["--model", tmp_path / "empty", "--dataset", "d", *out],
         "view": ["-o", tmp_path / "page.html"],
     }
     for name in ("missing", "empty"):
