@@ -23,6 +23,7 @@ CONFIG_NAME = "bank_config.json"
 KEY_ENCODER_NAME = "key_encoder.safetensors"
 VALUE_ENCODER_NAME = "value_encoder/model.safetensors"
 LEFT_OUT_NAME = "left_out.jsonl"
+CARD_FACTS_NAME = "card_facts.json"
 FORMAT_VERSION = 1
 BATCH_ROWS = 1024  # that are read, written and passed on together
 FIXED_COLUMNS = ("id", "source_id", "caption", "key", "value", "thumbnail")

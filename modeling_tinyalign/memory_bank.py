@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .bank_arrays import SCRATCH_PREFIX, cache_root, lay_out
 from .bank_folder import lay_out_folder, open_folder, read_value_encoder, write_folder
-from .bank_format import BATCH_ROWS, LEFT_OUT_NAME, BankConfig
+from .bank_format import BATCH_ROWS, CARD_FACTS_NAME, LEFT_OUT_NAME, BankConfig
 from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
 from .files import CARD_NAME, SHARDS, make_bank_card, push_files, replace_folder, scratch_folder
@@ -47,10 +47,12 @@ class MemoryBank(BankRows):
         probe_keys: `(4, raw_dim)`, raw keys of four fixed synthetic images.
         repo_id, revision: the Hub repository and commit it came from or was pushed to, or None.
         left_out: rows that `build` or `add` has left out, and why; `save_pretrained` writes them to left_out.jsonl.
+        card_facts: content of card_facts.json, which `build` fills in.
         any_tower: see `for_any_tower`.
     """
 
     any_tower = False
+    card_facts: str | None = None
 
     def __init__(
         self,
@@ -340,6 +342,8 @@ class MemoryBank(BankRows):
         if self.left_out:
             lines = (json.dumps(asdict(row)) + "\n" for row in self.left_out)
             (folder / LEFT_OUT_NAME).write_text("".join(lines), encoding="utf-8")
+        if self.card_facts is not None:
+            (folder / CARD_FACTS_NAME).write_text(self.card_facts, encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, *, card: DatasetCard | str | None = None, **kwargs) -> CommitInfo:
         """Upload the bank to a dataset repository, in one commit; shards of an earlier version are deleted.
@@ -355,6 +359,7 @@ class MemoryBank(BankRows):
         with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
             self.write_files(folder)
             (folder / LEFT_OUT_NAME).unlink(missing_ok=True)  # it may name files of this machine
+            (folder / CARD_FACTS_NAME).unlink(missing_ok=True)
             files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
             if card is not None:
                 files[CARD_NAME] = str(card).encode()

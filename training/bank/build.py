@@ -20,6 +20,7 @@ from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.row_encoder import RowEncoder, check_row_settings, finished
 from ...modeling_tinyalign.value_encoder import ValueEncoder
 from ..data.images import DatasetImages
+from ..hub.bank_facts import facts_of_dataset
 from .encode import EncodedParts, RowChoice, no_usable_row
 from .value_encoder_training import ValueEncoderTrainingConfig, train_new_value_encoder
 
@@ -81,7 +82,9 @@ def build_bank(
     with evaluating(model, value_encoder), cache_errors(), scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
         parts = EncodedParts(folder)
         parts.encode(encoder, source, RowChoice(total=source.total))
-        return finish_bank(encoder, parts, "The dataset", whiten_dim, quantized)
+        bank = finish_bank(encoder, parts, "The dataset", whiten_dim, quantized)
+    bank.card_facts = facts_of_dataset(bank, dataset)
+    return bank
 
 
 def finish_bank(

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from ...modeling_tinyalign import MemoryBank
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ...processing.images import decode_image
+from ..hub.bank_facts import save_with_facts
 from .folders import check_new_folder
 
 
@@ -52,7 +53,10 @@ def remove_rows(
             )
         rows.update(found)
     smaller = bank.remove(sorted(rows))
-    smaller.save_pretrained(out)
+    command = ["tinyalign", "bank", "remove", str(bank_name)]
+    for option, values in (("--source-id", source_ids), ("--image", images), ("--where", where)):
+        command += [word for value in values for word in (option, value)]
+    save_with_facts(smaller, out, [*command, "--out", "bank"], [bank_name])
     print(f"{out}: {len(smaller)} rows, {len(rows)} removed.")
 
 

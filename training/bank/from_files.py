@@ -20,7 +20,8 @@ from ..arguments.alignment import AlignmentConfig
 from ..data.images import CaptionedImages, fingerprint_files
 from ..data.rows import batch_size_of
 from ..disk import keeping
-from ..hub.parts import record_bank
+from ..hub.bank_facts import DATA, command_of_settings, record_bank
+from ..hub.parts import describe_part
 from ..models import load_model
 from .build import finish_bank, new_key_encoder
 from .encode import EncodedParts, RowChoice, count_kinds, no_usable_row
@@ -131,7 +132,7 @@ def add_from_files(
 
     Goes on where it was killed, and raises, as `build_from_files`.
     """
-    _write_bank(settings, out, MemoryBank.from_pretrained(bank_name), ray, with_old_rows=True)
+    _write_bank(settings, out, MemoryBank.from_pretrained(bank_name), ray, old_rows_of=bank_name)
 
 
 def _write_bank(
@@ -139,9 +140,10 @@ def _write_bank(
     out: str | os.PathLike,
     old: MemoryBank | None,
     ray: int | None,
-    with_old_rows: bool = False,
+    old_rows_of: str | os.PathLike | None = None,
 ) -> None:
-    """Write a new bank: with the encoders of an old one or new ones, and with the old one's rows or without."""
+    """Write a new bank: with the encoders of an old one or new ones, and with the old one's rows if it is named."""
+    with_old_rows = old_rows_of is not None
     folder = Path(out).resolve()
     with work_folder(folder) as work:
         build = FileBuild.begin(settings, work, folder, old)
@@ -168,18 +170,23 @@ def _write_bank(
                 rows = finished(parts.batches(), old.key_encoder.cpu())
                 bank = old.with_rows(rows, parts.left_out, settings.quantized)
                 bank.config.num_left_out = len(parts.left_out)
-            replace_folder(folder, partial(write_with_facts, bank, settings))
+            replace_folder(folder, partial(write_with_facts, bank, settings, old_rows_of))
         work.clear()
     new = f", {parts.num_rows} of them new" if with_old_rows else ""
     listed = f", listed in {Path(out, LEFT_OUT_NAME)}" if parts.left_out else ""
     print(f"{out}: {len(bank)} rows{new}; {count_kinds(parts.left_out)}{listed}.")
 
 
-def write_with_facts(bank: MemoryBank, settings: RowSettings, folder: Path) -> None:
-    """Write a bank into an empty folder, and if all its rows are new, what its card will say of how it was made."""
+def write_with_facts(
+    bank: MemoryBank, settings: RowSettings, old_rows_of: str | os.PathLike | None, folder: Path
+) -> None:
+    """Write a bank into an empty folder, and what its card will say of how it was made."""
     bank.write_files(folder)
-    if isinstance(settings, BuildSettings):
-        record_bank(folder, settings)
+    data = describe_part(DATA, settings.dataset, "dataset", settings.dataset_revision)
+    if old_rows_of is None:
+        record_bank(folder, bank, command_of_settings(["build"], settings), data)
+    else:
+        record_bank(folder, bank, command_of_settings(["add", str(old_rows_of)], settings), data, [old_rows_of])
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pyarrow as pa
 from ...modeling_tinyalign import MemoryBank
 from ...modeling_tinyalign.bank_format import BankConfig
 from ...modeling_tinyalign.bank_rows import renumbered
+from ..hub.bank_facts import save_with_facts
 from .folders import check_new_folder
 
 
@@ -42,7 +43,9 @@ def merge_banks(
     merged = banks[0].with_rows(renumbered(merged_tables(banks, keep_duplicates)))
     left_out = sum(map(len, banks)) - len(merged)
     merged.config.num_left_out = left_out + sum(bank.config.num_left_out for bank in banks)
-    merged.save_pretrained(out)
+    duplicates = ["--keep_duplicates"] if keep_duplicates else []
+    command = ["tinyalign", "bank", "merge", *map(str, bank_names), *duplicates, "--out", "bank"]
+    save_with_facts(merged, out, command, bank_names)
     print(f"{out}: {len(merged)} rows of {len(banks)} banks; {left_out} left out, whose image an earlier bank has.")
 
 

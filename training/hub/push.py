@@ -13,7 +13,7 @@ from ...modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
 from ...modeling_tinyalign.files import CARD_NAME, WEIGHTS, push_files, resolve_commit
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.modeling_tinyalign import TinyAlignForConditionalGeneration
-from .parts import with_facts_of_hub
+from .bank_facts import with_facts_of_hub
 
 AUTO_CLASSES = {
     "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),

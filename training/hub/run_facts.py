@@ -94,7 +94,7 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
         "optimiser": args.optim.value,
         "weight decay": args.weight_decay,
         "gradient clipping": args.max_grad_norm,
-        "rows": len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else None,
+        **_passes(trainer),
         "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "steps": state.global_step,
         "weights of the best step": best,
@@ -111,6 +111,13 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
         peak_memory_gb=peak_memory_gb(),
         saved_step=best,
     )
+
+
+def _passes(trainer: Trainer) -> dict[str, int | float]:
+    """Return how many rows there are and how often each was seen; nothing of streamed rows, which are not counted."""
+    if not isinstance(trainer.train_dataset, Sized):
+        return {}
+    return {"rows": len(trainer.train_dataset), "passes over the rows": round(trainer.state.epoch or 0, 3)}
 
 
 def _trained_parts(trainer: Trainer) -> dict[str, str | float]:

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -15,7 +17,8 @@ from ...hub_cards.cards import parts_of_config, write_card
 from ...hub_cards.facts import FACTS_NAME, Evaluation, Example, ModelFacts, Part, read_facts
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..arguments.stage import StageArguments
-from .parts import UNKNOWN, describe_part, public_command
+from .bank_facts import licenses_of_rows
+from .parts import LOCAL, UNKNOWN, common_license, describe_part, license_of, public_command, public_source
 from .run_facts import (
     CURVES_NAME,
     RECORD_NAME,
@@ -36,8 +39,7 @@ STAGES = {1: "Stage 1: alignment pre-training", 2: "Stage 2: instruction tuning"
 def write_training_card(
     config: StageArguments, model: PreTrainedModel, trainer: Trainer, bank: MemoryBank | None, command: str
 ) -> None:
-    """
-    Writes training_record.json, training_curves.png and README.md beside a model that was just trained.
+    """Write training_record.json, training_curves.png and README.md beside a model that was just trained.
 
     A model that goes on from another has the parts and stages of that one in its card, too. What a run can't know is
     "unknown" in card_facts.json, where it can be filled in: licences of local weights and data. A card that can't be
@@ -67,36 +69,41 @@ def _facts(
         parts, license = earlier.parts, earlier.license
     else:
         parts = _composed_of(model)
-        license = _common([part.license for part in parts])
+        license = common_license([part.license for part in parts])
     data = _training_data(config)
+    again = [part for part in parts if (part.source, part.revision) == (data.source, data.revision)]
+    evaluation = _evaluation(config, records[-1], data)
     return ModelFacts(
         repo_id=Path(config.output_dir).resolve().name,
         summary=_summary(parts, data, bank),
         license=license,
         language=earlier and earlier.language,
-        parts=[*(part for part in parts if part.source != data.source), data],
+        parts=[*parts, *([] if again else [data])],
         top_k=model.config.memory_top_k,
         bank=None if bank is None else _bank_part(config, bank),
         example=Example(prompt=config.prompt or Example.prompt),
         stages=hyperparameters(records),
         curves=CURVES_NAME,
         command=public_command(shlex.split(command)),
-        evaluation=_evaluation(records[-1], data),
+        evaluation=evaluation,
         hardware=hardware(config.world_size, config.use_cpu),
         training_hours=sum(record.seconds for record in records) / 3600,
         peak_memory_gb=max((record.peak_memory_gb for record in records if record.peak_memory_gb), default=None),
-        limits=_limits(parts, data, bank, records[-1]),
+        limits=_limits([*parts, data], bank, evaluation, records[-1]),
         versions=versions(),
     )
 
 
 def _composed_of(model: PreTrainedModel) -> list[Part]:
-    """Returns the vision tower and the language model of a model: its own, whatever a recipe's defaults say."""
+    """Return the vision tower and the language model of a model: its own, whatever a recipe's defaults say."""
+    parts = []
     origins = model.config.vision_model, model.config.language_model  # paths, when it was composed in this process
-    return [
-        describe_part(part.role, origin or part.source, "model", part.revision)
-        for part, origin in zip(parts_of_config(model.config), origins, strict=True)
-    ]
+    for part, origin in zip(parts_of_config(model.config), origins, strict=True):
+        if origin is None and part.hub_type is None:  # its folder is not known any more
+            parts.append(replace(part, revision=part.revision or LOCAL, license=UNKNOWN))
+        else:
+            parts.append(describe_part(part.role, origin or part.source, "model", part.revision))
+    return parts
 
 
 def _training_data(config: StageArguments) -> Part:
@@ -111,23 +118,20 @@ def _training_data(config: StageArguments) -> Part:
 
 def _bank_part(config: StageArguments, bank: MemoryBank) -> Part:
     if bank.repo_id is not None:
-        return describe_part("memory bank", bank.repo_id, "dataset", bank.revision)
-    part = describe_part("memory bank", str(config.memory_bank), "dataset")
-    part.source = os.path.relpath(config.memory_bank, config.output_dir)
-    part.revision = f"sha256 of the keys: {bank.config.sha256.keys[:12]}"
+        part = describe_part("memory bank", bank.repo_id, "dataset", bank.revision)
+    else:
+        part = describe_part("memory bank", str(config.memory_bank), "dataset")
+        part.revision = f"sha256 of the keys: {bank.config.sha256.keys[:12]}"
+        path = os.path.relpath(config.memory_bank, config.output_dir)
+        if re.fullmatch(r"(\.\./)*[^/]+", path):  # it names no other folder of this machine
+            part.source = path
+    if part.license == UNKNOWN:
+        part.license = license_of(licenses_of_rows(bank))
     return part
 
 
-def _common(licenses: list[str]) -> str:
-    """Returns the licence of a model whose parts have these."""
-    known = {license.lower() for license in licenses}
-    if UNKNOWN in known:
-        return UNKNOWN
-    return known.pop() if len(known) == 1 else "other"
-
-
 def _folder_with(model: str, file: str) -> Path:
-    """Returns the folder with this file of a checkpoint, by its folder or Hub id; it may lack the file."""
+    """Return the folder with this file of a checkpoint, by its folder or Hub id; it may lack the file."""
     if Path(model).is_dir():
         return Path(model)
     try:
@@ -143,19 +147,20 @@ def _summary(parts: list[Part], data: Part, bank: MemoryBank | None) -> str:
     return f"{models or 'A vision-language model'}, trained on {data.source.split('/')[-1]}{memory}."
 
 
-def _evaluation(record: StageRecord, data: Part) -> Evaluation | None:
-    """Returns the loss at the step saved: on the evaluation rows, or without any on the last training rows."""
-    losses, split = record.eval_losses, "evaluation rows"
-    if not losses:
-        losses, split = record.losses, "training rows"
+def _evaluation(config: StageArguments, record: StageRecord, data: Part) -> Evaluation | None:
+    """Return the loss at the step saved: on the evaluation rows, or without any on the last training rows."""
+    losses, name, split = record.losses, data.source, "training rows"
+    if record.eval_losses:
+        losses, split = record.eval_losses, "evaluation rows"
+        name = public_source(config.eval_dataset or config.dataset)
     if record.saved_step is not None:
         losses = [[step, loss] for step, loss in losses if step <= record.saved_step]
     if not losses or not math.isfinite(losses[-1][1]):
         return None
     step, loss = losses[-1]
     return Evaluation(
-        dataset=data.source.replace(" ", "-"),
-        dataset_name=data.source,
+        dataset=re.sub(r"[^A-Za-z0-9_./-]+", "-", name).strip("-./") or "data",  # what the Hub takes for one
+        dataset_name=name,
         split=f"{split}, step {step}",
         metrics={"loss": "loss per token"},
         systems={"this model": {"loss": [loss]}},
@@ -163,13 +168,16 @@ def _evaluation(record: StageRecord, data: Part) -> Evaluation | None:
     )
 
 
-def _limits(parts: list[Part], data: Part, bank: MemoryBank | None, record: StageRecord) -> list[str]:
-    limits = ["Nothing but the loss above was measured; bias and safety were not evaluated."]
-    if not record.eval_losses:
+def _limits(
+    parts: list[Part], bank: MemoryBank | None, evaluation: Evaluation | None, record: StageRecord
+) -> list[str]:
+    measured = "Nothing" if evaluation is None else "Nothing but the loss above"
+    limits = [f"{measured} was measured; bias and safety were not evaluated."]
+    if evaluation is not None and not record.eval_losses:
         limits.append("That loss is of rows it was trained on: it says nothing about other images.")
     if bank is not None:
         limits.append("Answers depend on the bank: one that lacks what is asked for can mislead the model.")
-    unknown = [part.source for part in (*parts, data) if part.license in (None, UNKNOWN)]
+    unknown = dict.fromkeys(part.source for part in parts if part.license in (None, UNKNOWN))
     if unknown:
         limits.append(f"The licence of {', '.join(unknown)} is not known: find out before you share the model.")
     return limits

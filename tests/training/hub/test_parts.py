@@ -1,12 +1,9 @@
 """Parts of models and banks are named without the paths of this machine."""
 
-import json
-from dataclasses import dataclass, field
-
 import pytest
 from huggingface_hub import HfApi
 
-from tinyalign_vlm.training.hub.parts import describe_part, public_command, record_bank
+from tinyalign_vlm.training.hub.parts import common_license, describe_part, public_command
 
 
 def test_local_parts_are_named_without_their_folder(tmp_path):
@@ -43,7 +40,9 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
         ("../data/shards/*.tar", "*.tar"),
         ("--model=/home/me/out 1", "--model=out 1"),
         ('{"a": "/home/me/x", "b": "org/name", "c": 0.5}', '{"a": "x", "b": "org/name", "c": 0.5}'),
-        ("what is in the image, a/b or c?", "what is in the image, a/b or c?"),
+        ("/home/me/my data/*.tar", "*.tar"),
+        ("source=/home/me/pairs", "source=pairs"),
+        ("file:///home/me/pairs.json", "pairs.json"),
         ("org/data", "org/data"),
         ("hf://datasets/org/data/x.parquet", "hf://datasets/org/data/x.parquet"),
         ("5e-3", "5e-3"),
@@ -53,33 +52,25 @@ def test_a_command_line_without_paths(argument, public):
     assert public_command([argument]) in (public, f"'{public}'")
 
 
+def test_a_command_line_without_tokens_and_with_the_words_of_a_prompt():
+    arguments = ["--prompt", "what is in the image, a/b or c?", "--hub_token", "hf_secret", "--hub_token=hf_secret"]
+    assert public_command(arguments) == "--prompt 'what is in the image, a/b or c?' --hub_token ... --hub_token=..."
+
+
+def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert describe_part("data", ".", "dataset").source == tmp_path.name
+    assert describe_part("data", "/", "dataset").source == "(local)"
+
+
+@pytest.mark.parametrize(
+    ("licenses", "whole"), [(["MIT", "mit"], "mit"), (["mit", "apache-2.0"], "other"), (["mit", None], "unknown")]
+)
+def test_license_of_the_whole(licenses, whole):
+    assert common_license(licenses) == whole
+
+
 def test_a_folder_that_looks_like_a_repository_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/pairs").mkdir(parents=True)
     assert public_command(["--dataset", "data/pairs"]) == "--dataset pairs"
-
-
-@dataclass
-class Settings:
-    """Options of a command."""
-
-    dataset: str
-    dataset_revision: str | None = None
-    keep: list[str] = field(default_factory=list)
-    keep_duplicates: bool = False
-    seed: int = 0
-
-
-def test_what_building_knows_is_recorded(bank, tmp_path):
-    bank.save_pretrained(tmp_path / "bank")
-    (tmp_path / "pairs").mkdir()
-    settings = Settings(str(tmp_path / "pairs"), keep=["style", "license"], keep_duplicates=True)
-    record_bank(tmp_path / "bank", settings)
-    text = (tmp_path / "bank/card_facts.json").read_text()
-    facts = json.loads(text)
-    assert facts["summary"] is None and facts["license"] is None and str(tmp_path) not in text
-    assert facts["command"] == (
-        "tinyalign bank build --dataset pairs --keep style license --keep_duplicates --out bank"
-    )
-    roles = {part["role"]: part["source"] for part in facts["parts"]}
-    assert roles["images and captions"] == "pairs" and roles.keys() == {"vision tower", "images and captions"}

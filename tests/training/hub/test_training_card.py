@@ -21,7 +21,6 @@ from transformers import TrainerState
 from tinyalign_cli.main import main
 from tinyalign_vlm.hub_cards.cards import usage_snippet, write_card, write_space
 from tinyalign_vlm.hub_cards.facts import ModelFacts, Part, read_facts
-from tinyalign_vlm.training.hub import training_card
 from tinyalign_vlm.training.hub.run_facts import (
     Clock,
     StageRecord,
@@ -194,11 +193,26 @@ def test_curves_show_what_there_is(tmp_path):
     assert Image.open(tmp_path / "b.png").width == 2 * Image.open(tmp_path / "a.png").width
 
 
-@pytest.mark.parametrize(
-    ("licenses", "whole"), [(["MIT", "mit"], "mit"), (["mit", "apache-2.0"], "other"), (["mit", "unknown"], "unknown")]
-)
-def test_license_of_the_whole(licenses, whole):
-    assert training_card._common(licenses) == whole
+def test_a_card_of_files_elsewhere_has_no_path_of_this_machine(folder, monkeypatch, captions):
+    """The bank's licence is that of its rows, the loss is of the evaluation data, and both data sets are named."""
+    copy = shutil.copytree(folder, folder.parent / "private/project", dirs_exist_ok=True)
+    (folder.parent / "elsewhere of mine/store").mkdir(parents=True)
+    bank = shutil.move(copy / "bank", folder.parent / "elsewhere of mine/store/bank")
+    (Path(bank) / "card_facts.json").write_text('{"license": ["mit", "cc-by-4.0"]}')
+    data = shutil.copy(copy / "pairs.parquet", folder.parent / "elsewhere of mine/store/my pairs (test).parquet")
+    options = {"memory_bank": bank, "eval_dataset": data, "image_folder": str(copy), "eval_steps": "2"}
+    options |= {"dataset": str(copy / "pairs.parquet"), "model": str(copy / "model"), "output_dir": str(copy / "new")}
+    monkeypatch.chdir(copy)
+    main(["train", "stage1.yaml", *(f"--{name}={value}" for name, value in options.items())])
+    text = (copy / "new/README.md").read_text() + (copy / "new/card_facts.json").read_text()
+    for hidden in (str(folder.parent), "elsewhere of mine", "private", "store"):
+        assert hidden not in text
+    assert "| memory bank | bank |" in text and "| mit, cc-by-4.0 |" in text
+    card = ModelCard.load(copy / "new/README.md")
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.dataset_type) == ("my pairs (test).parquet", "my-pairs-test-.parquet")
+    assert result.dataset_split == "evaluation rows, step 2" and card.data.base_model is None
+    assert "| rows | 12 |" in card.text and "| passes over the rows | 0.667 |" in card.text
 
 
 def test_the_card_names_the_hardware_that_was_used(monkeypatch):
