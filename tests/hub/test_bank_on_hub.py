@@ -48,6 +48,31 @@ def bank(owner, saved) -> str:
     return owner.run(push, saved["bank"], "org/rows", {}, None, 2000)
 
 
+def look_at(name: str) -> list:
+    """What `bank info`, `verify` and `view` print of a bank, and the page."""
+    import contextlib
+    import io
+    from pathlib import Path
+
+    from tinyalign_cli.main import main
+
+    texts = []
+    for command in (["info", name], ["verify", name], ["view", name, "-o", "page.html"]):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            main(["bank", *command])
+        texts.append(output.getvalue())
+    return [*texts, Path("page.html").read_text()]
+
+
+def test_commands_that_look_at_a_bank_take_its_repository(bank, user):
+    info, verified, view, page = user.run(look_at, "org/rows")
+    assert "12 of 12 images" in info and verified == "org/rows: OK\n"
+    assert view.startswith("page.html: 12 of 12 rows") and '"name": "org/rows"' in page and bank not in page
+    for name in ("no/such-bank", "nothing", "some/where/else"):
+        with pytest.raises(RemoteError, match=name):
+            user.run(look_at, name)
+
+
 def load_columns(repo: str, streaming: bool) -> dict:
     from datasets import load_dataset
 

@@ -1,6 +1,7 @@
 """Folders of new memory banks: nothing is written over what is there, and work on one is kept until it is complete."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
 
+from ...hub_cards.cards import is_hub_id
+from ...modeling_tinyalign.bank_format import CONFIG_NAME, KEY_ENCODER_NAME
+from ...modeling_tinyalign.files import SHARDS, fetch
 from ..disk import keeping, save_file
 
 SETTINGS_NAME, LOCK_NAME = "settings.json", "lock"
@@ -21,6 +26,25 @@ def check_new_folder(out: Path) -> None:
             f"{out} is there already: choose another --out, or delete it. Every command writes a new bank and changes "
             "none."
         )
+
+
+def folder_of_bank(name: str | os.PathLike) -> Path:
+    """Return the folder of a bank, of a repository the cached one with all its files.
+
+    Raises:
+        ValueError: there is no such folder, and the name is none of a repository.
+        OSError: the repository cannot be downloaded.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(str(name)):
+        raise ValueError(
+            f"{name} is no folder, expected that of a memory bank, or its repository on the Hub, org/name."
+        )
+    commit = fetch(str(name), CONFIG_NAME, None, None).parent.name
+    files = [CONFIG_NAME, KEY_ENCODER_NAME, "value_encoder/*", SHARDS]
+    return Path(snapshot_download(str(name), repo_type="dataset", revision=commit, allow_patterns=files))
 
 
 @dataclass

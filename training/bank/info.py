@@ -9,13 +9,14 @@ import pyarrow as pa
 
 from ...modeling_tinyalign import MemoryBank
 from ...modeling_tinyalign.bank_format import CONFIG_NAME, KEY_ENCODER_NAME, BankConfig
+from .folders import folder_of_bank
 
 COMMON, WIDTH = 8, 80  # values of a column that are shown, and their characters
 
 
-def bank_info(folder: str | os.PathLike) -> str:
-    """Return what is in the bank in a folder, a line each; raises `ValueError` if there is none."""
-    folder = Path(folder)
+def bank_info(name: str | os.PathLike) -> str:
+    """Return what is in a bank, by its folder or repository, a line each; raises `ValueError` if there is none."""
+    folder = folder_of_bank(name)
     config, bank = BankConfig.from_json(folder / CONFIG_NAME), MemoryBank.from_pretrained(folder)
     encoders = size_of(folder / "value_encoder") + (folder / KEY_ENCODER_NAME).stat().st_size
     images = len(np.unique(bank.source_order[0]))

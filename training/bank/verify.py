@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,18 +29,19 @@ from ...modeling_tinyalign.bank_format import (
     matrix,
     read_json,
 )
+from .folders import folder_of_bank
 
 SEARCHED = 32  # rows that must find themselves
 
 
-def bank_problems(folder: Path, model: PreTrainedModel | None = None) -> Iterator[str]:
-    """Name what is wrong with a bank; nothing if it is what its bank_config.json says.
+def bank_problems(name: str | os.PathLike, model: PreTrainedModel | None = None) -> Iterator[str]:
+    """Name what is wrong with a bank, a folder or a repository; nothing if it is what its bank_config.json says.
 
     Read are the number of rows, each number and name in them, the sha256 of all that is in the bank, the encoders, and
     this machine's copy, which is what is searched. A `model` must have the vision tower of the bank's keys.
     """
-    folder = Path(folder)
     try:
+        folder = folder_of_bank(name)
         config = BankConfig.from_json(folder / CONFIG_NAME)
     except ValueError as error:
         yield str(error)

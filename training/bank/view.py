@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ...modeling_tinyalign.row_encoder import thumbnail_bytes
 from ...processing import TinyAlignProcessor
 from ...processing.images import decode_image
 from ..disk import save_file
+from .folders import folder_of_bank
 from .info import bank_info
 
 TEMPLATE = Path(__file__).with_name("view.html")
@@ -23,8 +25,8 @@ THUMBNAIL = 64  # of query images, in pixels
 
 
 def view_bank(
-    folder: Path,
-    page: Path,
+    name: str | os.PathLike,
+    page: str | os.PathLike,
     rows: int = 300,
     top_k: int = 5,
     seed: int = 0,
@@ -45,12 +47,12 @@ def view_bank(
         ValueError: there is no bank, no such row, or images without a model, or of another vision tower.
         OSError: the page cannot be written.
     """
-    folder, page = Path(folder), Path(page)
+    folder, page = folder_of_bank(name), Path(page)
     facts = bank_info(folder)
     bank = MemoryBank.from_pretrained(folder)
     wrong = [row for row in wanted if not 0 <= row < len(bank)]
     if wrong:
-        raise ValueError(f"{folder} has no row {wrong[0]}, expected 0 to {len(bank) - 1}.")
+        raise ValueError(f"{name} has no row {wrong[0]}, expected 0 to {len(bank) - 1}.")
     if images and model is None:
         raise ValueError(
             "Found --image without --model, expected both: the model's vision tower makes the image's key."
@@ -61,7 +63,7 @@ def view_bank(
     chosen = np.array(list(dict.fromkeys([*wanted, *chosen])))
     queries, query_keys = _queries(bank, images, model)
     data = {
-        "name": folder.resolve().name,
+        "name": folder.resolve().name if Path(name).is_dir() else str(name),
         # the page may be passed on: no paths of this machine
         "facts": [line.split("  ", 1) for line in facts.splitlines() if not line.startswith("local copy")],
         **page_data(bank, chosen, min(top_k, len(bank)), queries, query_keys),
