@@ -18,16 +18,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import UndefinedError
 
-from .facts import (
-    FACTS_NAME,
-    BankFacts,
-    Evaluation,
-    ModelFacts,
-    Part,
-    facts_of_bank_config,
-    read_facts,
-    write_facts,
-)
+from .facts import FACTS_NAME, BankFacts, Evaluation, ModelFacts, Part, facts_of_bank_config, read_facts, write_facts
 from .markdown import block, escaped, literal, table, text
 
 TASK = "image-text-to-text"
@@ -43,21 +34,11 @@ BASELINE_SPACE_SUMMARY = "Ask about an image"
 
 
 def plain_model_card(repo_id: str, config: Any, tags: list[str]) -> str:
-    """Return the README.md of a model of which no more is known than its config.
-
-    Args:
-        repo_id: "org/name".
-        config: A `TinyAlignConfig`. Paths of this machine are not published.
-        tags: Tags beside those of every TinyAlign model.
-    """
+    """Return the README.md of a model of which no more is known than its `TinyAlignConfig`."""
     bank = None
     if config.memory_top_k > 0 and config.memory_bank is not None and not os.path.exists(config.memory_bank):
-        bank = Part(
-            role="memory bank",
-            source=config.memory_bank,
-            revision=config.memory_bank_revision,
-            hub_type="dataset",
-        )
+        revision = config.memory_bank_revision
+        bank = Part(role="memory bank", source=config.memory_bank, revision=revision, hub_type="dataset")
     facts = ModelFacts(repo_id=repo_id, tags=tags, parts=parts_of_config(config), top_k=config.memory_top_k, bank=bank)
     return str(model_card(facts))
 
@@ -76,15 +57,10 @@ def parts_of_config(config: Any) -> list[Part]:
         ("language model", config.language_model, config.language_model_revision, config.text_config),
     ):
         name = known_name or part_config._name_or_path or part_config.model_type
-        is_on_hub = is_hub_id(name)
-        parts.append(
-            Part(
-                role=role,
-                source=name if is_on_hub else Path(name).name,
-                revision=revision,
-                hub_type="model" if is_on_hub else None,
-            )
-        )
+        if is_hub_id(name):
+            parts.append(Part(role=role, source=name, revision=revision, hub_type="model"))
+        else:
+            parts.append(Part(role=role, source=Path(name).name, revision=revision))
     return parts
 
 
@@ -106,9 +82,9 @@ def model_card(facts: ModelFacts) -> ModelCard:
         base_model=_hub_ids(parts, "model"),
         datasets=_hub_ids(parts, "dataset"),
         model_name=facts.evaluation and facts.repo_id.split("/")[-1],  # of the results
-        eval_results=_eval_results(facts.evaluation),
+        eval_results=facts.evaluation and _eval_results(facts.evaluation),
     )
-    stages = {text(name): table(["setting", "value"], _settings(facts.stages[name])) for name in facts.stages}
+    stages = {text(name): table(["setting", "value"], _cells(stage.items())) for name, stage in facts.stages.items()}
     return ModelCard.from_template(
         data,
         HERE / "model_card.md",
@@ -121,7 +97,6 @@ def model_card(facts: ModelFacts) -> ModelCard:
         output=facts.example.output and block(facts.example.output, "text"),
         command_block=facts.command and block(facts.command, "bash"),
         scores=facts.evaluation and _scores_table(facts.evaluation),
-        energy=_energy(facts),
     )
 
 
@@ -166,17 +141,16 @@ def bank_card(facts: BankFacts) -> DatasetCard:
     bank, rows = ".", '"parquet", data_files="data/train-*.parquet"'  # datasets can't load "."
     if "/" in facts.repo_id:
         bank, rows = facts.repo_id, literal(facts.repo_id)
+    data = DatasetCardData(
+        pretty_name=facts.repo_id.split("/")[-1],
+        language=facts.language,
+        license=facts.license,
+        source_datasets=_hub_ids(facts.parts, "dataset"),
+        task_categories=["image-to-text"],
+        tags=["tinyalign", "memory-bank"],
+        configs=BANK_FILES,
+    )
     try:
-        data = DatasetCardData(
-            pretty_name=facts.repo_id.split("/")[-1],
-            language=facts.language,
-            license=facts.license,
-            size_categories=[_size_category(facts.config["num_rows"])],
-            source_datasets=_hub_ids(facts.parts, "dataset"),
-            task_categories=["image-to-text"],
-            tags=["tinyalign", "memory-bank"],
-            configs=BANK_FILES,
-        )
         return DatasetCard.from_template(
             data,
             HERE / "bank_card.md",
@@ -200,11 +174,11 @@ def space_card(repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCar
 
     Args:
         repo_id: "org/name" of the Space.
-        facts: Those of the model as it is on the Hub.
-        model_revision: The commit whose weights and code the Space runs.
+        facts: those of the model as it is on the Hub.
+        model_revision: the commit whose weights and code the Space runs.
 
     Raises:
-        HFValidationError: The Space's or the model's name is none of a repository; it is a `ValueError`.
+        HFValidationError: the Space's or the model's name is none of a repository; it is a `ValueError`.
     """
     for name in (repo_id, facts.repo_id):
         validate_repo_id(name)
@@ -239,10 +213,10 @@ def write_card(folder: str | os.PathLike, facts: ModelFacts | BankFacts | None =
     """Write README.md, and the facts it is made of, into the folder of a checkpoint or a bank.
 
     Args:
-        facts: By default those that are in the folder.
+        facts: by default those that are in the folder.
 
     Raises:
-        ValueError: The facts in the folder cannot be read, or a picture that the card shows is not there.
+        ValueError: the facts in the folder cannot be read, or a picture that the card shows is not there.
     """
     facts = read_facts(folder) if facts is None else facts
     if isinstance(facts, BankFacts):
@@ -270,31 +244,28 @@ def _hub_ids(parts: list[Part], hub_type: str) -> list[str] | None:
     return [part.source for part in parts if part.hub_type == hub_type] or None
 
 
+def _cells(rows: Any) -> list[list[str]]:
+    return [list(map(text, row)) for row in rows]
+
+
 def _parts_table(parts: list[Part]) -> str:
-    rows = []
+    """Return the table of parts, without columns of which nothing is known."""
+    columns = {"part": [], "source": [], "revision": [], "licence": []}
     for part in parts:
         source = text(part.source)
         if part.hub_type is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", part.source):
             source = f"[{source}]({HUB}/{'datasets/' if part.hub_type == 'dataset' else ''}{part.source})"
         elif part.source.startswith((".", "/")):  # a local bank: the Python above has the path
             source = text(Path(part.source).name)
-        rows.append([text(part.role), source, text(part.revision or "-"), text(part.license or "-")])
-    headings = ["part", "source", "revision", "licence"]
-    for column in (3, 2):
-        if all(row[column] == "-" for row in rows):
-            del headings[column]
-            rows = [row[:column] + row[column + 1 :] for row in rows]
-    return table(headings, rows)
+        row = text(part.role), source, text(part.revision or "-"), text(part.license or "-")
+        for column, cell in zip(columns.values(), row, strict=True):
+            column.append(cell)
+    known = {name: column for name, column in columns.items() if set(column) != {"-"}}
+    return table(list(known), zip(*known.values(), strict=True))
 
 
-def _settings(hyperparameters: dict[str, str | int | float | bool]) -> list[list[str]]:
-    return [[text(name), text(value)] for name, value in hyperparameters.items()]
-
-
-def _eval_results(evaluation: Evaluation | None) -> list[EvalResult] | None:
+def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     """Return the model's own scores as the Hub's metadata."""
-    if evaluation is None:
-        return None
     results = []
     for system in evaluation.this_model:
         for metric, score in evaluation.systems[system].items():
@@ -323,26 +294,3 @@ def _cell(score: list[float] | None) -> str:
         return "-"
     value, *interval = (f"{number:.3g}" for number in score)
     return f"{value} ({' to '.join(interval)})" if interval else value
-
-
-def _energy(facts: ModelFacts) -> str:
-    """Return a sentence on the energy that training took."""
-    if facts.watts is None or facts.training_hours is None:
-        return "Energy and CO2 were not measured."
-    energy = facts.watts * facts.training_hours / 1000
-    estimate = f"Estimated from {facts.watts:.3g} W over that time: {energy:.3g} kWh"
-    if facts.grams_co2_per_kwh is None:
-        return f"{estimate}; CO2 was not estimated."
-    grams = energy * facts.grams_co2_per_kwh
-    return f"{estimate}, {grams:.3g} g CO2 equivalent at {facts.grams_co2_per_kwh:.3g} g per kWh."
-
-
-def _size_category(num_rows: int) -> str:
-    """Return the Hub's name for a number of rows."""
-    names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
-    power = len(str(num_rows))
-    if power <= 3:
-        return "n<1K"
-    if power > 12:
-        return "n>1T"
-    return f"{names[power - 4]}<n<{names[power - 3]}"

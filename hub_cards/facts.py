@@ -119,8 +119,6 @@ class ModelFacts(Facts):
         peak_memory_gb: Most memory that training took.
         limits: What the model can't do, one sentence an item.
         versions: Package versions by name.
-        watts: Power of the machine while it trained. Energy is estimated from nothing else.
-        grams_co2_per_kwh: Of its electricity.
     """
 
     repo_id: str
@@ -141,8 +139,6 @@ class ModelFacts(Facts):
     peak_memory_gb: int | float | None = None
     limits: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
-    watts: int | float | None = None
-    grams_co2_per_kwh: int | float | None = None
 
     def validate_pictures(self):
         for name in filter(None, (self.curves, self.example.image)):
@@ -186,22 +182,19 @@ NESTED = {"parts": Part, "bank": Part, "example": Example, "evaluation": Evaluat
 
 def facts_of_bank_config(repo_id: str, config: dict[str, Any]) -> BankFacts:
     """Return the facts that a bank's own config knows: its vision tower, and the limit that follows from it."""
-    tower = config["tower"]
-    source = tower["name"]
-    part = Part(role="vision tower", source=source, revision=tower["revision"])
-    if "/" in source and not Path(source).exists():
-        part.hub_type = "model"
+    source, revision = config["tower"]["name"], config["tower"]["revision"]
+    hub_type = "model" if "/" in source and not Path(source).exists() else None
+    part = Part(role="vision tower", source=source, revision=revision, hub_type=hub_type)
     limits = [f"A model with another vision tower than {source.split('/')[-1]} cannot use the bank."]
     return BankFacts(repo_id=repo_id, parts=[part], limits=limits, config=config)
 
 
 def facts_json(facts: ModelFacts | BankFacts) -> str:
     """Return the content of `card_facts.json`: all facts but those that are in the folder anyway."""
-    content = asdict(facts)
+    known = ["config", "size_mb"]
     if "/" not in facts.repo_id:  # the name of the folder, which may be moved
-        del content["repo_id"]
-    if isinstance(facts, BankFacts):
-        del content["config"], content["size_mb"]
+        known.append("repo_id")
+    content = {name: value for name, value in asdict(facts).items() if name not in known}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -223,45 +216,40 @@ def read_facts(folder: str | os.PathLike) -> ModelFacts | BankFacts:
     folder = Path(folder).resolve()
     path, config_path = folder / FACTS_NAME, folder / BANK_CONFIG_NAME
     content = {"repo_id": folder.name, **(_read_object(path) if path.is_file() else {})}
-    kind = ModelFacts
-    if config_path.is_file():
-        kind = BankFacts
-        size = sum(file.stat().st_size for file in (folder / "data").glob("*.parquet"))
-        content |= {"config": _read_object(config_path), "size_mb": size / 1e6}
     try:
-        if kind is BankFacts and not path.is_file():
-            return replace(facts_of_bank_config(folder.name, content["config"]), size_mb=content["size_mb"])
-        return _parse(kind, content)
+        if not config_path.is_file():
+            return _parse(ModelFacts, content)
+        size = sum(file.stat().st_size for file in (folder / "data").glob("*.parquet"))
+        known = {"config": _read_object(config_path), "size_mb": size / 1e6}
+        if path.is_file():
+            return _parse(BankFacts, content | known)
+        return replace(facts_of_bank_config(folder.name, known["config"]), size_mb=known["size_mb"])
     except (StrictDataclassError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:500]
         raise ValueError(f"{path} has no facts of a card: {reason}. Correct it, see docs/cards.md.") from error
 
 
-def on_hub(
-    facts: ModelFacts | BankFacts, repo_id: str, other: str | None = None, revision: str | None = None
-) -> ModelFacts | BankFacts:
-    """Return the facts as they are after a push to `repo_id`.
+def model_on_hub(facts: ModelFacts, repo_id: str, bank: str | None, revision: str | None) -> ModelFacts:
+    """Return the facts of a model that is pushed to `repo_id`, whose bank is in this repository, if in any."""
+    part = facts.bank
+    if part is not None and bank is not None:
+        part = replace(part, source=bank, revision=revision, hub_type="dataset")
+    return replace(facts, repo_id=repo_id, bank=part)
 
-    Args:
-        other: Of a model, its bank's repository, with the commit `revision`; of a bank, a model's that reads it.
-    """
-    if isinstance(facts, BankFacts):
-        is_path = facts.model is not None and facts.model.startswith((".", "/"))
-        return replace(facts, repo_id=repo_id, model=other or (None if is_path else facts.model))
-    bank = facts.bank
-    if bank is not None and other is not None:
-        bank = replace(bank, source=other, revision=revision, hub_type="dataset")
-    return replace(facts, repo_id=repo_id, bank=bank)
+
+def bank_on_hub(facts: BankFacts, repo_id: str, model: str | None) -> BankFacts:
+    """Return the facts of a bank that is pushed to `repo_id`, and maybe a model that reads it."""
+    if model is None and not (facts.model or ".").startswith((".", "/")):
+        model = facts.model
+    return replace(facts, repo_id=repo_id, model=model)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
     """Yield what is in lists and dictionaries, however deep."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
+    if not isinstance(value, (dict, list)):
         yield value
         return
-    for item in value:
+    for item in value.values() if isinstance(value, dict) else value:
         yield from _leaves(item)
 
 
@@ -281,8 +269,6 @@ def _parse(kind: type, content: Any) -> Any:
         raise TypeError(f"{str(content)[:50]!r}, expected an object with the fields of {kind.__name__}")
     values = {name: value for name, value in content.items() if value is not None}
     for name in NESTED.keys() & values.keys():
-        if isinstance(values[name], list):
-            values[name] = [_parse(NESTED[name], item) for item in values[name]]
-        else:
-            values[name] = _parse(NESTED[name], values[name])
+        value, nested = values[name], NESTED[name]
+        values[name] = [_parse(nested, item) for item in value] if isinstance(value, list) else _parse(nested, value)
     return kind(**values)

@@ -31,10 +31,6 @@ MOST_PRODUCT_LINES, MOST_TRAVELLING_LINES = 16_160, 5_170
 # Functions that are still to be divided.
 STILL_LONG = {
     "training/composition.py:compose",
-    "training/demo/cards.py:write_demo_cards",
-    "training/demo/report.py:write_report",
-    "training/demo/run.py:run_demo",
-    "training/hub/push.py:push",
 }
 # Methods and attributes of transformers that its own classes use from outside.
 OF_TRANSFORMERS = {"_init_weights", "_name_or_path"}

@@ -28,7 +28,8 @@ from tinyalign_vlm.hub_cards.facts import (
     Example,
     ModelFacts,
     Part,
-    on_hub,
+    bank_on_hub,
+    model_on_hub,
     read_facts,
     write_facts,
 )
@@ -61,7 +62,7 @@ def test_model_card(model_facts):
         "| system | Loss per token | Exact match |\n|---|---|---|\n",
         "| copy the nearest label | - | 0.4 |\n| bank extended | 2 | 0.5 (0.45 to 0.551) |\n\n",
         "![Training curves](loss.png)",
-        "Hardware: 2 CPU cores. Training took 0.5 hours and at most\n3.25 GB of memory. Energy and CO2 were not",
+        "Hardware: 2 CPU cores. Training took 0.5 hours and at most\n3.25 GB of memory.\n",
         "takes 0.4 seconds an answer, from the image to\nthe text, in a process of at most 1.5 GB of memory.",
         "It printed:\n\n```text\ngrinning face\n```\n",
         f"```python\n{usage_snippet(model_facts)}\n```",
@@ -78,13 +79,6 @@ def test_card_of_a_run_that_measured_no_answers_has_no_gaps(model_facts):
     assert "the baseline, without a memory bank.\n\n## Use\n\n```python" in card.text
 
 
-def test_energy_is_estimated_from_a_given_power_only(model_facts):
-    card = model_card(dataclasses.replace(model_facts, watts=65))
-    assert "Estimated from 65 W over that time: 0.0325 kWh; CO2 was not estimated." in card.text
-    card = model_card(dataclasses.replace(model_facts, watts=65.0, grams_co2_per_kwh=400.0))
-    assert "0.0325 kWh, 13 g CO2 equivalent at 400 g per kWh." in card.text
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,7 +90,6 @@ def test_energy_is_estimated_from_a_given_power_only(model_facts):
         ({"limits": ["one", 2]}, r"index 1 in list 'limits'"),
         ({"peak_memory_gb": math.nan}, "peak_memory_gb is nan, expected a finite number"),
         ({"peak_memory_gb": "much"}, "'peak_memory_gb'"),
-        ({"watts": "65"}, "'watts'"),
         ({"versions": {"torch": None}}, "'versions'"),
         ({"evaluation": "good"}, "'evaluation'"),
         ({"parts": ["tower"]}, "'parts'"),
@@ -220,7 +213,6 @@ def test_facts_are_text_and_not_markdown(model_facts, bank_facts):
 def test_bank_card(bank_facts, tmp_path):
     card = bank_card(bank_facts)
     assert_no_blanks(card.text)
-    assert card.data.size_categories == ["1K<n<10K"]
     for line in (
         "1,911 rows, 12.3 MB of Parquet.",
         "| value | 3072 x float16 | 32 latents x 96, row by row |",
@@ -241,14 +233,6 @@ def test_bank_card(bank_facts, tmp_path):
     card.save(tmp_path / "README.md")
     dataset = load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
     assert dataset.column_names == ["id"] and len(dataset) == 2
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "category"), [(999, "n<1K"), (10**5, "100K<n<1M"), (10**8, "100M<n<1B"), (10**12, "n>1T")]
-)
-def test_size_category(bank_facts, num_rows, category):
-    bank_facts.config["num_rows"] = num_rows
-    assert bank_card(bank_facts).data.size_categories == [category]
 
 
 def test_the_card_of_a_quantized_bank(bank_facts):
@@ -296,14 +280,14 @@ def test_a_push_changes_the_names(model_facts, bank_facts):
     )
     assert 'model="."' in usage_snippet(local) and 'attach_memory_bank("../bank")' in usage_snippet(local)
     assert 'Image.open("example.png")' in usage_snippet(local)
-    pushed = on_hub(local, "org/model", "org/new-bank", "abc")
+    pushed = model_on_hub(local, "org/model", "org/new-bank", "abc")
     assert (pushed.bank.source, pushed.bank.revision, pushed.bank.hub_type) == ("org/new-bank", "abc", "dataset")
     assert "attach" not in usage_snippet(pushed)
     assert 'hf_hub_download("org/model", "example.png")' in usage_snippet(pushed)
     assert local.bank.source == "../bank"
-    assert on_hub(bank_facts, "me/bank", "me/model").model == "me/model"
-    assert on_hub(bank_facts, "me/bank").model == "org/tinyalign-emoji"
-    alone = on_hub(dataclasses.replace(bank_facts, model="../checkpoint"), "me/bank")
+    assert bank_on_hub(bank_facts, "me/bank", "me/model").model == "me/model"
+    assert bank_on_hub(bank_facts, "me/bank", None).model == "org/tinyalign-emoji"
+    alone = bank_on_hub(dataclasses.replace(bank_facts, model="../checkpoint"), "me/bank", None)
     text = bank_card(alone).text
     assert alone.model is None and 'model.attach_memory_bank("me/bank")' in text and "from_pretrained" not in text
     assert_no_blanks(text)

@@ -2,9 +2,9 @@
 
 import json
 import os
-import resource
-import time
-from dataclasses import asdict, dataclass
+import shutil
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -21,7 +21,6 @@ from ..bank.value_encoder_training import ValueEncoderTrainingConfig, train_valu
 from ..data.chats import to_messages
 from ..data.features import cache_vision_features
 from ..data.neighbours import find_neighbours, source_ids_of
-from ..disk import save_file
 from ..evaluation.answers import Evaluation, evaluate_answers
 from ..hub.run_facts import RECORD_NAME, stage_record, write_records
 from ..stages.precision import bfloat16_language_model
@@ -29,40 +28,18 @@ from ..stages.trainers import TRAINERS
 from .cards import write_demo_cards
 from .pairs import Pairs, load_pairs
 from .report import write_report
-from .weights import convert_efficientnet_lite0, convert_smollm2
+from .state import BANKS, PROMPT, TOP_K, Clock, Demo, DemoConfig, write_json
+from .weights import check_installed, convert_efficientnet_lite0, convert_smollm2
 
-PROMPT = "What is this?"
-TOP_K, NUM_LATENTS = 4, 8  # 32 memory tokens; 8 latents hold four words, as many as 97% of the labels have
+NUM_LATENTS = 8  # 32 memory tokens; 8 latents hold four words, as many as 97% of the labels have
 ANSWER_TOKENS = 12  # the longest label has 10, and its end
-BANKS = ("without", "with")  # the drawings of the held-out concepts
-
-
-@dataclass
-class DemoConfig:
-    """Size of the demo's training and evaluation; the defaults are the full run."""
-
-    concepts: int | None = None
-    value_encoder_steps: int = 1500
-    stage1_steps: int = 100
-    stage2_steps: int = 120
-    stage2_learning_rate: float = 1e-4  # more than the default 2e-5: these are few steps
-    memory_dropout: float = 0.0
-    memory_scores: bool = False
-    batch_size: int = 10
-    seed: int = 0
-
-
 QUICK = DemoConfig(concepts=160, value_encoder_steps=600, stage1_steps=15, stage2_steps=3)
+# What commands go on from. After a quick run they are found at the same place as after a full one.
+RESULTS = ("checkpoint", "bank_with_heldout", "bank_without_heldout", "value_encoder", "query.png", "report.md")
 
 
-def write_json(path: Path, content) -> None:
-    """Whole or not at all: what is there is taken for finished by the next run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(path, f"{json.dumps(content, indent=1, default=np.ndarray.tolist)}\n".encode())
-
-
-def check_settings(path: Path, config: "DemoConfig") -> None:
-    """Keeps the settings in `path`. Raises `ValueError` when the folder has results of other ones."""
+def check_settings(path: Path, config: DemoConfig) -> None:
+    """Keep the settings in `path`. Raises `ValueError` when the folder has results of other ones."""
     if path.exists() and (kept := json.loads(path.read_text())) != asdict(config):
         changed = [f"{name}: {kept.get(name)} then, {now} now" for name, now in asdict(config).items()]
         raise ValueError(
@@ -71,26 +48,18 @@ def check_settings(path: Path, config: "DemoConfig") -> None:
     write_json(path, asdict(config))
 
 
-class Clock:
-    """Prints how long each step took, and adds it in `path` to what earlier, interrupted runs took."""
-
-    def __init__(self, path: Path):
-        self.path, self.started, self.last = path, time.time(), time.time()
-        self.record = json.loads(path.read_text()) if path.exists() else {"seconds": {}, "peak_memory_gb": 0.0}
-
-    def __call__(self, step: str, note: str = ""):
-        now = time.time()
-        seconds = self.record["seconds"]
-        seconds[step] = seconds.get(step, 0.0) + now - self.last
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        self.record["peak_memory_gb"] = max(self.record["peak_memory_gb"], peak)
-        self.last = now
-        write_json(self.path, self.record)
-        print(f"[{now - self.started:5.0f} s] {step}{note and ': '}{note}", flush=True)
+def link_results(folder: Path, quick: bool) -> None:
+    """Let DIR/checkpoint and the like lead to those of a quick run, unless there are some of a full run."""
+    for name in RESULTS:
+        link = folder / name
+        if link.is_symlink():
+            link.unlink()
+        if quick and not link.exists():
+            link.symlink_to(Path("quick", name))
 
 
 def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A new model of the two checkpoints and its processor; the same seed gives the same connectors."""
+    """Return a new model of the two checkpoints and its processor; the same seed gives the same connectors."""
     set_seed(config.seed)
     vision, text = str(weights["vision"]), str(weights["text"])
     model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
@@ -100,25 +69,24 @@ def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tup
 
 
 def compose_with_memory(weights: dict[str, Path], config: DemoConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """TinyAlign: four neighbours of eight latents each, one after the other."""
+    """Return TinyAlign: four neighbours of eight latents each, one after the other."""
     memory = {"memory_top_k": TOP_K, "num_latents": NUM_LATENTS, "memory_fusion": "sequence"}
     return compose(weights, config, memory_scores=config.memory_scores, **memory)
 
 
 def prepare_value_encoder(path: Path, features: np.ndarray, pairs: Pairs, config: DemoConfig) -> ValueEncoder:
-    """Trains the value encoder on the training concepts' Noto drawings, labels and tags, once."""
+    """Train the value encoder on the training concepts' Noto drawings, labels and tags, once."""
     if (path / "history.json").exists():
         return ValueEncoder.from_pretrained(path).eval()
     set_seed(config.seed)
+    _, tokens, width = features.shape
     encoder = ValueEncoder(
-        ValueEncoderConfig(
-            num_latents=NUM_LATENTS, num_vision_tokens=features.shape[1], vision_feature_size=features.shape[2]
-        )
+        ValueEncoderConfig(num_latents=NUM_LATENTS, num_vision_tokens=tokens, vision_feature_size=width)
     )
     rows = pairs.noto.select(pairs.train)
-    captions = [caption for row in zip(rows["label"], rows["tags"], strict=True) for caption in (row[0], *row[1])]
+    names = [caption for row in zip(rows["label"], rows["tags"], strict=True) for caption in (row[0], *row[1])]
     settings = ValueEncoderTrainingConfig(steps=config.value_encoder_steps, seed=config.seed)
-    history = train_value_encoder(encoder, features[pairs.train], captions, settings)
+    history = train_value_encoder(encoder, features[pairs.train], names, settings)
     encoder.save_pretrained(path)
     write_json(path / "history.json", history)
     return encoder
@@ -127,7 +95,7 @@ def prepare_value_encoder(path: Path, features: np.ndarray, pairs: Pairs, config
 def prepare_banks(
     folder: Path, model: PreTrainedModel, processor: ProcessorMixin, encoder: ValueEncoder, features, pairs: Pairs
 ) -> dict[str, MemoryBank]:
-    """The bank without the held-out concepts, and the same bank with their drawings added."""
+    """Return the bank without the held-out concepts, and the same bank with their drawings added."""
     banks = {}
     for name, rows in zip(BANKS, (pairs.train, pairs.heldout), strict=True):
         path = folder / f"bank_{name}_heldout"
@@ -146,14 +114,14 @@ def prepare_banks(
 
 
 def chats(labels: list[str], neighbours: list[list[str]] | None = None) -> datasets.Dataset:
-    """One chat a label; with `neighbours`, their captions stand in the question (text-only RAG)."""
+    """Return one chat a label; with `neighbours`, their captions stand in the question (text-only RAG)."""
     hints = [""] * len(labels) if neighbours is None else [f"Similar: {'; '.join(row)}\n" for row in neighbours]
     messages = [to_messages(hint + PROMPT, label) for hint, label in zip(hints, labels, strict=True)]
     return datasets.Dataset.from_dict({"messages": messages})
 
 
 def with_neighbours(rows: datasets.Dataset, found: tuple[np.ndarray, np.ndarray]) -> datasets.Dataset:
-    """The rows with what [`find_neighbours`] found for them."""
+    """Return the rows with what `find_neighbours` found for them."""
     scores, ids = found
     return rows.add_column("memory_ids", ids.tolist()).add_column("memory_scores", scores.tolist())
 
@@ -167,9 +135,9 @@ def train_system(
     bank: MemoryBank | None,
     config: DemoConfig,
 ) -> PreTrainedModel:
-    """
-    Both stages as training/configs/ has them, in fewer and smaller steps, each resumed where it was interrupted; the
-    result and its record are kept in `folder`.
+    """Train both stages as training/configs/ has them, in fewer and smaller steps, each resumed where it stopped.
+
+    The result and its record are kept in `folder`, which is named after the system.
     """
     final = folder / "model"
     if (final / RECORD_NAME).exists():
@@ -183,24 +151,15 @@ def train_system(
         "disable_tqdm": False,
     }
     stage1 = {"max_steps": config.stage1_steps, "save_steps": 50}
-    stage2 = {
-        "max_steps": config.stage2_steps,
-        "learning_rate": config.stage2_learning_rate,
-        "save_strategy": "no",
-    }
+    stage2 = {"max_steps": config.stage2_steps, "learning_rate": config.stage2_learning_rate, "save_strategy": "no"}
     records = []
     for stage, name, own in ((1, "Stage 1: alignment", stage1), (2, "Stage 2: instruction", stage2)):
+        print(f"Training {folder.name}, stage {stage} of 2, {own['max_steps']} steps", flush=True)
         own |= {"output_dir": folder / f"stage{stage}", "logging_steps": max(1, min(5, own["max_steps"] // 10))}
         fields = [text for field, value in {**shared, **own}.items() for text in (f"--{field}", str(value))]
         settings = read_config([CONFIGS / f"stage{stage}.yaml"], fields)
-        trainer = TRAINERS[stage](
-            model,
-            settings,
-            train_dataset=rows,
-            processing_class=processor,
-            memory_bank=bank,
-            vision_features=features,
-        )
+        parts = {"processing_class": processor, "memory_bank": bank, "vision_features": features}
+        trainer = TRAINERS[stage](model, settings, train_dataset=rows, **parts)
         trainer.train()
         records.append(stage_record(name, trainer))
     model.save_pretrained(final)
@@ -217,7 +176,7 @@ def evaluate_system(
     features: np.ndarray,
     bank: MemoryBank | None = None,
 ) -> Evaluation:
-    """Losses and greedy answers on the held-out queries, kept in `path`."""
+    """Return losses and greedy answers on the held-out queries, kept in `path`."""
     if path.exists():
         kept = json.loads(path.read_text())
         lists = ("answers", "references")
@@ -232,132 +191,124 @@ def evaluate_system(
 
 
 def run_demo(output_dir: str | os.PathLike, quick: bool = False):
-    """
-    Trains the baseline, TinyAlign and text-only RAG with the same budget, evaluates them on emoji whose concepts were
-    never trained on, and writes `report.md` with its pictures. Interrupted, it goes on where it stopped.
+    """Train the baseline, text-only RAG and TinyAlign with the same budget, and write `report.md` with its pictures.
+
+    They are evaluated on emoji whose concepts were never trained on. Interrupted, it goes on where it stopped.
     """
     logging.disable_progress_bar()  # of loading weights
     datasets.disable_progress_bars()
-    config, out = QUICK if quick else DemoConfig(), Path(output_dir).resolve()
-    if quick:
-        out = out / "quick"
-    out.mkdir(parents=True, exist_ok=True)
-    check_settings(out / "config.json", config)
-    clock = Clock(out / "clock.json")
-
-    weights_dir = Path(output_dir).resolve() / "weights"
-    weights = {
-        "vision": convert_efficientnet_lite0(weights_dir / "efficientnet-lite0"),
-        "text": convert_smollm2(weights_dir / "smollm2-135m-instruct"),
-    }
+    folder, config = Path(output_dir).resolve(), QUICK if quick else DemoConfig()
+    out = folder / "quick" if quick else folder
     pairs = load_pairs(config.seed, config.concepts)
+    check_installed()
+    check_settings(out / "config.json", config)
+    link_results(folder, quick=False)
+    clock = Clock(out / "clock.json")
+    weights = {
+        "vision": convert_efficientnet_lite0(folder / "weights" / "efficientnet-lite0"),
+        "text": convert_smollm2(folder / "weights" / "smollm2-135m-instruct"),
+    }
     clock("weights converted", f"{len(pairs.train)} concepts to train on, {len(pairs.heldout)} held out")
+    demo = Demo(out, quick, config, pairs, weights, clock)
+    prepare(demo)
+    run_baseline(demo)
+    run_text_rag(demo)
+    model, processor = run_tinyalign(demo)
+    clock("evaluated")
 
-    model, processor = compose_with_memory(weights, config)
+    model.build_lexicon(processor.tokenizer, demo.banks["with"])
+    model.save_pretrained(out / "checkpoint")
+    processor.save_pretrained(out / "checkpoint")
+    example = demo.queries[demo.shown[0]]
+    example["image"].save(out / "query.png")
+    print("A new process without the package loads the checkpoint (10 seconds or so)", flush=True)
+    answer = write_demo_cards(demo)
+    clock("answered in a process without the package", f'"{answer}" for {example["label"]!r}; cards written')
+    write_report(demo, answer, example["label"])
+    clock("report written")
+    link_results(folder, quick)
+    print_next_commands(out)
+
+
+def print_next_commands(out: Path) -> None:
+    """Say where the results are, and print the commands that go on from there."""
+    program = "tinyalign"
+    if shutil.which(program) is None:
+        program = os.path.relpath(Path(sys.executable).with_name(program))
+    place = os.path.relpath(out)
+    print(
+        f"\n{place}/report.md has the results, {place}/checkpoint the model, {place}/bank_with_heldout its memory "
+        "bank. README.md asks the model in ten lines of Python. Look at the bank, or push both to the Hub:\n\n"
+        f"  {program} bank info {place}/bank_with_heldout\n"
+        f"  {program} bank view {place}/bank_with_heldout -o bank.html --image {place}/query.png "
+        f"--model {place}/checkpoint\n"
+        f"  {program} push {place}/checkpoint YOU/MODEL --bank {place}/bank_with_heldout YOU/BANK"
+    )
+
+
+def prepare(demo: Demo) -> None:
+    """Make features, value encoder and banks, and look up the neighbours of all query drawings."""
+    pairs, config, out = demo.pairs, demo.config, demo.out
+    model, processor = compose_with_memory(demo.weights, config)
     features = {
         style: cache_vision_features(model, processor, rows["image"], out / "features" / style, desc=style)
         for style, rows in (("noto", pairs.noto), ("twemoji", pairs.twemoji))
     }
-    clock("frozen visual features cached")
+    demo.clock("frozen visual features cached")
     encoder = prepare_value_encoder(out / "value_encoder", features["noto"], pairs, config)
-    clock("value encoder trained")
-    banks = prepare_banks(out, model, processor, encoder, features["noto"], pairs)
-    clock("memory banks built")
-
-    labels = np.array(pairs.labels)
-    queries = {"train": pairs.train, "heldout": pairs.heldout}
-    features = {name: features["twemoji"][rows] for name, rows in queries.items()}
-    shuffled = {name: bank.shuffled(config.seed) for name, bank in banks.items()}
+    demo.clock("value encoder trained")
+    demo.banks = prepare_banks(out, model, processor, encoder, features["noto"], pairs)
+    demo.clock("memory banks built")
+    train, heldout = features["twemoji"][pairs.train], features["twemoji"][pairs.heldout]
+    demo.features = {"train": train, "heldout": heldout}
+    demo.shuffled = {name: bank.shuffled(config.seed) for name, bank in demo.banks.items()}
     own = source_ids_of(pairs.twemoji.select(pairs.train)["image"])
     # of the training drawings twice as many, so that memory dropout has some to put in the place of others
-    neighbours = {"train": find_neighbours(banks["without"], model, features["train"], 2 * TOP_K, own)}
+    demo.found = {"train": find_neighbours(demo.banks["without"], model, train, 2 * TOP_K, own)}
     for name in BANKS:
-        neighbours[name] = find_neighbours(banks[name], model, features["heldout"], TOP_K)
-        neighbours[f"shuffled_{name}"] = find_neighbours(shuffled[name], model, features["heldout"], TOP_K)
+        demo.found[name] = find_neighbours(demo.banks[name], model, heldout, TOP_K)
+        demo.found[f"shuffled_{name}"] = find_neighbours(demo.shuffled[name], model, heldout, TOP_K)
 
-    def captions(bank: str, queries: str) -> list[list[str]]:
-        _, ids = neighbours[queries]
-        return [[row["caption"] for row in rows] for rows in banks[bank].rows(ids[:, :TOP_K])]
 
-    train_labels, heldout_labels = labels[pairs.train].tolist(), labels[pairs.heldout].tolist()
-    results: dict[str, dict[str, Evaluation]] = {}
-    heldout = chats(heldout_labels)
+def run_baseline(demo: Demo) -> None:
+    """Train and evaluate the model without memory; a bank changes nothing."""
+    model, processor = compose(demo.weights, demo.config, memory_top_k=0)
+    rows = chats(demo.labels(demo.pairs.train))
+    model = train_system(demo.out / "baseline", model, processor, rows, demo.features["train"], None, demo.config)
+    demo.clock("baseline trained")
+    rows = chats(demo.labels(demo.pairs.heldout))
+    result = evaluate_system(demo.out / "evaluation/baseline.json", model, processor, rows, demo.features["heldout"])
+    demo.results["baseline"] = dict.fromkeys(BANKS, result)
 
-    model, processor = compose(weights, config, memory_top_k=0)
-    model = train_system(out / "baseline", model, processor, chats(train_labels), features["train"], None, config)
-    clock("baseline trained")
-    result = evaluate_system(out / "evaluation/baseline.json", model, processor, heldout, features["heldout"])
-    results["baseline"] = dict.fromkeys(BANKS, result)
 
-    model, processor = compose(weights, config, memory_top_k=0)
-    rows = chats(train_labels, captions("without", "train"))
-    model = train_system(out / "text_rag", model, processor, rows, features["train"], None, config)
-    clock("text-only RAG trained")
-    results["text_rag"] = {
-        name: evaluate_system(
-            out / f"evaluation/text_rag_{name}.json",
-            model,
-            processor,
-            chats(heldout_labels, captions(name, name)),
-            features["heldout"],
-        )
-        for name in BANKS
-    }
+def run_text_rag(demo: Demo) -> None:
+    """Train and evaluate the model that reads captions of neighbours as text."""
+    model, processor = compose(demo.weights, demo.config, memory_top_k=0)
+    rows = chats(demo.labels(demo.pairs.train), demo.captions("without", "train"))
+    model = train_system(demo.out / "text_rag", model, processor, rows, demo.features["train"], None, demo.config)
+    demo.clock("text-only RAG trained")
+    demo.results["text_rag"] = {}
+    for name in BANKS:
+        rows = chats(demo.labels(demo.pairs.heldout), demo.captions(name, name))
+        path = demo.out / f"evaluation/text_rag_{name}.json"
+        demo.results["text_rag"][name] = evaluate_system(path, model, processor, rows, demo.features["heldout"])
 
-    model, processor = compose_with_memory(weights, config)
-    model.build_lexicon(processor.tokenizer, banks["without"])
-    rows = with_neighbours(chats(train_labels), neighbours["train"])
-    model = train_system(out / "tinyalign", model, processor, rows, features["train"], banks["without"], config)
-    clock("TinyAlign trained")
-    for system, prefix, kind in (("tinyalign", "", banks), ("random_bank", "shuffled_", shuffled)):
-        results[system] = {}
-        for name in BANKS:
-            model.build_lexicon(processor.tokenizer, kind[name])
-            results[system][name] = evaluate_system(
-                out / f"evaluation/{system}_{name}.json",
-                model,
-                processor,
-                with_neighbours(heldout, neighbours[prefix + name]),
-                features["heldout"],
-                kind[name],
-            )
-    clock("evaluated")
 
-    checkpoint = out / "checkpoint"
-    model.build_lexicon(processor.tokenizer, banks["with"])
-    model.save_pretrained(checkpoint)
-    processor.save_pretrained(checkpoint)
-    image = out / "query.png"
-    shown = np.random.default_rng(config.seed).choice(len(pairs.heldout), min(8, len(pairs.heldout)), replace=False)
-    example = int(pairs.heldout[shown[0]])
-    pairs.twemoji.cast_column("image", datasets.Image())[example]["image"].save(image)
-    nearest = {name: captions(name, name) for name in BANKS}
-    print("A new process without the package loads the checkpoint (10 seconds or so)", flush=True)
-    answer = write_demo_cards(
-        out,
-        config=asdict(config),
-        quick=quick,
-        results=results,
-        nearest=nearest,
-        num_concepts=(len(pairs.train), len(pairs.heldout)),
-        sha256={name: bank.config.sha256.keys for name, bank in banks.items()},
-        **clock.record,
-        prompt=PROMPT,
-    )
-    clock("answered in a process without the package", f'"{answer}" for {str(labels[example])!r}; cards written')
-
-    write_report(
-        out,
-        config=asdict(config),
-        quick=quick,
-        results=results,
-        nearest=nearest,
-        neighbour_ids=neighbours["with"][1],
-        bank=banks["with"],
-        queries=pairs.twemoji.select(pairs.heldout).cast_column("image", datasets.Image()),
-        **clock.record,
-        shown=shown.tolist(),
-        fresh_process=(answer, str(labels[example])),
-    )
-    clock("report written")
-    print(f"{out / 'report.md'}")
+def run_tinyalign(demo: Demo) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Train TinyAlign, and evaluate it with both banks and with the same banks shuffled; return it."""
+    model, processor = compose_with_memory(demo.weights, demo.config)
+    bank, features = demo.banks["without"], demo.features["train"]
+    model.build_lexicon(processor.tokenizer, bank)
+    rows = with_neighbours(chats(demo.labels(demo.pairs.train)), demo.found["train"])
+    model = train_system(demo.out / "tinyalign", model, processor, rows, features, bank, demo.config)
+    demo.clock("TinyAlign trained")
+    heldout = chats(demo.labels(demo.pairs.heldout))
+    for system, prefix, banks in (("tinyalign", "", demo.banks), ("random_bank", "shuffled_", demo.shuffled)):
+        demo.results[system] = {}
+        for name, bank in banks.items():
+            model.build_lexicon(processor.tokenizer, bank)
+            rows = with_neighbours(heldout, demo.found[prefix + name])
+            path = demo.out / f"evaluation/{system}_{name}.json"
+            result = evaluate_system(path, model, processor, rows, demo.features["heldout"], bank)
+            demo.results[system][name] = result
+    return model, processor

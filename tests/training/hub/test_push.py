@@ -144,7 +144,8 @@ def test_what_is_missing_is_said_before_anything_is_pushed(hub, owner, folders, 
     draft = json.loads(path.read_text())
     assert draft["parts"][0]["role"] == "vision tower" and "cannot use the bank" in draft["limits"][0]
     path.write_text(json.dumps({**draft, "summary": "Noise."}))
-    assert 'card_facts.json lacks license, which only you know: fill in ("license": ["cc-by-4.0"], say' in push(*both)
+    example = 'put what is true in the place of the null ("license": ["cc-by-4.0"], say'
+    assert f"card_facts.json lacks license, which only you know: {example}" in push(*both)
     path.write_text(json.dumps({**draft, "summary": " "}))
     assert "card_facts.json has no facts of a card: " in push(*both)
     path.write_text(json.dumps({**draft, "summary": "Noise.", "license": ["mit"]}))

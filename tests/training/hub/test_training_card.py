@@ -55,6 +55,7 @@ def folder(tmp_path_factory, make_model, processor, bank, dataset, captions) -> 
     processor.save_pretrained(folder / "model")
     dataset.select_columns(["image"]).add_column("label", captions).to_parquet(folder / "pairs.parquet")
     shared = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "memory_bank": "bank"}
+    shared |= {"save_steps": 1}
     shared |= {"dataset": "pairs.parquet", "answer_column": "label", "prompt": 'what "is" in the image?'}
     shared |= {"vision_model": "org/default-of-a-recipe", "language_model": "org/default-of-a-recipe"}
     for stage, model in ((1, "model"), (2, "out1")):
@@ -89,12 +90,21 @@ def test_card_at_save(folder, bank):
     assert facts.training_hours > 0 and facts.peak_memory_gb > 0.1
 
 
-def test_all_files_have_the_permissions_of_new_ones(folder):
-    (folder / "new").write_text("")
-    usual = (folder / "new").stat().st_mode
-    files = [path for name in ("bank", "model", "out1") for path in (folder / name).rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} >= {".safetensors", ".json", ".md", ".png", ".parquet"}
-    assert [path for path in files if path.stat().st_mode != usual] == []
+@pytest.mark.skipif(sys.platform == "win32", reason="has no umask")
+@pytest.mark.parametrize("tuning", [["--tune_language_model=lora"], ["--tune_vision_tower=full"]])
+def test_all_files_have_the_rights_that_the_user_wants(folder, bank, tmp_path, monkeypatch, tuning):
+    monkeypatch.chdir(folder)
+    mask = os.umask(0o007)
+    try:
+        bank.save_pretrained(tmp_path / "bank")
+        main(["train", "stage1.yaml", f"--output_dir={tmp_path / 'new'}", *tuning])
+    finally:
+        os.umask(mask)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files} >= {"data", "value_encoder", "new", "checkpoint-2"}
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".md", ".png", ".parquet", ".pt"}
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o770 if path.is_dir() else 0o660), path
 
 
 def test_snippet_runs_as_printed(folder, captions):
