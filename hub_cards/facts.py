@@ -32,42 +32,28 @@ class Facts:
 @strict
 @dataclass(kw_only=True)
 class Part(Facts):
-    """Something that a model or a bank is made of.
+    """Something that a model or a bank is made of."""
 
-    Attributes:
-        role: "language model", "vision tower", "images and labels", ...
-        source: A Hub id, a package, an address.
-        revision: A commit, or a package's version.
-        license: SPDX id.
-        hub_type: "model" or "dataset" when `source` is a Hub id; it is linked then, and in the card's metadata.
-    """
-
-    role: str
-    source: str
-    revision: str | None = None
-    license: str | None = None
+    role: str  # "language model", "vision tower", "images and labels", ...
+    source: str  # a Hub id, a package, an address
+    revision: str | None = None  # a commit, or a package's version
+    license: str | None = None  # SPDX id
+    # "model" or "dataset" when the source is a Hub id: it is linked then, and in the card's metadata.
     hub_type: str | None = None
 
 
 @strict
 @dataclass(kw_only=True)
 class Evaluation(Facts):
-    """A table of systems and metrics.
+    """A table of systems and metrics."""
 
-    Attributes:
-        dataset: Its Hub id, or the name of its folder.
-        dataset_name, split: As a reader should see them.
-        metrics: Column headings by metric, `{"exact_match": "Exact match"}`.
-        systems: Scores by system and metric: the value alone, or `[value, low, high]` with its 95% interval.
-        this_model: The systems that are the model itself; their scores go into the card's metadata, too.
-    """
-
-    dataset: str
-    dataset_name: str
+    dataset: str  # its Hub id, or the name of its folder
+    dataset_name: str  # as a reader should see it, like the split
     split: str
-    metrics: dict[str, str]
+    metrics: dict[str, str]  # column headings: {"exact_match": "Exact match"}
+    # By system and metric: the value alone, or [value, low, high] with its 95% interval.
     systems: dict[str, dict[str, list[int | float]]]
-    this_model: list[str]
+    this_model: list[str]  # systems that are the model itself: their scores go into the card's metadata, too
 
     def validate_names(self):
         for name, scores in self.systems.items():
@@ -82,62 +68,36 @@ class Evaluation(Facts):
 @strict
 @dataclass(kw_only=True)
 class Example(Facts):
-    """A question that the card's Python asks.
-
-    Attributes:
-        prompt: The question about the image.
-        image: A file beside the card. Without one, the Python draws a red square.
-        output: The lines that the Python printed when it was run as it stands.
-        seconds, memory_gb: Time of one more answer in that process, and the most memory it had.
-    """
+    """A question that the card's Python asks."""
 
     prompt: str = "Describe the image."
-    image: str | None = None
-    output: str | None = None
-    seconds: int | float | None = None
-    memory_gb: int | float | None = None
+    image: str | None = None  # a file beside the card; without one, the Python draws a red square
+    output: str | None = None  # what the Python printed when it was run as it stands
 
 
 @strict
 @dataclass(kw_only=True)
 class ModelFacts(Facts):
-    """The facts of a model's card: text, not Markdown, and numbers as measured.
+    """The facts of a model's card: text, not Markdown, and numbers as measured."""
 
-    Attributes:
-        repo_id: "org/name", or a folder's name before it is pushed.
-        summary: One or two sentences on what the model does.
-        license: An id of the Hub's list for the whole: "apache-2.0", or "other" when the parts' differ.
-        language: Codes, `["en"]`.
-        tags: Tags beside those of every TinyAlign model.
-        parts: The two models it began as, and every source of training data.
-        top_k: Examples that the model retrieves for an image; 0 for a baseline without memory.
-        bank: The memory bank; `source` is a path from the checkpoint's folder until it is on the Hub.
-        stages: Hyperparameters by name of each stage of training, in the order in which they ran.
-        curves: Picture of the training curves, a file beside the card.
-        command: The command line that trains the model again.
-        hardware, training_hours: "2 cores of AMD EPYC", and how long they took for all stages.
-        peak_memory_gb: Most memory that training took.
-        limits: What the model can't do, one sentence an item.
-        versions: Package versions by name.
-    """
-
-    repo_id: str
-    summary: str | None = None
-    license: str | None = None
-    language: list[str] | None = None
-    tags: list[str] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
-    top_k: int | None = None
-    bank: Part | None = None
+    repo_id: str  # "org/name", or a folder's name before it is pushed
+    summary: str | None = None  # one or two sentences on what the model does
+    license: str | None = None  # for the whole, of the Hub's list: "apache-2.0", or "other" when the parts' differ
+    language: list[str] | None = None  # codes: ["en"]
+    tags: list[str] = field(default_factory=list)  # beside those of every TinyAlign model
+    parts: list[Part] = field(default_factory=list)  # the two models it began as, and every source of training data
+    top_k: int | None = None  # examples that it retrieves for an image; 0 for a baseline without memory
+    bank: Part | None = None  # its source is a path from the checkpoint's folder until it is on the Hub
     example: Example = field(default_factory=Example)
+    # Settings by name of each stage of training, in the order in which they ran.
     stages: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
-    curves: str | None = None
-    command: str | None = None
+    curves: str | None = None  # picture of the training curves, a file beside the card
+    command: str | None = None  # trains the model again
     evaluation: Evaluation | None = None
-    hardware: str | None = None
-    training_hours: int | float | None = None
+    hardware: str | None = None  # "2 cores of AMD EPYC"
+    training_hours: int | float | None = None  # of all stages
     peak_memory_gb: int | float | None = None
-    limits: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)  # what the model can't do, one sentence an item
     versions: dict[str, str] = field(default_factory=dict)
 
     def validate_pictures(self):
@@ -149,31 +109,18 @@ class ModelFacts(Facts):
 @strict
 @dataclass(kw_only=True)
 class BankFacts(Facts):
-    """The facts of a memory bank's card: text, not Markdown.
+    """The facts of a memory bank's card: text, not Markdown."""
 
-    Attributes:
-        repo_id: "org/name", or a folder's name before it is pushed.
-        summary: One or two sentences on what the rows are.
-        license: Of the rows, ids of the Hub's list.
-        language: Codes of the captions' languages.
-        parts: The vision tower, and every source of images and captions.
-        command: The command line that makes the bank again.
-        limits: What is wrong or missing in the rows, one sentence an item.
-        model: A checkpoint with the bank's vision tower: a Hub id, or a path from the bank's folder.
-        config: The content of bank_config.json; `read_facts` takes it from there.
-        size_mb: Of the Parquet files together; `read_facts` measures it.
-    """
-
-    repo_id: str
-    summary: str | None = None
-    license: list[str] | None = None
-    language: list[str] | None = None
-    parts: list[Part] = field(default_factory=list)
-    command: str | None = None
-    limits: list[str] = field(default_factory=list)
-    model: str | None = None
-    config: dict[str, Any]
-    size_mb: int | float | None = None
+    repo_id: str  # "org/name", or a folder's name before it is pushed
+    summary: str | None = None  # one or two sentences on what the rows are
+    license: list[str] | None = None  # of the rows, ids of the Hub's list
+    language: list[str] | None = None  # of the captions
+    parts: list[Part] = field(default_factory=list)  # the vision tower, and every source of images and captions
+    command: str | None = None  # makes the bank again
+    limits: list[str] = field(default_factory=list)  # what is wrong or missing in the rows, one sentence an item
+    model: str | None = None  # a checkpoint with the bank's vision tower: a Hub id, or a path from the bank's folder
+    config: dict[str, Any]  # content of bank_config.json; `read_facts` takes it from there
+    size_mb: int | float | None = None  # of the Parquet files together; `read_facts` measures it
 
 
 # Facts within facts, by the names of their fields.

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the last: faiss's
 
 
 def save_file(path: Path, content: bytes | pa.Buffer):
-    """Writes a file that is there whole or not at all. Raises `OSError` when it cannot."""
+    """Write a file that is there whole or not at all. Raises `OSError` when it cannot."""
     fresh = path.with_suffix(".new")
     try:
         with open(fresh, "wb") as file:
@@ -28,9 +29,21 @@ def save_file(path: Path, content: bytes | pa.Buffer):
 
 
 @contextmanager
+def nothing_left(folder: Path, *names: str) -> Iterator[None]:
+    """Remove `folder`, and its parents, if work on it fails that has made them and left nothing but files so named."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            if path.is_dir() and {entry.name for entry in path.iterdir()} <= set(names):
+                shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def keeping(folder: str | os.PathLike, what: str) -> Iterator[None]:
-    """
-    A full disk is reported with what to do about it, and `what` of the work is kept in `folder`.
+    """Report a full disk with what to do about it: `what` of the work is kept in `folder`.
 
     Raises `OSError` for whatever a full disk makes of Python, safetensors, tokenizers, PyTorch and `datasets`.
     """

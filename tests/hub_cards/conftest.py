@@ -18,9 +18,7 @@ def model_facts() -> ModelFacts:
         language=["en"],
         parts=[TOWER, IMAGES],
         bank=BANK,
-        example=Example(
-            prompt="What is this?", image="example.png", output="grinning face", seconds=0.4, memory_gb=1.5
-        ),
+        example=Example(prompt="What is this?", image="example.png", output="grinning face"),
         stages={
             "Alignment pre-training": {"learning rate": 1e-3, "steps": 300},
             "Instruction tuning": {"learning rate": 2e-5, "steps": 100},

@@ -63,7 +63,6 @@ def test_model_card(model_facts):
         "| copy the nearest label | - | 0.4 |\n| bank extended | 2 | 0.5 (0.45 to 0.551) |\n\n",
         "![Training curves](loss.png)",
         "Hardware: 2 CPU cores. Training took 0.5 hours and at most\n3.25 GB of memory.\n",
-        "takes 0.4 seconds an answer, from the image to\nthe text, in a process of at most 1.5 GB of memory.",
         "It printed:\n\n```text\ngrinning face\n```\n",
         f"```python\n{usage_snippet(model_facts)}\n```",
         "- It knows nothing but emoji.\n- It speaks English only.\n\n",
@@ -242,7 +241,7 @@ def test_the_card_of_a_quantized_bank(bank_facts):
 
 
 def test_a_broken_bank_config_is_named(bank_facts):
-    for key in ("tower", "num_rows", "key_encoder"):
+    for key in ("tower", "key_encoder"):
         config = {name: value for name, value in bank_facts.config.items() if name != key}
         with pytest.raises(ValueError, match=f"The config of the bank 'org/bank' is not whole .*{key}"):
             bank_card(dataclasses.replace(bank_facts, config=config))

@@ -40,6 +40,25 @@ class Killed(BaseException):
     source: str
 
 
+def test_a_refused_command_leaves_nothing(files, monkeypatch):
+    """Not even the folders that its output was to go to; what was there stays."""
+    monkeypatch.chdir(files)
+    before = sorted(files.rglob("*"))
+    build = "bank build --model model --caption_column label --value_encoder bank --out new/deep/bank --dataset"
+    for command in (
+        "train stage1.yaml --output_dir new/deep/out --resume_from_checkpoint new/deep/out/checkpoint-3",
+        "train stage1.yaml --output_dir new/deep/out --tune_language_model lora --lora_target_modules nothing",
+        f"{build} nothing.json",
+        f"{build} pairs.parquet --rows 1000",
+        f"{build} pairs.parquet --keep nothing",
+        "bank add bank --model model --out new/deep/bank --dataset nothing.json",
+        "bank view bank --row 1000 -o new/deep/page.html",
+    ):
+        with pytest.raises(SystemExit, match="tinyalign: "):
+            main(command.split())
+        assert sorted(files.rglob("*")) == before, command
+
+
 WRITERS = {
     "samples.jsonl": lambda folder, step: write_samples(folder / "samples.jsonl", sample(step)),
     "training_record.json": lambda folder, step: write_records(

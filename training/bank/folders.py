@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from ...hub_cards.cards import is_hub_id
 from ...modeling_tinyalign.bank_format import CONFIG_NAME, KEY_ENCODER_NAME
 from ...modeling_tinyalign.files import SHARDS, fetch
-from ..disk import keeping, save_file
+from ..disk import keeping, nothing_left, save_file
 
 SETTINGS_NAME, LOCK_NAME = "settings.json", "lock"
 
@@ -84,7 +84,14 @@ def work_folder(out: Path) -> Iterator[WorkFolder]:
         ValueError: another process builds the bank.
     """
     folder = out.with_name(f".{out.name}.build")
-    folder.mkdir(parents=True, exist_ok=True)
+    with nothing_left(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked_work(folder, out) as work:
+            yield work
+
+
+@contextmanager
+def _locked_work(folder: Path, out: Path) -> Iterator[WorkFolder]:
     lock = FileLock(folder / LOCK_NAME, timeout=0)  # the system takes it back when the process dies
     try:
         lock.acquire()

@@ -52,7 +52,7 @@ def write_demo_cards(demo: Demo) -> str:
         shutil.copy(demo.out / "tinyalign" / "model" / name, checkpoint)
     shutil.copy(demo.out / "query.png", checkpoint / EXAMPLE_NAME)
     facts = _model_facts(demo)
-    facts = replace(facts, example=run_snippet(checkpoint, facts))
+    facts.example.output = run_snippet(checkpoint, facts)
     write_card(checkpoint, facts)
     for name, concepts in (("with", "all"), ("without", "the training")):
         _write_bank_card(demo, name, concepts)

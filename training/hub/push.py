@@ -120,7 +120,7 @@ def checked_facts(folder: Path, has_bank: bool) -> ModelFacts | None:
 
 
 def bank_card_for_push(folder: Path, repo_id: str, model: str | None) -> str:
-    """Return the README.md of a bank's repository: made of the facts in the folder, else the one that is there.
+    """Return the README.md of a bank's repository: of the facts in the folder, or the one there if they lack some.
 
     Args:
         model: repository of a model that reads the bank.
@@ -128,11 +128,10 @@ def bank_card_for_push(folder: Path, repo_id: str, model: str | None) -> str:
     Raises:
         ValueError: a fact is missing that only a person knows. What is known has been written to card_facts.json.
     """
-    path = folder / FACTS_NAME
-    if (folder / CARD_NAME).is_file() and not path.is_file():
-        return (folder / CARD_NAME).read_text(encoding="utf-8")
-    facts = read_facts(folder)
+    path, facts = folder / FACTS_NAME, read_facts(folder)
     missing = [name for name in EXAMPLES if not vars(facts)[name]]
+    if missing and (folder / CARD_NAME).is_file():
+        return (folder / CARD_NAME).read_text(encoding="utf-8")
     if missing:
         found = "lacks" if path.is_file() else "was written with what the bank knows, and lacks"
         if not path.is_file():

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sized
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedConfig, Trainer, TrainerCallback
 
 from ...hub_cards.cards import usage_snippet
-from ...hub_cards.facts import Example, ModelFacts
+from ...hub_cards.facts import ModelFacts
 from ..disk import save_file
 
 try:
@@ -225,27 +225,14 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def run_snippet(folder: str | os.PathLike, facts: ModelFacts) -> Example:
-    """Run the card's snippet in the checkpoint's folder, in a new process that can't import this package.
-
-    Returns:
-        The example with what was printed, the seconds of one more answer, and the memory of the process.
+def run_snippet(folder: str | os.PathLike, facts: ModelFacts) -> str:
+    """Return what the card's snippet prints in the checkpoint's folder, in a process that can't import this package.
 
     Raises:
-        RuntimeError: the snippet failed; the end of its traceback is in the message.
+        RuntimeError: it failed; the end of its traceback is in the message.
     """
-    script = f"""
-import sys
-sys.modules["tinyalign_vlm"] = None  # as where it was never installed
-{usage_snippet(facts)}
-import resource, time
-started = time.perf_counter()
-pipe(text=messages, max_new_tokens=16, return_full_text=False)
-print("MEASURED", time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * {RSS_UNIT} / 1e9)
-"""
+    script = f'import sys\nsys.modules["tinyalign_vlm"] = None\n{usage_snippet(facts)}'
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"The checkpoint in {folder} does not load without the package:\n{done.stderr[-3000:]}")
-    output, measured = done.stdout.rsplit("MEASURED", 1)
-    seconds, memory_gb = map(float, measured.split())
-    return replace(facts.example, output=output.rstrip(), seconds=seconds, memory_gb=memory_gb)
+    return done.stdout.rstrip()

@@ -4,11 +4,13 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from ..arguments.files import read_config
 from ..data.preparation import prepare
-from ..disk import keeping
+from ..disk import keeping, nothing_left
 from ..evaluation.baselines import with_static_captions
+from ..hub.run_facts import RUN_NAME
 from ..hub.training_card import write_training_card
 from .checkpoints import complete_checkpoints
 from .trainers import TRAINERS, SupervisedTrainer
@@ -22,7 +24,8 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
     Raises `ValueError` or `OSError` that says what is wrong with the files, the data, the model or the bank.
     """
     config = read_config(paths, fields)
-    with keeping(config.output_dir, "the checkpoints so far"):
+    out = Path(config.output_dir).absolute()
+    with nothing_left(out, RUN_NAME), keeping(config.output_dir, "the checkpoints so far"):
         run = prepare(config)
         bank = run.bank
         if config.baseline == "static_rag":

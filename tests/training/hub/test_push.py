@@ -136,7 +136,7 @@ def test_what_is_missing_is_said_before_anything_is_pushed(hub, owner, folders, 
     both = [folders["model"], "cli/nothing", "--bank", folders["bank"], "cli/nothing-bank"]
     end = push(*both)
     for text in (
-        "card_facts.json was written with what the bank knows, and lacks summary and license, which only you know",
+        "card_facts.json lacks summary and license, which only you know",
         '("summary": "Photographs of North American birds with their names.", "license": ["cc-by-4.0"], say;',
     ):
         assert text in end

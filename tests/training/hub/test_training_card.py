@@ -113,8 +113,7 @@ def test_snippet_runs_as_printed(folder, captions):
     output = run_without_package(code, folder / "out1")
     (seen,) = json.loads(output.splitlines()[-1].replace("'", '"'))
     assert len(seen) == 2 and set(seen) <= set(captions)
-    example = run_snippet(folder / "out1", read_facts(folder / "out1"))
-    assert example.output == output.rstrip() and 0 < example.seconds and 0.1 < example.memory_gb < 8
+    assert run_snippet(folder / "out1", read_facts(folder / "out1")) == output.rstrip()
 
 
 def test_stage2_goes_on_with_the_facts_of_stage1(folder, monkeypatch):
