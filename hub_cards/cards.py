@@ -173,12 +173,8 @@ def space_card(repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCar
     """Return the card of a demo Space, which is its configuration as well: space_app.py reads it.
 
     Args:
-        repo_id: "org/name" of the Space.
-        facts: those of the model as it is on the Hub.
+        facts: those of the model as it is on the Hub; a name that is none of a repository is refused (`ValueError`).
         model_revision: the commit whose weights and code the Space runs.
-
-    Raises:
-        HFValidationError: the Space's or the model's name is none of a repository; it is a `ValueError`.
     """
     for name in (repo_id, facts.repo_id):
         validate_repo_id(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from ...hub_cards.markdown import table as markdown_table
 from ..evaluation.answers import Evaluation, bootstrap_interval
 from ..hub.run_facts import hardware, read_records, versions
 from .state import Demo
@@ -18,10 +19,10 @@ SYSTEMS = {
     "text_rag": "Text-only RAG (ceiling)",
 }
 METRICS = {
-    "loss_per_token": ("loss per token", "{:.3f}"),
-    "token_accuracy": ("token accuracy", "{:.3f}"),
-    "exact_match": ("exact match", "{:.3f}"),
-    "seconds_per_answer": ("s per answer", "{:.3f}"),
+    "loss_per_token": "loss per token",
+    "token_accuracy": "token accuracy",
+    "exact_match": "exact match",
+    "seconds_per_answer": "s per answer",
 }
 REPORT = """# TinyAlign demo{quick}
 
@@ -67,16 +68,13 @@ COLORS = {"baseline": "tab:gray", "text_rag": "tab:orange", "tinyalign": "tab:bl
 
 def table(results: dict[str, Evaluation], nearest: list[list[str]]) -> str:
     """Return one bank's rows, in Markdown; values with their 95% bootstrap intervals."""
-    lines = ["| | " + " | ".join(name for name, _ in METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    rows = []
     for system, title in SYSTEMS.items():
         summary = results[system].summary()
-        cells = [
-            form.format(summary[metric][0]) + _interval(form, summary[metric]) for metric, (_, form) in METRICS.items()
-        ]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    summary = copied(results["baseline"].references, nearest)
-    lines.append(f"| Copy the nearest label, no LM | - | - | {summary[0]:.3f}{_interval('{:.3f}', summary)} | - |")
-    return "\n".join(lines)
+        rows.append([title, *(_cell(*summary[metric]) for metric in METRICS)])
+    exact_match = _cell(*copied(results["baseline"].references, nearest))
+    rows.append(["Copy the nearest label, no LM", "-", "-", exact_match, "-"])
+    return markdown_table(["", *METRICS.values()], rows)
 
 
 def copied(references: list[str], nearest: list[list[str]]) -> tuple[float, float, float]:
@@ -168,5 +166,5 @@ def write_report(demo: Demo, answer: str, label: str) -> None:
     (demo.out / "report.md").write_text(text)
 
 
-def _interval(form: str, summary: tuple[float, float, float]) -> str:
-    return f" [{form.format(summary[1])}, {form.format(summary[2])}]"
+def _cell(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"

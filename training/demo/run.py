@@ -181,11 +181,9 @@ def evaluate_system(
         kept = json.loads(path.read_text())
         lists = ("answers", "references")
         return Evaluation(**{name: column if name in lists else np.array(column) for name, column in kept.items()})
-    use_bf16 = bfloat16_is_fast(use_cpu=not torch.cuda.is_available())
-    with bfloat16_language_model(model, enabled=use_bf16):
-        result = evaluate_answers(
-            model, processor, rows, bank, features, batch_size=32, max_new_tokens=ANSWER_TOKENS, desc=path.stem
-        )
+    settings = {"batch_size": 32, "max_new_tokens": ANSWER_TOKENS, "desc": path.stem}
+    with bfloat16_language_model(model, enabled=bfloat16_is_fast(use_cpu=not torch.cuda.is_available())):
+        result = evaluate_answers(model, processor, rows, bank, features, **settings)
     write_json(path, asdict(result))
     return result
 

