@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.hub_cards.facts import read_facts
 from tinyalign_vlm.modeling_tinyalign.row_encoder import image_source_id
 from tinyalign_vlm.training.bank import encode
 from tinyalign_vlm.training.bank.folders import work_folder
@@ -128,7 +129,8 @@ def test_what_the_card_says_is_recorded(build, tmp_path):
     build("--keep", "license")
     text = (tmp_path / "out" / "card_facts.json").read_text()
     facts = json.loads(text)
-    assert str(tmp_path) not in text and facts["summary"] is facts["license"] is None
+    assert str(tmp_path) not in text and facts["summary"] is None
+    assert facts["license"] == ["cc-0", "cc-1"]  # of the rows
     assert re.match(r"tinyalign bank build --dataset \S+ .*--keep license .*--out bank$", facts["command"])
     assert [part["role"] for part in facts["parts"]] == ["vision tower", "images and captions"]
 
@@ -332,6 +334,10 @@ def test_add(build, place, tmp_path, capsys, tinyalign):
     assert not (tmp_path / "red").exists() and not (tmp_path / ".red.build").exists()
     tinyalign(*red, "--set", "license=mine")
     assert MemoryBank.from_pretrained(tmp_path / "red").rows([36])[0]["license"] == "mine"
+    facts = read_facts(tmp_path / "red")
+    assert [part.source for part in facts.parts][-2:] == ["data.parquet", "red.json"]
+    assert facts.license == ["cc-0", "cc-1", "mine"] and str(tmp_path) not in facts.command
+    assert re.match("tinyalign bank add more --dataset red.json .*--set license=mine --out bank", facts.command)
 
 
 def test_banks_of_the_same_encoders_can_be_merged(build, place, tmp_path, tinyalign):
