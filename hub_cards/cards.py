@@ -189,7 +189,6 @@ def space_card(repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCar
         app_file="app.py",
         license=facts.license,
         short_description=SPACE_SUMMARY if facts.bank else BASELINE_SPACE_SUMMARY,
-        suggested_hardware="cpu-basic",
         models=[facts.repo_id],
         datasets=[facts.bank.source] if facts.bank else None,
         tags=["tinyalign"],

@@ -100,14 +100,13 @@ def prepare_banks(
     for name, rows in zip(BANKS, (pairs.train, pairs.heldout), strict=True):
         path = folder / f"bank_{name}_heldout"
         if not (path / "bank_config.json").exists():
-            source, columns = pairs.noto.select(rows), {"caption_column": "label", "vision_features": features[rows]}
-            columns["keep_duplicates"] = True  # some concepts share a drawing
+            source, settings = pairs.noto.select(rows), {"caption_column": "label", "vision_features": features[rows]}
+            settings["keep_duplicates"] = True  # some concepts share a drawing
             if name == "without":
-                bank = MemoryBank.build(
-                    source, model, processor, encoder, key_grid=3, whiten_dim=min(512, len(rows) - 1), **columns
-                )
+                settings |= {"key_grid": 3, "whiten_dim": min(512, len(rows) - 1)}
+                bank = MemoryBank.build(source, model, processor, encoder, **settings)
             else:
-                bank = banks["without"].add(source, model, processor, **columns)
+                bank = banks["without"].add(source, model, processor, **settings)
             bank.save_pretrained(path)
         banks[name] = MemoryBank.from_pretrained(path)
     return banks
@@ -230,10 +229,8 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
 
 def print_next_commands(out: Path) -> None:
     """Say where the results are, and print the commands that go on from there."""
-    program = "tinyalign"
-    if shutil.which(program) is None:
-        program = os.path.relpath(Path(sys.executable).with_name(program))
-    place = os.path.relpath(out)
+    installed, place = Path(sys.executable).with_name("tinyalign"), os.path.relpath(out)
+    program = "tinyalign" if shutil.which("tinyalign") else os.path.relpath(installed)
     print(
         f"\n{place}/report.md has the results, {place}/checkpoint the model, {place}/bank_with_heldout its memory "
         "bank. README.md asks the model in ten lines of Python. Look at the bank, or push both to the Hub:\n\n"

@@ -29,7 +29,8 @@ def record_bank(
         data: the data set that it has new rows of.
         old: names of the banks that other rows are from.
     """
-    write_facts(folder, _with_sources(read_facts(folder), bank, data, old, public_command(command)))
+    facts = _with_sources(read_facts(folder), bank, data, old, public_command(command))
+    write_facts(folder, with_facts_of_hub(facts))
 
 
 def save_with_facts(bank: MemoryBank, out: str | os.PathLike, command: Sequence[str], old: Sequence[Any]) -> None:
@@ -43,7 +44,7 @@ def save_with_facts(bank: MemoryBank, out: str | os.PathLike, command: Sequence[
 
 
 def facts_of_dataset(bank: MemoryBank, dataset: Any) -> str:
-    """Return the card_facts.json of a bank that was built of a data set in Python."""
+    """Return the card_facts.json of a bank that was built of a data set in Python. The Hub is not asked: push does."""
     facts = facts_of_bank_config("bank", asdict(bank.config))
     return facts_json(_with_sources(facts, bank, _part_of_dataset(dataset), (), None))
 
@@ -103,7 +104,7 @@ def _with_sources(
     )
     if len(earlier) == 1 and data is None:
         facts = replace(facts, summary=earlier[0].summary, language=earlier[0].language)
-    return with_facts_of_hub(facts)
+    return facts
 
 
 def _facts_of_bank(name: str | os.PathLike) -> BankFacts:
@@ -127,4 +128,4 @@ def _part_of_dataset(dataset: Any) -> Part | None:
     organisation, divided, name = folders[0].partition("___")
     if not divided or not re.fullmatch("[0-9a-f]{40}", folders[3]):
         return None
-    return describe_part(DATA, f"{organisation}/{name}", "dataset", folders[3])
+    return Part(role=DATA, source=f"{organisation}/{name}", revision=folders[3], hub_type="dataset")

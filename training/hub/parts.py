@@ -39,9 +39,9 @@ def license_of(license: str | Sequence[str] | None) -> str:
     return ", ".join(license)
 
 
-def common_license(licenses: Sequence[str | None]) -> str:
-    """Return the licence of a model whose parts have these: "other" if they differ."""
-    known = {(license or UNKNOWN).lower() for license in licenses}
+def common_license(parts: Sequence[Part]) -> str:
+    """Return the licence of a model of these parts: "other" if theirs differ."""
+    known = {(part.license or UNKNOWN).lower() for part in parts}
     if UNKNOWN in known:
         return UNKNOWN
     return known.pop() if len(known) == 1 else "other"

@@ -36,9 +36,8 @@ def push(
 
     Args:
         model: folder of the checkpoint with its processor, and the repository.
-        bank: folder of the bank, and the repository. Without it, the checkpoint keeps the bank that it names.
-        private: new repositories are private.
-        revision: the branch, for both; by default main.
+        bank: folder and repository. Without it, the checkpoint keeps the bank that it names.
+        private, revision: new repositories are private; the branch of both.
         space: repository of a demo Space, a chat with the checkpoint at the commit that was just made.
 
     Raises:
@@ -122,20 +121,17 @@ def checked_facts(folder: Path, has_bank: bool) -> ModelFacts | None:
 def bank_card_for_push(folder: Path, repo_id: str, model: str | None) -> str:
     """Return the README.md of a bank's repository: of the facts in the folder, or the one there if they lack some.
 
-    Args:
-        model: repository of a model that reads the bank.
-
     Raises:
         ValueError: a fact is missing that only a person knows. What is known has been written to card_facts.json.
     """
-    path, facts = folder / FACTS_NAME, read_facts(folder)
+    path, facts = folder / FACTS_NAME, with_facts_of_hub(read_facts(folder))
     missing = [name for name in EXAMPLES if not vars(facts)[name]]
     if missing and (folder / CARD_NAME).is_file():
         return (folder / CARD_NAME).read_text(encoding="utf-8")
     if missing:
         found = "lacks" if path.is_file() else "was written with what the bank knows, and lacks"
         if not path.is_file():
-            write_facts(folder, with_facts_of_hub(facts))
+            write_facts(folder, facts)
         examples = ", ".join(f'"{name}": {json.dumps(EXAMPLES[name])}' for name in missing)
         raise ValueError(
             f"{path} {found} {' and '.join(missing)}, which only you know: put what is true in the place of the null "

@@ -65,11 +65,8 @@ def _facts(
     command: str,
     earlier: ModelFacts | None,
 ) -> ModelFacts:
-    if earlier is not None and earlier.parts:
-        parts, license = earlier.parts, earlier.license
-    else:
-        parts = _composed_of(model)
-        license = common_license([part.license for part in parts])
+    parts = earlier.parts if earlier is not None and earlier.parts else _composed_of(model)
+    license = earlier.license if earlier is not None and earlier.parts else common_license(parts)
     data = _training_data(config)
     again = [part for part in parts if (part.source, part.revision) == (data.source, data.revision)]
     evaluation = _evaluation(config, records[-1], data)

@@ -3,6 +3,7 @@
 import pytest
 from huggingface_hub import HfApi
 
+from tinyalign_vlm.hub_cards.facts import Part
 from tinyalign_vlm.training.hub.parts import common_license, describe_part, public_command
 
 
@@ -67,7 +68,8 @@ def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
     ("licenses", "whole"), [(["MIT", "mit"], "mit"), (["mit", "apache-2.0"], "other"), (["mit", None], "unknown")]
 )
 def test_license_of_the_whole(licenses, whole):
-    assert common_license(licenses) == whole
+    parts = [Part(role="a part", source="org/name", license=license) for license in licenses]
+    assert common_license(parts) == whole
 
 
 def test_a_folder_that_looks_like_a_repository_is_a_path(tmp_path, monkeypatch):
