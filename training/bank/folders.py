@@ -35,13 +35,11 @@ def folder_of_bank(name: str | os.PathLike) -> Path:
         ValueError: there is no such folder, and the name is none of a repository.
         OSError: the repository cannot be downloaded.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if not is_hub_id(str(name)):
-        raise ValueError(
-            f"{name} is no folder, expected that of a memory bank, or its repository on the Hub, org/name."
-        )
+        raise ValueError(f"{name} is no folder, expected the one of a memory bank, or its repository, org/name.")
     commit = fetch(str(name), CONFIG_NAME, None, None).parent.name
     files = [CONFIG_NAME, KEY_ENCODER_NAME, "value_encoder/*", SHARDS]
     return Path(snapshot_download(str(name), repo_type="dataset", revision=commit, allow_patterns=files))

@@ -109,8 +109,8 @@ def _with_sources(
 
 def _facts_of_bank(name: str | os.PathLike) -> BankFacts:
     """Return the facts in a bank's folder, or of its repository."""
-    if Path(name).is_dir():
-        return read_facts(name)
+    if Path(name).expanduser().is_dir():
+        return read_facts(Path(name).expanduser())
     part = describe_part("memory bank", str(name), "dataset")
     return BankFacts(repo_id=str(name), parts=[part], license=_list_of(part.license), config={})
 

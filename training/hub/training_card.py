@@ -119,7 +119,7 @@ def _bank_part(config: StageArguments, bank: MemoryBank) -> Part:
     else:
         part = describe_part("memory bank", str(config.memory_bank), "dataset")
         part.revision = f"sha256 of the keys: {bank.config.sha256.keys[:12]}"
-        path = os.path.relpath(config.memory_bank, config.output_dir)
+        path = os.path.relpath(Path(config.memory_bank).expanduser(), Path(config.output_dir).expanduser())
         if re.fullmatch(r"(\.\./)*[^/]+", path):  # it names no other folder of this machine
             part.source = path
     if part.license == UNKNOWN:
@@ -129,8 +129,8 @@ def _bank_part(config: StageArguments, bank: MemoryBank) -> Part:
 
 def _folder_with(model: str, file: str) -> Path:
     """Return the folder with this file of a checkpoint, by its folder or Hub id; it may lack the file."""
-    if Path(model).is_dir():
-        return Path(model)
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
     try:
         return Path(hf_hub_download(model, file)).parent
     except OSError:  # offline, or there is none
