@@ -1,6 +1,7 @@
 """Encoded rows on their way into a memory bank: kept in parts, so that a killed run goes on where it stopped."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from ..data.images import StoredImages
 from ..disk import save_file
 
 PART_ROWS = 512  # of the data set: what a killed run loses at most
+SECONDS_BETWEEN_LINES = 30  # where there is no terminal for a progress bar
 Chunk = list[tuple[int, dict[str, Any]]]
 
 
@@ -54,6 +56,16 @@ class EncodedParts:
                 reader = pa.ipc.open_file(file)
                 yield from map(reader.get_batch, range(reader.num_record_batches))
 
+    def count_done(self) -> int:
+        """Count the data set's rows that are in parts, encoded or left out."""
+        done = 0
+        for path in self.folder.glob("[0-9]*.arrow"):
+            with pa.memory_map(str(path)) as file:
+                reader = pa.ipc.open_file(file)
+                rows = sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+                done += rows + len(json.loads(reader.schema.metadata[b"left_out"]))
+        return done
+
     def encode(self, encoder: RowEncoder, source: StoredImages, choice: RowChoice) -> None:
         """Encode the data set, but for the parts that are there.
 
@@ -65,6 +77,7 @@ class EncodedParts:
         rounds = self.rounds(choice)
         every = (chunk for numbers in rounds for chunk in chunks(source, numbers, PART_ROWS))
         with tqdm(total=choice.wanted or choice.total, desc="Encoding the bank", unit="row") as bar:
+            said = time.monotonic()
             for number, chunk in enumerate(every):
                 if not self.path(number).exists():
                     encoder.left_out = []
@@ -77,6 +90,9 @@ class EncodedParts:
                 encoder.next_id = first_id + self.num_rows
                 bar.n = self.num_rows + (0 if choice.wanted else len(self.left_out))
                 bar.refresh()
+                if bar.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    print(f"  {self.num_rows + len(self.left_out):,} rows are done", flush=True)
 
     def rounds(self, choice: RowChoice) -> Iterator[np.ndarray | None]:
         """Yield the numbers of rows to encode, ascending, None for all; again while chosen rows are left out."""

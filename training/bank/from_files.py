@@ -28,6 +28,7 @@ from .encode import EncodedParts, RowChoice, count_kinds, no_usable_row
 from .folders import WorkFolder, check_new_folder, work_folder
 from .value_encoder_training import ValueEncoderTrainingConfig, train_new_value_encoder
 
+MANY_ROWS = 2000  # take minutes
 # Settings of the last step: another value makes another bank of the same encoded rows.
 LAST_STEP = ("whiten_dim", "quantized")
 
@@ -269,7 +270,10 @@ class FileBuild:
         folder = self.work.path / "value_encoder"
         if not folder.is_dir():
             training = ValueEncoderTrainingConfig(steps=settings.value_encoder_steps, seed=settings.seed)
-            encoder = train_new_value_encoder(self.model, self.processor, self.source, training, self.batch_size)
+            checkpoint = folder.with_suffix(".pt")
+            encoder = train_new_value_encoder(
+                self.model, self.processor, self.source, training, self.batch_size, checkpoint=checkpoint
+            )
             fresh = folder.with_suffix(".new")
             encoder.save_pretrained(fresh)
             fresh.rename(folder)
@@ -279,13 +283,22 @@ class FileBuild:
         """Encode the rows, here or on a Ray cluster, but for those that are encoded already."""
         parts = EncodedParts(self.work.path)
         choice = RowChoice(self.settings.rows, self.settings.seed, self.total)
-        if ray is not None:
-            from .ray import encode_on_cluster
+        total, done = choice.wanted or choice.total, parts.count_done()
+        if done or total is None or total > MANY_ROWS:
+            rows = "all" if total is None else f"{total:,}"
+            print(f"Encoding {rows} rows, {done:,} of them are done already; --rows N takes fewer.", flush=True)
+        try:
+            if ray is not None:
+                from .ray import encode_on_cluster
 
-            encode_on_cluster(parts, ray, encoder, self.source, choice)
-        else:
-            with evaluating(self.model, encoder.value_encoder):
-                parts.encode(encoder, self.source, choice)
+                encode_on_cluster(parts, ray, encoder, self.source, choice)
+            else:
+                with evaluating(self.model, encoder.value_encoder):
+                    parts.encode(encoder, self.source, choice)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(
+                f"stopped; {parts.count_done():,} rows are done, and the same command goes on with the others"
+            ) from interrupt
         return parts
 
 

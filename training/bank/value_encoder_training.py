@@ -1,17 +1,19 @@
 """Training the value encoder, before a bank is built and frozen with it."""
 
+import io
 import math
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...modeling_tinyalign import ValueEncoder, ValueEncoderConfig
@@ -19,9 +21,12 @@ from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import BadRow, BankRow
 from ...modeling_tinyalign.value_encoder import PADDING_BYTE
 from ..data.images import StoredImages
+from ..disk import save_file
 
 # The rows of a data set that a new value encoder is trained on.
 NUM_IMAGES, NUM_CAPTIONS = 256, 10_000
+SAVE_STEPS = 50
+SECONDS_BETWEEN_LINES = 30  # where there is no terminal for a progress bar
 
 
 @dataclass
@@ -103,7 +108,11 @@ def spelling_loss(encoder: ValueEncoder, latents: torch.Tensor, caption_bytes: t
 
 
 def train_value_encoder(
-    encoder: ValueEncoder, images: Sequence, captions: Sequence[str], config: ValueEncoderTrainingConfig | None = None
+    encoder: ValueEncoder,
+    images: Sequence,
+    captions: Sequence[str],
+    config: ValueEncoderTrainingConfig | None = None,
+    checkpoint: Path | None = None,
 ) -> list[dict]:
     """Train the value encoder, in place, to spell: a linear layer reads word i out of latents 2i and 2i + 1.
 
@@ -113,6 +122,7 @@ def train_value_encoder(
         encoder: with new weights; left frozen and in evaluation mode.
         images: vision features `(n, T, C)`, or pixels, as an array or tensor: what `encoder` reads.
         captions: those of the training images. They may be fewer or more than the images.
+        checkpoint: a file, written every 50 steps, from which the same training goes on if it is there.
 
     Returns:
         a row every 50 steps: `step`, `loss` (nats a byte) and `words_right` (share of words spelled without a fault).
@@ -125,36 +135,88 @@ def train_value_encoder(
         raise ValueError("Found 0 images, expected at least one: pass the training images' features or pixels.")
     sampler = CaptionSampler(captions, config.invented_share, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    sees_features = encoder.config.image_input == "features"
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         look = nn.Linear(encoder.config.latent_dim, encoder.config.vision_feature_size).to(encoder.device)
     parameters = [*encoder.train().requires_grad_(True).parameters(), *look.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
-    history = []
-    progress = trange(1, config.steps + 1, desc="Value encoder")
-    for step in progress:
-        caption_bytes = encoder.tokenize(sampler.sample(config.batch_size, encoder.config.max_words))
-        caption_bytes = caption_bytes.to(encoder.device)
-        rows = torch.randint(len(images), (config.batch_size,), generator=generator)
-        batch = torch.as_tensor(images[rows.numpy()]).to(encoder.device, torch.float32)
-        latents = encoder(batch, caption_bytes)
-        loss, words_right = spelling_loss(encoder, latents, caption_bytes)
-        total = loss
-        if config.vision_weight and sees_features:
-            seen = F.cosine_similarity(look(latents.mean(1)), batch.mean(1)).mean()
-            total = loss + config.vision_weight * (1 - seen)
-        optimizer.zero_grad()
-        total.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0 or step == config.steps:
-            history.append({"step": step, "loss": loss.item(), "words_right": words_right.item()})
-            progress.set_postfix(loss=f"{loss.item():.3f}", words_right=f"{words_right.item():.1%}")
+    parts = {"encoder": encoder, "look": look, "optimizer": optimizer, "schedule": schedule}
+    done, history = restore(checkpoint, parts, generator, sampler)
+    progress = tqdm(range(done + 1, config.steps + 1), desc="Value encoder", initial=done, total=config.steps)
+    step, said = done, time.monotonic()
+    try:
+        for step in progress:
+            caption_bytes = encoder.tokenize(sampler.sample(config.batch_size, encoder.config.max_words))
+            rows = torch.randint(len(images), (config.batch_size,), generator=generator)
+            batch = torch.as_tensor(images[rows.numpy()]).to(encoder.device, torch.float32)
+            loss, words_right = take_step(encoder, look, batch, caption_bytes, optimizer, config.vision_weight)
+            schedule.step()
+            if step % SAVE_STEPS == 0 or step == config.steps:
+                history.append({"step": step, "loss": loss.item(), "words_right": words_right.item()})
+                if checkpoint is not None:
+                    save_progress(checkpoint, history, parts, generator, sampler)
+                progress.set_postfix(loss=f"{loss.item():.3f}", words_right=f"{words_right.item():.1%}")
+                if progress.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    print(f"  step {step} of {config.steps}, loss {loss.item():.3f}", flush=True)
+    except KeyboardInterrupt as interrupt:
+        kept = history[-1]["step"] if history and checkpoint is not None else 0
+        raise KeyboardInterrupt(
+            f"stopped at step {step} of {config.steps} of the value encoder; the same command goes on from step {kept}"
+        ) from interrupt
     encoder.requires_grad_(False).eval()
     return history
+
+
+def take_step(
+    encoder: ValueEncoder,
+    look: nn.Linear,
+    batch: torch.Tensor,
+    caption_bytes: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    vision_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take a step of training on images and captions; return the loss of spelling and the share of words right."""
+    caption_bytes = caption_bytes.to(encoder.device)
+    latents = encoder(batch, caption_bytes)
+    loss, words_right = spelling_loss(encoder, latents, caption_bytes)
+    total = loss
+    if vision_weight and encoder.config.image_input == "features":
+        seen = F.cosine_similarity(look(latents.mean(1)), batch.mean(1)).mean()
+        total = loss + vision_weight * (1 - seen)
+    optimizer.zero_grad()
+    total.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    return loss, words_right
+
+
+def save_progress(
+    checkpoint: Path, history: list[dict], parts: dict, generator: torch.Generator, sampler: CaptionSampler
+) -> None:
+    """Write all that the next step depends on."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"history": history, "generator": generator.get_state(), "sampler": sampler.rng.getstate()}
+    content = io.BytesIO()
+    torch.save(state, content)
+    save_file(checkpoint, content.getvalue())
+
+
+def restore(
+    checkpoint: Path | None, parts: dict, generator: torch.Generator, sampler: CaptionSampler
+) -> tuple[int, list[dict]]:
+    """Read what `save_progress` wrote, if it did. Return the steps that are done, and their history."""
+    if checkpoint is None or not checkpoint.is_file():
+        return 0, []
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    generator.set_state(state["generator"])
+    sampler.rng.setstate(state["sampler"])
+    done = state["history"][-1]["step"]
+    print(f"The value encoder goes on from step {done}.", flush=True)
+    return done, state["history"]
 
 
 def train_new_value_encoder(
@@ -164,11 +226,12 @@ def train_new_value_encoder(
     config: ValueEncoderTrainingConfig | None = None,
     batch_size: int = 32,
     vision_features: torch.Tensor | np.ndarray | None = None,
+    checkpoint: Path | None = None,
 ) -> ValueEncoder:
     """Return a value encoder for a model, trained on the first rows of a data set. Say what is done.
 
-    `vision_features` `(rows of the data set, tokens, width)` save the work of the tower. Raises `ValueError` if no row
-    is usable.
+    `vision_features` `(rows of the data set, tokens, width)` save the work of the tower; `checkpoint` is that of
+    `train_value_encoder`. Raises `ValueError` if no row is usable.
     """
     config = config or ValueEncoderTrainingConfig()
     images, captions = sample_rows(source)
@@ -179,10 +242,12 @@ def train_new_value_encoder(
     encoder = new_value_encoder(model, features.shape[1:], config.seed)
     if config.steps:
         print(
-            f"Training a value encoder on {len(captions):,} captions and {len(images)} images, {config.steps:,} steps."
+            f"Training a value encoder on {len(captions):,} captions and {len(images)} images, {config.steps:,} "
+            "steps. Fewer are faster and spell worse.",
+            flush=True,
         )
         began = time.perf_counter()
-        train_value_encoder(encoder, features, captions, config)
+        train_value_encoder(encoder, features, captions, config, checkpoint)
         print(f"The value encoder took {time.perf_counter() - began:.0f} seconds.")
     return encoder.requires_grad_(False).eval()
 

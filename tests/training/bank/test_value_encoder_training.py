@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tinyalign_vlm import ValueEncoder, ValueEncoderConfig
+from tinyalign_vlm.training.bank import value_encoder_training
 from tinyalign_vlm.training.bank.value_encoder_training import (
     CaptionSampler,
     ValueEncoderTrainingConfig,
@@ -81,3 +82,29 @@ def test_sampler():
 def test_bad_input(images, captions, message):
     with pytest.raises(ValueError, match=message):
         train_value_encoder(new_encoder(), np.zeros((images, 2, 8), np.float16), captions)
+
+
+def test_training_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
+    """From its last 50 steps, to the weights of a training that was not."""
+    images = np.random.default_rng(0).normal(size=(5, 2, 8)).astype(np.float16)
+    settings = ValueEncoderTrainingConfig(steps=120, batch_size=4)
+    whole, stopped, again = new_encoder(), new_encoder(), new_encoder()
+    history = train_value_encoder(whole, images, CAPTIONS, settings)
+    take_step = value_encoder_training.take_step
+    steps = iter(range(1, 1000))
+
+    def interrupted(*arguments):
+        if next(steps) == 77:
+            raise KeyboardInterrupt
+        return take_step(*arguments)
+
+    checkpoint = tmp_path / "training.pt"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interrupt:
+        patch.setattr(value_encoder_training, "take_step", interrupted)
+        train_value_encoder(stopped, images, CAPTIONS, settings, checkpoint)
+    assert str(interrupt.value) == (
+        "stopped at step 77 of 120 of the value encoder; the same command goes on from step 50"
+    )
+    assert train_value_encoder(again, images, CAPTIONS, settings, checkpoint) == history
+    assert capsys.readouterr().out == "The value encoder goes on from step 50.\n"
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())

@@ -75,3 +75,37 @@ def test_ctrl_c_in_training(files):
         r"tinyalign: stopped at step \d+; the same command goes on from out1/checkpoint-\d+", errors[-1]
     )
     assert not any("Traceback" in line for line in errors)
+
+
+SLOW_BUILD = """
+import time
+from tinyalign_vlm.training.bank import encode
+from tinyalign_cli.main import main
+
+encode.PART_ROWS = 4
+save_file = encode.save_file
+
+def slowly(path, content):
+    save_file(path, content)
+    print("a part", flush=True)
+    time.sleep(2)
+
+encode.save_file = slowly
+main("bank build --model model --dataset chats.json --value_encoder bank --out new".split())
+"""
+
+
+def test_ctrl_c_in_bank_build(files):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_BUILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=files
+    )
+    assert process.stdout.readline() == "a part\n"
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == INTERRUPTED
+    assert errors == "tinyalign: stopped; 4 rows are done, and the same command goes on with the others\n"
+    build = "from tinyalign_cli.main import main; main()"
+    arguments = "bank build --model model --dataset chats.json --value_encoder bank --out new".split()
+    again = subprocess.run([sys.executable, "-c", build, *arguments], capture_output=True, text=True, cwd=files)
+    assert again.stdout.splitlines()[0] == "Encoding 12 rows, 4 of them are done already; --rows N takes fewer."
+    assert (again.returncode, again.stderr) == (0, "")
