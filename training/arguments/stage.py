@@ -1,6 +1,7 @@
 """Settings that both stages add to those of their trainer, or set otherwise than it."""
 
 import importlib.util
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,8 @@ from .data import DataArguments
 from .inherited import refuse_harmful_settings
 from .model import ModelArguments
 from .tuning import TuningArguments
+
+LEAST_STEPS = 100  # of a run whose length the user leaves to the data
 
 
 @dataclass
@@ -130,6 +133,35 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
                 f"tune_vision_tower is {self.tune_vision_tower!r} and cache_features true: features computed once are "
                 "those of a tower that stays as it is. Set cache_features: false, or tune_vision_tower: frozen."
             )
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Return the steps of warm-up, fewer than there are; the first of them has a learning rate of 0."""
+        if 1 <= num_training_steps <= self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps:g}, but the run has {num_training_steps} steps: expected fewer, "
+                "or a share of all steps, 0.03 say."
+            )
+        return min(super().get_warmup_steps(num_training_steps), max(0, num_training_steps - 1))
+
+    def fit_to_data(self, num_rows: int, given: set[str]):
+        """
+        Take smaller batches and more epochs of small data, so that a run has about `LEAST_STEPS` steps. The settings
+        that are `given`, by the user and not by the package, stay as they are.
+        """
+        batch = self.train_batch_size * self.world_size
+        if not {"global_batch_size", "gradient_accumulation_steps"} & given and self.deepspeed is None:
+            while 0.5 * LEAST_STEPS * batch * self.gradient_accumulation_steps > num_rows:
+                if self.gradient_accumulation_steps > 1:
+                    self.gradient_accumulation_steps //= 2
+                elif self.per_device_train_batch_size > 1 and "per_device_train_batch_size" not in given:
+                    self.per_device_train_batch_size //= 2
+                    batch = self.train_batch_size * self.world_size
+                else:
+                    break
+            self.global_batch_size = batch * self.gradient_accumulation_steps
+        if not {"num_train_epochs", "max_steps"} & given:
+            steps = math.ceil(num_rows / (batch * self.gradient_accumulation_steps))
+            self.num_train_epochs = max(self.num_train_epochs, math.ceil(LEAST_STEPS / steps))
 
     def _accumulate_to_global_batch(self):
         if self.deepspeed is not None:

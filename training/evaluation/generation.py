@@ -40,6 +40,7 @@ def greedy_answers(
         attention_mask=mask,
         **{name: batch[name] for name in IMAGE_INPUTS if name in batch},
         do_sample=False,
+        **dict.fromkeys(("temperature", "top_p", "top_k")),  # of a model that samples by default
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
     )

@@ -1,8 +1,8 @@
-"""Changes to a batch and to the mode of the language model just before a training step."""
+"""Changes to a batch, and to the mode and the special tokens of the language model, before it trains."""
 
 from PIL import Image
 from torch.nn import functional as F
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -15,6 +15,27 @@ def without_dropout(language_model: PreTrainedModel):
     for module in language_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = module.gradient_checkpointing
+
+
+def align_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    """Give the model the special tokens of its tokenizer: `Trainer` does the same, and warns of each."""
+    config, generation = model.config.get_text_config(), model.generation_config
+    for name in ("bos_token_id", "pad_token_id"):
+        value = tokenizer.bos_token_id if name == "bos_token_id" else tokenizer.pad_token_id
+        if value is not None:
+            setattr(config, name, value)
+            setattr(generation, name, value)
+    end = tokenizer.eos_token_id
+    if end is None:
+        return
+    config.eos_token_id = with_first(end, config.eos_token_id) if isinstance(config.eos_token_id, list) else end
+    generation.eos_token_id = with_first(end, generation.eos_token_id)
+
+
+def with_first(token: int, tokens: int | list[int] | None) -> list[int]:
+    """Return the tokens with this one before them, unless they have it."""
+    others = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+    return others if token in others else [token, *others]
 
 
 def with_blank_image(model: PreTrainedModel, processor: ProcessorMixin, inputs: dict) -> dict:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..arguments.files import read_config
+import datasets
+
+from ..arguments.files import CONFIGS, read_config, read_settings
 from ..data.preparation import prepare
 from ..disk import keeping, nothing_left
 from ..evaluation.baselines import with_static_captions
@@ -19,14 +21,20 @@ from .trainers import TRAINERS, SupervisedTrainer
 def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
     """
     Train as the YAML files at `paths` say (later ones win), with `fields` (`["--learning_rate", "5e-4"]`) over them,
-    and save model, processor and card to `output_dir`.
+    and save model, processor and card to `output_dir`. What neither says depends on the size of the data.
 
     Raises `ValueError` or `OSError` that says what is wrong with the files, the data, the model or the bank.
     """
     config = read_config(paths, fields)
     out = Path(config.output_dir).absolute()
-    with nothing_left(out, RUN_NAME), keeping(config.output_dir, "the checkpoints so far"):
+    with (
+        nothing_left(out, RUN_NAME),
+        keeping(config.output_dir, "the checkpoints so far"),
+        interrupt_naming_steps(config.output_dir) as started,
+    ):
         run = prepare(config)
+        if isinstance(run.rows, datasets.Dataset):
+            config.fit_to_data(len(run.rows), given_settings(paths, fields))
         bank = run.bank
         if config.baseline == "static_rag":
             run.rows = with_static_captions(config, run.processor, run.rows, bank)
@@ -42,21 +50,32 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
             memory_bank=bank,
             vision_features=run.features,
         )
-        with interrupt_naming_steps(trainer):
-            trainer.train()
+        started.append(trainer)
+        trainer.train()
         trainer.save_model()
         if trainer.is_world_process_zero():
             command = shlex.join(["tinyalign", "train", *map(str, paths), *fields])
             write_training_card(config, run.model, trainer, bank, command)
 
 
+def given_settings(paths: Sequence[str | os.PathLike], fields: list[str]) -> set[str]:
+    """Return the names of the settings that the user has chosen: not those of this package's own files."""
+    own = [path for path in paths if Path(path).exists() and Path(path).resolve().parent != CONFIGS]
+    typed = {field[2:].partition("=")[0] for field in fields if field.startswith("--")}
+    return read_settings(own).keys() | typed
+
+
 @contextmanager
-def interrupt_naming_steps(trainer: SupervisedTrainer) -> Iterator[None]:
-    """Say in a `KeyboardInterrupt` at which step training stops, and from which the same command goes on."""
+def interrupt_naming_steps(output_dir: str) -> Iterator[list[SupervisedTrainer]]:
+    """
+    Say in a `KeyboardInterrupt` at which step training stops, and from which the same command goes on; the trainer is
+    added to the list when there is one.
+    """
+    trainers = []
     try:
-        yield
+        yield trainers
     except KeyboardInterrupt as interrupt:
-        checkpoints = complete_checkpoints(trainer.args.output_dir)
+        checkpoints = complete_checkpoints(output_dir)
+        step = f"at step {trainers[0].state.global_step}" if trainers else "before the first step"
         go_on = f"goes on from {checkpoints[-1]}" if checkpoints else "starts anew, no checkpoint was saved yet"
-        message = f"stopped at step {trainer.state.global_step}; the same command {go_on}"
-        raise KeyboardInterrupt(message) from interrupt
+        raise KeyboardInterrupt(f"stopped {step}; the same command {go_on}") from interrupt

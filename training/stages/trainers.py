@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
@@ -26,12 +26,14 @@ from ..data.collator import TrainingCollator
 from ..data.memory_dropout import MemoryDropout, TellEpoch
 from ..data.training_rows import evaluation_rows, training_rows
 from ..hub.run_facts import Clock, Curves
-from .batches import with_blank_image, without_dropout
+from .batches import align_tokens, with_blank_image, without_dropout
 from .checkpoints import last_checkpoint, load_trained, save_trained, trajectory_settings
 from .lora import adapters
 from .loss_check import LossCheck
 from .metrics import Meter
+from .movement import MovementCheck
 from .precision import bfloat16_language_model
+from .progress import follow
 from .samples import SampleAnswers
 from .trainable_parts import TrainedPart, parts_of, set_trainable, table
 
@@ -97,7 +99,8 @@ class SupervisedTrainer(Trainer):
         self._add_callbacks()
 
     def _add_callbacks(self):
-        for callback in (self.loss_check, Clock(), Curves()):
+        follow(self)
+        for callback in (self.loss_check, MovementCheck(self), Clock(), Curves()):
             self.add_callback(callback)
         if self.eval_dataset is not None and self.args.eval_samples:
             self.add_callback(SampleAnswers(self))
@@ -117,6 +120,7 @@ class SupervisedTrainer(Trainer):
             ValueError: `output_dir` has checkpoints of another run, a loss is NaN, or no step could be taken.
         """
         set_seed(self.args.seed)  # answers before the first step change nothing
+        align_tokens(self.model, self.processing_class.tokenizer)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         use_bfloat16 = self.args.bf16 and not self.is_divided  # FSDP and DeepSpeed have a precision of their own
         with (
@@ -162,6 +166,10 @@ class SupervisedTrainer(Trainer):
         """
         state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         if not 0 < state.max_steps <= state.global_step:
+            for name in ("logging_steps", "eval_steps", "save_steps"):  # `Trainer` warns of shares: it kept numbers
+                share = vars(self.args)[name]
+                if share is not None and share < 1:
+                    setattr(self.args, name, math.ceil(state.max_steps * share))
             return False
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -280,10 +288,15 @@ class SupervisedTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """The last file of a checkpoint says that it is complete: that of one that is written again goes first."""
-        if self.args.should_save:
+        args, limit = self.args, self.args.save_total_limit
+        if args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            Path(self.args.output_dir, folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+            Path(args.output_dir, folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        args.save_total_limit = None  # `Trainer` would go by the files' times, and warn of quick steps
         super()._save_checkpoint(model, trial)
+        args.save_total_limit = limit
+        if args.should_save:
+            rotate_checkpoints(args.output_dir, limit, self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -1,0 +1,56 @@
+"""Batches, epochs and warm-up that follow from the size of the data."""
+
+import pytest
+
+from tinyalign_vlm.training.arguments.files import CONFIGS, read_config
+
+
+@pytest.fixture
+def config():
+    return lambda stage=1, *fields: read_config([CONFIGS / f"stage{stage}.yaml"], ["--use_cpu", "True", *fields])
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "batch", "epochs"),
+    [
+        (1, 1, 1, 100),
+        (1, 10, 1, 10),
+        (1, 200, 4, 2),
+        (2, 200, 4, 2),
+        (1, 5_000, 64, 2),
+        (2, 5_000, 64, 2),
+        (1, 12_800, 256, 2),
+        (1, 25_600, 256, 1),
+        (2, 558_000, 128, 1),
+    ],
+)
+def test_small_data_has_smaller_batches_and_more_epochs(stage, rows, batch, epochs, config):
+    settings = config(stage)
+    settings.fit_to_data(rows, set())
+    assert settings.global_batch_size == batch and settings.num_train_epochs == epochs
+    assert settings.train_batch_size * settings.gradient_accumulation_steps == batch
+
+
+def test_what_the_user_chose_stays(config):
+    settings = config()
+    settings.fit_to_data(200, {"global_batch_size", "num_train_epochs"})
+    assert (settings.global_batch_size, settings.num_train_epochs) == (256, 1)
+    settings = config(1, "--per_device_train_batch_size", "8")
+    settings.fit_to_data(200, {"per_device_train_batch_size", "max_steps"})
+    assert (settings.global_batch_size, settings.train_batch_size, settings.num_train_epochs) == (8, 8, 1)
+    settings = config()
+    settings.fit_to_data(200, {"gradient_accumulation_steps"})
+    assert settings.train_batch_size * settings.gradient_accumulation_steps == 256
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "expected"),
+    [(0.03, 1, 0), (0.03, 2, 1), (0.03, 100, 3), (0.03, 120, 4), (0.9, 5, 4), (0, 5, 0), (3, 5, 3)],
+)
+def test_warm_up_leaves_a_step(warmup, steps, expected, config):
+    assert config(1, "--warmup_steps", str(warmup)).get_warmup_steps(steps) == expected
+
+
+def test_warm_up_of_more_steps_than_there_are(config):
+    with pytest.raises(ValueError, match="warmup_steps is 100, but the run has 50 steps: expected fewer"):
+        config(1, "--warmup_steps", "100").get_warmup_steps(50)
