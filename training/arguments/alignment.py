@@ -1,9 +1,10 @@
 """Settings of stage 1, alignment pre-training: the connectors train, all else is frozen unless one asks for it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from .settings import setting
 from .stage import StageArguments
 
 
@@ -11,6 +12,6 @@ from .stage import StageArguments
 class AlignmentConfig(StageArguments, TrainingArguments):
     """Settings of [`AlignmentTrainer`]: those of [`~transformers.TrainingArguments`] and of [`StageArguments`]."""
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the connectors."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
-    save_steps: float = field(default=0.1, metadata={"help": "Steps between two checkpoints, or a share of all."})
+    learning_rate: float = setting(1e-3, "Learning rate of the connectors.")
+    logging_steps: float = setting(10, "Steps between two logged losses.")
+    save_steps: float = setting(0.1, "Steps between two checkpoints, or a share of all.")

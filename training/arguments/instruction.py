@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from .settings import setting
 from .stage import StageArguments
 from .tuning import TuningArguments
 
@@ -19,11 +20,9 @@ class InstructionConfig(StageArguments, SFTConfig):
     tune_language_model: str = field(
         default="full", metadata=TuningArguments.__dataclass_fields__["tune_language_model"].metadata
     )
-    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the language model."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Deprecated: set activation_checkpointing."}
-    )
-    save_steps: float = field(default=0.25, metadata={"help": "Steps between two checkpoints, or a share of all."})
+    learning_rate: float = setting(2e-5, "Learning rate of the language model.")
+    gradient_checkpointing: bool | None = setting(None, "Deprecated: set activation_checkpointing.")
+    save_steps: float = setting(0.25, "Steps between two checkpoints, or a share of all.")
     dataset_kwargs: dict | None = field(
         default_factory=lambda: {"skip_prepare_dataset": True}, metadata={"help": "The collator prepares the rows."}
     )

@@ -1,7 +1,9 @@
 """Settings that choose the model, its processor and its memory bank."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from .settings import setting
 
 BASELINES = ("wider_connector", "static_rag", "text_rag")
 
@@ -10,49 +12,34 @@ BASELINES = ("wider_connector", "static_rag", "text_rag")
 class ModelArguments:
     """The model of a run: loaded, or composed of a vision tower and a language model; and its memory."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub repository of a TinyAlign model with its processor."}
+    model: str | None = setting(None, "Folder or Hub repository of a TinyAlign model with its processor.")
+    vision_model: str | None = setting(None, "Or: folder or Hub repository of the vision tower of a new model,")
+    language_model: str | None = setting(None, "and that of its language model.")
+    model_kwargs: dict | str | None = setting(
+        None, 'TinyAlignConfig fields to set in the model, as JSON: {"memory_top_k": 3}.'
     )
-    vision_model: str | None = field(
-        default=None, metadata={"help": "Or: folder or Hub repository of the vision tower of a new model,"}
+    image_aspect_ratio: str | None = setting(
+        None,
+        "New models, which keep it: square is the tower's own preprocessing; pad makes images square "
+        "with their mean colour first.",
+        ["square", "pad"],
     )
-    language_model: str | None = field(default=None, metadata={"help": "and that of its language model."})
-    model_kwargs: dict | str | None = field(
-        default=None, metadata={"help": 'TinyAlignConfig fields to set in the model, as JSON: {"memory_top_k": 3}.'}
+    memory_bank: str | None = setting(
+        None, "Folder or Hub repository of the memory bank. Not needed if memory_top_k is 0."
     )
-    image_aspect_ratio: str | None = field(
-        default=None,
-        metadata={
-            "help": "New models, which keep it: square is the tower's own preprocessing; pad makes images square "
-            "with their mean colour first.",
-            "choices": ["square", "pad"],
-        },
+    lexicon: bool = setting(
+        True,
+        "New models: let the memory connector read the words of the bank, see docs/value_encoder.md. "
+        "False for a bank whose value encoder was not trained.",
     )
-    memory_bank: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub repository of the memory bank. Not needed if memory_top_k is 0."},
+    any_tower: bool = setting(False, "Take a bank of another vision tower, too: an ablation.")
+    baseline: str | None = setting(
+        None, "A comparison point of the paper instead of TinyAlign, see docs/baselines.md.", list(BASELINES)
     )
-    lexicon: bool = field(
-        default=True,
-        metadata={
-            "help": "New models: let the memory connector read the words of the bank, see docs/value_encoder.md. "
-            "False for a bank whose value encoder was not trained."
-        },
-    )
-    any_tower: bool = field(default=False, metadata={"help": "Take a bank of another vision tower, too: an ablation."})
-    baseline: str | None = field(
-        default=None,
-        metadata={
-            "help": "A comparison point of the paper instead of TinyAlign, see docs/baselines.md.",
-            "choices": list(BASELINES),
-        },
-    )
-    memory_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the images that lose neighbours in training (all, some, or the most similar ones), 0 "
-            "to 1. The model then works with its bank on, off and partly on, see docs/adaptive_retrieval.md."
-        },
+    memory_dropout: float = setting(
+        0.0,
+        "Share of the images that lose neighbours in training (all, some, or the most similar ones), 0 "
+        "to 1. The model then works with its bank on, off and partly on, see docs/adaptive_retrieval.md.",
     )
 
     def read_model_kwargs(self):

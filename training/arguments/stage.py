@@ -11,6 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from .data import DataArguments
 from .inherited import refuse_harmful_settings
 from .model import ModelArguments
+from .settings import setting
 from .tuning import TuningArguments
 
 LEAST_STEPS = 100  # of a run whose length the user leaves to the data
@@ -23,33 +24,28 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
     bases of a config. Defaults are the paper's (Table 3).
     """
 
-    stage: int | None = field(default=None, metadata={"help": "1 or 2: the stage that a YAML file is for."})
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of an optimizer step, whatever the number of processes; gradient_accumulation_steps follows "
-            "from it."
-        },
+    stage: int | None = setting(None, "1 or 2: the stage that a YAML file is for.")
+    global_batch_size: int | None = setting(
+        None,
+        "Rows of an optimizer step, whatever the number of processes; gradient_accumulation_steps follows from it. "
+        "Unless it is set, fewer of small data.",
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rates."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: a share of all steps, or their number."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute in bfloat16; weights that train stay float32. By default where the machine is fast in it."
-        },
+    lr_scheduler_type: str = setting("cosine", "Schedule of the learning rates.")
+    warmup_steps: float = setting(0.03, "Warm-up: a share of all steps, or their number.")
+    num_train_epochs: float = setting(1.0, "Passes over the data; unless it is set, more over small data.")
+    bf16: bool | None = setting(
+        None, "Compute in bfloat16; weights that train stay float32. By default where the machine is fast in it."
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    save_total_limit: int | None = setting(1, "Checkpoints to keep.")
     report_to: list[str] | None = field(
         default_factory=lambda: ["none"],
         metadata={"help": "Experiment trackers: wandb, trackio, tensorboard, several of them, or none."},
     )
-    activation_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Compute activations again in the backward pass: less memory, a slower step."}
+    activation_checkpointing: bool | None = setting(
+        None, "Compute activations again in the backward pass: less memory, a slower step."
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses, not logits."})
+    remove_unused_columns: bool = setting(False, "The collator needs all columns.")
+    prediction_loss_only: bool = setting(True, "Evaluation returns losses, not logits.")
 
     def __post_init__(self):
         self.read_model_kwargs()

@@ -3,9 +3,11 @@
 import importlib.util
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+
+from .settings import setting
 
 PARTS = ("vision_tower", "connector", "memory_connector", "language_model")
 CONNECTOR_POLICIES = ["frozen", "full"]
@@ -21,55 +23,36 @@ def part_of(parameter_name: str) -> str:
 class TuningArguments:
     """Settings of what trains, how fast, and what is saved; see docs/training.md."""
 
-    tune_vision_tower: str = field(
-        default="frozen",
-        metadata={
-            "help": "Training of the vision tower: frozen, full, or 'from layer 20', that layer, counted from 0, and "
-            "all behind it."
-        },
+    tune_vision_tower: str = setting(
+        "frozen",
+        "Training of the vision tower: frozen, full, or 'from layer 20', that layer, counted from 0, and "
+        "all behind it.",
     )
-    tune_connector: str = field(
-        default="full", metadata={"help": "Training of the connector.", "choices": CONNECTOR_POLICIES}
+    tune_connector: str = setting("full", "Training of the connector.", CONNECTOR_POLICIES)
+    tune_memory_connector: str = setting("full", "Training of the memory connector.", CONNECTOR_POLICIES)
+    tune_language_model: str = setting(
+        "frozen",
+        "Training of the language model: frozen (the default of stage 1), full (that of stage 2), lora "
+        "or qlora: adapters on frozen weights of 4 bits, on CUDA. Adapters are merged at the end.",
+        LANGUAGE_MODEL_POLICIES,
     )
-    tune_memory_connector: str = field(
-        default="full", metadata={"help": "Training of the memory connector.", "choices": CONNECTOR_POLICIES}
+    lora_r: int | None = setting(None, "Rank of the adapters, by default 16.")
+    lora_alpha: float | None = setting(None, "Weight of the adapters, times lora_r; by default 2 * lora_r.")
+    lora_dropout: float | None = setting(None, "Dropout of the adapters, by default 0.05.")
+    lora_target_modules: list[str] | None = setting(
+        None, "Layers of the language model with adapters, by default all linear ones but its head."
     )
-    tune_language_model: str = field(
-        default="frozen",
-        metadata={
-            "help": "Training of the language model: frozen (the default of stage 1), full (that of stage 2), lora "
-            "or qlora: adapters on frozen weights of 4 bits, on CUDA. Adapters are merged at the end.",
-            "choices": LANGUAGE_MODEL_POLICIES,
-        },
+    vision_tower_lr: float | None = setting(None, "Learning rate of the vision tower, instead of learning_rate.")
+    connector_lr: float | None = setting(None, "Learning rate of the connector, instead of learning_rate.")
+    memory_connector_lr: float | None = setting(
+        None, "Learning rate of the memory connector, instead of learning_rate."
     )
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters, by default 16."})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "Weight of the adapters, times lora_r; by default 2 * lora_r."}
-    )
-    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapters, by default 0.05."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Layers of the language model with adapters, by default all linear ones but its head."},
-    )
-    vision_tower_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower, instead of learning_rate."}
-    )
-    connector_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the connector, instead of learning_rate."}
-    )
-    memory_connector_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the memory connector, instead of learning_rate."}
-    )
-    language_model_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the language model or its adapters."}
-    )
-    save_only: str | None = field(
-        default=None,
-        metadata={
-            "help": "connectors: save them without vision tower and language model, which from_pretrained takes from "
-            "the checkpoints that the model was composed of.",
-            "choices": ["connectors"],
-        },
+    language_model_lr: float | None = setting(None, "Learning rate of the language model or its adapters.")
+    save_only: str | None = setting(
+        None,
+        "connectors: save them without vision tower and language model, which from_pretrained takes from "
+        "the checkpoints that the model was composed of.",
+        ["connectors"],
     )
 
     def check_tuning(self):
