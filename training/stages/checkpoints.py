@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
@@ -46,53 +47,46 @@ def connectors_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def save_connectors(model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None):
-    """
-    Writes the connectors, and nothing else of the model, to `connectors.safetensors`; of a model that is divided among
-    processes from its gathered `state_dict`.
-    """
+    """Write the connectors, and nothing else, from the gathered `state_dict` of a model that is divided."""
     state_dict = model.state_dict() if state_dict is None else state_dict
-    prefixes = {f"{model.base_model_prefix}.{part}.": f"{part}." for part in connectors_of(model)}
-    tensors = {
-        new + name.removeprefix(old): tensor.detach().cpu().contiguous()
-        for name, tensor in state_dict.items()
-        for old, new in prefixes.items()
-        if name.startswith(old)
-    }
+    prefix = f"{model.base_model_prefix}."
+    parts = tuple(f"{prefix}{part}." for part in connectors_of(model))
+    write_tensors({name[len(prefix) :]: state_dict[name] for name in state_dict if name.startswith(parts)}, folder)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], folder: str | os.PathLike, name: str = CONNECTORS_NAME):
+    """Write tensors to a file in `folder`, which is made."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(folder, CONNECTORS_NAME), metadata={"format": "pt"})
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, Path(folder, name), metadata={"format": "pt"})
     apply_umask(folder)
 
 
 def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
     """
-    Reads what [`save_connectors`] wrote; the model gets the lexicon that was saved with them, or none if none was.
+    Read what [`save_connectors`] wrote; the model gets the lexicon that was saved with them, or none if none was.
 
     Raises `RuntimeError` naming the tensors that do not fit the model.
     """
     tensors = load_file(Path(folder, CONNECTORS_NAME))
-    if model.config.memory_top_k > 0 and "memory_connector.lexicon_bias" in tensors:
-        lexicon = [tensors[f"memory_connector.lexicon_{part}"].to(model.device) for part in ("keys", "bias", "tokens")]
-        model.base_model.memory_connector.set_lexicon(*lexicon)
-        model.config.memory_lexicon_size = len(lexicon[1])
-        model.config.latents_per_word = len(lexicon[2])
-    elif model.config.memory_top_k > 0:
-        model.base_model.memory_connector.set_lexicon(None, None, None)
-        model.config.memory_lexicon_size = 0
+    if model.config.memory_top_k > 0:
+        lexicon = [tensors.get(f"memory_connector.lexicon_{part}") for part in ("keys", "bias", "tokens")]
+        found = lexicon[1] is not None
+        model.base_model.memory_connector.set_lexicon(*(part.to(model.device) if found else None for part in lexicon))
+        model.config.memory_lexicon_size = len(lexicon[1]) if found else 0
+        if found:
+            model.config.latents_per_word = len(lexicon[2])
     nn.ModuleDict(connectors_of(model)).load_state_dict(tensors)
 
 
 def save_trained(model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None):
-    """Writes the connectors as [`save_connectors`], and all else that trains, if it does, to `trained.safetensors`."""
+    """Write the connectors as [`save_connectors`], and all else that trains, if it does, to `trained.safetensors`."""
     state_dict = model.state_dict() if state_dict is None else state_dict
     save_connectors(model, folder, state_dict)
-    others = {
-        name: state_dict[name].detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "connector" not in part_of(name)
-    }
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    others = {name: state_dict[name] for name in trained if "connector" not in part_of(name)}
     if others:
-        save_file(others, Path(folder, TRAINED_NAME), metadata={"format": "pt"})
-        apply_umask(folder)
+        write_tensors(others, folder, TRAINED_NAME)
 
 
 def load_trained(model: PreTrainedModel, folder: str | os.PathLike):

@@ -13,25 +13,22 @@ class BadLoss(ValueError):
 
 
 class LossCheck(TrainerCallback):
-    """
-    Looks at the losses of a step's batches all at once, before the optimizer takes the step: the device is waited for
-    once a step, however many batches are accumulated, and the weights are still those that the loss is of.
-    """
+    """Looks at the losses of all batches of a step at once, before it is taken: the device is waited for once."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.batches = []
 
     def add(self, loss: torch.Tensor, inputs: dict[str, Any], rows: list[str]):
-        """Keeps a batch of the step, which [`Trainer`] keeps as well, and the names of its rows."""
+        """Keep a batch of the step, which [`Trainer`] keeps as well, and the names of its rows."""
         self.batches.append((loss.detach(), inputs, rows))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         batches, self.batches = self.batches, []
         finite = torch.stack([loss for loss, _, _ in batches]).isfinite()
         if not finite.all():
-            _, inputs, rows = batches[int(finite.int().argmin())]
-            raise BadLoss(self._explain(float(batches[int(finite.int().argmin())][0]), inputs, rows))
+            loss, inputs, rows = batches[int(finite.int().argmin())]
+            raise BadLoss(self._explain(float(loss), inputs, rows))
 
     def _explain(self, loss: float, inputs: dict[str, Any], rows: list[str]) -> str:
         args, model = self.trainer.args, self.trainer.model
@@ -40,12 +37,13 @@ class LossCheck(TrainerCallback):
         if args.fp16:
             advice += ", or train in bfloat16 or float32: numbers over 65,504 overflow in float16 (fp16: true)"
         rerun = "The step was not taken; the same command goes on from the last checkpoint in output_dir."
-        broken = [name for name, value in model.named_parameters() if value.requires_grad and not _is_finite(value)]
+        trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        broken = [name for name, value in trained if not bool(value.isfinite().all())]
         if broken:
             return (
                 f"{found}: weights are NaN or infinite ({broken[0]} and {len(broken) - 1} others), so that an earlier "
-                f"step went wrong, and not {', '.join(rows)}, which this one is of. Delete the last checkpoint if it "
-                f"is as late, and {advice}. {rerun}"
+                f"step went wrong, and not {', '.join(rows)}. Delete the last checkpoint if it is as late, and "
+                f"{advice}. {rerun}"
             )
         bad = self._bad_rows(inputs, rows)
         if not bad:
@@ -62,9 +60,9 @@ class LossCheck(TrainerCallback):
 
     @torch.no_grad()
     def _bad_rows(self, inputs: dict[str, Any], rows: list[str]) -> list[str]:
-        """The rows whose own loss is no number; all where the model is divided, and one can't run it alone."""
+        """Return the rows whose own loss is no number; all where the model is divided, and one can't run it alone."""
         trainer = self.trainer
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if trainer.is_divided:
             return rows
         config = trainer.model.config
         counts = (inputs["input_ids"] == config.image_token_id).sum(1) // config.num_image_tokens
@@ -79,7 +77,3 @@ class LossCheck(TrainerCallback):
             if not loss.isfinite():
                 bad.append(name)
         return bad
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    return bool(value.isfinite().all())

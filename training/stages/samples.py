@@ -24,18 +24,16 @@ TRACKERS = ("wandb", "trackio")  # both have `log` and `Table`
 
 class SampleAnswers(TrainerCallback):
     """
-    Answers the first `eval_samples` rows of the evaluation data at each evaluation, greedily.
-
-    The answers, with their references and the neighbours that the model read (caption and similarity, best first), are
-    printed, added to `samples.jsonl` in `output_dir` and, for W&B and trackio, logged as the table `samples`. A model
-    that FSDP or DeepSpeed has divided is not asked: one process alone cannot answer with it.
+    Answers the first `eval_samples` evaluation rows at each evaluation, greedily. Answers, references and neighbours
+    are printed, added to `samples.jsonl` in `output_dir` and, for W&B and trackio, logged as the table `samples`. A
+    model that FSDP or DeepSpeed has divided is not asked: one process alone cannot answer with it.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
+        if self.trainer.is_divided:
             logger.warning_once("No sample answers: the model is divided among processes (FSDP, DeepSpeed).")
         elif state.is_world_process_zero:
             samples = [{"step": state.global_step, **sample} for sample in self.answer()]

@@ -127,17 +127,9 @@ def table(parts: list[TrainedPart]) -> str:
     everything = sum(part.parameters for part in parts)
     trained = sum(part.trained for part in parts)
     rows = [("part", "trains", "parameters", "trained", "dtype", "learning rate")]
-    rows += [
-        (
-            part.name.replace("_", " "),
-            part.policy,
-            f"{part.parameters:,}",
-            f"{part.trained:,}",
-            part.dtype,
-            f"{part.learning_rate:g}" if part.trained else "-",
-        )
-        for part in parts
-    ]
+    for part in parts:
+        name, rate = part.name.replace("_", " "), f"{part.learning_rate:g}" if part.trained else "-"
+        rows.append((name, part.policy, f"{part.parameters:,}", f"{part.trained:,}", part.dtype, rate))
     rows.append(("all", "", f"{everything:,}", f"{trained:,} ({trained / everything:.2%})", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -55,7 +55,7 @@ def test_evaluation_has_no_dropout(make_model, processor, scored_rows, bank, fea
     rows = scored_rows.add_column("feature_index", list(range(12)))
     evaluated = []
     for rate in (0.0, 1.0):
-        settings = {"max_steps": 1, "learning_rate": 0.0, "memory_dropout": rate}
+        settings = {"max_steps": 1, "learning_rate": 1e-9, "memory_dropout": rate}
         settings |= {"eval_strategy": "steps", "eval_steps": 1}
         folder = tmp_path / str(rate)
         trainer = run(make_model(), processor, rows, bank, features, folder, rows, **settings)
