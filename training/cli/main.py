@@ -95,6 +95,8 @@ def check_names(options: dict):
 def exit_with_help_if_asked(command: ModuleType, parser: argparse.ArgumentParser, arguments: argparse.Namespace):
     """Print the help of a command that reads files. `tinyalign train FILE.yaml --help` is left to the command."""
     asked = not {"-h", "--help"}.isdisjoint(arguments.fields)
+    if asked and command is train and "all" in arguments.fields:
+        arguments.files = arguments.files or ["stage2.yaml"]  # which has the settings of both trainers
     if not arguments.files or (asked and command is not train):
         parser.print_help()
         parser.exit(0 if asked else 2)

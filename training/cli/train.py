@@ -14,6 +14,7 @@ Train one stage, as YAML files say. A rerun goes on where the last one stopped.
   tinyalign train stage1.yaml --learning_rate 5e-4        # any field can be set here too, and wins over the files
   tinyalign train stage1.yaml qwen2-0.5b-siglip.yaml      # several files: later ones win
   tinyalign train stage1.yaml --help                      # its settings; --help all: also those of transformers
+  tinyalign train stage1.yaml --max_steps 10              # a short try; on little data, batch and epochs fit it
   torchrun --nproc_per_node 8 -m tinyalign_cli train stage1.yaml      # 8 GPUs, the same trajectory
   accelerate launch --config_file CONFIGS/accelerate/fsdp2.yaml -m tinyalign_cli train stage2.yaml
 

@@ -56,19 +56,20 @@ def test_a_command_that_is_stopped_says_whether_it_can_go_on(interrupt, resumabl
 
 
 def test_ctrl_c_in_training(files):
+    """As a terminal does it: the workers that read the rows get it, too."""
     command = [sys.executable, "-m", "tinyalign_cli", "train", "stage1.yaml", "--max_steps", "100000"]
     process = subprocess.Popen(
-        [*command, "--save_steps", "5"],
+        [*command, "--save_steps", "5", "--dataloader_num_workers", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=files,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
     )
     for line in process.stdout:
         if "loss" in line and list(files.glob("out1/checkpoint-*/trainer_state.json")):
             break
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=120)[1].splitlines()
     assert process.returncode == INTERRUPTED, "\n".join(errors)
     assert re.fullmatch(

@@ -38,6 +38,8 @@ def test_train_prints_them(files, monkeypatch, capsys):
     assert (
         "--fsdp" in everything and "--fsdp" not in ours and everything.index("--dataset ") < everything.index("--fsdp")
     )
+    main(["train", "--help", "all"])
+    assert "--fsdp" in capsys.readouterr().out
     (files / "none.yaml").write_text("output_dir: out")
     with pytest.raises(SystemExit, match="none.yaml has stage: None, expected `stage: 1`"):
         main(["train", "none.yaml", "--help"])
