@@ -18,8 +18,8 @@ class MovementCheck(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.before, self.rate, self.batches = sums_of_trained(self.trainer.model), 0.0, 0
-        self.step_of_epoch = state.global_step
+        self.before = self._sums()
+        self.rate, self.step_of_epoch = 0.0, state.global_step
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.step_of_epoch = state.global_step
@@ -37,8 +37,7 @@ class MovementCheck(TrainerCallback):
         self.rate = max(self.rate, *(group["lr"] for group in optimizer.param_groups))
 
     def on_step_end(self, args, state, control, **kwargs):
-        divided = self.trainer.is_divided  # then each process has parts of the parameters
-        if state.global_step < state.max_steps or divided or sums_of_trained(self.trainer.model) != self.before:
+        if state.global_step < state.max_steps or self.before is None or self._sums() != self.before:
             return
         if self.rate == 0:
             reason = (
@@ -53,6 +52,10 @@ class MovementCheck(TrainerCallback):
         raise NothingLearnt(
             f"Nothing was learnt in {state.max_steps} steps: the trained parameters are what they were, for {reason}."
         )
+
+    def _sums(self) -> list[float] | None:
+        """Return None where the model is divided: each process has parts of the parameters."""
+        return None if self.trainer.is_divided else sums_of_trained(self.trainer.model)
 
 
 def sums_of_trained(model: PreTrainedModel) -> list[float]:
