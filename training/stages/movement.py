@@ -19,13 +19,11 @@ class MovementCheck(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.before = self._sums()
-        self.rate, self.step_of_epoch = 0.0, state.global_step
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.step_of_epoch = state.global_step
+        self.rate, self.epochs_without_step = 0.0, 0
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step_of_epoch and state.global_step < state.max_steps:
+        self.epochs_without_step += 1
+        if self.epochs_without_step > 1:  # one may be all that was left of the epoch that a run goes on in
             rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             raise NothingLearnt(
                 f"The data has fewer rows than the {rows} of a step, and streamed ones are not counted beforehand: no "
@@ -37,6 +35,7 @@ class MovementCheck(TrainerCallback):
         self.rate = max(self.rate, *(group["lr"] for group in optimizer.param_groups))
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.epochs_without_step = -1  # the epoch of this step ends, too
         if state.global_step < state.max_steps or self.before is None or self._sums() != self.before:
             return
         if self.rate == 0:
