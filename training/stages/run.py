@@ -2,11 +2,14 @@
 
 import os
 import shlex
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+from transformers import TrainerCallback
 
 from ..arguments.files import CONFIGS, read_config, read_settings
 from ..data.preparation import prepare
@@ -51,7 +54,8 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
             vision_features=run.features,
         )
         started.append(trainer)
-        trainer.train()
+        with stop_between_steps(trainer):
+            trainer.train()
         trainer.save_model()
         if trainer.is_world_process_zero():
             command = shlex.join(["tinyalign", "train", *map(str, paths), *fields])
@@ -63,6 +67,39 @@ def given_settings(paths: Sequence[str | os.PathLike], fields: list[str]) -> set
     own = [path for path in paths if Path(path).exists() and Path(path).resolve().parent != CONFIGS]
     typed = {field[2:].partition("=")[0] for field in fields if field.startswith("--")}
     return read_settings(own).keys() | typed
+
+
+class StopAtStep(TrainerCallback):
+    """Raises `KeyboardInterrupt` between two steps: Python loses one that comes while it frees an object."""
+
+    asked = False
+
+    def ask(self, signal_number, frame):
+        """Note a first Ctrl-C; raise at once at a second one."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            raise KeyboardInterrupt
+
+    on_substep_end = on_prediction_step = on_step_end
+
+
+@contextmanager
+def stop_between_steps(trainer: SupervisedTrainer) -> Iterator[None]:
+    """Let Ctrl-C stop a run at the end of a batch; also in the workers that are forked in between."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    stop = StopAtStep()
+    trainer.add_callback(stop)
+    earlier = signal.signal(signal.SIGINT, stop.ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 @contextmanager
