@@ -42,7 +42,13 @@ class BadRow(ValueError):
         self.kind = kind
 
     def __str__(self) -> str:
-        return ": ".join(self.args)
+        return readable(": ".join(self.args))
+
+
+def readable(text: str) -> str:
+    """Return a message in one line of at most 280 characters: without what is not printed, and its middle."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= 280 else f"{text[:180]} ... {text[-95:]}"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ class DataArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": 'JSON, JSON lines, Parquet or WebDataset (.tar) files, a pattern of them ("shards/*.tar"), a '
-            "folder, or a Hub dataset."
+            "help": "JSON, JSON lines, CSV, TSV, Parquet or WebDataset (.tar) files, a pattern of them "
+            '("shards/*.tar"), a folder, or a Hub dataset.'
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
@@ -25,7 +25,8 @@ class DataArguments:
         },
     )
     image_folder: str | None = field(
-        default=None, metadata={"help": "What paths of images are relative to, by default the dataset's folder."}
+        default=None,
+        metadata={"help": "What paths of images in `dataset` are relative to, by default the folder of the file."},
     )
     image_column: str | None = field(
         default=None, metadata={"help": "Column with images or their paths, by default image or images."}
@@ -35,7 +36,10 @@ class DataArguments:
         metadata={"help": "Column with chats, by default messages, conversations, or prompt and completion."},
     )
     answer_column: str | None = field(
-        default=None, metadata={"help": "Without chats: column with the label or caption that answers `prompt`."}
+        default=None,
+        metadata={
+            "help": "Without chats: column with labels or captions, of several the first, that answer `prompt`."
+        },
     )
     prompt: str | None = field(default=None, metadata={"help": "Without chats: the question about every image."})
     max_length: int | None = field(
@@ -64,6 +68,10 @@ class DataArguments:
     eval_dataset: str | None = field(
         default=None,
         metadata={"help": "Rows to evaluate on, as `dataset`; ten times, unless eval_strategy says otherwise."},
+    )
+    eval_image_folder: str | None = field(
+        default=None,
+        metadata={"help": "The same of `eval_dataset`, which may lie elsewhere."},
     )
     eval_split: str = field(
         default="validation", metadata={"help": "Split of a folder or Hub dataset to evaluate on."}

@@ -19,6 +19,7 @@ from .instruction import InstructionConfig
 from .stage import StageArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+NO_OUTPUT_DIR = (None, "", "trainer_output")
 STAGE_CONFIGS = {1: AlignmentConfig, 2: InstructionConfig}
 
 
@@ -79,7 +80,7 @@ def _check_together(config: StageArguments, named: str):
             f"baseline is {config.baseline} and memory_top_k 0: it takes as many neighbours, or parameters, as the "
             "TinyAlign that it is compared with has. Leave baseline or memory_top_k out."
         )
-    if config.output_dir in (None, "", "trainer_output"):
+    if config.output_dir in NO_OUTPUT_DIR:
         raise ValueError(f"{named} has no output_dir: say where checkpoints and the trained model go.")
 
 

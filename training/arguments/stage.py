@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +49,9 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
     prediction_loss_only: bool = setting(True, "Evaluation returns losses, not logits.")
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, str) and value.startswith("~"):
+                setattr(self, name, os.path.expanduser(value))
         self.read_model_kwargs()
         self._check_run()
         if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:  # before transformers 5.23

@@ -1,5 +1,6 @@
 """Chats about images: what they must be, and their tokens."""
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,28 @@ from ...modeling_tinyalign.row_encoder import BadRow
 from ...processing import add_captions
 
 
+class _Shown(reprlib.Repr):
+    """The start of a value, for messages; of bytes their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = 60
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return f"<{len(value)} bytes>"
+
+
+shown = _Shown().repr
+
+
 def to_messages(prompt: str, answer: str) -> list[dict]:
     """One question about an image and its answer, as a chat. Raises `BadRow` when one of them is no text."""
     for name, text in (("prompt", prompt), ("answer", answer)):
         if not isinstance(text, str) or not text.strip():
             raise BadRow(
                 f"empty {name}" if text is None or isinstance(text, str) else "no chat",
-                f"the {name} is {text!r}, expected text that is not blank: fill it in or remove the row (a number "
-                'is written as text, "3")',
+                f"the {name} is {shown(text)}, expected text that is not blank: fill it in or remove the row (a "
+                'number is written as text, "3")',
             )
     return [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": prompt}]},
@@ -29,9 +44,7 @@ def to_messages(prompt: str, answer: str) -> list[dict]:
 def check_messages(messages: list[dict]):
     """Raises `BadRow`, saying what was found, unless this is a chat in which the assistant says something."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRow(
-            "no chat", f"the chat is {str(messages)[:200]}, expected a list of {{'role': ..., 'content': ...}}"
-        )
+        raise BadRow("no chat", f"the chat is {shown(messages)}, expected a list of {{'role': ..., 'content': ...}}")
     spoken = False
     for message in messages:
         content = message.get("content")
@@ -39,7 +52,7 @@ def check_messages(messages: list[dict]):
         if not all(isinstance(part, dict) for part in parts):
             raise BadRow(
                 "no chat",
-                f"a turn of {message.get('role')!r} has the content {str(content)[:200]}, expected text or a list of "
+                f"a turn of {message.get('role')!r} has the content {shown(content)}, expected text or a list of "
                 '{"type": "image"} and {"type": "text", "text": ...}',
             )
         texts = [part.get("text") for part in parts if part.get("type") == "text"]
@@ -47,8 +60,8 @@ def check_messages(messages: list[dict]):
             if text is None or not isinstance(text, str):
                 raise BadRow(
                     "empty answer" if message.get("role") == "assistant" and text is None else "no chat",
-                    f"a turn of {message.get('role')!r} has the text {text!r}, expected a string: fill it in or "
-                    f"remove the row. The chat: {str(messages)[:200]}",
+                    f"a turn of {message.get('role')!r} has the text {shown(text)}, expected a string: fill it in or "
+                    f"remove the row. The chat: {shown(messages)}",
                 )
         if message.get("role") == "assistant":
             spoken = True
@@ -56,10 +69,10 @@ def check_messages(messages: list[dict]):
                 raise BadRow(
                     "empty answer",
                     "an assistant turn is empty, expected text that is not blank: fill it in or remove the row. "
-                    f"The chat: {str(messages)[:200]}",
+                    f"The chat: {shown(messages)}",
                 )
     if not spoken:
-        raise BadRow("turn order", f"no token to learn: expected an assistant turn. The chat: {str(messages)[:200]}")
+        raise BadRow("turn order", f"no token to learn: expected an assistant turn. The chat: {shown(messages)}")
 
 
 def count_images(messages: list[dict]) -> int:

@@ -1,11 +1,10 @@
 """Problems of a data set, found before the first step of a run, or by `tinyalign data check`."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -16,12 +15,12 @@ from transformers.utils import logging
 
 from ...modeling_tinyalign.bank_arrays import cache_root
 from ..arguments.alignment import AlignmentConfig
-from ..arguments.files import parse_settings, read_config
+from ..arguments.files import NO_OUTPUT_DIR, parse_settings, read_config
 from ..arguments.stage import StageArguments
 from ..disk import keeping, save_file
 from ..models import context_length, load_model, read_bank
-from .files import STORED_IMAGE, open_rows
-from .rows import FEATURES, RowReader
+from .files import STORED_IMAGE, item_of, open_rows
+from .rows import FEATURES, IMAGE_COLUMNS, RowReader
 
 logger = logging.get_logger(__name__)
 BAD_ROWS_NAME = "bad_rows.json"
@@ -44,8 +43,24 @@ class DataCheck:
         return f"{good}, {len(self.problems)} bad ({kinds})"
 
     def lines(self) -> Iterator[str]:
-        """`row 3: missing image: a.png is no file ...`, the first row is 0."""
-        return (f"row {number}: {problem}" for number, problem in self.problems.items())
+        """Yield `row 3: missing image: a.png is no file ...; and 2 more rows: 7, 8` for each kind; the first is 0."""
+        by_kind = defaultdict(list)
+        for number, kind in self.kinds.items():
+            by_kind[kind].append(number)
+        for first, *others in by_kind.values():
+            more = ""
+            if others:
+                more = f"; and {len(others)} more rows: {', '.join(map(str, others[:10]))}"
+            if len(others) > 10:
+                more += ", ..."
+            yield f"row {first}: {self.problems[first]}{more}"
+
+    def save(self, folder: str) -> Path:
+        """Write what is wrong with each bad row to a file in a folder, and return its path."""
+        path = Path(folder, BAD_ROWS_NAME)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(path, f"{json.dumps(self.problems, indent=1)}\n".encode())
+        return path
 
 
 def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) -> tuple[datasets.Dataset, DataCheck]:
@@ -77,7 +92,8 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
     kinds = {number: kind for number, kind in enumerate(checked["kind"]) if kind is not None}
     rows = checked.remove_columns(["kind", "problem"]).add_column("row", list(range(len(checked))))
     if column is not None:
-        name = "images" if isinstance(raw.features[column], datasets.List) else "image"
+        feature = raw.features[column]
+        name = "image" if item_of(feature) is feature else "images"
         images = raw.select_columns([column])
         images = images if column == name else images.rename_column(column, name)
         rows = datasets.concatenate_datasets([images, rows], axis=1)
@@ -100,34 +116,31 @@ def training_data(
         ValueError: As [`check_rows`]; or `config.strict` and a row is bad, or none is good.
     """
     if config.streaming:
-        rows = _stream(config, row_reader(config, processor, name_images))
+        keep = _Keep(config)
+        rows = _stream(config, row_reader(config, processor, name_images), keep)
         if next(iter(rows), None) is None:
             raise ValueError(f"{config.dataset} has no good row: none is left to train on.")
+        keep.skipped.zero_()  # these rows come again
         return rows
     rows, check = check_rows(config, processor)
     if not check.problems:
         return rows
-    message = "\n".join([f"{config.dataset} has {check}", *(f"  {line}" for line in islice(check.lines(), 10))])
-    if len(check.problems) > 10:
-        message += f"\n  ... `tinyalign data check` lists all {len(check.problems)}."
+    message = "\n".join([f"{config.dataset} has {check}", *(f"  {line}" for line in check.lines())])
     if len(rows) == 0:
         raise ValueError(f"{message}\nNone is left to train on.")
     if config.strict:
         raise ValueError(f"{message}\nRepair or remove them, or train without --strict, which skips them.")
     if PartialState().is_main_process:
-        path = Path(config.output_dir, BAD_ROWS_NAME)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(path, f"{json.dumps(check.problems, indent=1)}\n".encode())
-        logger.warning(f"{message}\nThey are skipped; {path} names them.")
+        logger.warning(f"{message}\nThey are skipped; {check.save(config.output_dir)} names them.")
     return rows
 
 
 def row_reader(config: StageArguments, processor: ProcessorMixin | None, name_images: bool = False) -> RowReader:
     """The reader of a config's rows."""
     path = Path(config.dataset)
-    folder = config.image_folder or (path if path.is_dir() else path.parent)
     return RowReader(
-        str(folder),
+        config.image_folder,
+        str(path if path.is_dir() else path.parent),
         config.image_column,
         config.messages_column,
         config.answer_column,
@@ -141,10 +154,9 @@ def row_reader(config: StageArguments, processor: ProcessorMixin | None, name_im
 
 def _column_with_images(raw: datasets.Dataset, config: StageArguments) -> str | None:
     """The column that holds the images themselves; None where there are paths."""
-    names = ("images", "image", "jpg", "jpeg", "png", "webp") if config.image_column is None else [config.image_column]
+    names = IMAGE_COLUMNS if config.image_column is None else [config.image_column]
     for name in names:
-        feature = raw.features.get(name)
-        stored = feature.feature if isinstance(feature, datasets.List) else feature
+        stored = item_of(raw.features.get(name))
         if isinstance(stored, (datasets.Image, dict)) or stored == datasets.Value("binary"):
             return name
     return None
@@ -155,7 +167,7 @@ def _without_images(reader: RowReader, row: dict) -> dict:
     return {name: value for name, value in reader(row).items() if name != "images"}
 
 
-def _stream(config: StageArguments, reader: RowReader) -> datasets.IterableDataset:
+def _stream(config: StageArguments, reader: RowReader, keep: "_Keep") -> datasets.IterableDataset:
     raw = open_rows(config)
     features = {**FEATURES, "images": datasets.List(STORED_IMAGE), "row": datasets.Value("int64")}
     if reader.name_images:
@@ -166,7 +178,7 @@ def _stream(config: StageArguments, reader: RowReader) -> datasets.IterableDatas
         remove_columns=list(raw.features),
         features=datasets.Features(features),
     )
-    rows = rows.filter(_Keep(config), with_indices=True)
+    rows = rows.filter(keep, with_indices=True)
     return rows.remove_columns(["kind", "problem"])
 
 
@@ -175,10 +187,10 @@ def _numbered(reader: RowReader, row: dict, number: int) -> dict:
 
 
 class _Keep:
-    """Return True for a good streamed row; print the bad ones, and how many all workers have skipped."""
+    """Return True for a good streamed row; print the first bad one of each kind, and how many all workers skipped."""
 
     def __init__(self, config: StageArguments):
-        self.dataset, self.strict = config.dataset, config.strict
+        self.dataset, self.strict, self.kinds = config.dataset, config.strict, set()
         self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __call__(self, row: dict, number: int) -> bool:
@@ -188,14 +200,17 @@ class _Keep:
         if self.strict:
             raise ValueError(f"{message}. Repair or remove it, or train without --strict, which skips it.")
         self.skipped += 1
-        logger.warning(f"Skipped {message} ({int(self.skipped)} skipped so far)")
+        count = int(self.skipped)
+        if row["kind"] not in self.kinds or str(count).rstrip("0") == "1":  # 10, 100, 1000, ...
+            logger.warning(f"Skipped {message} ({count} skipped so far)")
+        self.kinds.add(row["kind"])
         return False
 
 
 def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
     """
     Return the problems of a data set, named itself or by YAML files. The length of rows is checked if there is a
-    model. A data set that would be streamed is read as others are.
+    model. A data set that would be streamed is read as others are. With `output_dir`, bad rows are written there.
 
     Raises `ValueError` or `OSError` when the files, the model or the data cannot be read.
     """
@@ -215,4 +230,7 @@ def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
             "--vision_model and --language_model."
         )
     with keeping(cache_root(), "what was read"):
-        return check_rows(config, processor)[1]
+        check = check_rows(config, processor)[1]
+    if check.problems and config.output_dir not in NO_OUTPUT_DIR:
+        check.save(config.output_dir)
+    return check

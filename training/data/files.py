@@ -1,108 +1,297 @@
-"""The files people have, as rows: JSON, Parquet, WebDataset, folders, repositories."""
+"""The files people have, as rows: JSON, CSV, Parquet, Arrow, WebDataset, folders, repositories."""
 
+import csv
 import json
+import lzma
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from glob import escape, glob
 from gzip import BadGzipFile
-from itertools import groupby
-from pathlib import Path, PurePosixPath
+from itertools import chain, groupby
+from pathlib import PurePosixPath
+from typing import Any, TextIO
 
 import datasets
+import fsspec
+from datasets.data_files import SPLIT_KEYWORDS
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 
+from ...modeling_tinyalign.row_encoder import readable
 from ..arguments.names import check_name
 from ..arguments.stage import StageArguments
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TAR_SUFFIXES = (".tar", ".gz", ".tgz")
-SUFFIXES = (".json", ".jsonl", ".parquet", *TAR_SUFFIXES)
+TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+ARROW_SUFFIXES = (".parquet", ".arrow")
+TAR_SUFFIXES = (".tar", ".tgz")
+SUFFIXES = (*TEXT_SUFFIXES, *ARROW_SUFFIXES, *TAR_SUFFIXES)
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
+NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "config.json")
+# Lists of dictionaries in one row, where other objects with one such list hold rows in it.
+ROW_LISTS = {"messages", "conversations", "texts", "images", "prompt", "completion", "sentences"}
 STORED_IMAGE = datasets.Image(decode=False)
+# The column with the folder of a row's file.
+FOLDER = "__folder__"
 
 
 def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset:
     """
-    The rows of `config.dataset` as they are stored, images undecoded. Of JSON and WebDataset files the column `json`
-    is the row's text: their rows need not have the same fields, nor the same types in them.
+    Return the rows of `config.dataset` as they are stored, images undecoded and classes by their names. Of text files
+    and WebDatasets the column `json` is the row's text: their rows need not have the same fields, nor types in them.
 
     Raises `ValueError` when they cannot be read.
     """
     if not config.dataset:
         raise ValueError("No data set: set `dataset` in the YAML file, or pass --dataset FILE_OR_REPOSITORY.")
-    files = sorted(glob(os.path.join(escape(config.dataset), "*.tar"))) or sorted(
-        glob(escape(config.dataset) if os.path.exists(config.dataset) else config.dataset)
-    )
-    suffix = Path(files[0]).suffix if files else ""
-    if not files and Path(config.dataset).suffix in SUFFIXES:
-        raise ValueError(f"{config.dataset} does not exist, expected a file, a folder or a dataset repository.")
-    if files and suffix not in SUFFIXES and not os.path.isdir(files[0]):
-        raise ValueError(f"{files[0]} is no data set, expected a file ending in {', '.join(SUFFIXES)}.")
     try:
-        if suffix in (".json", ".jsonl"):
-            return _from_generator(_read_json, files, {"json": datasets.Value("string")}, config)
-        if suffix in TAR_SUFFIXES:
-            features = {name: datasets.Value("string") for name in ("id", "json", "txt")}
-            features["images"] = datasets.List(STORED_IMAGE)
-            return _from_generator(_read_tar, files, features, config)
-        if suffix == ".parquet":
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=config.streaming)
-        else:
-            check_name("dataset", config.dataset, "dataset")
-            rows = datasets.load_dataset(
-                config.dataset,
-                config.dataset_config,
-                split=config.dataset_split,
-                revision=config.dataset_revision,
-                streaming=config.streaming,
-            )
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        rows = _open(config)
+    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"{config.dataset} has no rows, expected at least one.") from error
         raise ValueError(
-            f"{config.dataset} cannot be read ({error.__cause__ or error}), expected JSON, JSON-lines, Parquet or "
-            "WebDataset (.tar) files, a folder, or a dataset repository."
+            f"{config.dataset} cannot be read ({readable(str(error.__cause__ or error))}), expected JSON, CSV, "
+            "Parquet or WebDataset (.tar) files, a folder, or a dataset repository."
         ) from error
     for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, STORED_IMAGE)
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.List(STORED_IMAGE))
+        item = item_of(feature)
+        if isinstance(item, datasets.Image) and item.decode:
+            rows = rows.cast_column(name, STORED_IMAGE if item is feature else type(feature)(STORED_IMAGE))
+    return _with_class_names(rows)
+
+
+def item_of(feature: Any) -> Any:
+    """Return the feature of a list's items, and any other feature as it is."""
+    return feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+
+
+def _open(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset:
+    if any(os.path.isfile(os.path.join(config.dataset, name)) for name in ("state.json", "dataset_dict.json")):
+        rows = datasets.load_from_disk(config.dataset)
+        if isinstance(rows, datasets.DatasetDict):
+            if config.dataset_split not in rows:
+                raise _no_split(config, rows)
+            rows = rows[config.dataset_split]
+        return rows.to_iterable_dataset() if config.streaming else rows
+    files = find_files(config)
+    kind = kind_of(files[0]) if files else None
+    if kind in TEXT_SUFFIXES:
+        return _from_generator(_read_text, files, ("json", FOLDER), {}, config)
+    if kind in TAR_SUFFIXES:
+        images = {"images": datasets.List(STORED_IMAGE)}
+        return _from_generator(_read_tar, files, ("id", "json", "txt"), images, config)
+    source = {"path": config.dataset, "name": config.dataset_config, "revision": config.dataset_revision}
+    if files:
+        split = config.dataset_split.partition("[")[0]  # "train[:100]" is a part of it
+        source = {"path": kind[1:], "data_files": {split: [escape(name) for name in files]}}
+    return datasets.load_dataset(**source, split=config.dataset_split, streaming=config.streaming)
+
+
+def find_files(config: StageArguments) -> list[str]:
+    """
+    Return the paths of the files that have the rows, or for the tars of a repository their URLs; none where `datasets`
+    finds them: folders of images, and other repositories.
+
+    Raises `ValueError` if there is no such file, or none of the split.
+    """
+    name = config.dataset
+    if os.path.isdir(name):
+        names = _data_files(glob("**/*", root_dir=name, recursive=True), config)
+        return [os.path.join(name, file) for file in names]
+    files = [name] if os.path.exists(name) else glob(name, recursive=True)
+    if not files and kind_of(name) is None:
+        return _files_of_repository(config)
+    if not files:
+        raise ValueError(f"{name} does not exist, expected a file, a folder or a dataset repository.")
+    chosen = sorted(file for file in files if kind_of(file) and os.path.isfile(file))
+    if not chosen:
+        raise ValueError(f"{files[0]} is no data set, expected a file ending in {', '.join(SUFFIXES)}.")
+    return _of_one_kind(chosen, config)
+
+
+def _files_of_repository(config: StageArguments) -> list[str]:
+    if config.dataset_config is not None:
+        return []
+    try:
+        info = HfApi().dataset_info(config.dataset, revision=config.dataset_revision)
+    except OfflineModeIsEnabled:
+        return []  # of `datasets`, it may be in the cache
+    except Exception as error:  # of huggingface_hub, or of the HTTP library that its version uses
+        raise ValueError(
+            f"{config.dataset} is no file or folder here, and no dataset repository on the Hub that can be read "
+            f"({readable(str(error))})."
+        ) from error
+    names = _data_files([file.rfilename for file in info.siblings], config)
+    if not names or kind_of(names[0]) in ARROW_SUFFIXES or all("metadata." in name for name in names):
+        return []
+    if kind_of(names[0]) in TAR_SUFFIXES:
+        return [f"hf://datasets/{info.id}@{info.sha}/{name}" for name in names]
+    patterns = [escape(name) for name in names]
+    if config.image_folder is None:
+        patterns += [f"*{suffix}" for suffix in IMAGE_SUFFIXES]
+    folder = snapshot_download(info.id, repo_type="dataset", revision=info.sha, allow_patterns=patterns)
+    return [os.path.join(folder, name) for name in names]
+
+
+def _data_files(names: list[str], config: StageArguments) -> list[str]:
+    """Return the files of a folder that have the rows of the split: those that are in the fewest folders."""
+    found = [name for name in names if kind_of(name) and PurePosixPath(name).name not in NO_ROWS]
+    least = min((name.count("/") for name in found), default=0)
+    found = sorted(name for name in found if name.count("/") == least)
+    split = config.dataset_split.partition("[")[0]
+    splits = {name: _split_of(name) for name in found}
+    if any(splits.values()):
+        found = [name for name in found if splits[name] in (split, _split_of(split))]
+        if not found:
+            raise _no_split(config, set(splits.values()) - {None})
+    return _of_one_kind(found, config)
+
+
+def _of_one_kind(files: list[str], config: StageArguments) -> list[str]:
+    """Return the tars, beside which img2dataset writes Parquet and JSON, or all files if they are of one kind."""
+    for suffixes in (TAR_SUFFIXES, TEXT_SUFFIXES, ARROW_SUFFIXES):
+        chosen = [name for name in files if kind_of(name) in suffixes]
+        if len(chosen) == len(files) or (chosen and suffixes == TAR_SUFFIXES):
+            return chosen
+    raise ValueError(
+        f"{config.dataset} has files of several kinds, {files[0]} and {files[-1]}: expected one kind, name the files "
+        f"with a pattern such as {config.dataset}/*{kind_of(files[0])}."
+    )
+
+
+def kind_of(name: str) -> str | None:
+    """Return the ending that says how a file is read, `.json` of `a.json.gz`; None for what has no rows."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    if suffixes and suffixes[-1] in PACKED_SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+
+
+def _split_of(name: str) -> str | None:
+    """Return the split that a file's name or folder has in it, as `datasets` finds it."""
+    sharded = re.search(r"(\w[\w.]*)-\d+-of-\d+", name)
+    if sharded:
+        return sharded[1]
+    for part in reversed(PurePosixPath(name).parts):
+        words = re.split(r"[-._ 0-9]+", part.lower())
+        for split, keywords in SPLIT_KEYWORDS.items():
+            if not set(words).isdisjoint(keywords):
+                return str(split)
+    return None
+
+
+def _no_split(config: StageArguments, found) -> ValueError:
+    return ValueError(f"there is no split {config.dataset_split!r}, found {', '.join(sorted(found))}: set its name")
+
+
+def _with_class_names(rows: datasets.Dataset | datasets.IterableDataset):
+    """Return the rows with names in place of the numbers of their classes; a number without a name is None."""
+    for column, feature in rows.features.items():
+        label = item_of(feature)
+        if not isinstance(label, datasets.ClassLabel):
+            continue
+        text = datasets.Value("string")
+        named = text if label is feature else datasets.List(text)
+        name = partial(_name_classes, dict(enumerate(label.names)), column)
+        if isinstance(rows, datasets.Dataset):  # `map` would write a copy of the images
+            values = [name({column: value})[column] for value in rows[column]]
+            rows = rows.remove_columns(column).add_column(column, values, feature=named)
+        else:
+            rows = rows.map(name, features=datasets.Features({**rows.features, column: named}))
     return rows
 
 
-def _from_generator(read, files: list[str], features: dict, config: StageArguments):
-    arguments = {"files": files, "versions": [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, files)]}
+def _name_classes(names: dict[int, str], column: str, row: dict) -> dict:
+    value = row[column]
+    return {column: [names.get(item) for item in value] if isinstance(value, list) else names.get(value)}
+
+
+def _from_generator(read, files: list[str], texts: tuple[str, ...], features: dict, config: StageArguments):
+    features = datasets.Features({**{name: datasets.Value("string") for name in texts}, **features})
+    versions = [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, filter(os.path.exists, files))]
     maker = datasets.IterableDataset if config.streaming else datasets.Dataset
-    return maker.from_generator(read, features=datasets.Features(features), gen_kwargs=arguments)
+    return maker.from_generator(read, features=features, gen_kwargs={"files": files, "versions": versions})
 
 
-def _read_json(files: list[str], versions: list) -> Iterator[dict]:
+def _read_text(files: list[str], versions: list) -> Iterator[dict]:
     """`versions` are of the files: of changed files no copy of the old ones is taken."""
     for name in files:
+        read = _csv_rows if kind_of(name) in (".csv", ".tsv") else _json_rows
         try:
-            with open(name, encoding="utf-8-sig") as file:
-                first = next((line for line in file if line.strip()), "")
-                file.seek(0)
-                if first.lstrip().startswith("["):
-                    yield from ({"json": json.dumps(row)} for row in json.load(file))
-                else:
-                    yield from ({"json": line} for line in file if line.strip())
-        except ValueError as error:
+            with fsspec.open(name, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+                for row in read(file):
+                    yield {"json": row, FOLDER: os.path.dirname(name)}
+        except (ValueError, EOFError, BadGzipFile, csv.Error, lzma.LZMAError, zlib.error) as error:
             raise ValueError(
-                f"{name} cannot be read ({error}), expected a list of rows in JSON, or a row a line, in UTF-8."
+                f"{name} cannot be read ({readable(str(error))}), expected a list of rows in JSON, or a row a line, "
+                "in UTF-8."
             ) from error
+
+
+def _json_rows(file: TextIO) -> Iterator[str]:
+    """Yield the text of each row: a line, or an entry of the list or object that is the file."""
+    lines = (line for line in file if line.strip())
+    first, second = next(lines, ""), next(lines, "")
+    if second and _is_object(first):
+        yield from chain([first, second], lines)
+        return
+    rest = list(lines)
+    try:
+        value = json.loads("".join([first, second, *rest]) or "[]")
+    except ValueError:
+        if not _is_object(second):
+            raise
+        yield from [first, second, *rest]
+    else:
+        yield from map(json.dumps, _rows_in(value))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _rows_in(value: Any) -> list:
+    """Return the rows of a list, of an object that has them under one key, or of COCO's captions; or the one row."""
+    if isinstance(value, list):
+        return value
+    lists = {
+        name: rows for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)
+    }
+    if {"images", "annotations"} <= lists.keys():
+        names = {image.get("id"): image.get("file_name") for image in lists["images"]}
+        return [{**row, "image": names.get(row.get("image_id"))} for row in lists["annotations"]]
+    holders = lists.keys() - ROW_LISTS
+    return lists[holders.pop()] if len(holders) == 1 else [value]
+
+
+def _csv_rows(file: TextIO) -> Iterator[str]:
+    """Yield the rows of a table as JSON; the column names say what stands between columns."""
+    csv.field_size_limit(2**31 - 1)  # a picture in base64 is one field
+    header = file.readline()
+    separator = max("\t,;", key=header.count)
+    for row in csv.DictReader(chain([header], file), delimiter=separator):
+        # the end of a caption with a comma is in the next field: such a row is a list, and bad
+        yield json.dumps(list(row.values()) if None in row else row)
 
 
 def _read_tar(files: list[str], versions: list) -> Iterator[dict]:
     """A WebDataset: files whose names are the same up to the first point of the last part are a row."""
     for name in files:
         try:
-            with tarfile.open(name) as tar:
+            with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file) as tar:
                 yield from _samples(tar)
                 _check_end(tar)
-        except (tarfile.TarError, EOFError, BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{name} cannot be read ({error}), expected a whole WebDataset (.tar).") from error
+        except (tarfile.TarError, EOFError, BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(
+                f"{name} cannot be read ({readable(str(error))}), expected a whole WebDataset (.tar)."
+            ) from error
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[dict]:

@@ -23,6 +23,7 @@ from ...processing.images import decode_image
 from ..arguments.stage import StageArguments
 from .check import row_reader
 from .files import open_rows
+from .rows import columns_of, first_caption
 
 CAPTION_COLUMNS = ("caption", "txt")
 
@@ -129,14 +130,14 @@ class CaptionedImages(StoredImages):
         row = {**self.reader.fields(row), **self.constants}
         for name in (self.caption_column, *self.keep_columns):
             if name is not None and name not in row:
-                raise BadRow("missing column", f"no column {name!r}, the columns are {sorted(row)}")
+                raise BadRow("missing column", f"no column {name!r}, the columns are {columns_of(row)}")
         column = self._caption_column(row)
         images = self.reader.images(row)
         if len(images) != 1:
             kind = "several images" if images else "missing image"
             raise BadRow(kind, f"found {len(images)} images, expected one")
         if column is not None:
-            check_caption(row[column])
+            check_caption(first_caption(row[column]))
         images, messages = replace(self.reader, answer_column=column).read(row)
         answer = next(message for message in messages if message["role"] == "assistant")
         caption = "".join(part["text"] for part in answer["content"])
@@ -150,12 +151,12 @@ class CaptionedImages(StoredImages):
         for name in CAPTION_COLUMNS:
             if row.get(name) is not None:
                 return name
-        chats = ("messages", "conversations", "prompt", self.reader.messages_column)
+        chats = ("messages", "conversations", "texts", "prompt", self.reader.messages_column)
         if all(row.get(name) is None for name in chats) and self.reader.images(row):
             raise BadRow(
                 "no caption",
-                f"the columns are {sorted(row)}, expected text in caption or txt (or in the one that --caption_column "
-                "names), or a chat",
+                f"the columns are {columns_of(row)}, expected text in caption or txt (or in the one that "
+                "--caption_column names), or a chat",
             )
         return None
 
@@ -176,7 +177,7 @@ def fingerprint_files(dataset: str) -> str | None:
     if path.is_dir():
         files = [str(file) for file in path.rglob("*") if file.is_file()]
     else:
-        files = glob(escape(dataset) if path.exists() else dataset)
+        files = glob(escape(dataset) if path.exists() else dataset, recursive=True)
     if not files:
         return None
     digest = hashlib.sha256()

@@ -66,6 +66,10 @@ def evaluation_settings(config: StageArguments) -> StageArguments:
     """Return the settings for reading the evaluation rows of a run, which are neither streamed nor cached."""
     changed = copy.copy(config)
     changed.dataset, changed.dataset_split, changed.streaming = config.eval_dataset, config.eval_split, False
+    if config.eval_image_folder is not None or config.eval_dataset != config.dataset:
+        changed.image_folder = config.eval_image_folder
+    if config.eval_dataset != config.dataset:  # not those of another repository
+        changed.dataset_config = changed.dataset_revision = None
     changed.output_dir = os.path.join(config.output_dir, "evaluation")
     return changed
 

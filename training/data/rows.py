@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+from urllib.parse import unquote
 
 import datasets
 import numpy as np
@@ -16,17 +18,21 @@ from transformers.utils import logging
 
 from ...modeling_tinyalign.bank_arrays import cache_root
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ...modeling_tinyalign.row_encoder import image_source_id
+from ...modeling_tinyalign.row_encoder import image_source_id, readable
 from ...processing.images import decode_image
 from ..arguments.stage import StageArguments
-from .chats import BadRow, check_messages, count_images, encode_chat, images_of, to_messages
+from .chats import BadRow, check_messages, count_images, encode_chat, images_of, shown, to_messages
 from .features import cache_vision_features
-from .files import IMAGE_SUFFIXES
+from .files import FOLDER, IMAGE_SUFFIXES
 from .neighbour_table import neighbour_table, read_neighbours, summary
 
 logger = logging.get_logger(__name__)
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+# Where a row's images are, the first that has any.
+PATH_COLUMNS = ("file_name", "filename", "filepath", "image_path", "image_file", "file", "path")
+IMAGE_COLUMNS = ("images", "image", *(suffix[1:] for suffix in IMAGE_SUFFIXES), *PATH_COLUMNS)
 
 # What every format becomes. Rows that are bad have no messages but a `problem`, whose first words are `kind`.
 FEATURES = datasets.Features(
@@ -51,15 +57,17 @@ class RowReader:
     A row of any format, as `open_rows` gives it -> the columns of `FEATURES`, and the images.
 
     The formats: `conversations` of turns with `from` and `value` (LLaVA), `messages` of turns with `role` and
-    `content`, `prompt` + `completion` (TRL), or the column `answer_column` with answers to `prompt`. `<image>` in a
-    question says where an image stands; where it is nowhere in `messages` or `prompt`, images come first, as in TRL.
+    `content`, `prompt` + `completion` (TRL), `texts` of `user` and `assistant` (the Cauldron), or the column
+    `answer_column` with answers to `prompt`, of several the first. `<image>` in a question says where an image stands;
+    where it is nowhere in chats that are not LLaVA's, images come first, as in TRL.
 
     Args:
-        folder: What paths are relative to.
+        image_folder: What paths are relative to; by default the folder of the row's file, or the data set's `folder`.
         processor: Without one, the length of the rows is not checked.
         name_images: Add the `source_ids` of the images.
     """
 
+    image_folder: str | None
     folder: str
     image_column: str | None
     messages_column: str | None
@@ -83,7 +91,7 @@ class RowReader:
             result |= {"images": images, "messages": messages}
         except BadRow as error:
             name = "" if row.get("id") is None else f" (id {row['id']})"
-            result |= {"kind": error.kind, "problem": f"{error}{name}"}
+            result |= {"kind": error.kind, "problem": readable(f"{error}{name}")}
         return {**result, "source_ids": source_ids} if self.name_images else result
 
     def fields(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +106,9 @@ class RowReader:
 
     def read(self, row: dict[str, Any]) -> tuple[list, list[dict]]:
         """The images of a row, not yet looked at, and its messages. Raises `BadRow` unless they are a chat."""
-        images = [os.path.join(self.folder, image) if isinstance(image, str) else image for image in self.images(row)]
+        own_folders = [self.folder] if row.get(FOLDER) is None else [row[FOLDER], self.folder]
+        folders = own_folders if self.image_folder is None else [self.image_folder]
+        images = [find_image(image, folders) if isinstance(image, str) else image for image in self.images(row)]
         messages = self.messages(row, len(images))
         check_turns(messages)
         check_placeholders(messages, len(images))
@@ -108,17 +118,17 @@ class RowReader:
     def images(self, row: dict[str, Any]) -> list:
         if self.image_column is not None:
             if self.image_column not in row:
-                raise BadRow("missing image", f"no column {self.image_column!r}, the columns are {sorted(row)}")
+                raise BadRow("missing image", f"no column {self.image_column!r}, the columns are {columns_of(row)}")
             return images_of({"image": row[self.image_column]})
-        names = ("images", "image", *(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        return next((images for name in names if (images := images_of({"image": row.get(name)}))), [])
+        return next((images for name in IMAGE_COLUMNS if (images := images_of({"image": row.get(name)}))), [])
 
     def messages(self, row: dict[str, Any], num_images: int) -> list[dict]:
-        columns = ("messages", "conversations") if self.messages_column is None else (self.messages_column,)
+        columns = ("messages", "conversations", "texts") if self.messages_column is None else (self.messages_column,)
         turns = next((row[name] for name in columns if row.get(name) is not None), None)
         if self.prompt is not None and self.answer_column in row:
-            return to_messages(self.prompt, row[self.answer_column])
+            return to_messages(self.prompt, first_caption(row[self.answer_column]))
         if turns is not None:
+            turns = list_turns(turns)
             return place_images(turns, read_turns(turns), num_images)
         if row.get("prompt") is not None and "completion" in row:
             prompt, completion = (
@@ -129,7 +139,7 @@ class RowReader:
             return place_images(prompt, question + read_turns(completion), num_images)
         raise BadRow(
             "no chat",
-            f"the columns are {sorted(row)}, expected messages, conversations, or prompt and completion: name the "
+            f"the columns are {columns_of(row)}, expected messages, conversations, or prompt and completion: name the "
             "column with chats with messages_column, or the one with labels or captions with answer_column (found "
             f"{self.answer_column!r}), and set prompt, what is asked about every image (found {self.prompt!r})",
         )
@@ -138,7 +148,7 @@ class RowReader:
         processor = self.processor
         ids, learn = encode_chat(processor, messages, max_length=self.max_length, truncation=self.truncation)
         if not any(learn):
-            raise BadRow("empty answer", f"the tokenizer makes nothing of what is answered in {str(messages)[:200]}")
+            raise BadRow("empty answer", f"the tokenizer makes nothing of what is answered in {shown(messages)}")
         found = ids.count(processor.image_token_id)
         if found != num_images * processor.num_image_tokens:
             raise BadRow("placeholder mismatch", f"the text has the model's own token {processor.image_token!r}")
@@ -147,9 +157,12 @@ class RowReader:
         """Decodes the image; its name if that is wanted."""
         path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
         if path is None or isinstance(path, (int, float, list)):
-            raise BadRow("missing image", f"the image is {str(image)[:100]}, expected a path, or a list of paths")
+            raise BadRow("missing image", f"the image is {shown(image)}, expected a path, or a list of paths")
         if isinstance(path, str) and not os.path.isfile(path):
-            raise BadRow("missing image", f"{path} is no file: set image_folder, or remove the row")
+            raise BadRow(
+                "missing image",
+                f"{path} is no file: set image_folder (or eval_image_folder), or remove the row",
+            )
         try:
             decoded = decode_image(image)
             return image_source_id(decoded) if self.name_images else None
@@ -157,25 +170,72 @@ class RowReader:
             raise BadRow("broken image", f"{path if isinstance(path, str) else ''} {error}") from error
 
 
+def columns_of(row: dict[str, Any]) -> list[str]:
+    """Return the names of a row's columns, without those that say where it is from."""
+    return sorted(name for name in row if not name.startswith("__"))
+
+
+def find_image(name: str, folders: Sequence[str]) -> str:
+    """Return the path of an image in the first folder that has it, as it is spelt there: tools differ in accents."""
+    for folder in folders:
+        for spelling in (name, name.replace("\\", "/"), unquote(name)):
+            for form in (spelling, *(unicodedata.normalize(form, spelling) for form in ("NFC", "NFD"))):
+                path = os.path.join(folder, os.path.expanduser(form))
+                if os.path.isfile(path):
+                    return path
+    return os.path.join(folders[0], name)
+
+
+def first_caption(value: Any) -> Any:
+    """Return the first of several captions, of a list, as text (Flickr30k's table) or of `{"raw": ...}`."""
+    if isinstance(value, str) and value.startswith('["'):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(value, list):
+        return first_caption(next((item for item in value if item), None))
+    return value.get("raw") if isinstance(value, dict) else value
+
+
 def _parse(text: str) -> dict:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadRow("no chat", f"no JSON ({error}): {text[:100]!r}") from error
+        raise BadRow("no chat", f"no JSON ({error}): {shown(text)}") from error
     if not isinstance(row, dict):
-        raise BadRow("no chat", f"found {text[:100]!r}, expected an object with the fields of the row")
+        raise BadRow(
+            "no chat",
+            f"found {shown(row)}, expected an object with the fields of the row, or in CSV one field for each column "
+            "name: put text that has the separator in it in quotes",
+        )
     if "\\ud" in text.lower():  # a surrogate pair is one character, half of one cannot be stored
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise BadRow("no text", f"half a surrogate pair in {text[:100]!r} ({error})") from error
+            raise BadRow("no text", f"half a surrogate pair in {shown(text)} ({error})") from error
     return row
+
+
+def list_turns(turns: Any) -> Any:
+    """Return a list of turns: of JSON as text, of a dictionary of lists, or of pairs of `user` and `assistant`."""
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except ValueError:
+            return turns
+    if isinstance(turns, dict):  # `datasets` stores a Sequence of dictionaries so
+        columns = [values for values in turns.values() if isinstance(values, list)]
+        turns = [dict(zip(turns, values, strict=True)) for values in zip(*columns, strict=False)]
+    if isinstance(turns, list) and all(isinstance(turn, dict) and "user" in turn for turn in turns):
+        return [{"role": role, "content": turn.get(role)} for turn in turns for role in ("user", "assistant")]
+    return turns
 
 
 def read_turns(turns: list[dict]) -> list[dict]:
     """Turns of LLaVA or of TRL -> messages whose content is a list of parts; `<image>` becomes a part."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRow("no chat", f"the chat is {str(turns)[:200]}, expected a list of turns")
+        raise BadRow("no chat", f"the chat is {shown(turns)}, expected a list of turns")
     messages = []
     for turn in turns:
         name = turn["role"] if turn.get("role") is not None else turn.get("from")
@@ -192,13 +252,13 @@ def read_turns(turns: list[dict]) -> list[dict]:
 def _split(part: dict) -> list[dict]:
     """A part, or the text and images in it; the line break after `<image>` is left to the chat template."""
     if not isinstance(part, dict) or part.get("type") not in ("image", "text"):
-        raise BadRow("no chat", f"a turn has {str(part)[:200]}, expected text or an image in its content")
+        raise BadRow("no chat", f"a turn has {shown(part)}, expected text or an image in its content")
     if part["type"] == "image":
         return [{"type": "image", "text": None}]
     if part.get("text") is None:
         return [{"type": "text", "text": None}]
     if not isinstance(part["text"], str):
-        raise BadRow("no chat", f"a turn has the text {str(part['text'])[:200]}, expected a string")
+        raise BadRow("no chat", f"a turn has the text {shown(part['text'])}, expected a string")
     first, *rest = re.split("<image>\n?", part["text"])
     parts = [{"type": "text", "text": first}]
     for text in rest:
