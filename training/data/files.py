@@ -93,8 +93,8 @@ def _open(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset
 
 def find_files(config: StageArguments) -> list[str]:
     """
-    Return the paths of the files that have the rows, or for the tars of a repository their URLs; none where `datasets`
-    finds them: folders of images, and other repositories.
+    Return the paths of the files that have the rows, or in a repository URLs but of text files; none where `datasets`
+    finds them: in folders of images, and repositories whose card says which.
 
     Raises `ValueError` if there is no such file, or none of the split.
     """
@@ -125,10 +125,10 @@ def _files_of_repository(config: StageArguments) -> list[str]:
             f"{config.dataset} is no file or folder here, and no dataset repository on the Hub that can be read "
             f"({readable(str(error))})."
         ) from error
-    names = _data_files([file.rfilename for file in info.siblings], config)
-    if not names or kind_of(names[0]) in ARROW_SUFFIXES or all("metadata." in name for name in names):
+    if (info.card_data or {}).get("configs"):  # says which files
         return []
-    if kind_of(names[0]) in TAR_SUFFIXES:
+    names = _data_files([file.rfilename for file in info.siblings], config)
+    if not names or kind_of(names[0]) not in TEXT_SUFFIXES:
         return [f"hf://datasets/{info.id}@{info.sha}/{name}" for name in names]
     patterns = [escape(name) for name in names]
     if config.image_folder is None:
@@ -212,7 +212,8 @@ def _name_classes(names: dict[int, str], column: str, row: dict) -> dict:
 
 def _from_generator(read, files: list[str], texts: tuple[str, ...], features: dict, config: StageArguments):
     features = datasets.Features({**{name: datasets.Value("string") for name in texts}, **features})
-    versions = [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, filter(os.path.exists, files))]
+    # URLs have a commit in them
+    versions = [os.path.exists(name) and (os.path.getmtime(name), os.path.getsize(name)) for name in files]
     maker = datasets.IterableDataset if config.streaming else datasets.Dataset
     return maker.from_generator(read, features=features, gen_kwargs={"files": files, "versions": versions})
 
