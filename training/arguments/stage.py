@@ -50,7 +50,7 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, str) and value.startswith("~"):
+            if isinstance(value, str) and value.startswith("~/"):
                 setattr(self, name, os.path.expanduser(value))
         self.read_model_kwargs()
         self._check_run()

@@ -65,6 +65,7 @@ RESUMABLE_COMMANDS = (train, neighbours, demo, bank_build, bank_add)
 
 def main(argv: list[str] | None = None):
     """Run a command line, `sys.argv` by default. Ends with `SystemExit` when something is wrong."""
+    argv = [expand_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     arguments, rest = build_parser().parse_known_args(argv)
     command, parser = arguments.command_module, arguments.command_parser
     del arguments.command_module, arguments.command_parser
@@ -79,6 +80,12 @@ def main(argv: list[str] | None = None):
     with reported_errors(resumable=command in RESUMABLE_COMMANDS):
         check_names(vars(arguments))
         command.run(arguments)
+
+
+def expand_home(argument: str) -> str:
+    """Return an argument with the home folder for `~`, also in `--out=~/bank`, which no shell expands."""
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return name + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
 
 
 def check_names(options: dict):

@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from glob import escape, glob
 from gzip import BadGzipFile
@@ -19,7 +19,6 @@ import datasets
 import fsspec
 from datasets.data_files import SPLIT_KEYWORDS
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ...modeling_tinyalign.row_encoder import readable
 from ..arguments.names import check_name
@@ -57,11 +56,16 @@ def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDat
             f"{config.dataset} cannot be read ({readable(str(error.__cause__ or error))}), expected JSON, CSV, "
             "Parquet or WebDataset (.tar) files, a folder, or a dataset repository."
         ) from error
+    return _with_class_names(undecoded(rows))
+
+
+def undecoded(rows: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the rows with images as they are stored."""
     for name, feature in rows.features.items():
         item = item_of(feature)
         if isinstance(item, datasets.Image) and item.decode:
             rows = rows.cast_column(name, STORED_IMAGE if item is feature else type(feature)(STORED_IMAGE))
-    return _with_class_names(rows)
+    return rows
 
 
 def item_of(feature: Any) -> Any:
@@ -114,17 +118,13 @@ def find_files(config: StageArguments) -> list[str]:
 
 
 def _files_of_repository(config: StageArguments) -> list[str]:
+    check_name("dataset", config.dataset, "dataset")
     if config.dataset_config is not None:
         return []
     try:
         info = HfApi().dataset_info(config.dataset, revision=config.dataset_revision)
-    except OfflineModeIsEnabled:
-        return []  # of `datasets`, it may be in the cache
-    except Exception as error:  # of huggingface_hub, or of the HTTP library that its version uses
-        raise ValueError(
-            f"{config.dataset} is no file or folder here, and no dataset repository on the Hub that can be read "
-            f"({readable(str(error))})."
-        ) from error
+    except Exception:  # of an HTTP library that changes from version to version
+        return []  # `datasets` has the rows in its cache, or says what is wrong
     if (info.card_data or {}).get("configs"):  # says which files
         return []
     names = _data_files([file.rfilename for file in info.siblings], config)
@@ -184,8 +184,9 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _no_split(config: StageArguments, found) -> ValueError:
-    return ValueError(f"there is no split {config.dataset_split!r}, found {', '.join(sorted(found))}: set its name")
+def _no_split(config: StageArguments, splits: Iterable[str]) -> ValueError:
+    found = ", ".join(sorted(splits))
+    return ValueError(f"there is no split {config.dataset_split!r}, found {found}: set dataset_split, or eval_split")
 
 
 def _with_class_names(rows: datasets.Dataset | datasets.IterableDataset):

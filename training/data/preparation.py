@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers.utils import logging
 
 from ...modeling_tinyalign import MemoryBank
 from ...modeling_tinyalign.bank_arrays import cache_root
@@ -18,7 +19,11 @@ from ..arguments.stage import StageArguments
 from ..disk import keeping
 from ..models import attach_bank, context_length, load_model, neighbours_of_baseline, read_bank
 from .check import training_data
-from .rows import with_features, with_neighbours
+from .features import cache_vision_features
+from .neighbour_table import neighbour_table, read_neighbours, summary
+from .rows import RowImages, batch_size_of
+
+logger = logging.get_logger(__name__)
 
 SHUFFLE_BUFFER = 1000  # streamed rows to draw from, images and all
 
@@ -60,6 +65,73 @@ def prepare(config: StageArguments) -> Run:
         if eval_rows is not None:
             eval_rows = with_neighbours(evaluation, model, processor, eval_rows, bank, top_k)
     return Run(model, processor, bank, rows, features, eval_rows)
+
+
+def with_features(
+    config: StageArguments,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset | datasets.IterableDataset,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, np.ndarray | None]:
+    """
+    Return the visual features, with `config.cache_features`, and the rows with `feature_index`. They are kept under
+    `HF_HOME`, for other runs with the same images, tower and preprocessing.
+
+    All processes of a run must call this at once: they share the work.
+    """
+    images = RowImages(rows) if config.cache_features else []
+    if len(images) == 0:
+        return rows, None
+    path = cache_root() / "features" / "vision"
+    features = cache_vision_features(model, processor, images, path, batch_size_of(config))
+    return rows.add_column("feature_index", images.by_row(range(len(images)))), features
+
+
+def with_neighbours(
+    config: StageArguments,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset | datasets.IterableDataset,
+    bank: MemoryBank,
+    top_k: int,
+    features: np.ndarray | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Return the rows with `memory_ids` and `memory_scores`, lists of `2 * top_k` for each of their images: the second
+    half are spare ones, for [`MemoryDropout`]. And `source_ids`, the names of the images: no row of the bank
+    that is of one of a row's images is a neighbour of any of them. Streamed rows get none: the model retrieves for
+    each batch.
+
+    All processes of a run must call this at once: they share the work.
+    """
+    if config.streaming:
+        return rows
+    images = RowImages(rows)
+    columns = {"memory_ids": [], "memory_scores": [], "source_ids": []}
+    if len(images):
+        queries = None
+        if bank.config.key_encoder.key_space == "language":
+            texts = [processor.query_text_of(messages) for messages in rows["messages"]]
+            queries = [text for text, own in zip(texts, images.by_row(range(len(images))), strict=True) for _ in own]
+        path = neighbour_table(
+            bank,
+            model,
+            processor,
+            images,
+            2 * top_k,
+            rows=images.row_numbers(),
+            queries=queries,
+            vision_features=features,
+            batch_size=batch_size_of(config),
+            num_workers=config.dataloader_num_workers,
+        )
+        table = read_neighbours(path)
+        if PartialState().is_main_process:
+            logger.warning(f"{path}: {summary(table, top_k)}")
+        columns = {name: table[name.replace("source_ids", "source_id")][:] for name in columns}
+    for name, values in columns.items():
+        rows = rows.add_column(name, images.by_row(values))
+    return rows
 
 
 def evaluation_settings(config: StageArguments) -> StageArguments:

@@ -12,21 +12,13 @@ from urllib.parse import unquote
 
 import datasets
 import numpy as np
-from accelerate import PartialState
-from transformers import PreTrainedModel, ProcessorMixin
-from transformers.utils import logging
+from transformers import ProcessorMixin
 
-from ...modeling_tinyalign.bank_arrays import cache_root
-from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.row_encoder import image_source_id, readable
 from ...processing.images import decode_image
 from ..arguments.stage import StageArguments
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, shown, to_messages
-from .features import cache_vision_features
 from .files import FOLDER, IMAGE_SUFFIXES
-from .neighbour_table import neighbour_table, read_neighbours, summary
-
-logger = logging.get_logger(__name__)
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -328,72 +320,6 @@ class RowImages(Sequence):
     def by_row(self, values: Sequence) -> list:
         """Something about each image -> lists of it, one a row."""
         return [list(values[start:end]) for start, end in zip(self.starts, self.starts[1:], strict=False)]
-
-
-def with_features(
-    config: StageArguments,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    rows: datasets.Dataset | datasets.IterableDataset,
-) -> tuple[datasets.Dataset | datasets.IterableDataset, np.ndarray | None]:
-    """
-    Return the visual features, with `config.cache_features`, and the rows with `feature_index`. They are kept under
-    `HF_HOME`, for other runs with the same images, tower and preprocessing.
-
-    All processes of a run must call this at once: they share the work.
-    """
-    images = RowImages(rows) if config.cache_features else []
-    if len(images) == 0:
-        return rows, None
-    path = cache_root() / "features" / "vision"
-    features = cache_vision_features(model, processor, images, path, batch_size_of(config))
-    return rows.add_column("feature_index", images.by_row(range(len(images)))), features
-
-
-def with_neighbours(
-    config: StageArguments,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    rows: datasets.Dataset | datasets.IterableDataset,
-    bank: MemoryBank,
-    top_k: int,
-    features: np.ndarray | None = None,
-) -> datasets.Dataset | datasets.IterableDataset:
-    """
-    The rows with `memory_ids` and `memory_scores`, lists of `2 * top_k` for each of their images: the second half are
-    spare ones, for [`MemoryDropout`]. And `source_ids`, the names of the images: no row of the bank that is of one of
-    a row's images is a neighbour of any of them. Streamed rows get none: the model retrieves for each batch.
-
-    All processes of a run must call this at once: they share the work.
-    """
-    if config.streaming:
-        return rows
-    images = RowImages(rows)
-    columns = {"memory_ids": [], "memory_scores": [], "source_ids": []}
-    if len(images):
-        queries = None
-        if bank.config.key_encoder.key_space == "language":
-            texts = [processor.query_text_of(messages) for messages in rows["messages"]]
-            queries = [text for text, own in zip(texts, images.by_row(range(len(images))), strict=True) for _ in own]
-        path = neighbour_table(
-            bank,
-            model,
-            processor,
-            images,
-            2 * top_k,
-            rows=images.row_numbers(),
-            queries=queries,
-            vision_features=features,
-            batch_size=batch_size_of(config),
-            num_workers=config.dataloader_num_workers,
-        )
-        table = read_neighbours(path)
-        if PartialState().is_main_process:
-            logger.warning(f"{path}: {summary(table, top_k)}")
-        columns = {name: table[name.replace("source_ids", "source_id")][:] for name in columns}
-    for name, values in columns.items():
-        rows = rows.add_column(name, images.by_row(values))
-    return rows
 
 
 def batch_size_of(config: StageArguments) -> int:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from .features import refuse_transforms
+from .files import undecoded
 
 
 def training_rows(
@@ -52,10 +53,7 @@ def training_rows(
     rows = dataset.select_columns(columns + [name for name in ("row", "id") if name in dataset.column_names])
     if "row" not in rows.column_names:
         rows = rows.add_column("row", list(range(len(rows))))
-    if "image" in columns and isinstance(rows.features["image"], datasets.Image):
-        rows = rows.cast_column("image", datasets.Image(decode=False))
-    if "images" in columns and rows.features["images"] == datasets.List(datasets.Image()):
-        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    rows = undecoded(rows)
     found = None if bank is None else _neighbours_of_an_image(rows[0]["memory_ids"])
     if found is not None and found < top_k:
         raise ValueError(

@@ -85,3 +85,10 @@ def test_help_of_serve_has_the_limits_of_images(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     assert f"{MAX_SECONDS:g} seconds, {MAX_IMAGE_BYTES >> 20} MiB" in capsys.readouterr().out
+
+
+def test_home_is_understood_wherever_a_path_stands(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["~/bank", "--out=~/bank", "--prompt=~ 3?", "--prompt", "~", "a=~/b"]
+    found = ["/home/me/bank", "--out=/home/me/bank", "--prompt=~ 3?", "--prompt", "~", "a=~/b"]
+    assert [cli.expand_home(argument) for argument in given] == found

@@ -385,9 +385,9 @@ def test_home(place, monkeypatch):
     monkeypatch.setenv("HOME", str(place))
     write_lines("rows.jsonl")
     assert len(open_rows(config("~/rows.jsonl"))) == 2
-    run = config("~/rows.jsonl", image_folder="~", eval_dataset="~/rows.jsonl", model="~/m")
-    assert (run.image_folder, run.model) == (str(place), f"{place}/m")
-    assert row_reader(run, None).image_folder == str(place)
+    run = config("~/rows.jsonl", image_folder="~/", eval_dataset="~/rows.jsonl", model="~/m")
+    assert (run.image_folder, run.model) == (f"{place}/", f"{place}/m")
+    assert row_reader(run, None).image_folder == f"{place}/"
 
 
 if __name__ == "__main__":
