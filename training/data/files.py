@@ -270,7 +270,7 @@ def _rows_in(value: Any) -> list:
         names = {image.get("id"): image.get("file_name") for image in lists["images"]}
         return [{**row, "image": names.get(row.get("image_id"))} for row in lists["annotations"]]
     holders = lists.keys() - ROW_LISTS
-    return lists[holders.pop()] if len(holders) == 1 else [value]
+    return lists[holders.pop()] if len(holders) == 1 and "image" not in value else [value]
 
 
 def _csv_rows(file: TextIO) -> Iterator[str]:
