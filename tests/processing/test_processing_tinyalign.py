@@ -193,9 +193,7 @@ class TestImages:
         path.write_bytes(b"not an image")
         with pytest.raises(ValueError, match="image 0: the image cannot be read .UnidentifiedImageError"):
             pixels(processor, path)
-        with pytest.raises(
-            ValueError, match="image 0: found 'missing.png', expected a file that exists, a URL or a base64"
-        ):
+        with pytest.raises(ValueError, match="image 0: 'missing.png' is no file, expected a file, a URL, base64 text"):
             pixels(processor, "missing.png")
 
     def test_decompression_bomb(self, processor, tmp_path, monkeypatch):
