@@ -10,6 +10,7 @@ from transformers import ProcessorMixin
 from ...modeling_tinyalign.bank_rows import BankRows
 from ...modeling_tinyalign.row_encoder import BadRow
 from ...processing import add_captions
+from ...processing.images import is_base64
 
 
 class _Shown(reprlib.Repr):
@@ -172,5 +173,5 @@ def name_row(row: dict[str, Any], images: list) -> str:
     """`row 7 (id 1F578, images/a.png)`: its number in the data set, and what it says of where it is from."""
     paths = [image.get("path") if isinstance(image, dict) else image for image in images]
     origin = [f"id {row['id']}"] if row.get("id") is not None else []
-    origin += [path for path in paths if isinstance(path, str)]
+    origin += [path for path in paths if isinstance(path, str) and not is_base64(path)]
     return f"row {row['row']}" + (f" ({', '.join(origin)})" if origin else "")

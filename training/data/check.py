@@ -14,15 +14,18 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from ...modeling_tinyalign.bank_arrays import cache_root
+from ...processing.images import image_path
 from ..arguments.alignment import AlignmentConfig
 from ..arguments.files import NO_OUTPUT_DIR, parse_settings, read_config
 from ..arguments.stage import StageArguments
 from ..disk import keeping, save_file
 from ..models import context_length, load_model, read_bank
+from .chats import images_of
 from .files import STORED_IMAGE, item_of, open_rows
 from .rows import FEATURES, IMAGE_COLUMNS, RowReader
 
 logger = logging.get_logger(__name__)
+BYTES = [datasets.Value(name) for name in ("binary", "large_binary", "binary_view")]
 BAD_ROWS_NAME = "bad_rows.json"
 
 
@@ -78,7 +81,7 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
         raise ValueError(f"{config.dataset} has no rows, expected at least one.")
     reader = row_reader(config, processor)
     column = _column_with_images(raw, config)
-    features = {**FEATURES} if column is not None else {**FEATURES, "images": datasets.List(datasets.Value("string"))}
+    features = {**FEATURES} if column is not None else {**FEATURES, "images": datasets.List(STORED_IMAGE)}
     checked = raw.map(
         partial(_without_images, reader) if column is not None else reader,
         remove_columns=raw.column_names,
@@ -153,12 +156,14 @@ def row_reader(config: StageArguments, processor: ProcessorMixin | None, name_im
 
 
 def _column_with_images(raw: datasets.Dataset, config: StageArguments) -> str | None:
-    """The column that holds the images themselves; None where there are paths."""
+    """Return the column that holds the images themselves, None where there are paths or text."""
     names = IMAGE_COLUMNS if config.image_column is None else [config.image_column]
     for name in names:
         stored = item_of(raw.features.get(name))
-        if isinstance(stored, (datasets.Image, dict)) or stored == datasets.Value("binary"):
-            return name
+        if isinstance(stored, (datasets.Image, dict)) or stored in BYTES:
+            values = raw.select_columns([name]).select(range(min(100, len(raw))))
+            first = next((image for row in values for image in images_of({"image": row[name]})), None)
+            return name if image_path(first) is None else None
     return None
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ...processing.images import decode_image
+from ...processing.images import decode_image, image_path
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, name_row, query_inputs, with_captions
 from .memory_dropout import MemoryDropout
 
@@ -190,7 +190,7 @@ def _load_images(row: dict[str, Any]) -> list[Image.Image]:
         try:
             loaded.append(decode_image(image))
         except ValueError as error:
-            path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+            path = image_path(image)
             raise ValueError(
                 f"The image{'' if path is None else f' {path}'} of a row cannot be used: {error}. Repair it or "
                 f"remove the row. The row's chat: {str(row['messages'])[:200]}"

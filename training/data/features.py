@@ -16,10 +16,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ...processing.images import decode_image
+from ...processing.images import decode_image, image_path, image_source
 
 PART_IMAGES = 256  # what a killed process loses at most
 
@@ -133,13 +134,12 @@ def fingerprint_images(model: PreTrainedModel, processor: ProcessorMixin, images
 
 
 def _image_bytes(image: Any) -> bytes:
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, (str, os.PathLike)):
-        return Path(image).read_bytes()
-    return f"{image}".encode() if image is None else f"{image.mode}{image.size}".encode() + image.tobytes()
+    source, path = image_source(image), image_path(image)
+    if path is not None and "://" not in path:
+        return Path(path).read_bytes()
+    if isinstance(source, Image.Image):
+        return f"{source.mode}{source.size}".encode() + source.tobytes()
+    return source if isinstance(source, bytes) else f"{source}".encode()
 
 
 @torch.no_grad()

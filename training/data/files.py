@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import datasets
 import fsspec
-from datasets.data_files import SPLIT_KEYWORDS
+from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, get_data_patterns
 from huggingface_hub import HfApi, snapshot_download
 
 from ...modeling_tinyalign.row_encoder import readable
@@ -33,6 +33,7 @@ PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "config.json")
 # Lists of dictionaries in one row, where other objects with one such list hold rows in it.
 ROW_LISTS = {"messages", "conversations", "texts", "images", "prompt", "completion", "sentences"}
+LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 STORED_IMAGE = datasets.Image(decode=False)
 # The column with the folder of a row's file.
 FOLDER = "__folder__"
@@ -92,7 +93,20 @@ def _open(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset
     if files:
         split = config.dataset_split.partition("[")[0]  # "train[:100]" is a part of it
         source = {"path": kind[1:], "data_files": {split: [escape(name) for name in files]}}
+    elif os.path.isdir(config.dataset):
+        source["data_files"] = _without_leftovers(config.dataset)
     return datasets.load_dataset(**source, split=config.dataset_split, streaming=config.streaming)
+
+
+def _without_leftovers(folder: str) -> dict[str, list[str]] | None:
+    """Return the files of each split of a folder of images; None if `datasets` finds nothing else there."""
+    if not any(map(is_leftover, glob("**/*", root_dir=folder, recursive=True))):
+        return None
+    splits = DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder)
+    return {
+        str(split): [escape(name) for name in names if not is_leftover(os.path.relpath(name, os.path.abspath(folder)))]
+        for split, names in splits.items()
+    }
 
 
 def find_files(config: StageArguments) -> list[str]:
@@ -140,6 +154,7 @@ def _files_of_repository(config: StageArguments) -> list[str]:
 def _data_files(names: list[str], config: StageArguments) -> list[str]:
     """Return the files of a folder that have the rows of the split: those that are in the fewest folders."""
     found = [name for name in names if kind_of(name) and PurePosixPath(name).name not in NO_ROWS]
+    found = [name for name in found if not is_leftover(name)]
     least = min((name.count("/") for name in found), default=0)
     found = sorted(name for name in found if name.count("/") == least)
     split = config.dataset_split.partition("[")[0]
@@ -297,7 +312,8 @@ def _read_tar(files: list[str], versions: list) -> Iterator[dict]:
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[dict]:
-    members = (member for member in tar if member.isfile())
+    # an image that is in an archive twice is a link the second time
+    members = (member for member in tar if (member.isfile() or member.islnk()) and not is_leftover(member.name))
     for key, parts in groupby(members, lambda member: str(_stem(member.name))):
         row, images = {"id": key, "json": "{}", "txt": None}, []
         for member in parts:
@@ -307,7 +323,14 @@ def _samples(tar: tarfile.TarFile) -> Iterator[dict]:
                 images.append({"bytes": content, "path": member.name})
             elif suffix in (".json", ".txt"):
                 row[suffix[1:]] = content.decode(errors="replace")
-        yield {**row, "images": images}
+        if images or row["txt"] is not None or row["json"] != "{}":
+            yield {**row, "images": images}
+
+
+def is_leftover(name: str) -> bool:
+    """Return True for what operating systems and tools leave behind; `name` is the path in a data set's folder."""
+    parts = PurePosixPath(name).parts
+    return any(part.lower() in LEFTOVERS or part.startswith(".") and part != ".." for part in parts)
 
 
 def _check_end(tar: tarfile.TarFile):

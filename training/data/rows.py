@@ -4,7 +4,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.row_encoder import image_source_id, readable
-from ...processing.images import decode_image
+from ...processing.images import MissingImage, decode_image, image_path, image_source
 from ..arguments.stage import StageArguments
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, shown, to_messages
 from .files import FOLDER, IMAGE_SUFFIXES
@@ -25,6 +25,9 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 # Where a row's images are, the first that has any.
 PATH_COLUMNS = ("file_name", "filename", "filepath", "image_path", "image_file", "file", "path")
 IMAGE_COLUMNS = ("images", "image", *(suffix[1:] for suffix in IMAGE_SUFFIXES), *PATH_COLUMNS)
+
+# Parts of a chat's content that are an image, as transformers and as OpenAI's clients call them.
+IMAGE_PARTS = ("image", "image_url", "input_image")
 
 # What every format becomes. Rows that are bad have no messages but a `problem`, whose first words are `kind`.
 FEATURES = datasets.Features(
@@ -100,7 +103,7 @@ class RowReader:
         """The images of a row, not yet looked at, and its messages. Raises `BadRow` unless they are a chat."""
         own_folders = [self.folder] if row.get(FOLDER) is None else [row[FOLDER], self.folder]
         folders = own_folders if self.image_folder is None else [self.image_folder]
-        images = [find_image(image, folders) if isinstance(image, str) else image for image in self.images(row)]
+        images = [stored_image(image, folders) for image in self.images(row)]
         messages = self.messages(row, len(images))
         check_turns(messages)
         check_placeholders(messages, len(images))
@@ -112,7 +115,8 @@ class RowReader:
             if self.image_column not in row:
                 raise BadRow("missing image", f"no column {self.image_column!r}, the columns are {columns_of(row)}")
             return images_of({"image": row[self.image_column]})
-        return next((images for name in IMAGE_COLUMNS if (images := images_of({"image": row.get(name)}))), [])
+        found = (images_of({"image": row.get(name)}) for name in IMAGE_COLUMNS)
+        return next(filter(None, found), []) or images_in_chats(row.values())
 
     def messages(self, row: dict[str, Any], num_images: int) -> list[dict]:
         columns = ("messages", "conversations", "texts") if self.messages_column is None else (self.messages_column,)
@@ -147,10 +151,10 @@ class RowReader:
 
     def check_image(self, image: Any) -> str | None:
         """Decodes the image; its name if that is wanted."""
-        path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
-        if path is None or isinstance(path, (int, float, list)):
+        if isinstance(image, (int, float, list)):
             raise BadRow("missing image", f"the image is {shown(image)}, expected a path, or a list of paths")
-        if isinstance(path, str) and not os.path.isfile(path):
+        path = image_path(image)
+        if path is not None and "://" not in path and not os.path.isfile(path):
             raise BadRow(
                 "missing image",
                 f"{path} is no file: set image_folder (or eval_image_folder), or remove the row",
@@ -158,8 +162,26 @@ class RowReader:
         try:
             decoded = decode_image(image)
             return image_source_id(decoded) if self.name_images else None
+        except MissingImage as error:
+            raise BadRow("missing image", str(error)) from error
         except ValueError as error:
-            raise BadRow("broken image", f"{path if isinstance(path, str) else ''} {error}") from error
+            raise BadRow("broken image", f"{path or ''} {error}".strip()) from error
+
+
+def stored_image(image: Any, folders: Sequence[str]) -> Any:
+    """Return an image as `datasets` stores it, its path found in one of the folders."""
+    source, path = image_source(image), image_path(image)
+    if isinstance(source, bytes):
+        return {"bytes": source, "path": image.get("path") if isinstance(image, dict) else None}
+    return source if path is None or "://" in path else find_image(path, folders)
+
+
+def images_in_chats(columns: Iterable) -> list[dict]:
+    """Return the parts of chats that hold an image themselves."""
+    turns = [turn for turns in columns if isinstance(turns, list) for turn in turns if isinstance(turn, dict)]
+    contents = [turn.get("content") for turn in turns]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return [part for part in parts if part.get("type") in IMAGE_PARTS and image_source(part) is not None]
 
 
 def columns_of(row: dict[str, Any]) -> list[str]:
@@ -243,9 +265,9 @@ def read_turns(turns: list[dict]) -> list[dict]:
 
 def _split(part: dict) -> list[dict]:
     """A part, or the text and images in it; the line break after `<image>` is left to the chat template."""
-    if not isinstance(part, dict) or part.get("type") not in ("image", "text"):
+    if not isinstance(part, dict) or part.get("type") not in (*IMAGE_PARTS, "text"):
         raise BadRow("no chat", f"a turn has {shown(part)}, expected text or an image in its content")
-    if part["type"] == "image":
+    if part["type"] in IMAGE_PARTS:
         return [{"type": "image", "text": None}]
     if part.get("text") is None:
         return [{"type": "text", "text": None}]
