@@ -192,7 +192,8 @@ def columns_of(row: dict[str, Any]) -> list[str]:
 def find_image(name: str, folders: Sequence[str]) -> str:
     """Return the path of an image in the first folder that has it, as it is spelt there: tools differ in accents."""
     for folder in folders:
-        for spelling in (name, name.replace("\\", "/"), unquote(name)):
+        slashes = name.replace("\\", "/")
+        for spelling in (name, slashes, unquote(name), unquote(slashes)):
             for form in (spelling, *(unicodedata.normalize(form, spelling) for form in ("NFC", "NFD"))):
                 path = os.path.join(folder, os.path.expanduser(form))
                 if os.path.isfile(path):
