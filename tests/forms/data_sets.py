@@ -4,7 +4,9 @@ import base64
 import csv
 import io
 import json
+import shutil
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +139,16 @@ def web_dataset(folder: Path, name: str, form: int, prefix: str = "") -> str:
     return str(folder / name)
 
 
+def zipped(folder: Path) -> str:
+    image_folder(folder)
+    with zipfile.ZipFile(folder / "rows.zip", "w") as archive:
+        for path in sorted((folder / "pictures").rglob("*")):
+            if "@eaDir" not in path.parts:
+                archive.write(path, path.relative_to(folder))
+    shutil.rmtree(folder / "pictures")
+    return str(folder / "rows.zip")
+
+
 STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 LARGE_STRUCT = pa.struct({"bytes": pa.large_binary(), "path": pa.large_string()})
 
@@ -201,6 +213,8 @@ FORMS: dict[str, Callable[[Path], str]] = {
     "TSV, data URLs": lambda folder: table(folder, [f"data:image/png;base64,{text}" for text in BASE64], "\t"),
     "folder of images": image_folder,
     "folder with JSON": folder_with_json,
+    "zip": zipped,
+    "folder with a zip": lambda folder: str(Path(zipped(folder)).parent),
     "WebDataset": lambda folder: web_dataset(folder, "rows.tar", tarfile.GNU_FORMAT),
     "WebDataset, packed, of macOS": lambda folder: web_dataset(folder, "rows.tar.gz", tarfile.PAX_FORMAT, "./"),
 }

@@ -82,7 +82,8 @@ def _open(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset
                 raise _no_split(config, rows)
             rows = rows[config.dataset_split]
         return rows.to_iterable_dataset() if config.streaming else rows
-    files = find_files(config)
+    is_zip = config.dataset.lower().endswith(".zip") and os.path.isfile(config.dataset)
+    files = [config.dataset] if is_zip else find_files(config)
     kind = kind_of(files[0]) if files else None
     if kind in TEXT_SUFFIXES:
         return _from_generator(_read_text, files, ("json", FOLDER), {}, config)
@@ -92,7 +93,10 @@ def _open(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset
     source = {"path": config.dataset, "name": config.dataset_config, "revision": config.dataset_revision}
     if files:
         split = config.dataset_split.partition("[")[0]  # "train[:100]" is a part of it
-        source = {"path": kind[1:], "data_files": {split: [escape(name) for name in files]}}
+        source = {
+            "path": "imagefolder" if is_zip else kind[1:],
+            "data_files": {split: [escape(name) for name in files]},
+        }
     elif os.path.isdir(config.dataset):
         source["data_files"] = _without_leftovers(config.dataset)
     return datasets.load_dataset(**source, split=config.dataset_split, streaming=config.streaming)
