@@ -36,15 +36,11 @@ BASE64_START = re.compile(r"[/_]9j[/_]|iVBORw0K|R0lGOD|UklGR|SUkqA|TU0AK|Qk[\w+/
 REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # A file of a repository, or in an archive of one or of this machine, as datasets names it in a stream.
 OF_DATASETS = re.compile(r"(zip://[^:]*::)?hf://|zip://[^:]*::/")
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+JPEG_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
+# What turns an image upright, by EXIF's orientations from 2 on.
+TURN = Image.Transpose
+TURNS = (TURN.FLIP_LEFT_RIGHT, TURN.ROTATE_180, TURN.FLIP_TOP_BOTTOM, TURN.TRANSPOSE)
+UPRIGHT = dict(enumerate((*TURNS, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90), start=2))
 
 
 class MissingImage(ValueError):
@@ -230,17 +226,16 @@ def _bare_png(data: bytes) -> bytes:
 
 def _bare_jpeg(data: bytes) -> bytes:
     kept, place = [data[:2]], 2
-    while (place := data.find(b"\xff", place)) >= 0:
-        marker = data[place + 1 : place + 2]
-        if marker in (b"\xda", b""):  # the pixels begin
-            return b"".join([*kept, data[place:]])
-        end = place + 1 if marker == b"\xff" else place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        segment = data[place:end]
+    while match := JPEG_MARKER.search(data, place):
+        start, marker = match.end() - 2, match[1]
+        if marker == b"\xda":  # the pixels begin
+            return b"".join([*kept, data[start:]])
+        place = match.end() + max(2, int.from_bytes(data[match.end() : match.end() + 2], "big"))
+        segment = data[start:place]
         is_metadata = b"\xe0" <= marker <= b"\xef" or marker == b"\xfe"
         # EXIF for the orientation; Adobe's segment says how colours are stored
         if not is_metadata or segment[4:8] == b"Exif" or (segment[4:9] == b"Adobe" and len(segment) >= 16):
             kept.append(segment)
-        place = end
     return data
 
 

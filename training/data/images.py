@@ -22,7 +22,7 @@ from ...modeling_tinyalign.row_encoder import (
 from ...processing.images import decode_image
 from ..arguments.stage import StageArguments
 from .check import row_reader
-from .files import open_rows
+from .files import is_leftover, open_rows
 from .rows import columns_of, first_caption
 
 CAPTION_COLUMNS = ("caption", "txt")
@@ -175,7 +175,8 @@ def fingerprint_files(dataset: str) -> str | None:
     """Return a hash of the names, sizes and times of change of a data set's files; None for a repository."""
     path = Path(dataset)
     if path.is_dir():
-        files = [str(file) for file in path.rglob("*") if file.is_file()]
+        found = (file for file in path.rglob("*") if not is_leftover(str(file.relative_to(path))))
+        files = [str(file) for file in found if file.is_file()]
     else:
         files = glob(escape(dataset) if path.exists() else dataset, recursive=True)
     if not files:

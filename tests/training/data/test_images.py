@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from banks import noise
+from forms.pictures import leftovers
 
 from tinyalign_vlm.modeling_tinyalign.row_encoder import BadRow
 from tinyalign_vlm.training.data.images import DatasetImages, fingerprint_files
@@ -31,3 +32,16 @@ def test_a_file_whose_name_is_a_pattern_is_watched(tmp_path):
     (tmp_path / "pairs[1].json").write_text("[ ]")
     assert None is not before != fingerprint_files(str(tmp_path / "pairs[1].json")) is not None
     assert fingerprint_files("org/pairs") is None
+
+
+def test_what_systems_leave_behind_is_not_watched(tmp_path):
+    """A look at the folder in a file manager is no change of the data: the build goes on."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"")
+    before = fingerprint_files(str(tmp_path))
+    for name, content in leftovers("a.png").items():
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name).write_bytes(content)
+    assert fingerprint_files(str(tmp_path)) == before
+    (tmp_path / "pictures" / "b.png").write_bytes(b"")
+    assert fingerprint_files(str(tmp_path)) != before
