@@ -36,7 +36,7 @@ BASE64_START = re.compile(r"[/_]9j[/_]|iVBORw0K|R0lGOD|UklGR|SUkqA|TU0AK|Qk[\w+/
 REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # A file of a repository, or in an archive of one or of this machine, as datasets names it in a stream.
 OF_DATASETS = re.compile(r"(zip://[^:]*::)?hf://|zip://[^:]*::/")
-JPEG_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
+JPEG_MARKER = re.compile(rb"\xff([^\xff])", re.DOTALL)
 # What turns an image upright, by EXIF's orientations from 2 on.
 TURN = Image.Transpose
 TURNS = (TURN.FLIP_LEFT_RIGHT, TURN.ROTATE_180, TURN.FLIP_TOP_BOTTOM, TURN.TRANSPOSE)
@@ -236,7 +236,7 @@ def _bare_jpeg(data: bytes) -> bytes:
         # EXIF for the orientation; Adobe's segment says how colours are stored
         if not is_metadata or segment[4:8] == b"Exif" or (segment[4:9] == b"Adobe" and len(segment) >= 16):
             kept.append(segment)
-    return data
+    return data[:2]
 
 
 def _bare_webp(data: bytes) -> bytes:

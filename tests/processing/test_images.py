@@ -4,6 +4,7 @@ import base64
 import io
 import resource
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -274,6 +275,14 @@ def test_broken_pixels_are_broken_beside_odd_metadata():
         pixels = {"P": b"IDAT", "J": b"\xff\xda", "W": b"VP8L", "T": b"II*\0"}[name[0]]
         with pytest.raises(ValueError, match="the image cannot be read"):
             load(data[: data.rindex(pixels) + 10])
+
+
+def test_files_of_nothing_but_metadata_take_no_minutes():
+    start = time.monotonic()
+    for data in (b"\xff\xd8" + b"\xff" * 500_000, b"\xff\xd8" + b"\xff\xe5\0\0" * 100_000, png()[:8] + bytes(500_000)):
+        with pytest.raises(ValueError, match="the image cannot be read"):
+            load(data)
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (10, 100_000), (1, 301), (50, 5_001)])
