@@ -128,7 +128,7 @@ def web_dataset(folder: Path, name: str, form: int, prefix: str = "") -> str:
         entry.type = tarfile.DIRTYPE
         tar.addfile(entry)
         for number, (data, caption) in enumerate(zip(FILES, CAPTIONS, strict=True)):
-            key = f"{number:04}{'ü' * 100}"
+            key = f"{number:04}ü"
             parts = {f"{key}.png": data, **leftovers(f"{key}.png"), f"{key}.txt": caption.encode()}
             parts |= {"README.md": b"# data", f"{key}.aae": b"<plist>"}
             for part, content in parts.items():

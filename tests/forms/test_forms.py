@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from forms.data_sets import BASE64, CAPTIONS, FORMS, PICTURES
 from forms.pictures import odd_pictures
+from PIL import Image
 
 from tinyalign_vlm.processing.images import decode_image
 from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
@@ -59,6 +60,10 @@ def build_bank(dataset: str) -> list[tuple]:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_reader_reads_every_form(form, read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    decoy = Image.new("RGB", (3, 3))  # of a name that a stored picture has
+    for name in ("elsewhere.png", "train/0000ü.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        decoy.save(tmp_path / name)
     folder = tmp_path / "own data ü"
     folder.mkdir()
     found = sorted(read(FORMS[form](folder)), key=lambda row: row[1])

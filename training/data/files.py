@@ -324,7 +324,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[dict]:
             suffix = PurePosixPath(member.name).suffix.lower()
             content = tar.extractfile(member).read()
             if suffix in IMAGE_SUFFIXES:
-                images.append({"bytes": content, "path": member.name})
+                images.append({"bytes": content, "path": None})  # a path would be taken for a file of this folder
             elif suffix in (".json", ".txt"):
                 row[suffix[1:]] = content.decode(errors="replace")
         if images or row["txt"] is not None or row["json"] != "{}":

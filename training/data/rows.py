@@ -172,7 +172,7 @@ def stored_image(image: Any, folders: Sequence[str]) -> Any:
     """Return an image as `datasets` stores it, its path found in one of the folders."""
     source, path = image_source(image), image_path(image)
     if isinstance(source, bytes):
-        return {"bytes": source, "path": image.get("path") if isinstance(image, dict) else None}
+        return {"bytes": source, "path": None}  # `datasets` would read the file of that name instead, if there is one
     return source if path is None or "://" in path else find_image(path, folders)
 
 

@@ -223,7 +223,7 @@ BAD = {
         {**GOOD, "image": "../images"},
         {**GOOD, "image": 5},
         {**GOOD, "image": [["red.png"]]},
-        {**GOOD, "image": {"url": "red.png"}},
+        {**GOOD, "image": {"url": "https://images.example/red.png"}},
     ],
     "broken image": [{**GOOD, "image": "broken.png"}],
     "turn order": [
