@@ -1,16 +1,23 @@
-"""`tinyalign serve`: one model behind an OpenAI-style API, on the handlers of `transformers serve`."""
+"""`tinyalign serve`: one model behind an API like OpenAI's."""
 
 import asyncio
+import copy
 import json
+import queue
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 
+import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils.import_utils import is_serve_available
 
 from ..modeling_tinyalign import TinyAlignForConditionalGeneration
 from ..processing import TinyAlignProcessor
+from .models import context_length
 from .request_images import load_request_image
 
 if not is_serve_available():
@@ -20,49 +27,105 @@ if not is_serve_available():
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerationState, Modality
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 MAX_BODY_BYTES = 64 * 2**20
 MAX_IMAGES = 16
-HIGHEST = {"temperature": 2, "top_p": 1}
+MAX_STOPS = 4
 ROLES = ("system", "developer", "user", "assistant")
-# Settings that the handler would pass on to transformers as they are, a template that is a program among them.
-REFUSED_FIELDS = ("chat_template_kwargs", "generation_config", "tools")
+# Fields of a request that are read, or that say nothing about the answer.
+FIELDS = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature"}
+FIELDS |= {"top_p", "seed", "stop", "memory", "sources", "user", "metadata", "safety_identifier", "prompt_cache_key"}
+# Fields of OpenAI's that are not supported, and the values that ask for nothing.
+UNSUPPORTED = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "presence_penalty": 0, "store": False}
+UNSUPPORTED |= {"frequency_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "modalities": ["text"]}
+LOCK = threading.Lock()  # one answer at a time
 
 
-class OneModel(ModelManager):
-    """Holds the one model that is served. Unlike its base, it loads no other that a request names, and no code."""
+class TokenQueue(BaseStreamer):
+    """The tokens of an answer for another thread, as they are generated."""
 
-    def __init__(self, name: str, model: PreTrainedModel, processor: ProcessorMixin):
-        self.force_model, self.model, self.processor = name, model, processor
+    def __init__(self):
+        self.tokens, self.in_prompt = queue.Queue(), True
 
-    def load_model_and_processor(self, *args, **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:
-        return self.model, self.processor
+    def put(self, value: torch.Tensor):
+        if not self.in_prompt:
+            self.tokens.put(value.tolist())
+        self.in_prompt = False
 
-    @staticmethod
-    def get_model_modality(*args, **kwargs) -> Modality:
-        return Modality.VLM
+    def end(self):
+        self.tokens.put(None)
 
 
-class ChatHandler(ChatCompletionHandler):
-    """Chat completions of at most `max_tokens` tokens."""
+@dataclass
+class Answer:
+    """An answer that is generated: its text, and what is known at its end."""
 
-    def __init__(self, model_manager: OneModel, max_tokens: int):
-        super().__init__(model_manager, GenerationState())
-        self.max_tokens = max_tokens
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    inputs: dict
+    config: GenerationConfig
+    memory: str | None
+    seed: int | None
+    tokens: list[int] = field(default_factory=list)
+    sources: list = field(default_factory=list)
+    finish_reason: str = "stop"
+    error: Exception | None = None
 
-    def _build_generation_config(self, body: dict, *args, **kwargs):
-        for name in ("temperature", "top_p"):
-            if not 0 <= (body.get(name) or 0) <= HIGHEST[name]:
-                raise ValueError(f"{name} is {body[name]}, expected 0 to {HIGHEST[name]}")
-        config = super()._build_generation_config(body, *args, **kwargs)
-        config.do_sample = bool(body.get("temperature", config.do_sample))
-        config.max_new_tokens = min(config.max_new_tokens, self.max_tokens)
-        config.validate()
-        return config
+    def pieces(self) -> Iterator[str]:
+        """Yield the text as it comes, up to a stop string."""
+        stops, stopped, streamer = self.config.stop_strings or [], threading.Event(), TokenQueue()
+        thread = threading.Thread(target=self._generate, args=(streamer, stopped))
+        thread.start()
+        text, sent, held = "", 0, max(map(len, stops), default=1) - 1
+        try:
+            for tokens in iter(streamer.tokens.get, None):
+                self.tokens += tokens
+                text = self.processor.decode(self.tokens, skip_special_tokens=True)
+                ends = [text.find(stop) for stop in stops if stop in text]
+                if ends:
+                    text = text[: min(ends)]
+                    break
+                ready = len(text.rstrip("\ufffd")) - held  # half a character, and what may begin a stop string
+                if ready > sent:
+                    yield text[sent:ready]
+                    sent = ready
+            else:
+                ended = set(self.tokens[-1:]) & set(torch.tensor(self.config.eos_token_id or []).reshape(-1).tolist())
+                if len(self.tokens) >= self.config.max_new_tokens and not ended:
+                    self.finish_reason = "length"
+        finally:  # also when nobody listens any more
+            stopped.set()
+            thread.join()
+        if self.error is not None:
+            raise self.error
+        if text[sent:]:
+            yield text[sent:]
+
+    def _generate(self, streamer: TokenQueue, stopped: threading.Event):
+        try:
+            with LOCK:
+                if self.seed is not None:
+                    torch.manual_seed(self.seed)
+                self.model.generate(
+                    **self.inputs,
+                    generation_config=self.config,
+                    tokenizer=self.processor.tokenizer,
+                    memory=self.memory,
+                    sources=self.sources,
+                    streamer=streamer,
+                    stopping_criteria=[lambda ids, scores: torch.full((len(ids),), stopped.is_set())],
+                )
+        except Exception as error:  # for the thread that waits
+            self.error = error
+        finally:
+            streamer.end()
+
+    @property
+    def usage(self) -> dict[str, int]:
+        prompt, answer = self.inputs["input_ids"].shape[1], len(self.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
 def serve(
@@ -83,7 +146,7 @@ def serve(
         ValueError: The model has a memory, but no bank is named here or in its config.
     """
     loaded = load(model, revision, memory_bank, memory, device)
-    uvicorn.run(build_app(model, *loaded, allow_image_host, max_tokens), host=host, port=port)
+    uvicorn.run(build_app(model, *loaded, memory, allow_image_host, max_tokens), host=host, port=port)
 
 
 def load(
@@ -92,10 +155,7 @@ def load(
     """The model with its bank, and its processor, by the classes of this package: no code of the checkpoint is run."""
     model = TinyAlignForConditionalGeneration.from_pretrained(name, revision=revision, dtype="auto", device_map=device)
     processor = TinyAlignProcessor.from_pretrained(name, revision=revision)
-    generate, settings = model.generate, {"tokenizer": processor.tokenizer}  # the handler passes the processor for it
-    if memory == "off":
-        settings["memory"] = "off"
-    elif model.config.memory_top_k > 0:
+    if memory == "on" and model.config.memory_top_k > 0:
         if memory_bank is not None:
             model.attach_memory_bank(memory_bank)
         if model.memory_bank is None:
@@ -103,7 +163,6 @@ def load(
                 f"{name} retrieves {model.config.memory_top_k} neighbours an image, but its config names no memory "
                 "bank: pass --memory_bank FOLDER_OR_REPOSITORY, or --memory off to answer without."
             )
-    model.generate = lambda *args, **kwargs: generate(*args, **{**kwargs, **settings})
     return model, processor
 
 
@@ -111,17 +170,17 @@ def build_app(
     name: str,
     model: PreTrainedModel,
     processor: ProcessorMixin,
+    memory: str = "on",
     allowed_hosts: Collection[str] = (),
     max_tokens: int = 1024,
 ) -> FastAPI:
     """The server: chat completions with images, streamed or not, for this model alone."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    handler = ChatHandler(OneModel(name, model, processor), max_tokens)
-    started = int(time.time())
+    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinyalign"}
 
-    @app.exception_handler(HTTPException)
-    async def in_the_words_of_openai(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": {"message": error.detail, "type": "invalid_request_error"}}, error.status_code)
+    @app.exception_handler(AnyHTTPException)
+    async def in_the_words_of_openai(request: Request, error: AnyHTTPException) -> JSONResponse:
+        return error_response(str(error.detail), error.status_code)
 
     @app.get("/health")
     def health() -> dict:
@@ -129,24 +188,138 @@ def build_app(
 
     @app.get("/v1/models")
     def models() -> dict:
-        entry = {"id": name, "object": "model", "created": started, "owned_by": "tinyalign"}
         return {"object": "list", "data": [entry]}
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         body = await read_body(request)
+        if body.get("model") not in (None, name):
+            return error_response(f"model is {body['model']!r}, expected {name!r}", 404, "model_not_found")
         try:
             # in a thread, for fetching and decoding take their time
-            body["messages"] = await asyncio.to_thread(read_messages, body.get("messages"), allowed_hosts)
-            return await handler.handle_request(body, f"chatcmpl-{time.time_ns():x}")
+            answer = await asyncio.to_thread(read_request, body, model, processor, memory, allowed_hosts, max_tokens)
+            if body.get("stream"):
+                return StreamingResponse(events(answer, body, name), media_type="text/event-stream")
+            return JSONResponse(await asyncio.to_thread(completion, answer, body, name))
+        except ContextError as error:
+            return error_response(str(error), 400, "context_length_exceeded")
         except (ValueError, TypeError, KeyError) as error:
             raise HTTPException(400, str(error)) from error
 
     return app
 
 
+def error_response(message: str, status: int, code: str | None = None) -> JSONResponse:
+    """Return an error in OpenAI's form."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": error}, status)
+
+
+def completion(answer: Answer, body: dict, name: str) -> dict:
+    """Return a whole answer as OpenAI's `chat.completion`."""
+    message = {"role": "assistant", "content": "".join(answer.pieces())}
+    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
+    found = {**_envelope("chat.completion", name), "choices": [choice], "usage": answer.usage}
+    return found | ({"sources": answer.sources[0]} if body.get("sources") else {})
+
+
+def events(answer: Answer, body: dict, name: str) -> Iterator[str]:
+    """Yield an answer as the server-sent events of OpenAI's `chat.completion.chunk`."""
+    envelope = _envelope("chat.completion.chunk", name)
+
+    def event(delta: dict, finish_reason: str | None = None, **more) -> str:
+        choices = [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
+        return f"data: {json.dumps({**envelope, 'choices': choices, **more})}\n\n"
+
+    yield event({"role": "assistant", "content": ""})
+    try:
+        for piece in answer.pieces():
+            yield event({"content": piece})
+        sources = {"sources": answer.sources[0]} if body.get("sources") else {}
+        yield event({}, answer.finish_reason, **sources)
+        if (body.get("stream_options") or {}).get("include_usage"):
+            yield event({}, choices=[], usage=answer.usage)
+    except Exception as error:  # the status was sent long ago
+        yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'server_error'}})}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def _envelope(kind: str, name: str) -> dict:
+    return {"id": f"chatcmpl-{time.time_ns():x}", "object": kind, "created": int(time.time()), "model": name}
+
+
+class ContextError(ValueError):
+    """A prompt has no room in the model's context."""
+
+
+def read_request(
+    body: dict,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    memory: str,
+    allowed_hosts: Collection[str],
+    max_tokens: int,
+) -> Answer:
+    """Return the answer that a request asks for; `ValueError` names the field that is wrong."""
+    config = read_settings(body, model, max_tokens)
+    if memory == "off" and body.get("memory") == "on":
+        raise ValueError("memory is 'on', but this server answers without: leave it out")
+    if "memory" in body:
+        _expect(body, "memory", lambda value: value in ("on", "off"), "'on' or 'off'")
+        memory = body["memory"] or memory
+    _expect(body, "sources", lambda value: isinstance(value, bool), "true or false")
+    inputs = processor.apply_chat_template(
+        read_messages(body.get("messages"), allowed_hosts),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    length, context = inputs["input_ids"].shape[1], context_length(model)
+    if context is not None and length >= context:
+        raise ContextError(f"the prompt has {length} tokens, expected fewer than the model's context of {context}")
+    if context is not None:
+        config.max_new_tokens = min(config.max_new_tokens, context - length)
+    return Answer(model, processor, inputs, config, memory, body.get("seed"))
+
+
+def read_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> GenerationConfig:
+    """Return how to generate: what the model's generation_config.json says, changed by a request."""
+
+    def is_number(value, low: float, high: float) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+    _expect(body, "temperature", lambda value: is_number(value, 0, 2), "0 to 2")
+    _expect(body, "top_p", lambda value: is_number(value, 0, 1), "0 to 1")
+    for name in ("max_tokens", "max_completion_tokens"):
+        _expect(body, name, lambda value: type(value) is int and value >= 1, "a whole number from 1 on")
+    _expect(body, "seed", lambda value: type(value) is int and abs(value) < 2**63, "a whole number of 64 bits")
+    _expect(body, "stream", lambda value: isinstance(value, bool), "true or false")
+    _expect(body, "stream_options", lambda value: isinstance(value, dict), "an object")
+    stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"stop is {body['stop']!r}, expected a text or a list of up to {MAX_STOPS} texts")
+    config = copy.deepcopy(model.generation_config)
+    temperature = body.get("temperature")
+    config.do_sample = config.do_sample if temperature is None else temperature > 0
+    if temperature:
+        config.temperature = float(temperature)
+    if body.get("top_p"):
+        config.top_p = float(body["top_p"])
+    config.stop_strings = stops or None
+    wanted = body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens
+    config.max_new_tokens = min(wanted, max_tokens)
+    config.validate()
+    return config
+
+
+def _expect(body: dict, name: str, fits, expected: str):
+    if body.get(name) is not None and not fits(body[name]):
+        raise ValueError(f"{name} is {str(body[name])[:100]!r}, expected {expected}")
+
+
 async def read_body(request: Request) -> dict:
-    """The request's JSON object; raises `HTTPException` if it is none, too large, or sets what it may not."""
+    """The request's JSON object; raises `HTTPException` if it is none, too large, or asks for what is not there."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise HTTPException(415, "expected content-type: application/json")  # a web page can't send it unasked
     data = bytearray()
@@ -160,11 +333,10 @@ async def read_body(request: Request) -> dict:
         raise HTTPException(400, f"the request is not JSON ({error})") from error
     if not isinstance(body, dict):
         raise HTTPException(400, f"the request is a {type(body).__name__}, expected an object")
-    for field in REFUSED_FIELDS:
-        if field in body:
-            raise HTTPException(400, f"{field} is not supported: leave it out")
-    if "max_completion_tokens" in body:  # transformers 5.17 reads the older name alone
-        body["max_tokens"] = body.pop("max_completion_tokens")
+    for name, value in body.items():
+        nothing = value is None or (name in UNSUPPORTED and value == UNSUPPORTED[name])
+        if name not in FIELDS and not nothing:
+            raise HTTPException(400, f"{name[:100]} is not supported: leave it out")
     return body
 
 
@@ -200,7 +372,7 @@ def read_messages(messages: list, allowed_hosts: Collection[str]) -> list[dict]:
                 sizes.append(image.width * image.height)
                 if sum(sizes) > (Image.MAX_IMAGE_PIXELS or sum(sizes)):
                     raise ValueError(f"the images have {sum(sizes)} pixels, expected {Image.MAX_IMAGE_PIXELS} in all")
-                checked[-1]["content"].append({"type": "image_url", "image_url": {"url": image}})
+                checked[-1]["content"].append({"type": "image", "image": image})
             else:
                 raise ValueError(
                     f"messages[{number}]: found a part of type {kind!r}, expected "

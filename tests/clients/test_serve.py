@@ -54,7 +54,8 @@ def test_an_image_streamed(server, saved, images):
         chunks = list(server.chat(data_url(image, format), stream=True))
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert chunks[0].choices[0].delta.role == "assistant" and len(chunks) > 3
-        assert chunks[-1].choices[0].finish_reason == "length" and chunks[-1].usage.completion_tokens == 6
+        assert chunks[-1].choices[0].finish_reason == "length" and chunks[-1].usage is None
+        assert {chunk.model for chunk in chunks} == {NAME}
         if format == "PNG":
             assert text == answer(saved, image) != answer(saved, image, memory="off")
         assert len(text) >= 6
@@ -81,14 +82,51 @@ def test_settings(server, saved, images):
     assert 2 <= len(sampled) <= 3  # the same seed, the same answer
     text = server.chat(url).choices[0].message.content
     stopped = server.chat(url, stop=[text[2]]).choices[0]
-    assert stopped.message.content == text[: text.index(text[2]) + 1] and stopped.finish_reason == "stop"
+    assert stopped.message.content == text[: text.index(text[2])] and stopped.finish_reason == "stop"
+    for stop in (text[2], text[2:4], [text[2:5], "no such text"], text[-1]):
+        whole = server.chat(url, stop=stop).choices[0].message.content
+        chunks = list(server.chat(url, stop=stop, stream=True, stream_options={"include_usage": True}))
+        first = stop if isinstance(stop, str) else stop[0]
+        assert whole == text[: text.index(first)] == "".join(c.choices[0].delta.content or "" for c in chunks[:-1])
+        assert chunks[-2].choices[0].finish_reason == "stop"
+        assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens >= 1
+    assert server.chat(url, max_tokens=2, stop="no such text").choices[0].finish_reason == "length"
 
 
 def test_the_models_it_has(server):
     assert [model.id for model in server.client.models.list()] == [NAME]
     assert json.load(urllib.request.urlopen(f"{server.url}/health")) == {"status": "ok"}
-    with pytest.raises(openai.BadRequestError, match="pinned to 'a/model'"):
+    assert server.chat().model == NAME == server.chat(model=server.chat().model).model
+    with pytest.raises(openai.NotFoundError, match="model is 'another/model', expected 'a/model'") as error:
         server.chat(model="another/model")
+    assert error.value.code == "model_not_found"
+
+
+def test_memory_and_sources(server, saved, images):
+    url = data_url(images[0])
+    off = server.chat(url, extra_body={"memory": "off", "sources": True})
+    assert off.choices[0].message.content == answer(saved, images[0], memory="off") and off.sources == []
+    found = server.chat(url, data_url(images[1]), extra_body={"memory": "on", "sources": True}).sources
+    assert [row["image"] for row in found] == [0, 0, 1, 1] and len(found[0]["source_id"]) == 32
+    assert found[0]["caption"] == f"a {images[0].getpixel((0, 0))} square"
+    assert found[0]["score"] == pytest.approx(1, abs=1e-4)
+    streamed = list(server.chat(url, stream=True, extra_body={"sources": True}))
+    assert streamed[-1].sources == found[:2]
+    assert server.chat(extra_body={"sources": True}).sources == []
+
+
+def test_a_prompt_longer_than_the_context(server, saved, images):
+    context = saved.model.config.text_config.max_position_embeddings
+    for stream in (False, True):
+        with pytest.raises(
+            openai.BadRequestError, match=f"expected fewer than the model's context of {context}"
+        ) as error:
+            server.chat(
+                data_url(images[0]), messages=openai_chat(data_url(images[0]), text="x y " * 600), stream=stream
+            )
+        assert error.value.code == "context_length_exceeded" and error.value.type == "invalid_request_error"
+    room = server.chat(messages=openai_chat(text="x" * (context - 40)), max_tokens=8)
+    assert room.usage.total_tokens <= context
 
 
 def test_several_clients(server, saved, images):
@@ -122,18 +160,39 @@ def test_several_clients(server, saved, images):
         ({"messages": openai_chat(*["data:image/png;base64,"] * 17)}, "cannot be read|more than 16 images"),
         ({"extra_body": {"generation_config": "{}"}}, "generation_config is not supported"),
         ({"extra_body": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}}, "chat_template_kwargs is not"),
-        ({"extra_body": {"memory": "off"}}, "memory"),
-        ({"temperature": -1}, "temperature is -1, expected 0 to 2"),
-        ({"top_p": 1.5, "stream": True}, "top_p is 1.5, expected 0 to 1"),
-        ({"max_tokens": -3}, "max_new_tokens"),
+        ({"extra_body": {"memory": "none"}}, "memory is 'none', expected 'on' or 'off'"),
+        ({"extra_body": {"sources": "yes"}}, "sources is 'yes', expected true or false"),
+        ({"n": 2}, "n is not supported: leave it out"),
+        ({"logprobs": True}, "logprobs is not supported"),
+        ({"top_logprobs": 2}, "top_logprobs is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"logit_bias": {"5": 100}}, "logit_bias is not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+        ({"extra_body": {"top_k": 5}}, "top_k is not supported"),
+        ({"stop": ["a", ""]}, r"stop is \['a', ''\], expected a text or a list of up to 4 texts"),
+        ({"stop": 5}, "stop is 5, expected a text"),
+        ({"seed": "x"}, "seed is 'x', expected a whole number"),
+        ({"extra_body": {"stream": "yes"}}, "stream is 'yes', expected true or false"),
+        ({"max_tokens": 0}, "max_tokens is '0', expected a whole number from 1 on"),
+        ({"max_tokens": 2.5}, "max_tokens is '2.5'"),
+        ({"temperature": -1}, "temperature is '-1', expected 0 to 2"),
+        ({"top_p": 1.5, "stream": True}, "top_p is '1.5', expected 0 to 1"),
+        ({"max_tokens": -3}, "max_tokens is '-3', expected a whole number from 1 on"),
         ({"max_tokens": "many"}, "many"),
-        ({"temperature": [1]}, "not supported between"),
+        ({"temperature": [1]}, r"temperature is '\[1\]', expected 0 to 2"),
     ],
 )
 def test_bad_requests(change, message, server):
     with pytest.raises(openai.APIStatusError, match=message) as error:
         server.chat(**{"messages": openai_chat(), **change})
     assert error.value.status_code in (400, 422)
+
+
+def test_fields_that_ask_for_nothing(server, saved, images):
+    nothing = {"n": 1, "logprobs": False, "presence_penalty": 0, "stop": None, "user": "u", "seed": None}
+    nothing["response_format"] = {"type": "text"}
+    assert server.chat(data_url(images[0]), **nothing).choices[0].message.content == answer(saved, images[0])
 
 
 def test_a_bomb(server, monkeypatch):
@@ -170,8 +229,10 @@ def test_without_a_bank(saved, images):
     """What is missing is said before the server starts; `--memory off` does without, with the same checkpoint."""
     with pytest.raises(ValueError, match="retrieves 2 neighbours an image, but its config names no memory bank: pass"):
         serve.load(saved.folder, "main", None, "on", "cpu")
-    server = Server(serve.build_app(NAME, *serve.load(saved.folder, "main", None, "off", "cpu")))
+    server = Server(serve.build_app(NAME, *serve.load(saved.folder, "main", None, "off", "cpu"), "off"))
     assert server.chat(data_url(images[0])).choices[0].message.content == answer(saved, images[0], memory="off")
+    with pytest.raises(openai.BadRequestError, match="memory is 'on', but this server answers without"):
+        server.chat(data_url(images[0]), extra_body={"memory": "on"})
     server.stop()
 
 
