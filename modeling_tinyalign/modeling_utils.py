@@ -150,6 +150,14 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             if model.config.connectors_only:
                 load_models(model, kwargs)
             return loaded
+        except OSError as error:
+            if os.path.isfile(os.path.join(str(pretrained_model_name_or_path), "trainer_state.json")):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a checkpoint in the middle of a run and holds only what "
+                    "trains: the command that began the run goes on from it, and at the end puts the whole model, "
+                    "which loads, into the folder above it."
+                ) from error
+            raise
         except BROKEN as error:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds no TinyAlign model: its config.json or its weights are "

@@ -1,9 +1,6 @@
 """The model, processor and memory bank that the settings of a run ask for: loaded, or composed."""
 
-from pathlib import Path
-
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..modeling_tinyalign import MemoryBank, TinyAlignConfig, TinyAlignForConditionalGeneration
@@ -63,11 +60,6 @@ def _load_trained(config: StageArguments) -> PreTrainedModel:
     try:
         model = TinyAlignForConditionalGeneration.from_pretrained(config.model, **fields)
     except OSError as error:
-        if Path(config.model, TRAINER_STATE_NAME).is_file():
-            raise ValueError(
-                f"model {config.model} is a checkpoint in the middle of a run, with the trained parts alone: the "
-                "command that began the run goes on from it, and its output_dir gets the whole model at the end."
-            ) from error
         raise OSError(f"model {config.model}, expected a folder or a Hub repository: {error}") from error
     except RuntimeError as error:  # transformers has printed which weights
         raise ValueError(

@@ -79,14 +79,23 @@ def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
     nn.ModuleDict(connectors_of(model)).load_state_dict(tensors)
 
 
-def save_trained(model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None):
-    """Write the connectors as [`save_connectors`], and all else that trains, if it does, to `trained.safetensors`."""
+def save_trained(
+    model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None, loadable: bool = True
+):
+    """
+    Write the connectors as [`save_connectors`], and all else that trains, if it does, to `trained.safetensors`. Where
+    nothing else does, and the other parts are known checkpoints, `from_pretrained` loads the folder (`loadable`).
+    """
     state_dict = model.state_dict() if state_dict is None else state_dict
     save_connectors(model, folder, state_dict)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     others = {name: state_dict[name] for name in trained if "connector" not in part_of(name)}
     if others:
         write_tensors(others, folder, TRAINED_NAME)
+    if loadable and not others and None not in (model.config.vision_model, model.config.language_model):
+        model.save_pretrained(folder, connectors_only=True, state_dict=state_dict)
+    else:
+        model.config.save_pretrained(folder)  # with which `from_pretrained` says what loads
 
 
 def load_trained(model: PreTrainedModel, folder: str | os.PathLike):

@@ -307,7 +307,9 @@ class SupervisedTrainer(Trainer):
         if self.args.tune_language_model == "full":
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            save_trained(self.model, output_dir or self.args.output_dir, state_dict)
+            folder = output_dir or self.args.output_dir
+            save_trained(self.model, folder, state_dict, loadable=not self.is_divided)
+            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.args.tune_language_model == "full":

@@ -6,8 +6,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, pipeline
 
+from tinyalign_vlm import TinyAlignForConditionalGeneration
 from tinyalign_vlm.training.data.chats import encode_chat
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
@@ -90,6 +92,35 @@ def test_resuming_gives_the_uninterrupted_trajectory(
     assert not changed_parts(weights(whole), weights(once_more))
     with pytest.raises(ValueError, match="learning_rate: 0.01 then, 0.02 now"):
         run(stage, whole, processor, dataset, bank, tmp_path / "resumed", features, learning_rate=2e-2, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tune_language_model": "full"}])
+def test_a_checkpoint_in_the_middle_of_a_run_loads(checkpoints, make_processor, dataset, tmp_path, settings):
+    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
+        checkpoints["siglip"], checkpoints["llama"], memory_top_k=0
+    )
+    processor = make_processor(model)
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            seen[state.global_step] = weights(model)
+
+    rows = dataset.remove_columns([name for name in dataset.column_names if name == "memory_ids"])
+    settings = {"save_total_limit": 3, **settings}
+    run(1, model, processor, rows, None, tmp_path, max_steps=3, save_steps=1, callbacks=[Look()], **settings)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-2")
+    assert not changed_parts(seen[2], weights(loaded)) and changed_parts(seen[2], weights(model))
+    pipe = pipeline("image-text-to-text", model=str(tmp_path / "checkpoint-2"))
+    chat = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (9, 9))}]}]
+    assert pipe(text=chat, max_new_tokens=1)[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_a_checkpoint_that_needs_the_rest_of_the_run_says_so(make_model, processor, dataset, bank, tmp_path):
+    run(2, make_model(), processor, dataset, bank, tmp_path, max_steps=1, save_steps=1, tune_language_model="lora")
+    for load in (AutoModelForImageTextToText.from_pretrained, TinyAlignForConditionalGeneration.from_pretrained):
+        with pytest.raises(ValueError, match="checkpoint-1 is a checkpoint in the middle of a run .* goes on from it"):
+            load(str(tmp_path / "checkpoint-1"))
 
 
 def test_killed_while_a_checkpoint_is_written_again(
