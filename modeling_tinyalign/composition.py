@@ -1,15 +1,23 @@
-"""The models that a checkpoint of connectors alone was composed of: named in its config, loaded beside it."""
+"""The two models in a TinyAlign model: built of configs, or loaded where a checkpoint holds connectors alone."""
 
 import os
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .configuration_tinyalign import TinyAlignConfig
 
 # What AutoConfig and AutoTokenizer need to find the same checkpoint as the model.
 DOWNLOAD_KWARGS = ("token", "cache_dir", "local_files_only")
 HUB_KWARGS = (*DOWNLOAD_KWARGS, "revision", "subfolder", "trust_remote_code", "gguf_file")
+
+
+def build_part(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    """Make a part of the model, of transformers' own code and no other; `ValueError` if it cannot be built."""
+    try:
+        return AutoModel.from_config(config, trust_remote_code=False)
+    except RuntimeError as error:
+        raise ValueError(f"{name} describes a model that cannot be built: {error}.") from error
 
 
 def load_vision_tower(name_or_path: str, kwargs: dict) -> tuple[PreTrainedModel, dict]:

@@ -1,6 +1,7 @@
 """From pictures and neighbours to tokens: reading a vision tower, and the two connectors that are trained."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,49 @@ def check_memory_values(config: TinyAlignConfig, values: torch.Tensor, n: int, *
     for name, tensor in of_each.items():
         if tensor is not None and tensor.shape != values.shape[:2]:
             raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected (images, top_k) = {found[:2]}.")
+
+
+def check_retrieval(config: TinyAlignConfig, memory: str | None, top_k: int | None, threshold: float | None):
+    """Raise `ValueError` if what steers the retrieval of one call is out of range."""
+    if memory not in (None, "on", "off"):
+        raise ValueError(f"memory is {memory!r}, expected 'on' or 'off'.")
+    if top_k is not None and not (type(top_k) is int and 0 <= top_k <= config.memory_top_k):
+        raise ValueError(f"memory_top_k is {top_k!r}, expected 0 to the model's {config.memory_top_k}.")
+    if threshold is not None and not (isinstance(threshold, (int, float)) and -1 <= threshold <= 1):
+        raise ValueError(f"retrieval_threshold is {threshold!r}, expected a similarity from -1 to 1.")
+
+
+def no_memory(config: TinyAlignConfig, n: int) -> dict[str, torch.Tensor]:
+    """Return memory values, ids and scores for `n` images that nothing was retrieved for."""
+    shape = (n, config.memory_top_k)
+    return {
+        "memory_ids": torch.full(shape, -1),
+        "memory_values": torch.zeros(*shape, config.num_latents, config.latent_dim),
+        "memory_scores": torch.full(shape, -torch.inf),
+    }
+
+
+def check_tensor(name: str, value: Any, axes: str, floating: bool = True):
+    """Raise `ValueError` unless a value is a tensor with these axes, of floating point or of integers."""
+    if not torch.is_tensor(value) or value.ndim != len(axes.split(",")) or value.is_floating_point() != floating:
+        found = f"{tuple(value.shape)} of {value.dtype}" if torch.is_tensor(value) else type(value).__name__
+        kind = "floats" if floating else "integers"
+        raise ValueError(f"{name} is {found}, expected a tensor {axes} of {kind}, as the processor makes it.")
+
+
+def merged_settings(settings: dict | list[dict] | None) -> dict:
+    """Return what a call of a pipeline sets, of one chat or of the chats of a batch, in which it is the same."""
+    if isinstance(settings, dict) or not settings:
+        return settings or {}
+    merged = dict(settings[0])
+    if isinstance(merged.get("exclude_ids"), list):
+        merged["exclude_ids"] = [item for chat in settings for item in chat["exclude_ids"]]
+    return merged
+
+
+def for_each(exclude_ids: list | str | int | None, n: int) -> list | None:
+    """Return what not to retrieve, one item an image: one `source_id` or row id is for all of them."""
+    return [exclude_ids] * n if isinstance(exclude_ids, (str, int)) else exclude_ids
 
 
 # ---------------------------------------------------------------------- the lexicon

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
 from .bank_format import KeyEncoderConfig
 from .connectors import Connector, pool_grid
 from .files import apply_umask
 
 NUM_PROBES = 4
+MAX_SIDE = 4096  # of a picture made for the tower: a bank's settings may be anybody's
 MAX_FEATURES = 2**26  # of one image
 
 
@@ -252,3 +257,30 @@ def tower_name(model: PreTrainedModel) -> str:
     name = model.config.vision_config._name_or_path or model.config.vision_config.model_type
     is_path = os.path.isabs(name) or os.path.isdir(name)
     return os.path.basename(os.path.abspath(name)) if is_path else name
+
+
+def read_image(image: Image.Image | str | os.PathLike) -> Image.Image:
+    """Return an image, upright and on white, as a bank's images are read; `ValueError` if it is none."""
+    try:
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+    except Exception as error:  # PIL and its codecs raise many
+        raise ValueError(f"Found {str(image)[:200]!r}, expected a PIL image or the path of one ({error}).") from error
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def query_pixels(preprocessing: dict, images: Any) -> torch.Tensor:
+    """Return PIL images, or those of files, one or a list, as pixels `(images, 3, H, W)` made as a bank's were.
+
+    Raises:
+        ValueError: something is no image, or the settings make none of transformers' image processors.
+    """
+    sides = re.findall(r"\d+", f"{preprocessing.get('size')} {preprocessing.get('crop_size')}")
+    image_processor = get_image_processor_class_from_name(str(preprocessing.get("image_processor_type")))
+    if image_processor is None or max(map(int, sides), default=0) > MAX_SIDE:
+        raise ValueError(
+            f"The bank's preprocessing names no image processor of transformers with sides up to {MAX_SIDE}: pass "
+            "pixel_values that the model's processor made."
+        )
+    images = [read_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+    return image_processor.from_dict(dict(preprocessing))(images=images, return_tensors="pt")["pixel_values"]

@@ -7,21 +7,34 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_tracing
 from transformers.utils.generic import can_return_tuple
 
+from .composition import build_part
 from .configuration_tinyalign import TinyAlignConfig
-from .connectors import Connector, MemoryConnector, pool_grid, read_vision_tower
-from .modeling_utils import TinyAlignPreTrainedModel, check_retrieval, merged_settings
+from .connectors import (
+    Connector,
+    MemoryConnector,
+    check_retrieval,
+    check_tensor,
+    merged_settings,
+    no_memory,
+    pool_grid,
+    read_vision_tower,
+)
+from .modeling_utils import TinyAlignPreTrainedModel
 from .outputs import (
     TinyAlignCausalLMOutputWithPast,
     TinyAlignImageFeatures,
     TinyAlignModelOutputWithPast,
     cache_of,
+    check_no_placeholders,
     language_model_fields,
+    sources_of,
+    uncached_images,
 )
 
 # The other files that travel with a checkpoint. When their download is cut off, transformers' next try completes only
@@ -32,35 +45,17 @@ if TYPE_CHECKING:
     from .bank_format import BankConfig as BankConfig
     from .bank_index import KeyIndex as KeyIndex
     from .bank_rows import BankRows as BankRows
-    from .composition import load_models as load_models
     from .files import push_files as push_files
     from .key_encoder import KeyEncoder as KeyEncoder
     from .memory_bank import MemoryBank as MemoryBank
     from .row_encoder import RowEncoder as RowEncoder
     from .value_encoder import ValueEncoder as ValueEncoder
 
-# Everything that says what an image is and what is remembered about it; one row an image.
+# Everything that says what an image is and what is remembered about it.
 IMAGE_INPUTS = (
-    "pixel_values",
-    "vision_features",
-    "query_input_ids",
-    "query_attention_mask",
-    "memory_ids",
-    "memory_values",
-    "memory_scores",
-    "exclude_ids",
-    "memory",
-    "memory_top_k",
-    "retrieval_threshold",
-)
-
-
-def _build(config: PreTrainedConfig, name: str) -> PreTrainedModel:
-    """Make a part of the model, of transformers' own code and no other; `ValueError` if it cannot be built."""
-    try:
-        return AutoModel.from_config(config, trust_remote_code=False)
-    except RuntimeError as error:
-        raise ValueError(f"{name} describes a model that cannot be built: {error}.") from error
+    "pixel_values vision_features query_input_ids query_attention_mask memory_ids memory_values memory_scores "
+    "exclude_ids memory memory_top_k retrieval_threshold"
+).split()
 
 
 class TinyAlignModel(TinyAlignPreTrainedModel):
@@ -72,7 +67,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         super().__init__(config)
         if "num_attention_heads" not in config.vision_config.to_dict():  # a CNN would refuse "sdpa"
             config.vision_config._attn_implementation = "eager"
-        self.vision_tower = _build(config.vision_config, "vision_config")
+        self.vision_tower = build_part(config.vision_config, "vision_config")
         hidden_size = config.text_config.hidden_size
         self.connector = Connector(
             config.vision_feature_size,
@@ -84,11 +79,11 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         self._built_top_k = config.memory_top_k
         if config.memory_top_k > 0:
             self.memory_connector = MemoryConnector(config)
-        self.language_model = _build(config.text_config, "text_config")
+        self.language_model = build_part(config.text_config, "text_config")
         self.post_init()
 
     def train(self, mode: bool = True):
-        """Leaves the vision tower frozen, unless `trains_vision_tower`, and in evaluation mode: its keys must stay."""
+        """Leave the vision tower frozen, unless `trains_vision_tower`, and in evaluation mode: its keys must stay."""
         super().train(mode)
         self.vision_tower.eval()
         if not self.trains_vision_tower:
@@ -100,6 +95,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         return self._read_vision_tower(pixel_values)[0]
 
     def _read_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
+        check_tensor("pixel_values", pixel_values, "(images, 3, height, width)")
         config = self.config
         layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
         with torch.set_grad_enabled(self.trains_vision_tower and torch.is_grad_enabled()):
@@ -133,7 +129,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         **kwargs,
     ) -> TinyAlignImageFeatures:
         r"""
-        Visual and memory tokens of each image. Retrieval happens here, once an image, and nowhere else.
+        Return the visual and memory tokens of each image. Retrieval happens here, once an image, and nowhere else.
 
         Args:
             vision_features (`(n, T, C)`): What [`get_vision_features`] gave, instead of `pixel_values (n, 3, H, W)`.
@@ -147,11 +143,13 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             memory: `"off"` fills all slots with "nothing retrieved".
             memory_top_k: Retrieve no more than this many; the other slots stay empty. 0 is `memory="off"`.
             retrieval_threshold: In place of `config.retrieval_threshold`.
-            kwargs: For the vision tower, `output_hidden_states` and `output_attentions` among them.
+            kwargs: For the vision tower.
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features.")
         check_retrieval(self.config, memory, memory_top_k, retrieval_threshold)
+        if vision_features is not None:
+            check_tensor("vision_features", vision_features, "(images, tokens, width)")
         tower = {}
         if vision_features is None:
             vision_features, tower = self._read_vision_tower(pixel_values, **kwargs)
@@ -159,7 +157,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if self.config.memory_top_k > 0:
             given = {"memory_ids": memory_ids, "memory_values": memory_values, "memory_scores": memory_scores}
             if memory == "off" or memory_top_k == 0:
-                given = self.no_memory(tokens.shape[0])
+                given = no_memory(self.config, len(tokens))
             elif memory_values is None:
                 queries = vision_features, query_input_ids, query_attention_mask
                 given = self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
@@ -192,7 +190,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TinyAlignModelOutputWithPast:
         """
-        Takes the inputs of [`get_image_features`], or its output under `mm_encoder_outputs["image"]`, as well. All
+        Take the inputs of [`get_image_features`], or its output under `mm_encoder_outputs["image"]`, as well. All
         that the language model takes goes through `kwargs`, its cache among them.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -203,7 +201,6 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         images = (mm_encoder_outputs or {}).get("image")
         if images_given and images is not None:
             raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
-
         # a graph can't raise, and without images embeddings are complete: vLLM runs those alone, and captures that
         checked = not is_tracing(input_ids if inputs_embeds is None else inputs_embeds)
         if images_given or images is not None or input_ids is not None:
@@ -211,7 +208,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if images_given:
             images = self.get_image_features(**image_inputs, return_dict=True)
             if checked:
-                images.pooler_output = self.uncached_images(images.pooler_output, mask, cache_of(kwargs))
+                images.pooler_output = uncached_images(self.config, images.pooler_output, mask, cache_of(kwargs))
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if images is not None and len(images.pooler_output):
@@ -224,7 +221,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
                 )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
         elif input_ids is not None and checked and cache_of(kwargs) is None:
-            self.check_no_placeholders(mask)
+            check_no_placeholders(self.config, mask)
 
         outputs = self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
@@ -256,11 +253,8 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         cls, vision_name_or_path: str, text_name_or_path: str, **kwargs
     ) -> "TinyAlignForConditionalGeneration":
         """
-        Composes a model from two checkpoints; its connectors are new. `tinyalign_vlm.training.composition.compose` has
-        the arguments, fields of [`TinyAlignConfig`] among them.
-
-        Raises:
-            ImportError: The package is not installed: a checkpoint's own code does not compose others.
+        Compose a model from two checkpoints; its connectors are new. `tinyalign_vlm.training.composition.compose` has
+        the arguments, fields of [`TinyAlignConfig`] among them. A checkpoint's own code does not: `ImportError`.
         """
         try:
             from tinyalign_vlm.training.composition import compose
@@ -272,11 +266,9 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         return self.lm_head
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """See [`TinyAlignModel.get_vision_features`]."""
         return self.model.get_vision_features(pixel_values)
 
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs) -> TinyAlignImageFeatures:
-        """See [`TinyAlignModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
@@ -293,13 +285,10 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         supervised_logits_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TinyAlignCausalLMOutputWithPast:
-        r"""
-        Args:
-            supervised_logits_only (`bool`, *optional*, defaults to `False`):
-                With `labels`: compute logits only where there is a label, several times faster with a large
-                vocabulary. The loss is the same, `logits` are `(supervised positions, vocab_size)`.
-
-        The image inputs are those of [`TinyAlignModel.get_image_features`].
+        """
+        Take the image inputs of [`TinyAlignModel.get_image_features`] as well. With `labels`, `supervised_logits_only`
+        computes logits `(supervised positions, vocab_size)` only where there is a label: several times faster with a
+        large vocabulary, and the loss is the same.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -356,7 +345,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         kwargs |= merged_settings(kwargs.pop("call_settings", None))
         images, mask = self._encode_images(inputs, kwargs)
         if sources is not None and mask is not None:
-            sources += self.model.sources_of(images, mask)
+            sources += sources_of(self.memory_bank, images, mask)
         outputs = super().generate(inputs, *args, **kwargs)
         if images is not None and not torch.is_tensor(outputs):
             outputs["memory_ids"], outputs["memory_scores"] = images.memory_ids, images.memory_scores
@@ -376,10 +365,10 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         whole = attention_mask is None or attention_mask.shape[1] == mask.shape[1]  # prompt, also with a cache
         if not given:
             if cache_of(kwargs) is None and "mm_encoder_outputs" not in kwargs:
-                self.model.check_no_placeholders(mask)
+                check_no_placeholders(self.config, mask)
             return None, mask
         images = self.model.get_image_features(**image_inputs, return_dict=True)
-        features = self.model.uncached_images(images.pooler_output, mask, cache_of(kwargs), whole)
+        features = uncached_images(self.config, images.pooler_output, mask, cache_of(kwargs), whole)
         if features:
             kwargs["mm_encoder_outputs"] = {"image": TinyAlignImageFeatures(pooler_output=features)}
         return images, mask

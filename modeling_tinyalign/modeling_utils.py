@@ -3,7 +3,6 @@
 import os
 import re
 import tempfile
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +10,34 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
-from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 from transformers.utils import logging
 
 from .composition import check_origins, load_models, unless_local
 from .configuration_tinyalign import TinyAlignConfig
-from .connectors import MemoryConnector, build_lexicon, check_memory_values, used_slots
+from .connectors import (
+    MemoryConnector,
+    build_lexicon,
+    check_memory_values,
+    check_retrieval,
+    check_tensor,
+    for_each,
+    used_slots,
+)
 from .files import WEIGHTS, apply_umask, make_model_card, push_files, resolve_commit
+from .key_encoder import query_pixels
 from .memory_bank import MemoryBank
-from .outputs import TinyAlignImageFeatures, TinyAlignRetrieval
+from .outputs import TinyAlignRetrieval
 
 logger = logging.get_logger(__name__)
 
-MAX_SIDE = 4096  # of an image made for the tower: a bank's settings may be anybody's
 CONNECTORS = r"^(model\.)?(memory_)?connector\."
 
 # What a broken config.json or broken weights make transformers raise, beside ValueError and OSError.
-BROKEN = (
-    SafetensorError,
-    StrictDataclassError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-)
-
-
-def check_retrieval(config: TinyAlignConfig, memory: str | None, top_k: int | None, threshold: float | None):
-    """Raise `ValueError` if what steers the retrieval of one call is out of range."""
-    if memory not in (None, "on", "off"):
-        raise ValueError(f"memory is {memory!r}, expected 'on' or 'off'.")
-    if top_k is not None and not (type(top_k) is int and 0 <= top_k <= config.memory_top_k):
-        raise ValueError(f"memory_top_k is {top_k!r}, expected 0 to the model's {config.memory_top_k}.")
-    if threshold is not None and not (isinstance(threshold, (int, float)) and -1 <= threshold <= 1):
-        raise ValueError(f"retrieval_threshold is {threshold!r}, expected a similarity from -1 to 1.")
-
-
-def merged_settings(settings: dict | list[dict] | None) -> dict:
-    """Return what a call of a pipeline sets, of one chat or of the chats of a batch, in which it is the same."""
-    if isinstance(settings, dict) or not settings:
-        return settings or {}
-    merged = dict(settings[0])
-    if isinstance(merged.get("exclude_ids"), list):
-        merged["exclude_ids"] = [item for chat in settings for item in chat["exclude_ids"]]
-    return merged
-
-
-def for_each(exclude_ids: list | str | int | None, n: int) -> list | None:
-    """Return what not to retrieve, one item an image: one `source_id` or row id is for all of them."""
-    return [exclude_ids] * n if isinstance(exclude_ids, (str, int)) else exclude_ids
+BROKEN = (SafetensorError, StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError)
+BROKEN += (RecursionError, TypeError)
 
 
 def opened_bank(bank: MemoryBank | str | os.PathLike, revision: str | None = None) -> MemoryBank:
@@ -75,16 +47,6 @@ def opened_bank(bank: MemoryBank | str | os.PathLike, revision: str | None = Non
     if "MemoryBank" not in (kind.__name__ for kind in type(bank).__mro__):  # a checkpoint's own class is another one
         raise TypeError(f"The bank is a {type(bank).__name__}, expected a MemoryBank, a folder or a repository.")
     return bank
-
-
-def read_image(image: Image.Image | str | os.PathLike) -> Image.Image:
-    """Return an image, upright and on white, as a bank's images are read; `ValueError` if it is none."""
-    try:
-        image = image if isinstance(image, Image.Image) else Image.open(image)
-        image = ImageOps.exif_transpose(image).convert("RGBA")
-    except Exception as error:  # PIL and its codecs raise many
-        raise ValueError(f"Found {str(image)[:200]!r}, expected a PIL image or the path of one ({error}).") from error
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 class TinyAlignPreTrainedModel(PreTrainedModel):
@@ -137,7 +99,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         connectors alone, vision tower and language model are loaded from the checkpoints that the config names.
 
         Raises:
-            ValueError: Config or weights are broken, `use_safetensors=False`, or the connectors are of other models.
+            ValueError: Config or weights are broken or not those of a finished run, or `use_safetensors=False`.
             OSError: A model that the config names cannot be loaded.
         """
         if kwargs.get("use_safetensors") is False:
@@ -173,7 +135,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         **kwargs,
     ):
         """
-        Saves weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank.
+        Save weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank.
 
         Args:
             connectors_only: Save no weights but the connectors'. `from_pretrained` takes vision tower and language
@@ -196,30 +158,29 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         bank = self.base_model._memory_bank
         if bank is not None:  # it may have been pushed since it was attached
             self.config.memory_bank, self.config.memory_bank_revision = bank.repo_id, bank.revision
-        memory_bank, revision = self.config.memory_bank, self.config.memory_bank_revision
+        kept = "memory_bank", "memory_bank_revision", "vision_model", "language_model"
+        before = {name: vars(self.config)[name] for name in kept}
+        memory_bank = self.config.memory_bank
         if memory_bank is not None and os.path.exists(memory_bank):
             logger.warning(
                 f"config.memory_bank is a local path ({memory_bank}) and is not saved: push the bank to the Hub and "
                 "set config.memory_bank to its repository, or attach it again after loading."
             )
             self.config.memory_bank = self.config.memory_bank_revision = None
-        vision_model, language_model = self.config.vision_model, self.config.language_model
         if not connectors_only:
-            self.config.vision_model, self.config.language_model = map(unless_local, (vision_model, language_model))
+            for name in ("vision_model", "language_model"):
+                setattr(self.config, name, unless_local(before[name]))
         self.config.connectors_only = connectors_only
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
             apply_umask(save_directory)
         finally:
-            self.config.memory_bank, self.config.memory_bank_revision = memory_bank, revision
-            self.config.vision_model, self.config.language_model = vision_model, language_model
-            self.config.connectors_only = False
+            self.config.update({**before, "connectors_only": False})
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
-        commit_message: str = "Upload model",
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
         token: str | bool | None = None,
@@ -230,7 +191,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         an earlier push that are not overwritten are deleted; a repository without a card gets one without blanks.
 
         Args:
-            kwargs: `private`, `revision`, `create_pr`, `commit_description`.
+            kwargs: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`.
         """
         self.base_model.pin_memory_bank(token)
         with tempfile.TemporaryDirectory() as folder:
@@ -241,9 +202,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
                 "model",
                 replaced=WEIGHTS,
                 make_card=lambda name: make_model_card(name, self.config, tags or []),
-                commit_message=commit_message,
                 token=token,
-                **kwargs,
+                **{"commit_message": "Upload model", **kwargs},
             )
         return commit
 
@@ -292,12 +252,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
 
     def pin_memory_bank(self, token: str | bool | None = None):
-        """
-        Writes the bank's repository and its commit into the config, as `push_to_hub` does.
-
-        Raises:
-            OSError: The Hub has no such bank, or can't be asked.
-        """
+        """Write the bank's repository and commit into the config; `OSError` if the Hub has no such bank."""
         config, bank = self.config, self.base_model._memory_bank
         if bank is not None:
             config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
@@ -342,18 +297,23 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         pixel_values: torch.Tensor | None = None,
     ) -> TinyAlignRetrieval:
         """
-        The `top_k` (default: as many as the model uses) neighbours of each image; inputs as [`get_image_features`].
+        Return the `top_k` (default: as many as the model reads) neighbours of each image.
+
         Those below `retrieval_threshold` (default: the config's) have id -1, and neither caption nor source.
 
         Args:
-            images: `pixel_values` of the processor, or a PIL image, the path of one, or a list of these.
+            images: `pixel_values` of the processor, or a PIL image, the path of one, or a list of these. The other
+                inputs are those of [`TinyAlignModel.get_image_features`].
         """
         images = pixel_values if images is None else images
         if (images is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features.")
+        check_retrieval(self.config, None, None, retrieval_threshold)
         bank = self.require_bank()
         if vision_features is None:
-            vision_features = self.get_vision_features(images if torch.is_tensor(images) else self._pixels(images))
+            pixels = images if torch.is_tensor(images) else query_pixels(bank.config.preprocessing, images)
+            vision_features = self.get_vision_features(pixels.to(self.device))
+        check_tensor("vision_features", vision_features, "(images, tokens, width)")
         top_k = self.config.num_neighbours if top_k is None else top_k
         keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
         scores, ids = bank.search(keys, top_k, exclude=for_each(exclude_ids, len(keys)))
@@ -367,35 +327,6 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
         )
 
-    def _pixels(self, images: Any) -> torch.Tensor:
-        """Make pixels of PIL images, or of files, as those of the bank's images were made."""
-        settings = self.memory_bank.config.preprocessing
-        sides = re.findall(r"\d+", f"{settings.get('size')} {settings.get('crop_size')}")
-        image_processor = get_image_processor_class_from_name(str(settings.get("image_processor_type")))
-        if image_processor is None or max(map(int, sides), default=0) > MAX_SIDE:
-            raise ValueError(
-                f"The bank's preprocessing names no image processor of transformers with sides up to {MAX_SIDE}: pass "
-                "pixel_values that the model's processor made."
-            )
-        images = [read_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
-        pixels = image_processor.from_dict(dict(settings))(images=images, return_tensors="pt")["pixel_values"]
-        return pixels.to(self.device, self.base_model.vision_tower.dtype)
-
-    def sources_of(self, images: TinyAlignImageFeatures | None, mask: torch.Tensor) -> list[list[dict[str, Any]]]:
-        """Return the neighbours that were read for each row of a prompt, whose placeholders are at `mask`."""
-        sources = [[] for _ in mask]
-        if images is None or images.memory_ids is None or self.memory_bank is None:
-            return sources
-        scores = [None] * len(images.memory_ids) if images.memory_scores is None else images.memory_scores.tolist()
-        found = iter(zip(self.memory_bank.rows(images.memory_ids), scores, strict=True))
-        for row, count in enumerate((mask.sum(1) // len(images.pooler_output[0])).tolist()):
-            for number, (neighbours, similar) in enumerate(islice(found, count)):
-                for slot, neighbour in enumerate(neighbours):
-                    if neighbour is not None:
-                        score = similar and similar[slot]
-                        sources[row].append({"image": number, "score": score, **neighbour})
-        return sources
-
     def check_top_k(self):
         """Raise ValueError if `config.memory_top_k` was changed and the memory connector can't follow."""
         config = self.config
@@ -405,15 +336,6 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
                 "neighbours, and only memory_fusion='sequence' reads another number of them: set it back, or make and "
                 "train a model with the new number."
             )
-
-    def no_memory(self, n: int) -> dict[str, torch.Tensor]:
-        """Return memory values, ids and scores for `n` images that nothing was retrieved for."""
-        shape = (n, self.config.memory_top_k)
-        return {
-            "memory_ids": torch.full(shape, -1),
-            "memory_values": torch.zeros(*shape, self.config.num_latents, self.config.latent_dim),
-            "memory_scores": torch.full(shape, -torch.inf),
-        }
 
     def look_up(
         self,
@@ -459,67 +381,15 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         )
         return memory_tokens, memory_ids, memory_scores
 
-    # ------------------------------------------------------------------ placeholders
-
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return `(batch, sequence)`, True where an image token goes."""
         if input_ids is not None:
+            check_tensor("input_ids", input_ids, "(batch, sequence)", floating=False)
             return input_ids == self.config.image_token_id
         if inputs_embeds is None:
             raise ValueError("Pass input_ids or inputs_embeds, the prompt made by the processor, with the images.")
+        check_tensor("inputs_embeds", inputs_embeds, "(batch, sequence, hidden size)")
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
-
-    def uncached_images(
-        self, features: list[torch.Tensor], mask: torch.Tensor, cache: Cache | None, whole: bool = False
-    ) -> list[torch.Tensor]:
-        """
-        Return the image tokens that go into a prompt, those of images that a cache holds left out: they come first.
-
-        Args:
-            whole: The prompt has what the cache holds as well, and not only what comes after it.
-        """
-        size, past = len(features[0]), 0
-        if cache is not None and whole:
-            past = int(cache.get_seq_length())
-        elif cache is not None and cache.get_seq_length() > 0 and (len(mask) == 1 or not mask.any()):
-            features = features[len(features) - int(mask.sum()) // size :]
-            if not features:
-                return features
-        self.check_placeholders(mask, features)
-        left, new = iter(features), []
-        for row in mask:
-            cached = int(row[:past].sum())
-            if cached % size:
-                raise ValueError(f"The cache ends within an image, after {cached % size} of its {size} tokens.")
-            new += list(islice(left, int(row.sum()) // size))[cached // size :]
-        return new
-
-    def check_placeholders(self, mask: torch.Tensor, features: list[torch.Tensor]):
-        """Raise ValueError unless each row has its images' placeholders: two wrong rows could cancel out."""
-        size = len(features[0])
-        found = mask.sum(1).tolist()
-        for row, count in enumerate(found):
-            if count % size:
-                raise ValueError(
-                    f"Row {row} has {count} image placeholders (token {self.config.image_token_id}), expected a "
-                    f"multiple of {size}: {self.config.image_seq_length} visual + "
-                    f"{size - self.config.image_seq_length} memory tokens an image. Make the prompt with the "
-                    "processor saved with this model, and do not truncate it."
-                )
-        images = [count // size for count in found]
-        if sum(images) != len(features):
-            raise ValueError(
-                f"The rows have placeholders for {images} images, {sum(images)} in all, but {len(features)} images "
-                "were given. Pass one image for each."
-            )
-
-    def check_no_placeholders(self, mask: torch.Tensor):
-        """Raise ValueError if there is a place for an image: none was given."""
-        if mask.any():
-            raise ValueError(
-                f"The rows have {mask.sum(1).tolist()} image placeholders (token {self.config.image_token_id}), but "
-                "no image was given: pass pixel_values or vision_features."
-            )

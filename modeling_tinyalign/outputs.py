@@ -1,6 +1,7 @@
-"""Outputs of the TinyAlign models."""
+"""Outputs of the TinyAlign models, and where in a prompt their image tokens go."""
 
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     ModelOutput,
 )
+
+from .configuration_tinyalign import TinyAlignConfig
 
 # hidden states, attentions, and the cache: `cache` since transformers 5.24, `past_key_values` before
 LANGUAGE_MODEL_FIELDS = tuple(
@@ -79,3 +82,74 @@ def cache_of(kwargs: dict[str, Any]) -> Cache | None:
 def language_model_fields(outputs: ModelOutput) -> dict[str, Any]:
     """Return what a language model puts out beside its last hidden state, by the names that this transformers uses."""
     return {name: outputs[name] for name in LANGUAGE_MODEL_FIELDS if name in outputs}
+
+
+def uncached_images(
+    config: TinyAlignConfig, features: list[torch.Tensor], mask: torch.Tensor, cache: Cache | None, whole: bool = False
+) -> list[torch.Tensor]:
+    """
+    Return the image tokens that go into a prompt, those of images that a cache holds left out: they come first.
+
+    Args:
+        whole: The prompt has what the cache holds as well, and not only what comes after it.
+    """
+    size, past = len(features[0]), 0
+    if cache is not None and whole:
+        past = int(cache.get_seq_length())
+    elif cache is not None and cache.get_seq_length() > 0 and (len(mask) == 1 or not mask.any()):
+        features = features[len(features) - int(mask.sum()) // size :]
+        if not features:
+            return features
+    check_placeholders(config, mask, features)
+    left, new = iter(features), []
+    for row in mask:
+        cached = int(row[:past].sum())
+        if cached % size:
+            raise ValueError(f"The cache ends within an image, after {cached % size} of its {size} tokens.")
+        new += list(islice(left, int(row.sum()) // size))[cached // size :]
+    return new
+
+
+def check_placeholders(config: TinyAlignConfig, mask: torch.Tensor, features: list[torch.Tensor]):
+    """Raise ValueError unless each row has its images' placeholders: two wrong rows could cancel out."""
+    size = len(features[0])
+    found = mask.sum(1).tolist()
+    for row, count in enumerate(found):
+        if count % size:
+            raise ValueError(
+                f"Row {row} has {count} image placeholders (token {config.image_token_id}), expected a "
+                f"multiple of {size}: {config.image_seq_length} visual + "
+                f"{size - config.image_seq_length} memory tokens an image. Make the prompt with the "
+                "processor saved with this model, and do not truncate it."
+            )
+    images = [count // size for count in found]
+    if sum(images) != len(features):
+        raise ValueError(
+            f"The rows have placeholders for {images} images, {sum(images)} in all, but {len(features)} images "
+            "were given. Pass one image for each."
+        )
+
+
+def check_no_placeholders(config: TinyAlignConfig, mask: torch.Tensor):
+    """Raise ValueError if there is a place for an image: none was given."""
+    if mask.any():
+        raise ValueError(
+            f"The rows have {mask.sum(1).tolist()} image placeholders (token {config.image_token_id}), but "
+            "no image was given: pass pixel_values or vision_features."
+        )
+
+
+def sources_of(bank: Any, images: TinyAlignImageFeatures | None, mask: torch.Tensor) -> list[list[dict[str, Any]]]:
+    """Return the neighbours that were read for each row of a prompt, whose placeholders are at `mask`."""
+    sources = [[] for _ in mask]
+    if images is None or images.memory_ids is None or bank is None:
+        return sources
+    scores = [None] * len(images.memory_ids) if images.memory_scores is None else images.memory_scores.tolist()
+    found = iter(zip(bank.rows(images.memory_ids), scores, strict=True))
+    for row, count in enumerate((mask.sum(1) // len(images.pooler_output[0])).tolist()):
+        for number, (neighbours, similar) in enumerate(islice(found, count)):
+            for slot, neighbour in enumerate(neighbours):
+                if neighbour is not None:
+                    score = similar and similar[slot]
+                    sources[row].append({"image": number, "score": score, **neighbour})
+    return sources
