@@ -138,12 +138,9 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             memory_ids (`(n, top_k)`): Rows of the bank to use; -1 marks an empty slot. Nothing is retrieved.
             memory_scores (`(n, top_k)`): With one of these their similarities, for `config.retrieval_threshold` and
                 `config.memory_scores`.
-            exclude_ids: For each image what not to retrieve: `None`, a `source_id`, a row id, or a list of them. One
-                `source_id` or row id is for all images.
+            exclude_ids: For each image `None`, a `source_id`, a row id or a list; or one of these for all images.
             memory: `"off"` fills all slots with "nothing retrieved".
-            memory_top_k: Retrieve no more than this many; the other slots stay empty. 0 is `memory="off"`.
-            retrieval_threshold: In place of `config.retrieval_threshold`.
-            kwargs: For the vision tower.
+            memory_top_k, retrieval_threshold: In place of the config's; slots beyond stay empty.
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features.")
