@@ -133,11 +133,10 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
 
         Args:
             vision_features (`(n, T, C)`): What [`get_vision_features`] gave, instead of `pixel_values (n, 3, H, W)`.
-            query_input_ids, query_attention_mask (`(n, Q)`): The question, for a bank with language-space keys.
+            query_input_ids, query_attention_mask (`(n, Q)`): The question, for language-space keys.
             memory_values (`(n, top_k, L, D)`): Values to use. Nothing is retrieved.
             memory_ids (`(n, top_k)`): Rows of the bank to use; -1 marks an empty slot. Nothing is retrieved.
-            memory_scores (`(n, top_k)`): With one of these their similarities, for `config.retrieval_threshold` and
-                `config.memory_scores`.
+            memory_scores (`(n, top_k)`): With one of these their similarities.
             exclude_ids: For each image `None`, a `source_id`, a row id or a list; or one of these for all images.
             memory: `"off"` fills all slots with "nothing retrieved".
             memory_top_k, retrieval_threshold: In place of the config's; slots beyond stay empty.
@@ -166,11 +165,11 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             raise ValueError(
                 "config.memory_top_k is 0, a model without memory: do not pass memory_ids or memory_values."
             )
-        hidden_states_wanted = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        wanted = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         return TinyAlignImageFeatures(
             last_hidden_state=vision_features,
             pooler_output=tokens if is_tracing(tokens) else list(tokens),  # a list fixes a graph's number of images
-            hidden_states=tower.get("hidden_states") if hidden_states_wanted else None,
+            hidden_states=tower.get("hidden_states") if wanted else None,
             attentions=tower.get("attentions"),
             memory_ids=memory_ids,
             memory_scores=memory_scores,
