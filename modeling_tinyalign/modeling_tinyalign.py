@@ -134,8 +134,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         Args:
             vision_features (`(n, T, C)`): What [`get_vision_features`] gave, instead of `pixel_values (n, 3, H, W)`.
             query_input_ids, query_attention_mask (`(n, Q)`): The question, for language-space keys.
-            memory_values (`(n, top_k, L, D)`): Values to use. Nothing is retrieved.
-            memory_ids (`(n, top_k)`): Rows of the bank to use; -1 marks an empty slot. Nothing is retrieved.
+            memory_ids (`(n, top_k)`): Rows of the bank to use, or `memory_values (n, top_k, L, D)`; -1: none.
             memory_scores (`(n, top_k)`): With one of these their similarities.
             exclude_ids: For each image `None`, a `source_id`, a row id or a list; or one of these for all images.
             memory: `"off"` fills all slots with "nothing retrieved".
