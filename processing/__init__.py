@@ -1,5 +1,5 @@
 """The processor: text and images to model inputs; travels with every checkpoint."""
 
-from .processing_tinyalign import TinyAlignProcessor, add_captions
+from .processing_tinyalign import TinyAlignProcessor, add_captions, read_chat
 
-__all__ = ["TinyAlignProcessor", "add_captions"]
+__all__ = ["TinyAlignProcessor", "add_captions", "read_chat"]

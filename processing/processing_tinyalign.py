@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from tokenizers import AddedToken, normalizers
 from transformers import BatchFeature, GenerationConfig, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_numpy_array, is_torch_tensor
@@ -15,16 +16,11 @@ from transformers.utils import is_numpy_array, is_torch_tensor
 from .images import check_output, check_sizes, decode_image, load_image, padding_to_square
 
 MAX_IMAGE_TOKENS = 2**20
+# Cuts the control tokens that stand in a text. The tokenizer looks for those, drops this, and reads on as if it had
+# never been there. Unicode keeps the number free of characters.
+CUT = "\ufdd0"
 # What broken settings make transformers raise, beside ValueError and OSError.
-BROKEN = (
-    StrictDataclassError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-)
+BROKEN = StrictDataclassError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError
 
 # What a pipeline passes to the processor, because it does not know it, and `generate` takes.
 RETRIEVAL_SETTINGS = {"memory", "exclude_ids", "memory_top_k", "retrieval_threshold"}
@@ -32,60 +28,54 @@ GENERATION_SETTINGS = vars(GenerationConfig()).keys() - {"max_length", "return_d
 CALL_SETTINGS = RETRIEVAL_SETTINGS | GENERATION_SETTINGS | {"generation_config", "logits_processor", "streamer"}
 
 # Both have images, and `{% generation %}` around answers, so that only they are trained on.
-_CONTENT = """
+_CONTENT = r"""
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
-{%- for part in content -%}
-{%- if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
-{%- endfor -%}
+{%- for part in content -%}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
-"""
+{%- for message in messages -%}"""
 
 # SmolLM2, Qwen2, Qwen2.5: their own turns; no system prompt unless one is given.
 CHATML_TEMPLATE = (
     _CONTENT
-    + """
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
+    + r"""
+{{- '<|im_start|>' + message['role'] + '\n' -}}
 {%- if message['role'] == 'assistant' -%}
 {%- generation -%}{{- render(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}
 {%- else -%}
 {{- render(message['content']) + '<|im_end|>' -}}
 {%- endif -%}
-{{- '\\n' -}}
+{{- '\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
 )
 
 # Every other language model: the turns of LLaVA 1.5, which TinyLLaVA uses with TinyLlama and Phi-2. The space before
 # the answer is part of it, because byte-level tokenizers merge it with the first word.
 PLAIN_TEMPLATE = (
     _CONTENT
-    + """
-{%- for message in messages -%}
+    + r"""
 {%- if message['role'] == 'assistant' -%}
 {{- 'ASSISTANT:' -}}
 {%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}
-{%- elif message['role'] == 'user' -%}
-{{- 'USER: ' + render(message['content']) + ' ' -}}
 {%- else -%}
-{{- render(message['content']) + ' ' -}}
+{{- 'USER: ' if message['role'] == 'user' -}}{{- render(message['content']) + ' ' -}}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"""
 )
 
 
 class TinyAlignProcessor(ProcessorMixin):
     r"""
-    An image processor and a tokenizer in one; each `<image>` becomes the placeholders of one image.
+    An image processor and a tokenizer in one; each `<image>` becomes the placeholders of one image. Batches are padded
+    on the left, as `generate` needs it.
 
     Args:
         image_processor, tokenizer: Those of the vision tower and of the language model.
-        chat_template (`str`, *optional*): Defaults to ChatML where the tokenizer has its tokens, else LLaVA's turns.
+        chat_template (`str`, *optional*):
+            Defaults to ChatML where the tokenizer has its tokens, else LLaVA's turns, after BOS if the tokenizer adds it.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder; must be in the tokenizer.
         num_image_tokens (`int`, *optional*, defaults to 228):
             Placeholders of one image, `config.num_image_tokens`: visual tokens, then memory tokens.
@@ -97,6 +87,7 @@ class TinyAlignProcessor(ProcessorMixin):
     """
 
     _auto_class = "AutoProcessor"
+    decode_image = staticmethod(decode_image)
 
     def __init__(
         self,
@@ -117,29 +108,28 @@ class TinyAlignProcessor(ProcessorMixin):
         check_sizes(image_processor)
         if image_aspect_ratio == "pad":
             image_processor = padding_to_square(image_processor)
-        self.image_aspect_ratio = image_aspect_ratio
-        self.image_token = image_token
-        self.image_token_id = tokenizer.get_vocab().get(image_token)
+        self.image_aspect_ratio, self.num_image_tokens, self.key_space = (
+            image_aspect_ratio,
+            num_image_tokens,
+            key_space,
+        )
+        self.image_token, self.image_token_id = image_token, tokenizer.get_vocab().get(image_token)
         if self.image_token_id is None:
             raise ValueError(
                 f"The tokenizer has no token {image_token!r}: add it as a special token, or use "
                 "TinyAlignProcessor.from_vision_text_pretrained, which does."
             )
-        self.num_image_tokens = num_image_tokens
-        self.key_space = key_space
         if chat_template is None:
             chat_template = CHATML_TEMPLATE if "<|im_end|>" in tokenizer.get_vocab() else PLAIN_TEMPLATE
             chat_template = chat_template.replace("<image>", image_token)
+            if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+                chat_template = "{{- bos_token -}}" + chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self._prepare_tokenizer()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
-        """
-        Load a processor like every other. One small image shows whether the settings fit together.
-
-        Raises:
-            ValueError: they don't.
-        """
+        """Load a processor like every other. Raises `ValueError` when its settings make nothing of a small image."""
         try:
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
             check_output(processor.image_processor)
@@ -157,9 +147,6 @@ class TinyAlignProcessor(ProcessorMixin):
         """
         The processor of a model composed from the same two checkpoints; `config` is that model's.
         `tinyalign_vlm.training.composition.compose_processor` has the other arguments.
-
-        Raises:
-            ImportError: The package is not installed: a checkpoint's own code does not compose others.
         """
         try:
             from tinyalign_vlm.training.composition import compose_processor
@@ -167,18 +154,31 @@ class TinyAlignProcessor(ProcessorMixin):
             raise ImportError("Composing a processor needs the package: pip install tinyalign-vlm.") from error
         return compose_processor(cls, vision_name_or_path, text_name_or_path, config, **kwargs)
 
-    @staticmethod
-    def decode_image(image: Image.Image | str | Path | bytes | dict) -> Image.Image:
-        """
-        An image as model and memory bank see it: upright RGB, transparency white.
+    def save_pretrained(self, *args, **kwargs):
+        """Save like every processor, padding on the left, whatever was set for training."""
+        self._prepare_tokenizer()
+        return super().save_pretrained(*args, **kwargs)
 
-        Args:
-            image: A PIL image, the path or the bytes of a file, or datasets' `{"bytes": ..., "path": ...}`.
+    def _prepare_tokenizer(self):
+        """Pad on the left, with the end token if there is no other, and let `CUT` vanish."""
+        tokenizer = self.tokenizer
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        for token in self._control_tokens():
+            if token.normalized:  # it would be looked for once more when `CUT` is gone
+                exact = AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
+                tokenizer.add_tokens(exact, special_tokens=token.special)
+        backend = tokenizer.backend_tokenizer
+        if backend.normalizer is None:
+            backend.normalizer = normalizers.Replace(CUT, "")
+        elif CUT in backend.normalizer.normalize_str(CUT):
+            backend.normalizer = normalizers.Sequence([normalizers.Replace(CUT, ""), backend.normalizer])
 
-        Raises:
-            ValueError: There is none, or it is broken or too large.
-        """
-        return decode_image(image)
+    def _control_tokens(self) -> list[AddedToken]:
+        """Special tokens, and those that the chat template writes; what else was added to the vocabulary is words."""
+        added, template = self.tokenizer.added_tokens_decoder.values(), str(self.chat_template)
+        return [token for token in added if token.special or (token.content in template and token.content.strip())]
 
     def __call__(
         self,
@@ -205,43 +205,44 @@ class TinyAlignProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
             texts = [self._fold_rag(sample) for sample in texts]
-        images = self._flatten_images(images, texts)
+            if self.tokenizer.bos_token and all(sample.startswith(self.tokenizer.bos_token) for sample in texts):
+                kwargs.setdefault("add_special_tokens", False)  # what a template wrote is not written again
+        images = self._load_images(images, texts)
         inputs = super().__call__(images=images, text=texts, **kwargs)
         if "offset_mapping" in inputs:
             inputs["offset_mapping"] = self._offsets_before_expansion(inputs["offset_mapping"], texts)
             inputs.pop("text_replacement_offsets", None)
         if self.key_space == "language" and query_text is not None and images is not None:
             queries = [query_text] if isinstance(query_text, str) else query_text
+            if len(queries) != len(texts):
+                raise ValueError(f"Found {len(queries)} query_text for {len(texts)} texts, expected one for each.")
             counts = [sample.count(self.image_token) for sample in texts]
-            if len(queries) != len(counts):
-                raise ValueError(f"Found {len(queries)} query_text for {len(counts)} texts, expected one for each.")
             queries = [query for query, count in zip(queries, counts, strict=True) for _ in range(count)]
-            query_inputs = self.tokenizer(
-                queries, padding=True, padding_side="right", add_special_tokens=False, return_attention_mask=True
-            )
-            query_inputs = {f"query_{name}": query_inputs[name] for name in ("input_ids", "attention_mask")}
-            inputs.update(BatchFeature(query_inputs, tensor_type=kwargs.get("return_tensors")))
+            inputs.update(self.query_inputs(queries, kwargs.get("return_tensors")))
         if settings:
             inputs["call_settings"] = settings
         return inputs
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
         """
-        Format and tokenize chats, like every processor of transformers; the query is the text of the user turns before
-        the first answer.
+        Format and tokenize chats, like every processor of transformers. Only the template writes control tokens and
+        only parts of type "image" become images: what looks like either in a text is text. The query is the text of
+        the user turns before the first answer. Raises `ValueError` as [`read_chat`].
         """
         batched = isinstance(conversation[0], (list, tuple))
-        conversations = [
-            [self.fold_message(message) for message in messages]
-            for messages in (conversation if batched else [conversation])
-        ]
-        processor_kwargs = dict(processor_kwargs or {})
+        if batched:
+            conversations = [read_chat(messages, f"chat {number}, ") for number, messages in enumerate(conversation)]
+        else:
+            conversations = [read_chat(conversation)]
+        processor_kwargs = {"add_special_tokens": False, **(processor_kwargs or {})}
         if kwargs.get("return_dict"):
             processor_kwargs |= taken_settings(kwargs)
+        for name in {"padding", "padding_side", "truncation", "max_length"} & kwargs.keys():
+            processor_kwargs[name] = kwargs.pop(name)  # transformers 5.17 would drop the others for them
         if self.key_space == "language":
             processor_kwargs.setdefault("query_text", [self.query_text_of(messages) for messages in conversations])
-            for name in {"padding", "padding_side", "truncation", "max_length"} & kwargs.keys():
-                processor_kwargs[name] = kwargs.pop(name)  # transformers 5.17 would drop the query for them
+        if kwargs.get("tokenize"):
+            conversations = self.as_text(conversations)
         return super().apply_chat_template(
             conversations if batched else conversations[0],
             chat_template=chat_template,
@@ -249,43 +250,80 @@ class TinyAlignProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    def as_text(self, value: Any) -> Any:
+        """Texts, chats or lists of them, with `CUT` in all that the tokenizer would take for a control token."""
+        tokens = "|".join(re.escape(token.content) for token in self._control_tokens())
+        control = re.compile(f"(?={tokens})(.)", re.DOTALL)  # the lookahead finds those that overlap as well
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, str):
+                return control.sub(rf"\1{CUT}", value.replace(CUT, ""))
+            if isinstance(value, dict) and value.get("type") != "image":
+                return {name: cut(item) for name, item in value.items()}
+            if not isinstance(value, list):
+                return value
+            values = [cut(item) for item in value]
+            texts = [item for item in values if isinstance(item, dict) and item.get("type") == "text"]
+            if control.search("".join(item["text"] for item in texts)):  # where two parts meet
+                for item in texts[1:]:
+                    item["text"] = CUT + item["text"]
+            return values
+
+        return cut(value)
+
+    def query_inputs(self, queries: list[str], return_tensors: str | None = "pt") -> BatchFeature:
+        """Questions as `query_input_ids` and `query_attention_mask` `(n, Q)`, for keys in the language space."""
+        inputs = self.tokenizer(self.as_text(queries), padding=True, padding_side="right", add_special_tokens=False)
+        inputs = {f"query_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
+        return BatchFeature(inputs, tensor_type=return_tensors)
+
+    @staticmethod
+    def query_text_of(messages: list[dict]) -> str:
+        """The text of the user turns before the first answer."""
+        texts = []
+        for message in messages:
+            if message["role"] == "assistant":
+                break
+            if message["role"] == "user":
+                content = message["content"]
+                parts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+                texts += [part.strip() for part in parts]
+        return "\n".join(texts)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
     @property
     def model_input_names(self) -> list[str]:
         queries = ["query_input_ids", "query_attention_mask"] if self.key_space == "language" else []
         return super().model_input_names + queries
 
-    def _flatten_images(self, images: Any, texts: list[str] | None) -> list | None:
-        """Checks the number of images against the texts and loads them, in one list."""
-        counts = None if texts is None else [sample.count(self.image_token) for sample in texts]
-        should_be = f"the {self.image_token} tokens in the prompts should be the same as the number of their images"
+    def _load_images(self, images: Any, texts: list[str] | None) -> list | None:
+        """The images in one list, loaded; `ValueError` unless each text has a placeholder for each of its own."""
         if images is None:
             images = []
         elif (is_numpy_array(images) or is_torch_tensor(images)) and images.ndim == 4:
             images = list(images)
         elif not isinstance(images, (list, tuple)):
             images = [images]
+        counts = None if texts is None else [sample.count(self.image_token) for sample in texts]
+        found = [len(images)]
         if images and all(isinstance(row, (list, tuple)) for row in images):
             found = [len(row) for row in images]
-            if counts is not None and found != counts:
-                raise ValueError(
-                    f"The texts have {counts} {self.image_token} placeholders, but {found} images were passed for "
-                    f"them: {should_be}."
-                )
             images = [image for row in images for image in row]
-        elif counts is not None and sum(counts) != len(images):
+        elif counts is not None and sum(counts) == len(images):
+            found = counts
+        if counts is not None and counts != found:
             raise ValueError(
-                f"The texts have {counts} {self.image_token} placeholders, {sum(counts)} in all, but {len(images)} "
-                f"images were passed: {should_be}."
+                f"The texts have {counts} {self.image_token} placeholders, {sum(counts)} in all, but {found} images "
+                f"were passed: the {self.image_token} tokens in the prompts should be the same as the number of their "
+                "images."
             )
         return [load_image(image, f"image {index}") for index, image in enumerate(images)] or None
 
@@ -297,52 +335,20 @@ class TinyAlignProcessor(ProcessorMixin):
             )
         return re.sub(r"\s?<rag>", "", text)
 
-    def fold_message(self, message: Any) -> dict:
-        """In a chat the image may be an entry of its own, so `<rag>` is dropped wherever it stands."""
-        message = _as_dict(message)
-        content = message.get("content")
-        if isinstance(content, str):
-            message["content"] = _without_rag(content)
-        elif isinstance(content, list):
-            parts = [_as_dict(part) for part in content]
-            for part in parts:
-                if part["type"] == "text":
-                    part["text"] = _without_rag(part["text"])
-            message["content"] = parts
-        return message
-
-    def query_text_of(self, messages: list[dict]) -> str:
-        texts = []
-        for message in messages:
-            if message["role"] == "assistant":
-                break
-            if message["role"] == "user":
-                content = message["content"]
-                parts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
-                texts += [part.replace(self.image_token, "").strip() for part in parts]
-        return "\n".join(texts)
-
     def _offsets_before_expansion(self, offset_mapping: list, texts: list[str]) -> list[list[tuple[int, int]]]:
         """Character spans in the texts as given, one placeholder an image: 5.17 takes them for that."""
-        length = len(self.image_token)
-        gained = length * (self.num_image_tokens - 1)
         restored = []
         for offsets, text in zip(offset_mapping, texts, strict=True):
-            starts = [match.start() for match in re.finditer(re.escape(self.image_token), text)]
-
-            def position(char: int, starts: list[int] = starts) -> int:
-                for start in starts:
-                    if char <= start:
-                        break
-                    char = max(start + length, char - gained)
-                return char
-
-            spans = []
-            for start, end in offsets:
-                start, end = position(int(start)), position(int(end))
-                if end == 0 and spans:  # padding on the right: 5.17 needs the starts in order
-                    start = end = spans[-1][1]
-                spans.append((start, end))
+            origins, last = [], 0  # of each character of the expanded text
+            for match in re.finditer(re.escape(self.image_token), text):
+                origins += range(last, match.start() + 1)
+                origins += [match.end()] * (len(self.image_token) * self.num_image_tokens - 1)
+                last = match.end()
+            origins += range(last, len(text) + 1)
+            spans = [(origins[int(start)], origins[int(end)]) for start, end in offsets]
+            for index, (_, end) in enumerate(spans):
+                if end == 0 and index:  # padding on the right: 5.17 needs the starts in order
+                    spans[index] = (spans[index - 1][1],) * 2
             restored.append(spans)
         return restored
 
@@ -364,14 +370,40 @@ def taken_settings(kwargs: dict) -> dict:
     return settings
 
 
+def read_chat(messages: Sequence[Any], name: str = "") -> list[dict]:
+    """
+    A chat as the template takes it: messages and the parts of their content as dictionaries. `name` is the chat's.
+
+    Raises:
+        ValueError: A content is neither text nor a list of texts and images.
+    """
+    chat = [_as_dict(message) for message in messages]
+    for number, message in enumerate(chat):
+        content = message.get("content", "")
+        if isinstance(content, (list, tuple)):
+            message["content"] = [_read_part(part, f"{name}messages[{number}]") for part in content]
+        elif not isinstance(content, str):
+            raise ValueError(f"{name}messages[{number}]: found content {content!r}, expected text or a list of parts.")
+    return chat
+
+
+def _read_part(part: Any, name: str) -> dict:
+    part = {"type": None} if isinstance(part, str) else _as_dict(part)
+    kind, url = part.get("type"), part.get("image_url")
+    if kind == "image_url" and url is not None:
+        return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+    if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+        raise ValueError(
+            f"{name}: found a part of type {kind!r} with {sorted(part)}, expected "
+            '{"type": "text", "text": ...} or {"type": "image", "image": ...}.'
+        )
+    return part
+
+
 def _as_dict(message: Any) -> dict:
     """A message, or a part of its content, as a new dict: it may be a dataclass or a pydantic model as well."""
     fields = message if isinstance(message, dict) else vars(message)
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _without_rag(text: str) -> str:
-    return text.replace("<rag>\n", "").replace("<rag>", "")
 
 
 def add_captions(messages: list[dict], captions: Sequence[str]) -> list[dict]:

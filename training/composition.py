@@ -41,48 +41,52 @@ def compose(
     Raises:
         ValueError: `config_kwargs` has a name that is none of its fields.
     """
-    if dtype is not None:
-        vision_kwargs = {"dtype": dtype, **(vision_kwargs or {})}
-        text_kwargs = {"dtype": dtype, **(text_kwargs or {})}
     _check_names(config_kwargs)
-    vision_tower, vision_info = load_vision_tower(vision_name_or_path, vision_kwargs or {})
-    language_model, image_token_id, text_report = _load_language_model(
-        text_name_or_path, image_token, text_kwargs or {}
-    )
-    lm_head = language_model.get_output_embeddings()
+    settings = {} if dtype is None else {"dtype": dtype}
+    vision_kwargs, text_kwargs = {**settings, **(vision_kwargs or {})}, {**settings, **(text_kwargs or {})}
+    vision_tower, vision_info = load_vision_tower(vision_name_or_path, vision_kwargs)
+    language_model, image_token_id, text_report = _load_language_model(text_name_or_path, image_token, text_kwargs)
     config = TinyAlignConfig(
         **{
             "vision_config": vision_tower.config,
             "text_config": language_model.config,
             "image_token_id": image_token_id,
-            "lm_head_bias": lm_head.bias is not None,
-            **_origin("vision_model", vision_name_or_path, vision_kwargs or {}),
-            **_origin("language_model", text_name_or_path, text_kwargs or {}),
+            "lm_head_bias": language_model.get_output_embeddings().bias is not None,
+            **_origin("vision_model", vision_name_or_path, vision_kwargs),
+            **_origin("language_model", text_name_or_path, text_kwargs),
             **_measure(vision_tower, config_kwargs),
             **config_kwargs,
         }
     )
+    model = _put_together(model_class, config, vision_tower, language_model)
+    new = "connector, memory_connector" if config.memory_top_k > 0 else "connector"
+    report = text_report + _missing(vision_name_or_path, vision_info)
+    logger.warning(f"Not from a checkpoint, train before use: {new} (random){report}.")
+    return model.eval()
 
+
+def _put_together(
+    model_class: type[PreTrainedModel],
+    config: TinyAlignConfig,
+    vision_tower: PreTrainedModel,
+    language_model: PreTrainedModel,
+) -> PreTrainedModel:
     with torch.device("meta"):  # both halves are there already
         model = model_class(config)
     model.model.vision_tower = vision_tower
     model.model.language_model = language_model.base_model
-    model.lm_head = lm_head
+    model.lm_head = language_model.get_output_embeddings()
     hidden_size = config.text_config.hidden_size
     model.model.connector = Connector(
         config.vision_feature_size, config.connector_size or hidden_size, hidden_size, config.projector_hidden_act
     )
     model.model.connector.apply(model._init_weights)
-    new = ["connector"]
     if config.memory_top_k > 0:
         model.model.memory_connector = MemoryConnector(config)
         model.model.memory_connector.apply(model._init_weights)
-        new.append("memory_connector")
     model.generation_config = language_model.generation_config
-    model.generation_config.suppress_tokens = [image_token_id]
-    vision_report = _missing(vision_name_or_path, vision_info)
-    logger.warning(f"Not from a checkpoint, train before use: {', '.join(new)} (random){text_report}{vision_report}.")
-    return model.eval()
+    model.generation_config.suppress_tokens = [config.image_token_id]
+    return model
 
 
 def _check_names(config: dict):
@@ -108,14 +112,13 @@ def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> t
     if image_token_id >= rows:
         add_rows(model, image_token_id + 1)
         report = f", embedding row {rows} for {image_token} (mean of the others){report}"
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-    end_of_turn = tokenizer.get_vocab().get("<|im_end|>")  # which the processor's template teaches to base models, too
-    if end_of_turn is not None:
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        if end_of_turn not in ends:
-            model.generation_config.eos_token_id = [*ends, end_of_turn]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # as the processor does
+    model.config.pad_token_id = model.generation_config.pad_token_id = pad
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    end = tokenizer.get_vocab().get("<|im_end|>", tokenizer.eos_token_id)  # which the processor's template teaches
+    if end is not None and end not in ends:
+        model.generation_config.eos_token_id = [*ends, end]
     return model, image_token_id, report
 
 

@@ -4,12 +4,11 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.bank_rows import BankRows
 from ...modeling_tinyalign.row_encoder import BadRow
-from ...processing import add_captions
+from ...processing import add_captions, read_chat
 from ...processing.images import is_base64
 
 
@@ -98,7 +97,7 @@ def encode_chat(
     all that is to be learnt.
     """
     encoded = processor.tokenizer.apply_chat_template(
-        [processor.fold_message(message) for message in messages],
+        processor.as_text(read_chat(messages)),
         chat_template=processor.chat_template,
         add_generation_prompt=add_generation_prompt,
         return_dict=True,
@@ -145,19 +144,6 @@ def with_captions(
         if max_length is None or len(encode_chat(processor, candidate)[0]) <= max_length:
             return candidate
     return messages
-
-
-def query_inputs(processor: ProcessorMixin, queries: list[str]) -> dict[str, torch.Tensor]:
-    """Questions as `query_input_ids` and `query_attention_mask` `(n, Q)`, for keys in the language space."""
-    inputs = processor.tokenizer(
-        queries,
-        padding=True,
-        padding_side="right",
-        add_special_tokens=False,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
-    return {f"query_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 def images_of(row: dict[str, Any]) -> list:

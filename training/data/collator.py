@@ -81,7 +81,7 @@ class TrainingCollator:
             ids.append(torch.tensor(row_ids))
             labels.append(torch.tensor(row_ids).masked_fill(torch.tensor(assistant) == 0, -100))
         batch = {
-            "input_ids": pad_sequence(ids, True, self.processor.tokenizer.pad_token_id or 0),
+            "input_ids": pad_sequence(ids, True, self.processor.tokenizer.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
             "labels": pad_sequence(labels, True, -100),
         }
@@ -112,7 +112,7 @@ class TrainingCollator:
             if self.processor.key_space == "language":
                 queries = [self.processor.query_text_of(row["messages"]) for row in rows]
                 queries = [text for text, count in zip(queries, counts, strict=True) for _ in range(count)]
-                inputs.update(query_inputs(self.processor, queries))
+                inputs.update(self.processor.query_inputs(queries))
         elif self.bank is not None and not self.prompt_captions:
             ids, scores = zip(
                 *(found for row, count in zip(rows, counts, strict=True) for found in self.neighbours(row, count)),

@@ -27,7 +27,6 @@ from ...modeling_tinyalign.bank_format import list_column
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ..disk import save_file
-from .chats import query_inputs
 from .features import fingerprint_images, from_main_process, one_run_at_a_time, read_image, undecoded
 
 PART_IMAGES = 512  # what a killed process loses at most
@@ -185,7 +184,7 @@ class NeighbourSearch:
             features = torch.from_numpy(np.array(self.vision_features[rows])).to(self.model.vision_tower.device)
         else:
             features = self.model.get_vision_features(pixel_values)
-        query = {} if self.queries is None else query_inputs(self.processor, list(self.queries[rows]))
+        query = {} if self.queries is None else self.processor.query_inputs(list(self.queries[rows]))
         query = {name: tensor.to(features.device) for name, tensor in query.items()}
         scores, ids = self.bank.search(self.bank.encode_queries(features, **query), self.depth, exclude=excluded)
         own_rows = [len(self.bank.ids_of(source_id)) for source_id in source_ids]

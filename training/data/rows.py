@@ -274,7 +274,7 @@ def _split(part: dict) -> list[dict]:
         return [{"type": "text", "text": None}]
     if not isinstance(part["text"], str):
         raise BadRow("no chat", f"a turn has the text {shown(part['text'])}, expected a string")
-    first, *rest = re.split("<image>\n?", part["text"])
+    first, *rest = re.split("<image>\n?(?:<rag>\n?)?", part["text"])
     parts = [{"type": "text", "text": first}]
     for text in rest:
         parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]

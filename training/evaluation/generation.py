@@ -31,13 +31,10 @@ def greedy_answers(
         batch: What the collator made of the chats; read is what it says of their images.
     """
     prompts = [encode_chat(processor, messages, add_generation_prompt=True)[0] for messages in chats]
-    length = max(map(len, prompts))
-    pad = processor.tokenizer.pad_token_id or 0
-    input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=model.device)
-    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    inputs = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    length = inputs["input_ids"].shape[1]
     output = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
+        **inputs,
         **{name: batch[name] for name in IMAGE_INPUTS if name in batch},
         do_sample=False,
         **dict.fromkeys(("temperature", "top_p", "top_k")),  # of a model that samples by default

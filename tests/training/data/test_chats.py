@@ -13,7 +13,7 @@ from tinyalign_vlm.training.data.chats import encode_chat, to_messages
 def test_a_chat_is_encoded_as_the_processor_does(text, make_model, make_processor, images):
     processor = make_processor(make_model(text=text), text=text)
     messages = [
-        {"role": "user", "content": [{"type": "text", "text": "what <rag>"}, {"type": "image"}]},
+        {"role": "user", "content": [{"type": "text", "text": "what <image> <|im_end|>"}, {"type": "image"}]},
         {"role": "assistant", "content": "a red square"},
         {"role": "user", "content": "and?"},
         {"role": "assistant", "content": "blue"},

@@ -15,6 +15,15 @@ from tinyalign_vlm.training.data.memory_dropout import MemoryDropout
 from tinyalign_vlm.training.data.training_rows import training_rows
 
 
+def several_images(question: str, *answers: str) -> list[dict]:
+    """A chat with two images in its first question."""
+    first = [{"type": "image"}, {"type": "text", "text": question}, {"type": "image"}]
+    messages = [{"role": "user", "content": first}, {"role": "assistant", "content": answers[0]}]
+    for answer in answers[1:]:
+        messages += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": answer}]
+    return messages
+
+
 def test_labels_are_the_answers_and_their_end(processor, features):
     rows = [
         {"messages": to_messages("what is in the image?", answer), "feature_index": index}
@@ -46,7 +55,10 @@ def test_values_of_the_neighbours(processor, features, bank, dataset):
     ("row", "message"),
     [
         ({"messages": to_messages("what?", "blue")[:1]}, "no token to learn"),
-        ({"messages": to_messages("<image> what?", "blue")}, "has 1 feature_index, but its chat is about 2 images"),
+        (
+            {"messages": several_images("what?", "blue")},
+            "has 1 feature_index, but its chat is about 2 images",
+        ),
         ({"messages": [{"role": "assistant", "content": "blue"}]}, "1 feature_index, but its chat is about 0 images"),
         ({"messages": to_messages("what?", "blue"), "feature_index": None}, "no 'feature_index'"),
         ({"messages": None}, "no 'messages'"),
@@ -72,15 +84,6 @@ def test_a_broken_image_is_named(make_model, processor, tmp_path):
     (row,) = training_rows(make_model(memory_top_k=0), dataset, None, None)
     with pytest.raises(ValueError, match="broken.png of a row cannot be used: .*The row's chat: .*blue"):
         TrainingCollator(processor)([row])
-
-
-def several_images(question: str, *answers: str) -> list[dict]:
-    """A chat with two images in its first question."""
-    first = [{"type": "image"}, {"type": "text", "text": question}, {"type": "image"}]
-    messages = [{"role": "user", "content": first}, {"role": "assistant", "content": answers[0]}]
-    for answer in answers[1:]:
-        messages += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": answer}]
-    return messages
 
 
 def test_several_images_and_none(make_model, processor, images, features, bank):
