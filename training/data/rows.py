@@ -248,24 +248,29 @@ def list_turns(turns: Any) -> Any:
 
 
 def read_turns(turns: list[dict]) -> list[dict]:
-    """Turns of LLaVA or of TRL -> messages whose content is a list of parts; `<image>` becomes a part."""
+    """
+    Turns of LLaVA or of TRL -> messages whose content is a list of parts. `<image>` in a question becomes a part,
+    unless the chat has parts that are images: then it is text, as it is in an answer.
+    """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRow("no chat", f"the chat is {shown(turns)}, expected a list of turns")
     messages = []
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    has_parts = any(isinstance(part, dict) and part.get("type") in IMAGE_PARTS for parts in contents for part in parts)
     for turn in turns:
         name = turn["role"] if turn.get("role") is not None else turn.get("from")
         if not isinstance(name, str) or name not in ROLES:
             raise BadRow("turn order", f"a turn is of {name!r}, expected one of {', '.join(ROLES)}")
         content = turn["content"] if turn.get("content") is not None else turn.get("value")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        messages.append(
-            {"role": ROLES[name], "content": [new for part in parts for new in _split(part)], "train": None}
-        )
+        places = ROLES[name] == "user" and not has_parts
+        parts = [new for part in parts for new in _split(part, places)]
+        messages.append({"role": ROLES[name], "content": parts, "train": None})
     return messages
 
 
-def _split(part: dict) -> list[dict]:
-    """A part, or the text and images in it; the line break after `<image>` is left to the chat template."""
+def _split(part: dict, places: bool) -> list[dict]:
+    """A part, or, with `places`, the text and images in it; the line break after `<image>` is the chat template's."""
     if not isinstance(part, dict) or part.get("type") not in (*IMAGE_PARTS, "text"):
         raise BadRow("no chat", f"a turn has {shown(part)}, expected text or an image in its content")
     if part["type"] in IMAGE_PARTS:
@@ -274,7 +279,7 @@ def _split(part: dict) -> list[dict]:
         return [{"type": "text", "text": None}]
     if not isinstance(part["text"], str):
         raise BadRow("no chat", f"a turn has the text {shown(part['text'])}, expected a string")
-    first, *rest = re.split("<image>\n?(?:<rag>\n?)?", part["text"])
+    first, *rest = re.split("<image>\n?(?:<rag>\n?)?", part["text"]) if places else [part["text"]]
     parts = [{"type": "text", "text": first}]
     for text in rest:
         parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]

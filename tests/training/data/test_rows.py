@@ -16,6 +16,7 @@ from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.data.chats import images_of
 from tinyalign_vlm.training.data.check import check_rows, training_data
 from tinyalign_vlm.training.data.collator import TrainingCollator
+from tinyalign_vlm.training.data.rows import read_turns
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -378,3 +379,16 @@ def test_a_processor_checks_what_the_collator_reads(folder, processor):
     assert not check.problems
     for row in rows:
         assert (TrainingCollator(processor, max_length=400)([row])["labels"] != -100).any()
+
+
+def test_a_placeholder_is_text_beside_images_that_are_parts_and_in_answers():
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what does <image> mean?"}]},
+        {"role": "assistant", "content": "it is <image>"},
+    ]
+    for part in (turns[0]["content"], "<image>\n<rag>\nwhat does it mean?"):
+        first, last = read_turns([{"role": "user", "content": part}, turns[1]])
+        assert [part["type"] for part in first["content"]] == ["image", "text"]
+        assert "<rag>" not in first["content"][1]["text"]
+        assert last["content"] == [{"type": "text", "text": "it is <image>"}]
+    assert read_turns(turns)[0]["content"][1]["text"] == "what does <image> mean?"
