@@ -3,11 +3,9 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
 from tokenizers import AddedToken, normalizers
 from transformers import BatchFeature, GenerationConfig, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import MultiModalData
@@ -75,7 +73,7 @@ class TinyAlignProcessor(ProcessorMixin):
     Args:
         image_processor, tokenizer: Those of the vision tower and of the language model.
         chat_template (`str`, *optional*):
-            Defaults to ChatML where the tokenizer has its tokens, else LLaVA's turns, after BOS if the tokenizer adds it.
+            Defaults to ChatML where the tokenizer has its tokens, else LLaVA's turns (after BOS, if it adds one).
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder; must be in the tokenizer.
         num_image_tokens (`int`, *optional*, defaults to 228):
             Placeholders of one image, `config.num_image_tokens`: visual tokens, then memory tokens.
@@ -204,7 +202,7 @@ class TinyAlignProcessor(ProcessorMixin):
         settings = taken_settings(kwargs)
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
-            texts = [self._fold_rag(sample) for sample in texts]
+            texts = [re.sub(r"\s?<rag>", "", sample) for sample in texts]
             if self.tokenizer.bos_token and all(sample.startswith(self.tokenizer.bos_token) for sample in texts):
                 kwargs.setdefault("add_special_tokens", False)  # what a template wrote is not written again
         images = self._load_images(images, texts)
@@ -321,19 +319,10 @@ class TinyAlignProcessor(ProcessorMixin):
             found = counts
         if counts is not None and counts != found:
             raise ValueError(
-                f"The texts have {counts} {self.image_token} placeholders, {sum(counts)} in all, but {found} images "
-                f"were passed: the {self.image_token} tokens in the prompts should be the same as the number of their "
-                "images."
+                f"The texts have {counts} {self.image_token} placeholders, but {found} images were passed: the "
+                f"{self.image_token} tokens in the prompts should be the same as the number of their images."
             )
         return [load_image(image, f"image {index}") for index, image in enumerate(images)] or None
-
-    def _fold_rag(self, text: str) -> str:
-        before, rag, _ = text.partition("<rag>")
-        if rag and self.image_token not in before:
-            raise ValueError(
-                f"<rag> stands before the first {self.image_token} in {text[:100]!r}: put it after an image."
-            )
-        return re.sub(r"\s?<rag>", "", text)
 
     def _offsets_before_expansion(self, offset_mapping: list, texts: list[str]) -> list[list[tuple[int, int]]]:
         """Character spans in the texts as given, one placeholder an image: 5.17 takes them for that."""
@@ -404,24 +393,6 @@ def _as_dict(message: Any) -> dict:
     """A message, or a part of its content, as a new dict: it may be a dataclass or a pydantic model as well."""
     fields = message if isinstance(message, dict) else vars(message)
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def add_captions(messages: list[dict], captions: Sequence[str]) -> list[dict]:
-    """
-    Text-only retrieval: the captions of the neighbours, written before the text of the first question.
-
-        messages = add_captions(messages, model.retrieve(pixel_values, top_k=5).captions[0])
-    """
-    if not captions:
-        return messages
-    asked = next(index for index, message in enumerate(messages) if message["role"] == "user")
-    content, hint = messages[asked]["content"], f"Similar: {'; '.join(captions)}\n"
-    if isinstance(content, str):
-        content = hint + content
-    else:
-        first = next((index for index, part in enumerate(content) if part["type"] == "text"), len(content))
-        content = [*content[:first], {"type": "text", "text": hint}, *content[first:]]
-    return [*messages[:asked], {**messages[asked], "content": content}, *messages[asked + 1 :]]
 
 
 __all__ = ["TinyAlignProcessor"]

@@ -10,8 +10,7 @@ from tokenizer_families import FAMILIES, build
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
-from tinyalign_vlm.processing import add_captions
-from tinyalign_vlm.training.data.chats import encode_chat
+from tinyalign_vlm.training.data.chats import add_captions, encode_chat
 from tinyalign_vlm.training.data.collator import TrainingCollator
 
 ADDS_BOS = ("llama3", "gemma", "llama-prepend")

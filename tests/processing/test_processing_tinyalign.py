@@ -63,8 +63,6 @@ def test_rag_is_folded_into_the_image_before_it(processor, images):
     plain = processor(images=images[:1], text="<image>\nwhat is it?")
     for text in ("<image>\n<rag>\nwhat is it?", "<image><rag>\nwhat is it?"):
         assert processor(images=images[:1], text=text)["input_ids"] == plain["input_ids"]
-    with pytest.raises(ValueError, match="<rag> stands before the first <image>"):
-        processor(images=images[:1], text="<rag><image>")
 
 
 @pytest.mark.parametrize("text", ["llama", "phi"])
@@ -212,11 +210,11 @@ class TestBadInput:
     def test_images_and_placeholders(self, processor, images):
         with pytest.raises(ValueError, match=r"\[1, 2\] <image> placeholders, but \[2, 1\] images were passed"):
             processor(images=[images[:2], images[2:3]], text=["<image>", "<image><image>"])
-        with pytest.raises(ValueError, match=r"\[1, 2\] <image> placeholders, 3 in all, but 2 images were passed"):
+        with pytest.raises(ValueError, match=r"\[1, 2\] <image> placeholders, but \[2\] images were passed"):
             processor(images=images[:2], text=["<image>", "<image><image>"])
-        with pytest.raises(ValueError, match=r"\[0\] <image> placeholders, 0 in all, but 1 images were passed"):
+        with pytest.raises(ValueError, match=r"\[0\] <image> placeholders, but \[1\] images were passed"):
             processor(images=images[:1], text="no placeholder")
-        with pytest.raises(ValueError, match=r"\[1\] <image> placeholders, 1 in all, but 0 images were passed"):
+        with pytest.raises(ValueError, match=r"\[1\] <image> placeholders, but \[0\] images were passed"):
             processor(text="<image>")
 
     def test_truncation_of_placeholders(self, processor, images):

@@ -8,7 +8,7 @@ from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.bank_rows import BankRows
 from ...modeling_tinyalign.row_encoder import BadRow
-from ...processing import add_captions, read_chat
+from ...processing import read_chat
 from ...processing.images import is_base64
 
 
@@ -122,6 +122,24 @@ def encode_chat(
     if not any(assistant[:max_length]):
         raise BadRow("over-long", f"{found}, and cut to that nothing is left to learn: raise max_length.")
     return ids[:max_length], assistant[:max_length]
+
+
+def add_captions(messages: list[dict], captions: Sequence[str]) -> list[dict]:
+    """
+    Text-only retrieval: the captions of the neighbours, written before the text of the first question.
+
+        messages = add_captions(messages, model.retrieve(pixel_values, top_k=5).captions[0])
+    """
+    if not captions:
+        return messages
+    asked = next(index for index, message in enumerate(messages) if message["role"] == "user")
+    content, hint = messages[asked]["content"], f"Similar: {'; '.join(captions)}\n"
+    if isinstance(content, str):
+        content = hint + content
+    else:
+        first = next((index for index, part in enumerate(content) if part["type"] == "text"), len(content))
+        content = [*content[:first], {"type": "text", "text": hint}, *content[first:]]
+    return [*messages[:asked], {**messages[asked], "content": content}, *messages[asked + 1 :]]
 
 
 def with_captions(

@@ -5,8 +5,7 @@ import re
 import pytest
 import torch
 
-from tinyalign_vlm.processing import add_captions
-from tinyalign_vlm.training.data.chats import encode_chat, to_messages
+from tinyalign_vlm.training.data.chats import add_captions, encode_chat, to_messages
 
 
 @pytest.mark.parametrize("text", ["llama", "phi"])
