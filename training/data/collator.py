@@ -12,7 +12,7 @@ from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...processing.images import decode_image, image_path
-from .chats import BadRow, check_messages, count_images, encode_chat, images_of, name_row, query_inputs, with_captions
+from .chats import BadRow, check_messages, count_images, encode_chat, images_of, name_row, with_captions
 from .memory_dropout import MemoryDropout
 
 
