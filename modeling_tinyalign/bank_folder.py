@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,8 @@ def open_folder(
         config, key encoder and probe keys; the folder; repository and commit, None if it is none of the Hub's.
     """
     require_bank_packages()
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"The bank's name is a {type(name_or_path).__name__}, expected a folder or a repository.")
     folder, repo_id = Path(name_or_path), None
     if revision is None:
         put_back(folder)

@@ -117,7 +117,9 @@ class BankRows:
             ValueError: the shape, `top_k` or `exclude` does not fit, or a query is not finite.
             RuntimeError: in a DataLoader worker or another forked process, where faiss would hang.
         """
-        as_array = queries.detach().float().cpu().numpy() if isinstance(queries, torch.Tensor) else queries
+        as_array = queries.detach().float().cpu().numpy() if isinstance(queries, torch.Tensor) else np.asarray(queries)
+        if as_array.dtype.kind not in "fiu":
+            raise TypeError(f"The queries are a {type(queries).__name__}, expected a tensor or an array of floats.")
         vectors = np.ascontiguousarray(as_array, dtype=np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self.config.key_dim:
             raise ValueError(f"The queries have shape {vectors.shape}, expected (n, {self.config.key_dim}).")
@@ -128,7 +130,7 @@ class BankRows:
                 f"top_k is {top_k}, but the bank has {len(self)} rows. Ask for 1 to {len(self)} neighbours, or add "
                 "rows."
             )
-        if isinstance(exclude, str):
+        if isinstance(exclude, (str, int, np.integer)):
             raise ValueError(f"exclude is {exclude!r}, expected a list with one item a query: [{exclude!r}] of one.")
         if exclude is None:
             exclude = [None] * len(vectors)

@@ -261,6 +261,8 @@ def tower_name(model: PreTrainedModel) -> str:
 
 def read_image(image: Image.Image | str | os.PathLike) -> Image.Image:
     """Return an image, upright and on white, as a bank's images are read; `ValueError` if it is none."""
+    if not isinstance(image, (Image.Image, str, os.PathLike)):
+        raise ValueError(f"Found a {type(image).__name__}, expected a PIL image or the path of one.")
     try:
         image = image if isinstance(image, Image.Image) else Image.open(image)
         image = ImageOps.exif_transpose(image).convert("RGBA")
@@ -276,7 +278,9 @@ def query_pixels(preprocessing: dict, images: Any) -> torch.Tensor:
         ValueError: something is no image, or the settings make none of transformers' image processors.
     """
     sides = re.findall(r"\d+", f"{preprocessing.get('size')} {preprocessing.get('crop_size')}")
-    image_processor = get_image_processor_class_from_name(str(preprocessing.get("image_processor_type")))
+    name = str(preprocessing.get("image_processor_type")).removesuffix("Pil")
+    # without torchvision the other class warns and gives this one
+    image_processor = get_image_processor_class_from_name(f"{name}Pil") or get_image_processor_class_from_name(name)
     if image_processor is None or max(map(int, sides), default=0) > MAX_SIDE:
         raise ValueError(
             f"The bank's preprocessing names no image processor of transformers with sides up to {MAX_SIDE}: pass "

@@ -25,7 +25,7 @@ from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
 from .files import CARD_NAME, SHARDS, make_bank_card, push_files, replace_folder, scratch_folder
 from .key_encoder import KeyEncoder, evaluating, tower_name
-from .row_encoder import LeftOutRow, RowEncoder, RowReader, finished, undecoded
+from .row_encoder import LeftOutRow, RowEncoder, RowReader, check_rows, finished, undecoded
 from .value_encoder import ValueEncoder
 
 try:
@@ -47,7 +47,7 @@ class MemoryBank(BankRows):
         probe_keys: `(4, raw_dim)`, raw keys of four fixed synthetic images.
         repo_id, revision: the Hub repository and commit it came from or was pushed to, or None.
         left_out: rows that `build` or `add` has left out, and why; `save_pretrained` writes them to left_out.jsonl.
-        card_facts: content of card_facts.json, which `build` fills in.
+        card_facts: content of card_facts.json, which `build` fills in, or of the folder it was loaded from.
         any_tower: see `for_any_tower`.
     """
 
@@ -164,6 +164,7 @@ class MemoryBank(BankRows):
         Raises:
             ValueError: a row is bad (its number is named), or the model has another vision tower.
         """
+        check_rows(images_or_rows, "images_or_rows")
         rows = images_or_rows
         if captions is not None:
             pairs = zip(images_or_rows, captions, strict=True)
@@ -323,6 +324,9 @@ class MemoryBank(BankRows):
         bank = cls.open_encoders(name_or_path, revision, token)
         lay_out_folder(bank.config, name_or_path, bank.repo_id, bank.revision, token)
         bank.index = index
+        facts = Path(name_or_path, CARD_FACTS_NAME)
+        if bank.repo_id is None and facts.is_file():
+            bank.card_facts = facts.read_text(encoding="utf-8")
         if index is not None:  # one that cannot be made is refused now
             bank.key_index = open_index(bank.key_array, bank.folder, index)
         return bank
@@ -334,6 +338,8 @@ class MemoryBank(BankRows):
             ValueError: the folder holds something other than a memory bank.
             OSError: it could not be written, the disk is full say.
         """
+        if not isinstance(save_directory, (str, os.PathLike)):
+            raise TypeError(f"save_directory is a {type(save_directory).__name__}, expected a folder.")
         replace_folder(Path(save_directory), self.write_files)
 
     def write_files(self, folder: Path) -> None:

@@ -272,6 +272,14 @@ def check_caption(caption: object) -> str:
     return caption
 
 
+def check_rows(rows: Any, name: str) -> None:
+    """Raise TypeError, with the argument's name, for rows that are not many."""
+    try:
+        iter(rows)
+    except TypeError:
+        raise TypeError(f"{name} is a {type(rows).__name__}, expected a data set or a list of rows.") from None
+
+
 def check_row_settings(keep_columns: Sequence[str], batch_size: int, thumbnail_size: int | None) -> None:
     """Raise ValueError for what no bank can be built with."""
     check_columns(keep_columns)

@@ -106,11 +106,8 @@ class TinyAlignProcessor(ProcessorMixin):
         check_sizes(image_processor)
         if image_aspect_ratio == "pad":
             image_processor = padding_to_square(image_processor)
-        self.image_aspect_ratio, self.num_image_tokens, self.key_space = (
-            image_aspect_ratio,
-            num_image_tokens,
-            key_space,
-        )
+        self.image_aspect_ratio, self.key_space = image_aspect_ratio, key_space
+        self.num_image_tokens = num_image_tokens
         self.image_token, self.image_token_id = image_token, tokenizer.get_vocab().get(image_token)
         if self.image_token_id is None:
             raise ValueError(
@@ -142,10 +139,7 @@ class TinyAlignProcessor(ProcessorMixin):
     def from_vision_text_pretrained(
         cls, vision_name_or_path: str, text_name_or_path: str, config: PreTrainedConfig, **kwargs
     ) -> "TinyAlignProcessor":
-        """
-        The processor of a model composed from the same two checkpoints; `config` is that model's.
-        `tinyalign_vlm.training.composition.compose_processor` has the other arguments.
-        """
+        """Make the processor of a model composed from the same checkpoints: see `training.composition`."""
         try:
             from tinyalign_vlm.training.composition import compose_processor
         except ImportError as error:
@@ -201,6 +195,8 @@ class TinyAlignProcessor(ProcessorMixin):
         """
         settings = taken_settings(kwargs)
         texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple, type(None))) or not all(isinstance(item, str) for item in texts or ()):
+            raise TypeError(f"text is {text!r:.100}, expected a text or a list of texts.")
         if texts is not None:
             texts = [re.sub(r"\s?<rag>", "", sample) for sample in texts]
             if self.tokenizer.bos_token and all(sample.startswith(self.tokenizer.bos_token) for sample in texts):
@@ -227,6 +223,9 @@ class TinyAlignProcessor(ProcessorMixin):
         only parts of type "image" become images: what looks like either in a text is text. The query is the text of
         the user turns before the first answer. Raises `ValueError` as [`read_chat`].
         """
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            example = '[{"role": "user", "content": "What is this?"}]'
+            raise ValueError(f"The chat is {conversation!r:.100}, expected a list of messages: {example}.")
         batched = isinstance(conversation[0], (list, tuple))
         if batched:
             conversations = [read_chat(messages, f"chat {number}, ") for number, messages in enumerate(conversation)]
@@ -391,6 +390,8 @@ def _read_part(part: Any, name: str) -> dict:
 
 def _as_dict(message: Any) -> dict:
     """A message, or a part of its content, as a new dict: it may be a dataclass or a pydantic model as well."""
+    if isinstance(message, (str, int, list)):
+        raise ValueError(f"Found the message {message!r:.100}, expected a dictionary with a role and a content.")
     fields = message if isinstance(message, dict) else vars(message)
     return {name: value for name, value in fields.items() if value is not None}
 

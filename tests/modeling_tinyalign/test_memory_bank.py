@@ -17,6 +17,7 @@ from banks import (
 )
 from huggingface_hub import constants
 from isolation import set_hf_home
+from PIL import Image
 from torch.nn import functional as F
 
 from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
@@ -215,6 +216,7 @@ def test_save_and_load(bank, saved, empty_cache, dataset, model, processor):
     names = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
     assert names == {
         "bank_config.json",
+        "card_facts.json",
         "data/train-00000-of-00001.parquet",
         "key_encoder.safetensors",
         "value_encoder/config.json",
@@ -279,3 +281,21 @@ def test_building_needs_the_package(dataset, model, processor, value_encoder, mo
     monkeypatch.setitem(sys.modules, "tinyalign_vlm.training.bank.build", None)
     with pytest.raises(ImportError, match="Building a memory bank needs the package: pip install tinyalign-vlm"):
         MemoryBank.build(dataset, model, processor, value_encoder)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda bank, model, processor: MemoryBank.from_pretrained(None),
+        lambda bank, model, processor: bank.save_pretrained(3),
+        lambda bank, model, processor: MemoryBank.build(None, model, processor),
+        lambda bank, model, processor: MemoryBank.build(model, processor, bank),
+        lambda bank, model, processor: bank.add(Image.new("RGB", (8, 8)), model, processor),
+        lambda bank, model, processor: bank.search("red", 2),
+        lambda bank, model, processor: bank.search(None, 2),
+        lambda bank, model, processor: bank.gather(None),
+    ],
+)
+def test_the_wrong_kind_of_thing(call, bank, model, processor):
+    with pytest.raises(TypeError, match=r"^\w.* (is|are) .*expected"):
+        call(bank, model, processor)

@@ -60,6 +60,30 @@ def test_an_image_finds_itself(with_bank, inputs, bank):
     assert with_bank.retrieve(inputs["pixel_values"]).ids.shape == (3, 2)
 
 
+def test_pictures_and_their_files_are_retrieved_with(with_bank, inputs, images, tmp_path):
+    images[0].save(tmp_path / "red.png")
+    expected = with_bank.retrieve(inputs["pixel_values"][:1])
+    for picture in (images[0], [images[0]], tmp_path / "red.png", str(tmp_path / "red.png")):
+        found = with_bank.retrieve(picture)
+        assert torch.equal(found.ids, expected.ids)
+    with_bank.attach_memory_bank(None)
+    assert with_bank.memory_bank is None
+
+
+@pytest.mark.parametrize("call", ["retrieve", "get_image_features", "get_vision_features", "generate"])
+@pytest.mark.parametrize("wrong", [3, "red", [], torch.zeros(3, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.long)])
+def test_things_that_are_no_pixels(call, wrong, with_bank, inputs):
+    ids = {"input_ids": inputs["input_ids"][1:]} if call == "generate" else {}
+    with pytest.raises((ValueError, TypeError), match="expected"):
+        getattr(with_bank, call)(pixel_values=wrong, **ids)
+
+
+@pytest.mark.parametrize("wrong", [3, [], 0.5])
+def test_things_that_are_no_bank(wrong, model):
+    with pytest.raises(TypeError, match="expected a MemoryBank, a folder or a repository"):
+        model.attach_memory_bank(wrong)
+
+
 def test_exclusion_leaves_empty_slots(with_bank, inputs, bank):
     exclude = [bank.rows([0])[0]["source_id"], [0, 1, 2, 3, 5], None]
     found = with_bank.retrieve(inputs["pixel_values"], exclude_ids=exclude)
