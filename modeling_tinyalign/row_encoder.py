@@ -46,9 +46,9 @@ class BadRow(ValueError):
 
 
 def readable(text: str) -> str:
-    """Return a message in one line of at most 280 characters: without what is not printed, and its middle."""
+    """Return a message in one line of at most 220 characters: without what is not printed, and its middle."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return text if len(text) <= 280 else f"{text[:180]} ... {text[-95:]}"
+    return text if len(text) <= 220 else f"{text[:140]} ... {text[-75:]}"
 
 
 @dataclass(frozen=True)

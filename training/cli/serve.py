@@ -18,6 +18,8 @@ and then, in Python (pip install openai):
              {"type": "text", "text": "What is it?"}]
   client.chat.completions.create(model="org/model", messages=[{"role": "user", "content": content}], stream=True)
 
+A request may say "memory": "off", and "sources": true to get the neighbours that the answer rests on, beside it.
+
 Only this model is served, and no code of its checkpoint is run. Images come in the request, as data: URLs (PNG, JPEG,
 WebP, GIF, BMP). A URL is fetched only from a host that --allow_image_host names, and only if all its addresses are
 public: no redirects, 20 seconds, 32 MiB. There is no authentication: put a proxy that has it in front

@@ -46,15 +46,13 @@ class DataCheck:
         return f"{good}, {len(self.problems)} bad ({kinds})"
 
     def lines(self) -> Iterator[str]:
-        """Yield `row 3: missing image: a.png is no file ...; and 2 more rows: 7, 8` for each kind; the first is 0."""
+        """Yield `row 3: missing image: a.png is no file ...; and 2 more: 7, 8` for each kind; the first is 0."""
         by_kind = defaultdict(list)
         for number, kind in self.kinds.items():
             by_kind[kind].append(number)
         for first, *others in by_kind.values():
-            more = ""
-            if others:
-                more = f"; and {len(others)} more rows: {', '.join(map(str, others[:10]))}"
-            if len(others) > 10:
+            more = f"; and {len(others)} more: {', '.join(map(str, others[:5]))}" if others else ""
+            if len(others) > 5:
                 more += ", ..."
             yield f"row {first}: {self.problems[first]}{more}"
 
