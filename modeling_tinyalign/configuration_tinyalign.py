@@ -179,7 +179,7 @@ class TinyAlignConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """
-        Takes `top_k` for `memory_top_k`, so that `from_pretrained(folder, top_k=0)` does.
+        Take `top_k` for `memory_top_k`, so that `from_pretrained(folder, top_k=0)` does.
 
         Raises:
             ValueError: config.json is not that of a TinyAlign model.

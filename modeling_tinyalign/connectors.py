@@ -64,7 +64,7 @@ class Connector(nn.Module):
 
 class MemoryConnector(nn.Module):
     """
-    Turns the values of the neighbours into memory tokens (paper, section 4.1: the RAG connector).
+    Turn the values of the neighbours into memory tokens (paper, section 4.1: the RAG connector).
 
     A two-layer MLP, as in the paper. With a lexicon (`TinyAlignForConditionalGeneration.build_lexicon`) the word that
     each latent spells is added to it, in the language model's own embedding: what the bank says can be read at once,

@@ -265,7 +265,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             config.memory_bank_revision = resolve_commit(config.memory_bank, config.memory_bank_revision, token)
 
     def detach_memory_bank(self):
-        """Forgets the bank, also the one that `config.memory_bank` names."""
+        """Forget the bank, also the one that `config.memory_bank` names."""
         self.base_model._memory_bank = self.config.memory_bank = self.config.memory_bank_revision = None
 
     def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank | str | os.PathLike):

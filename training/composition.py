@@ -28,7 +28,7 @@ def compose(
     **config_kwargs,
 ) -> PreTrainedModel:
     """
-    Composes a model from two checkpoints; its connectors are new. What is initialised and not loaded is logged.
+    Compose a model from two checkpoints; its connectors are new. What is initialised and not loaded is logged.
 
     Args:
         vision_name_or_path (`str`): A vision tower, or a dual tower (SigLIP, CLIP) whose vision half is taken.

@@ -96,7 +96,7 @@ def neighbours_of_baseline(config: StageArguments) -> int:
 
 def widen_connector(model: PreTrainedModel):
     """
-    Puts one connector in the place of connector and memory connector, wider, with as many parameters as both (to
+    Put one connector in the place of connector and memory connector, wider, with as many parameters as both (to
     within those of one hidden unit): does the memory help, or do the parameters (paper, Table 2, row 2)?
     """
     base, config = model.base_model, model.config

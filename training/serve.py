@@ -140,7 +140,7 @@ def serve(
     device: str = "auto",
 ):
     """
-    Serves a model until it is stopped; the arguments are those of `tinyalign serve --help`.
+    Serve a model until it is stopped; the arguments are those of `tinyalign serve --help`.
 
     Raises:
         ValueError: The model has a memory, but no bank is named here or in its config.

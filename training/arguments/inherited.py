@@ -31,7 +31,7 @@ ALLOWED = {
 
 
 def refuse_harmful_settings(config: TrainingArguments):
-    """Raises `ValueError`, saying what to do, for a setting of `ALLOWED` with another value."""
+    """Raise `ValueError`, saying what to do, for a setting of `ALLOWED` with another value."""
     settings = vars(config)
     for name, (values, advice) in ALLOWED.items():
         if settings.get(name, values[0]) not in values:

@@ -43,7 +43,7 @@ class ModelArguments:
     )
 
     def read_model_kwargs(self):
-        """Turns `model_kwargs` from JSON into a dictionary; raises `ValueError` if it is none."""
+        """Turn `model_kwargs` from JSON into a dictionary; raises `ValueError` if it is none."""
         if isinstance(self.model_kwargs, str):
             try:
                 self.model_kwargs = json.loads(self.model_kwargs)

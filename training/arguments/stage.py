@@ -91,7 +91,7 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
         self.accelerator_config.dispatch_batches = False
 
     def _check_run(self):
-        """Raises `ValueError` for values that would fail later, with less to go by."""
+        """Raise `ValueError` for values that would fail later, with less to go by."""
         least = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "num_proc": 1}
         least |= {"eval_samples": 0, "eval_steps": 0, "weight_decay": 0, "dataloader_num_workers": 0}
         for name, minimum in least.items():
@@ -110,7 +110,7 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
             )
 
     def _check_machine(self):
-        """Raises `ValueError` for several GPUs, and for trackers that are not installed."""
+        """Raise `ValueError` for several GPUs, and for trackers that are not installed."""
         if self.n_gpu > 1:
             raise ValueError(
                 f"This process sees {self.n_gpu} GPUs, expected one: start one for each with accelerate launch "

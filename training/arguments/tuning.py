@@ -56,7 +56,7 @@ class TuningArguments:
     )
 
     def check_tuning(self):
-        """Raises `ValueError` for settings that contradict each other, or need what this machine does not have."""
+        """Raise `ValueError` for settings that contradict each other, or need what this machine does not have."""
         self._check_values()
         trained = [part for part in PARTS if self.policy(part) != "frozen"]
         if not trained:

@@ -125,7 +125,7 @@ class LanceMatrix(LanceColumns):
 
 @dataclass
 class LanceIndex(KeyIndex):
-    """Lets LanceDB find the candidates; as in every `KeyIndex`, their float64 products with the keys order them.
+    """Let LanceDB find the candidates; as in every `KeyIndex`, their float64 products with the keys order them.
 
     Attributes:
         nprobes: how many lists of the index are looked into.

@@ -42,7 +42,7 @@ def to_messages(prompt: str, answer: str) -> list[dict]:
 
 
 def check_messages(messages: list[dict]):
-    """Raises `BadRow`, saying what was found, unless this is a chat in which the assistant says something."""
+    """Raise `BadRow`, saying what was found, unless this is a chat in which the assistant says something."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRow("no chat", f"the chat is {shown(messages)}, expected a list of {{'role': ..., 'content': ...}}")
     spoken = False

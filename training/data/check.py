@@ -66,7 +66,7 @@ class DataCheck:
 
 def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) -> tuple[datasets.Dataset, DataCheck]:
     """
-    Reads all rows of `config.dataset` -> the good ones, with `messages` and `images` or `image`, and what was found.
+    Read all rows of `config.dataset` -> the good ones, with `messages` and `images` or `image`, and what was found.
 
     Args:
         processor: Of the model to train; without it, lengths are not checked.

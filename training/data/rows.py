@@ -150,7 +150,7 @@ class RowReader:
             raise BadRow("placeholder mismatch", f"the text has the model's own token {processor.image_token!r}")
 
     def check_image(self, image: Any) -> str | None:
-        """Decodes the image; its name if that is wanted."""
+        """Decode the image; its name if that is wanted."""
         if isinstance(image, (int, float, list)):
             raise BadRow("missing image", f"the image is {shown(image)}, expected a path, or a list of paths")
         path = image_path(image)
@@ -287,7 +287,7 @@ def _split(part: dict, places: bool) -> list[dict]:
 
 
 def place_images(turns: list[dict], messages: list[dict], num_images: int) -> list[dict]:
-    """Puts the images first where chats of plain text have no place for them, as TRL does."""
+    """Put the images first where chats of plain text have no place for them, as TRL does."""
     if count_images(messages) == 0 and all(isinstance(turn.get("content"), str) for turn in turns):
         user = next((message for message in messages if message["role"] == "user"), None)
         if user is not None:
@@ -296,7 +296,7 @@ def place_images(turns: list[dict], messages: list[dict], num_images: int) -> li
 
 
 def check_turns(messages: list[dict]):
-    """Raises `BadRow` unless user and assistant speak in turn, after at most one system prompt, the assistant last."""
+    """Raise `BadRow` unless user and assistant speak in turn, after at most one system prompt, the assistant last."""
     roles = [message["role"] for message in messages]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
@@ -308,7 +308,7 @@ def check_turns(messages: list[dict]):
 
 
 def check_placeholders(messages: list[dict], num_images: int):
-    """Raises `BadRow` unless there is a place for each image, in what the user says."""
+    """Raise `BadRow` unless there is a place for each image, in what the user says."""
     for message in messages:
         if message["role"] != "user" and count_images([message]):
             raise BadRow(

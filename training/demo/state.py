@@ -41,7 +41,7 @@ def write_json(path: Path, content) -> None:
 
 
 class Clock:
-    """Prints how long each step took, and adds it in `path` to what earlier, interrupted runs took."""
+    """Print how long each step took, and add it in `path` to what earlier, interrupted runs took."""
 
     def __init__(self, path: Path):
         self.path, self.started, self.last = path, time.time(), time.time()

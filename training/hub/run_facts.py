@@ -145,7 +145,7 @@ def curves_of(log_history: list[dict]) -> dict[str, list[list[float]]]:
 
 
 class Curves(TrainerCallback):
-    """Plots training_curves.png in `output_dir` at each evaluation and at the end."""
+    """Plot training_curves.png in `output_dir` at each evaluation and at the end."""
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

@@ -99,7 +99,7 @@ def save_trained(
 
 
 def load_trained(model: PreTrainedModel, folder: str | os.PathLike):
-    """Reads what [`save_trained`] wrote; raises `RuntimeError` as [`load_connectors`]."""
+    """Read what [`save_trained`] wrote; raises `RuntimeError` as [`load_connectors`]."""
     load_connectors(model, folder)
     path = Path(folder, TRAINED_NAME)
     if path.is_file():

@@ -12,7 +12,7 @@ from ..arguments.tuning import TuningArguments
 
 def quantize(config: TuningArguments, model: PreTrainedModel) -> dict[str, nn.Linear]:
     """
-    Puts 4-bit (NF4, double quantization) copies of the language model's linear layers in their places, where the model
+    Put 4-bit (NF4, double quantization) copies of the language model's linear layers in their places, where the model
     is. Before `model.to("cuda")`, only the copies go there.
 
     Returns:

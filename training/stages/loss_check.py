@@ -13,7 +13,7 @@ class BadLoss(ValueError):
 
 
 class LossCheck(TrainerCallback):
-    """Looks at the losses of all batches of a step at once, before it is taken: the device is waited for once."""
+    """Look at the losses of all batches of a step at once, before it is taken: the device is waited for once."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer

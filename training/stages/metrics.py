@@ -36,7 +36,7 @@ ON_HOST = ("samples", "named_images", "own_images")
 
 class Meter(TrainerCallback):
     """
-    Adds to each logged loss what was measured since the last one, over all processes and accumulated batches:
+    Add to each logged loss what was measured since the last one, over all processes and accumulated batches:
 
     - `samples_per_second`, `tokens_per_second`: rows, and tokens without padding, those of images included. The time
       is all but that of evaluating and saving.
@@ -78,7 +78,7 @@ class Meter(TrainerCallback):
         self.started = self.last_step = time.monotonic()
 
     def count(self, inputs: dict[str, Any]):
-        """Counts a batch that is about to be trained on."""
+        """Count a batch that is about to be trained on."""
         self.on_device[0] += inputs["attention_mask"].sum()
         self.has_images = not {"pixel_values", "vision_features"}.isdisjoint(inputs)
         names = inputs.get("exclude_ids", ()) if self.bank is not None else ()

@@ -18,7 +18,7 @@ class StepBar(ProgressCallback):
 
 
 class StepLines(TrainerCallback):
-    """Prints the length of a run before it, and one short line for each logged step; the log itself is unchanged."""
+    """Print the length of a run before it, and one short line for each logged step; the log itself is unchanged."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer

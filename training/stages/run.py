@@ -70,7 +70,7 @@ def given_settings(paths: Sequence[str | os.PathLike], fields: list[str]) -> set
 
 
 class StopAtStep(TrainerCallback):
-    """Raises `KeyboardInterrupt` between two steps: Python loses one that comes while it frees an object."""
+    """Raise `KeyboardInterrupt` between two steps: Python loses one that comes while it frees an object."""
 
     asked = False
 

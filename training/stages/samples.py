@@ -76,7 +76,7 @@ class SampleAnswers(TrainerCallback):
 
 
 def write_samples(path: Path, samples: list[dict]):
-    """Adds them to those of earlier steps; what a run that was interrupted wrote of later ones is dropped."""
+    """Add them to those of earlier steps; what a run that was interrupted wrote of later ones is dropped."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = [line for line in lines if json.loads(line)["step"] < samples[0]["step"]]
     lines += [json.dumps(sample, ensure_ascii=False) for sample in samples]

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 def set_trainable(config: TuningArguments, model: PreTrainedModel):
     """
-    Lets the parts of `model` train that `config` says, in float32: in bfloat16 alone, updates of 2e-5 are rounded
+    Let the parts of `model` train that `config` says, in float32: in bfloat16 alone, updates of 2e-5 are rounded
     away. All else is frozen. (Adapters come with [`adapters`].)
 
     Raises:
