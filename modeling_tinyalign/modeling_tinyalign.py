@@ -152,7 +152,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if self.config.memory_top_k > 0:
             given = {"memory_ids": memory_ids, "memory_values": memory_values, "memory_scores": memory_scores}
             if memory == "off" or memory_top_k == 0:
-                given = no_memory(self.config, len(tokens))
+                given = no_memory(self.config, tokens.shape[0])
             elif memory_values is None:
                 queries = vision_features, query_input_ids, query_attention_mask
                 given = self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
@@ -184,10 +184,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         mm_encoder_outputs: dict[str, TinyAlignImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TinyAlignModelOutputWithPast:
-        """
-        Take the inputs of [`get_image_features`], or its output under `mm_encoder_outputs["image"]`, as well. All
-        that the language model takes goes through `kwargs`, its cache among them.
-        """
+        """Take the inputs of [`get_image_features`], or its output as `mm_encoder_outputs["image"]`, as well."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         kwargs |= kwargs.pop("call_settings", None) or {}
@@ -206,7 +203,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
                 images.pooler_output = uncached_images(self.config, images.pooler_output, mask, cache_of(kwargs))
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if images is not None and len(images.pooler_output):
+        if images is not None and (not checked or len(images.pooler_output)):
             features = images.pooler_output
             features = features.flatten(0, 1) if torch.is_tensor(features) else torch.cat(features)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -247,10 +244,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     def from_vision_text_pretrained(
         cls, vision_name_or_path: str, text_name_or_path: str, **kwargs
     ) -> "TinyAlignForConditionalGeneration":
-        """
-        Compose a model from two checkpoints; its connectors are new. `tinyalign_vlm.training.composition.compose` has
-        the arguments, fields of [`TinyAlignConfig`] among them. A checkpoint's own code does not: `ImportError`.
-        """
+        """Compose a model, whose connectors are new, as `tinyalign_vlm.training.composition.compose` says."""
         try:
             from tinyalign_vlm.training.composition import compose
         except ImportError as error:
@@ -275,6 +269,14 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+        memory_ids: torch.LongTensor | None = None,
+        memory_values: torch.Tensor | None = None,
+        memory_scores: torch.Tensor | None = None,
+        exclude_ids: list | None = None,
+        memory: Literal["on", "off"] | None = None,
         mm_encoder_outputs: dict[str, TinyAlignImageFeatures] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         supervised_logits_only: bool = False,
@@ -291,6 +293,14 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            vision_features=vision_features,
+            query_input_ids=query_input_ids,
+            query_attention_mask=query_attention_mask,
+            memory_ids=memory_ids,
+            memory_values=memory_values,
+            memory_scores=memory_scores,
+            exclude_ids=exclude_ids,
+            memory=memory,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -301,14 +311,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             loss=loss, logits=logits, image_outputs=outputs.image_outputs, **language_model_fields(outputs)
         )
 
-    def _logits_and_loss(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.LongTensor | None,
-        logits_to_keep: int | torch.Tensor,
-        supervised_only: bool,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _logits_and_loss(self, hidden_states, labels, logits_to_keep, supervised_only, **kwargs):
         if labels is not None and supervised_only:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
             supervised = shift_labels != -100

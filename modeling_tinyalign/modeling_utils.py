@@ -268,9 +268,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         """Forget the bank, also the one that `config.memory_bank` names."""
         self.base_model._memory_bank = self.config.memory_bank = self.config.memory_bank_revision = None
 
-    def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank | str | os.PathLike):
+    def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank):
         """Teach the memory connector the words of a bank; see [`connectors.build_lexicon`]."""
-        bank = opened_bank(bank)
         build_lexicon(self.base_model, tokenizer, bank.captions, bank.value_encoder)
 
     def require_bank(self) -> MemoryBank:

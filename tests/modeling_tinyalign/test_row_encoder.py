@@ -23,7 +23,7 @@ BAD_ROWS = [
     ({"image": {"bytes": b"not an image", "path": None}}, "cannot be read .UnidentifiedImageError"),
     ({"image": broken_png()}, "the image cannot be read"),
     ({"image": None}, "missing image: there is no image"),
-    ({"image": "no/such/file.png"}, "FileNotFoundError"),
+    ({"image": "no/such/file.png"}, "image: 'no/such/file.png' is no file"),
     ({"caption": None}, "the caption is None, expected text"),
     ({"caption": "  "}, "the caption is '  ', expected text"),
 ]

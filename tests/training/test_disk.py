@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from isolation import set_hf_home
@@ -15,6 +14,7 @@ from isolation import set_hf_home
 from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
+from tinyalign_vlm.training.data import neighbour_table as neighbours
 from tinyalign_vlm.training.data.neighbour_table import neighbour_table
 from tinyalign_vlm.training.demo.run import write_json
 from tinyalign_vlm.training.hub.run_facts import StageRecord, write_records
@@ -94,15 +94,15 @@ def test_a_killed_process_leaves_the_file_that_was_there(name, tmp_path, monkeyp
 def test_what_a_killed_process_leaves_of_a_neighbour_table_goes_with_its_parts(
     bank, model, processor, images, tmp_path, monkeypatch
 ):
-    write, begun = pq.write_table, []
+    write, begun = neighbours.save_file, []
 
-    def note(table, path):
+    def note(path, content):
         begun.append(path)
-        write(table, path)
+        write(path, content)
 
-    monkeypatch.setattr(pq, "write_table", note)
+    monkeypatch.setattr(neighbours, "save_file", note)
     path = neighbour_table(bank, model, processor, images, 3, folder=tmp_path)
-    assert len(begun) == 2 and {file.parent for file in begun} == {path.with_suffix(".parts")}
+    assert [file.parent for file in begun] == [path.with_suffix(".parts"), tmp_path]
     assert not path.with_suffix(".parts").exists()
 
 

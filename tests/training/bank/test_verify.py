@@ -133,7 +133,7 @@ def test_verify_this_machines_copy(part, folder, problems):
     content[place] ^= 0x10
     path.write_bytes(content)
     found = problems(folder)
-    assert found and f"copy of the {part}" in found[0] and str(copy) in found[0]
+    assert found and f"The sha256 of the {part} in this machine's copy" in found[0] and str(copy) in found[0]
 
 
 def test_verify_the_index(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_bad_inputs(place, tmp_path):
 
     fails("has no row 13, expected 0 to 12", "--row", "2", "13")
     fails("Found --image without --model", "--image", str(place / "query.png"))
-    fails("the image cannot be read", "--image", "missing.png", "--model", str(place / "model"))
+    fails("'missing.png' is no file", "--image", "missing.png", "--model", str(place / "model"))
     fails("--rows is 0", "--rows", "0")
     fails("--seed -1, expected 1, 1 and 0 or more", "--seed", "-1")
 

@@ -162,6 +162,7 @@ def test_a_repository_is_the_same_rows(place, tmp_path, monkeypatch):
                 **hub.environment(tmp_path / "home"),
                 "HF_HUB_OFFLINE": "0",
                 "HF_DATASETS_OFFLINE": "0",
+                "PYTHONPATH": str(Path(__file__).parents[2]),
             },
             capture_output=True,
             text=True,
