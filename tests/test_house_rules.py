@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,11 @@ ABOUT_SEVERAL = {
     "training/stages/test_trainers_with_memory.py",
 }
 NO_START = re.compile(r"(What|Whether|Of|As|With|How|That|Whose|Which)\b")
+# The third person: a verb with an s and its object. The nouns look like it.
+NOUNS = "Captions|Facts|Files|Images|Metrics|Names|Neighbours|Options|Rows|Settings|Texts|Tokens|Weights|Words"
+THIRD_PERSON = re.compile(
+    rf"(?!(?:{NOUNS})\b)[A-Z][a-z]*[^s\W]s (the|a|an|all|each|what|whether|how|it|them|this|that)\b"
+)
 
 
 def line_count(path: Path) -> int:
@@ -130,9 +135,17 @@ def test_docstrings_start_with_a_verb_or_a_noun():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
                 text = ast.get_docstring(node) or ""
-                if NO_START.match(text):
+                if NO_START.match(text) or THIRD_PERSON.match(text):
                     wrong.append(f"{path}: {text.splitlines()[0]}")
     assert not wrong
+
+
+def test_a_line_has_one_condition_at_most():
+    crowded = []
+    for path, tree in TREES.items():
+        lines = Counter(node.lineno for node in ast.walk(tree) if isinstance(node, ast.IfExp))
+        crowded += [f"{path}:{line}" for line, count in lines.items() if count > 1]
+    assert not crowded
 
 
 def test_private_members_stay_in_their_module():

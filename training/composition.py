@@ -115,7 +115,8 @@ def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> t
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # as the processor does
     model.config.pad_token_id = model.generation_config.pad_token_id = pad
     ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not isinstance(ends, list):
+        ends = [] if ends is None else [ends]
     end = tokenizer.get_vocab().get("<|im_end|>", tokenizer.eos_token_id)  # which the processor's template teaches
     if end is not None and end not in ends:
         model.generation_config.eos_token_id = [*ends, end]

@@ -70,7 +70,8 @@ def fetch(url: str, allowed_hosts: Collection[str]) -> bytes:
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"found {url[:200]!r}, expected a URL with http or https")
     host = (parts.hostname or "").lower()
-    name = host if port == (443 if secure else 80) else f"{host}:{port}"
+    usual = 443 if secure else 80
+    name = host if port == usual else f"{host}:{port}"
     if parts.username is not None or name not in {allowed.lower() for allowed in allowed_hosts}:
         raise ValueError(
             f"the host {name!r} of {url[:200]} is not allowed, expected "

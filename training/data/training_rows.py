@@ -94,8 +94,9 @@ def _columns_to_read(
 
 def _neighbours_of_an_image(memory_ids: list) -> int | None:
     """Count the neighbours of an image in a row's `memory_ids`, one list or a list for each image; None for text."""
-    first = memory_ids[0] if memory_ids else None
-    return len(first) if isinstance(first, list) else len(memory_ids) if memory_ids else None
+    if not memory_ids:
+        return None
+    return len(memory_ids[0] if isinstance(memory_ids[0], list) else memory_ids)
 
 
 def evaluation_rows(

@@ -54,7 +54,7 @@ class StageRecord:
 
 
 class Clock(TrainerCallback):
-    """Logs the seconds of training, with those before an interruption, and the loss of the last step, for the card."""
+    """Log the seconds of training, with those before an interruption, and the loss of the last step, for the card."""
 
     started: float | None = None
 

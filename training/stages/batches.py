@@ -34,7 +34,9 @@ def align_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
 
 def with_first(token: int, tokens: int | list[int] | None) -> list[int]:
     """Return the tokens with this one before them, unless they have it."""
-    others = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+    others = tokens
+    if not isinstance(tokens, list):
+        others = [] if tokens is None else [tokens]
     return others if token in others else [token, *others]
 
 

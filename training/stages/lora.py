@@ -21,7 +21,7 @@ def quantize(config: TuningArguments, model: PreTrainedModel) -> dict[str, nn.Li
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     language_model = model.base_model.language_model
-    compute_dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    compute_dtype = {config.bf16: torch.bfloat16, config.fp16: torch.float16}.get(True, torch.float32)
     originals = {name: layer for name, layer in language_model.named_modules() if type(layer) is nn.Linear}
     for name, layer in originals.items():
         small = Linear4bit(
