@@ -1,6 +1,8 @@
 """transformers' pipeline: what steers retrieval and generation passes through it, and sources come back."""
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import pipeline
 
 QUESTIONS = ("what is it?", "user: a longer question, of another length?")
@@ -84,7 +86,8 @@ def test_settings_of_generation(pipes, images):
     assert texts(pipe, [chat], min_new_tokens=4, do_sample=False) == texts(
         pipe, [chat], generate_kwargs={"min_new_tokens": 4, "do_sample": False}
     )
-    assert len(pipe(text=chat, num_beams=2, num_return_sequences=2, max_new_tokens=3)) == 2
+    kept = 2 if Version(transformers.__version__) >= Version("5.23") else 1  # an older pipeline keeps the first
+    assert len(pipe(text=chat, num_beams=2, num_return_sequences=2, max_new_tokens=3)) == kept
     with pytest.raises(ValueError, match="top_k could be the number of neighbours or that of sampling: say"):
         pipe(text=chat, top_k=2, do_sample=True)
     pipe(text=chat, generate_kwargs={"do_sample": True, "top_k": 1})

@@ -135,9 +135,8 @@ class RowReader:
             return place_images(prompt, question + read_turns(completion), num_images)
         raise BadRow(
             "no chat",
-            f"the columns are {columns_of(row)}, expected messages, conversations, or prompt and completion: name the "
-            "column with chats with messages_column, or the one with labels or captions with answer_column (found "
-            f"{self.answer_column!r}), and set prompt, what is asked about every image (found {self.prompt!r})",
+            f"the columns are {columns_of(row)}, expected messages or conversations: set messages_column, or answer_column "
+            f"(found {self.answer_column!r}) and prompt (found {self.prompt!r})",
         )
 
     def check_tokens(self, messages: list[dict], num_images: int):

@@ -55,6 +55,11 @@ def test_a_command_that_is_stopped_says_whether_it_can_go_on(interrupt, resumabl
     assert end.value.code == INTERRUPTED and capsys.readouterr().err == line
 
 
+def hear_interrupts():
+    """Undo, in a new process, what it may have inherited: a shell lets its background jobs ignore them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_training(files):
     """As a terminal does it: the workers that read the rows get it, too."""
     command = [sys.executable, "-m", "tinyalign_cli", "train", "stage1.yaml", "--max_steps", "100000"]
@@ -65,6 +70,7 @@ def test_ctrl_c_in_training(files):
         text=True,
         cwd=files,
         start_new_session=True,
+        preexec_fn=hear_interrupts,
     )
     for line in process.stdout:
         if "loss" in line and list(files.glob("out1/checkpoint-*/trainer_state.json")):
@@ -98,7 +104,12 @@ main("bank build --model model --dataset chats.json --value_encoder bank --out n
 
 def test_ctrl_c_in_bank_build(files):
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_BUILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=files
+        [sys.executable, "-c", SLOW_BUILD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=files,
+        preexec_fn=hear_interrupts,
     )
     assert process.stdout.readline() == "a part\n"
     process.send_signal(signal.SIGINT)
