@@ -135,8 +135,8 @@ class RowReader:
             return place_images(prompt, question + read_turns(completion), num_images)
         raise BadRow(
             "no chat",
-            f"the columns are {columns_of(row)}, expected messages or conversations: set messages_column, or answer_column "
-            f"(found {self.answer_column!r}) and prompt (found {self.prompt!r})",
+            f"the columns are {columns_of(row)}, expected messages or conversations: set messages_column, or "
+            f"answer_column (found {self.answer_column!r}) and prompt (found {self.prompt!r})",
         )
 
     def check_tokens(self, messages: list[dict], num_images: int):
