@@ -38,7 +38,7 @@ from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
 from tinyalign_vlm.training.demo.pairs import load_pairs
-from tinyalign_vlm.training.demo.run import DemoConfig, chats, compose_with_memory, with_neighbours
+from tinyalign_vlm.training.demo.run import TOP_K, DemoConfig, chats, compose, with_neighbours
 from tinyalign_vlm.training.stages.checkpoints import connectors_of
 from tinyalign_vlm.training.stages.precision import bfloat16_language_model
 
@@ -74,9 +74,8 @@ class PlainBank:
 def demo_parts(demo: Path, folder: Path) -> tuple:
     """The demo's model, processor and bank."""
     weights = {"vision": demo / "weights/efficientnet-lite0", "text": demo / "weights/smollm2-135m-instruct"}
-    model, processor = compose_with_memory(weights, DemoConfig())
+    model, processor = compose(weights, DemoConfig(), memory_top_k=TOP_K)
     bank = MemoryBank.from_pretrained(demo / "bank_without_heldout")
-    model.build_lexicon(processor.tokenizer, bank)
     return model, processor, bank
 
 

@@ -5,10 +5,9 @@ TinyAlign's training step against the baseline's (no memory) at the paper's shap
 
 SigLIP-so400m at 384 pixels (729 visual tokens) and Qwen2-0.5B at their real widths with random weights, layers cut so
 that it runs on a CPU (--layers; both models have about as many, 27 and 24); rows of 60 text tokens, the last 30 of
-them learnt; 5 neighbours of 32 x 96 latents given, fused along channels to 32 memory tokens. The steps of both
+them learnt; 4 neighbours given, whose captions fill 32 memory tokens. The steps of both
 alternate in one process, the median of the ratios of their CPU seconds counts; the memory is the peak resident set of
-a process of its own for each. Goal: at most 1.05 of both. --lexicon adds words for the memory connector to read, as
-`tinyalign train` does.
+a process of its own for each. Goal: at most 1.05 of both. --memory_input latents has the paper's connector.
 """
 
 import argparse
@@ -23,14 +22,14 @@ from transformers import Qwen2Config, SiglipVisionConfig
 
 from tinyalign_vlm import TinyAlignConfig, TinyAlignForConditionalGeneration
 
-TOP_K, LATENTS, WIDTH, PATCHES, TEXT, LEARNT = 5, 32, 96, 729, 60, 30
+TOP_K, PATCHES, TEXT, LEARNT = 4, 729, 60, 30
 IMAGE_TOKEN = 151000
 
 
 class System:
     """A model in training mode, its optimizer and a batch."""
 
-    def __init__(self, top_k: int, stage: int, layers: int, batch_size: int, words: int):
+    def __init__(self, top_k: int, stage: int, layers: int, batch_size: int, memory_input: str):
         torch.manual_seed(0)
         vision = SiglipVisionConfig(
             hidden_size=1152,
@@ -55,7 +54,7 @@ class System:
             image_token_id=IMAGE_TOKEN,
             image_seq_length=PATCHES,
             memory_top_k=top_k,
-            memory_lexicon_size=words if top_k else 0,
+            memory_input=memory_input,
         )
         self.model = TinyAlignForConditionalGeneration(config).train()
         self.model.requires_grad_(stage == 2)
@@ -63,8 +62,6 @@ class System:
             if name == "connector" or top_k:
                 self.model.get_submodule(f"model.{name}").requires_grad_(True)
         self.model.model.vision_tower.requires_grad_(False)
-        if config.memory_lexicon_size:
-            self.model.model.memory_connector.lexicon_tokens.random_(1, 1000)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
         image = [IMAGE_TOKEN] * (PATCHES + config.num_memory_tokens)
@@ -80,7 +77,12 @@ class System:
         }
         if top_k:
             self.batch["memory_ids"] = torch.arange(top_k).expand(batch_size, -1)
-            self.batch["memory_values"] = torch.randn(batch_size, top_k, LATENTS, WIDTH).half()
+            self.batch["memory_scores"] = torch.rand(batch_size, top_k)
+            if config.reads_captions:
+                self.batch["memory_input_ids"] = torch.randint(0, 1000, (batch_size, config.memory_tokens))
+            if config.reads_latents:
+                shape = (batch_size, top_k, config.memory_tokens, config.latent_dim)
+                self.batch["memory_values"] = torch.randn(shape).half()
 
     def step(self) -> float:
         """CPU seconds of a step of the optimizer."""
@@ -94,7 +96,7 @@ class System:
 def peak_memory(arguments: argparse.Namespace, top_k: int, stage: int) -> float:
     """GB, of a process that takes three steps."""
     command = [sys.executable, __file__, "--memory_of", str(top_k), "--stage", str(stage)]
-    for name in ("layers", "batch_size", "lexicon"):
+    for name in ("layers", "batch_size", "memory_input"):
         command += [f"--{name}", str(vars(arguments)[name])]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -104,11 +106,11 @@ def main():
     parser.add_argument("--layers", type=int, default=4, help="of each of the two models (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="that are timed (default: %(default)s)")
-    parser.add_argument("--lexicon", type=int, default=0, metavar="WORDS", help="(default: %(default)s)")
+    parser.add_argument("--memory_input", default="captions", help="(default: %(default)s)")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="one of the two (default: both)")
     parser.add_argument("--memory_of", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    shape = {"layers": arguments.layers, "batch_size": arguments.batch_size, "words": arguments.lexicon}
+    shape = {"layers": arguments.layers, "batch_size": arguments.batch_size, "memory_input": arguments.memory_input}
     if arguments.memory_of is not None:
         system = System(arguments.memory_of, arguments.stage, **shape)
         for _ in range(3):

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tinyalign_vlm import MemoryBank, TinyAlignConfig, TinyAlignForConditionalGeneration
 
-TOP_K = 5
+TOP_K = 4
 
 
 def measure_answers(folder: Path, repeats: str) -> dict:
@@ -37,7 +39,12 @@ def measure_answers(folder: Path, repeats: str) -> dict:
     for part in ("vision_tower", "language_model", "connector"):
         setattr(baseline.model, part, getattr(model.model, part))
     baseline.lm_head = model.lm_head
-    model.attach_memory_bank(MemoryBank.from_pretrained(folder), check_probes=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    model.attach_memory_bank(MemoryBank.from_pretrained(folder), tokenizer=tokenizer, check_probes=False)
     bank = model.memory_bank
     pixels = torch.randn(1, 3, 384, 384)
     question = torch.arange(100, 130)[None]

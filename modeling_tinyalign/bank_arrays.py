@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from huggingface_hub import constants
 
-from .bank_format import CONFIG_NAME, BankConfig, BankHashes, check_batch, check_schema, config_schema, matrix
+from .bank_format import (
+    CONFIG_NAME,
+    BankConfig,
+    BankHashes,
+    arrays_of,
+    check_batch,
+    check_schema,
+    config_schema,
+    matrix,
+)
 from .files import locked, scratch_folder, sync
 
 try:
@@ -31,6 +40,7 @@ SCRATCH_PREFIX = ".tmp-"
 MAX_CODE = 127
 MAX_FLOAT16 = 65504
 TINY_STEP = np.float32(2.0**-24)  # of float16
+NO_VALUES = np.empty(0, np.float16)
 GATHER_ROWS = 256  # at a time: they stay in the processor's cache
 
 KEYS, VALUES, CODES, EXPONENTS, ROWS = "keys.bin", "values.bin", "codes.bin", "exponents.bin", "rows.arrow"
@@ -140,9 +150,10 @@ class RowWriter:
         self.schema = config_schema(config)
         self.hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
         # written as files: on a full disk a memory map ends in a signal, not in an error
-        names = (KEYS, CODES, EXPONENTS, ROWS) if config.quantized else (KEYS, VALUES, ROWS)
+        values = (CODES, EXPONENTS) if config.quantized else (VALUES,)
+        names = (KEYS, ROWS, *(values if config.value_size else ()))
         self.files = {name: open(folder / name, "wb") for name in names}
-        columns = [column for column in self.schema if column.name not in ("key", "value")]
+        columns = [column for column in self.schema if column.name not in arrays_of(self.schema)]
         self.rows = pa.ipc.new_file(self.files[ROWS], pa.schema(columns, self.schema.metadata))
 
     def __enter__(self) -> RowWriter:
@@ -158,19 +169,24 @@ class RowWriter:
         check_schema(batch.schema, self.schema, self.name)
         batch = batch.select(self.schema.names).cast(self.schema)
         check_batch(batch, self.num_rows, self.name)
-        keys, values = matrix(batch, "key"), matrix(batch, "value")
-        if self.config.quantized:
-            keys = keys.astype(np.float16)
-            codes, exponents, values = quantize(values.reshape(len(batch), *self.config.value_shape))
-            self.files[CODES].write(codes.tobytes())
-            self.files[EXPONENTS].write(exponents.tobytes())
-        else:
-            self.files[VALUES].write(values.tobytes())
+        keys = matrix(batch, "key")
+        keys = keys.astype(np.float16) if self.config.quantized else keys
         self.files[KEYS].write(keys.tobytes())
-        rows = batch.drop_columns(["key", "value"])
+        values = self.write_values(matrix(batch, "value")) if self.config.value_size else NO_VALUES
+        rows = batch.drop_columns(arrays_of(batch.schema))
         self.rows.write_batch(rows)
         self.num_rows += len(batch)
         update_hashes(self.hashes, keys.astype(np.float32, copy=False), values, rows)
+
+    def write_values(self, values: np.ndarray) -> np.ndarray:
+        """Write the values of a batch and return them, as they are rounded."""
+        if not self.config.quantized:
+            self.files[VALUES].write(values.tobytes())
+            return values
+        codes, exponents, values = quantize(values.reshape(len(values), *self.config.value_shape))
+        self.files[CODES].write(codes.tobytes())
+        self.files[EXPONENTS].write(exponents.tobytes())
+        return values
 
     def finish(self) -> BankConfig:
         """Complete the files; see `lay_out`."""

@@ -20,6 +20,7 @@ from .bank_format import (
     KEY_ENCODER_NAME,
     VALUE_ENCODER_NAME,
     BankConfig,
+    arrays_of,
     check_file,
     check_schema,
     config_schema,
@@ -43,7 +44,6 @@ BATCH_BYTES = 2**26  # rows are read in batches of about this size
 MAX_COLUMN_BYTES = 2**29
 MAX_SHARD_BYTES = 2**30
 STATISTICS = ["id", "source_id", "caption"]  # keys and values are never filtered on
-SPLIT_COLUMNS = ["key.list.element", "value.list.element"]
 
 
 def open_folder(
@@ -68,7 +68,7 @@ def open_folder(
     with evict_on_error([config_path] if repo_id else []):
         config = BankConfig.from_json(config_path)
     if repo_id is not None:
-        for name in (KEY_ENCODER_NAME, VALUE_ENCODER_NAME):
+        for name in (KEY_ENCODER_NAME, *([VALUE_ENCODER_NAME] if config.value_encoder else [])):
             fetch(repo_id, name, revision, token)
     with evict_on_error([config_path, encoder_path] if repo_id else []):
         check_file(encoder_path, config.sha256.key_encoder)
@@ -105,7 +105,7 @@ def lay_out_folder(
 
 
 def write_folder(
-    folder: Path, rows: BankRows, key_encoder: KeyEncoder, probe_keys: torch.Tensor, value_encoder: ValueEncoder
+    folder: Path, rows: BankRows, key_encoder: KeyEncoder, probe_keys: torch.Tensor, value_encoder: ValueEncoder | None
 ) -> None:
     """Write a bank into an empty folder."""
     bounds = shard_bounds(rows.table, 4 * rows.config.key_dim + 2 * rows.config.value_size)
@@ -114,20 +114,23 @@ def write_folder(
 
 
 def write_encoders(
-    folder: Path, config: BankConfig, key_encoder: KeyEncoder, probe_keys: torch.Tensor, value_encoder: ValueEncoder
+    folder: Path,
+    config: BankConfig,
+    key_encoder: KeyEncoder,
+    probe_keys: torch.Tensor,
+    value_encoder: ValueEncoder | None,
 ) -> None:
     """Write all of a bank but its rows: bank_config.json and the encoders."""
     try:
         key_encoder.save(folder / KEY_ENCODER_NAME, probe_keys)
-        value_encoder.save_pretrained(folder / "value_encoder")
+        if value_encoder is not None:
+            value_encoder.save_pretrained(folder / "value_encoder")
     except SafetensorError as error:
         raise OSError(errno.EIO, f"safetensors could not write the encoders: {error}") from error
-    sha256 = replace(
-        config.sha256,
-        key_encoder=file_sha256(folder / KEY_ENCODER_NAME),
-        value_encoder=file_sha256(folder / VALUE_ENCODER_NAME),
-    )
-    replace(config, sha256=sha256).to_json(folder / CONFIG_NAME)
+    hashes = {"key_encoder": file_sha256(folder / KEY_ENCODER_NAME)}
+    if value_encoder is not None:
+        hashes["value_encoder"] = file_sha256(folder / VALUE_ENCODER_NAME)
+    replace(config, sha256=replace(config.sha256, **hashes)).to_json(folder / CONFIG_NAME)
 
 
 def read_shards(paths: Sequence[Path], config: BankConfig) -> Iterator[pa.RecordBatch]:
@@ -150,7 +153,7 @@ def read_shards(paths: Sequence[Path], config: BankConfig) -> Iterator[pa.Record
         )
     thumbnails = ["thumbnail.bytes", "thumbnail.path"] if "thumbnail" in schema.names else []
     text = [*config.columns, "source_id", "caption", *thumbnails]
-    row_bytes = size // count + 4 * sum(schema.field(name).type.list_size for name in ("key", "value"))
+    row_bytes = size // count + 4 * (config.key_dim + config.value_size)
     batch_size = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
     for path in paths:
         with _readable(path), pq.ParquetFile(path, read_dictionary=text) as shard:
@@ -219,11 +222,12 @@ def write_shards(folder: Path, batches: Iterable[pa.RecordBatch], bounds: Sequen
     """Write `data/train-*.parquet` under `folder`: batches of `BATCH_ROWS`, in shards with these `shard_bounds`."""
     (folder / "data").mkdir()
     options = {"use_dictionary": False, "write_statistics": STATISTICS}
-    if quantized:  # rounded numbers are small once their like bytes are next to each other
-        options |= {"compression": "zstd", "use_byte_stream_split": SPLIT_COLUMNS}
     rows = iter(batches)
     for name, (start, stop) in zip(shard_names(len(bounds) - 1), itertools.pairwise(bounds), strict=True):
         first = next(rows)
+        if quantized:  # rounded numbers are small once their like bytes are next to each other
+            split = [f"{column}.list.element" for column in arrays_of(first.schema)]
+            options |= {"compression": "zstd", "use_byte_stream_split": split}
         with pq.ParquetWriter(folder / name, first.schema, **options) as writer:
             writer.write_batch(first)
             for _ in range(start + BATCH_ROWS, stop, BATCH_ROWS):

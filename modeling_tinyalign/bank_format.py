@@ -125,7 +125,8 @@ class BankConfig:
     Attributes:
         quantized: keys are rounded to float16 and values to 8 bits.
         preprocessing: settings of the image processor.
-        value_encoder: sizes of the `ValueEncoder`.
+        num_latents, latent_dim, value_encoder: shape of a value, and sizes of the `ValueEncoder`; 0 and None in a bank
+            without values.
         columns: what was kept of the source beside image and caption.
         thumbnail_size: side of the pictures in pixels, or None where there are none.
         num_left_out: rows of the source that are not in the bank: bad ones, and images that were there already.
@@ -133,13 +134,13 @@ class BankConfig:
     """
 
     key_dim: int = validated_field(between(1, MAX_SIZE))
-    num_latents: int = validated_field(between(1, MAX_SIZE))
-    latent_dim: int = validated_field(between(1, MAX_SIZE))
+    num_latents: int = validated_field(between(0, MAX_SIZE))
+    latent_dim: int = validated_field(between(0, MAX_SIZE))
     quantized: bool
     tower: TowerConfig
     preprocessing: dict
     key_encoder: KeyEncoderConfig
-    value_encoder: dict
+    value_encoder: dict | None
     columns: list[str] = validated_field(check_columns)
     thumbnail_size: int | None = validated_field(between(1, MAX_THUMBNAIL))
     versions: dict
@@ -152,10 +153,9 @@ class BankConfig:
     def validate_value_shape(self) -> None:
         """Raise ValueError unless the values' size is sane and that of the value encoder."""
         for name in ("num_latents", "latent_dim"):
-            if self.value_encoder.get(name) != vars(self)[name]:
-                raise ValueError(
-                    f"value_encoder.{name} is {self.value_encoder.get(name)!r}, expected {name} = {vars(self)[name]}"
-                )
+            found = (self.value_encoder or {}).get(name, 0)
+            if found != vars(self)[name] or (found == 0) != (self.value_encoder is None):
+                raise ValueError(f"value_encoder.{name} is {found!r}, expected {name} = {vars(self)[name]}")
         if self.value_size > 16 * MAX_SIZE:
             raise ValueError(f"num_latents x latent_dim is {self.value_size}, expected at most {16 * MAX_SIZE}")
 
@@ -178,7 +178,10 @@ class BankConfig:
         content = read_json(path)
         try:
             config = _parsed(cls, content)
-            if config.num_rows == 0 or config.num_shards == 0 or None in vars(config.sha256).values():
+            hashes = dict(vars(config.sha256))
+            if config.value_encoder is None:
+                hashes.pop("value_encoder")
+            if config.num_rows == 0 or config.num_shards == 0 or None in hashes.values():
                 raise ValueError(
                     "num_rows or num_shards is 0, or a sha256 is null: this bank was not written to its end"
                 )
@@ -257,8 +260,9 @@ def row_schema(key_dim: int, value_size: int, thumbnails: bool, kept: Iterable[s
         "source_id": pa.string(),
         "caption": pa.string(),
         "key": pa.list_(pa.float32(), key_dim),
-        "value": pa.list_(pa.float16(), value_size),
     }
+    if value_size:
+        fields["value"] = pa.list_(pa.float16(), value_size)
     metadata = None
     if thumbnails:
         fields["thumbnail"] = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -269,6 +273,11 @@ def row_schema(key_dim: int, value_size: int, thumbnails: bool, kept: Iterable[s
 def config_schema(config: BankConfig) -> "pa.Schema":
     """Return the columns that bank_config.json declares."""
     return row_schema(config.key_dim, config.value_size, config.thumbnail_size is not None, config.columns)
+
+
+def arrays_of(schema: "pa.Schema") -> list[str]:
+    """Return the columns of numbers: the key and, in a bank with values, the value."""
+    return [name for name in ("key", "value") if name in schema.names]
 
 
 def matrix(batch: "pa.RecordBatch", column: str) -> np.ndarray:
@@ -310,9 +319,10 @@ def check_batch(batch: "pa.RecordBatch", start: int, name: str) -> None:
         batch.validate(full=True)
     except pa.ArrowException as error:
         raise ValueError(f"{name}: the rows from {start} on are malformed ({error}).") from error
-    for column in ("id", "source_id", "caption", "key", "value"):
+    arrays = arrays_of(batch.schema)
+    for column in ("id", "source_id", "caption", *arrays):
         refuse(batch.column(column).is_null().to_numpy(False), column, "null", "a value")
-    for column in ("key", "value"):
+    for column in arrays:
         if batch.column(column).flatten().null_count:
             raise ValueError(f"{name}: {column} has nulls from row {start} on, expected numbers. Save the bank again.")
         refuse(~np.isfinite(matrix(batch, column)).all(axis=1), column, "'NaN or infinity'", "finite numbers")

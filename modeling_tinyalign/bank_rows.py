@@ -67,6 +67,11 @@ class BankRows:
 
     @cached_property
     def values(self) -> Values:
+        if self.config.value_size == 0:
+            raise ValueError(
+                "The memory bank has no values, expected one for a model that reads latents: build it with a model "
+                'whose memory_input is "latents" or "both".'
+            )
         shape = (len(self), *self.config.value_shape)
         if not self.config.quantized:
             return Values(map_array(self.folder / VALUES, np.float16, shape))
@@ -196,7 +201,8 @@ class BankRows:
             columns = dict(zip(part.schema.names, part.columns, strict=True))
             keys = self.key_array[rows if keys_of is None else keys_of[rows]]
             columns["key"] = list_column(keys.astype(np.float32, copy=False))
-            columns["value"] = list_column(self.values[rows].reshape(len(part), -1))
+            if self.config.value_size:
+                columns["value"] = list_column(self.values[rows].reshape(len(part), -1))
             yield pa.record_batch(columns, schema=schema)
 
     def excluded_ids(self, item: Excluded) -> np.ndarray:

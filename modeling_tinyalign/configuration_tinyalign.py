@@ -21,11 +21,9 @@ LIMITS = {
     "vision_pool_size": (1, 2**10),
     "connector_size": (1, 2**20),
     "memory_top_k": (0, 2**10),
-    "num_latents": (1, 2**16),
+    "memory_tokens": (1, 2**16),
     "latent_dim": (1, 2**16),
     "memory_connector_size": (1, 2**20),
-    "memory_lexicon_size": (0, 2**22),
-    "latents_per_word": (1, 2**16),
     "query_alpha": (0, 1),
     "prompt_captions": (0, 2**10),
 }
@@ -72,21 +70,19 @@ class TinyAlignConfig(PreTrainedConfig):
 
     > The memory
 
-    memory_top_k (`int`, *optional*, defaults to 5):
+    memory_top_k (`int`, *optional*, defaults to 4):
         Neighbours per image. 0 is the plain baseline, without memory connector. `top_k` is accepted as another name;
         it is kept as `memory_top_k`, because to transformers a config's `top_k` is a setting of generation.
-    num_latents, latent_dim (`int`, *optional*, default to 32 and 96):
-        Shape of a memory value (L, D).
-    memory_fusion (`str`, *optional*, defaults to `"channel"`):
-        `"channel"` concatenates the neighbours along the latent width (L tokens), `"sequence"` one after the other
-        (memory_top_k x L tokens).
+    memory_tokens (`int`, *optional*, defaults to 32):
+        Memory tokens of one image (M), however many neighbours there are and however long their captions.
+    memory_input (`str`, *optional*, defaults to `"captions"`):
+        What is read of the neighbours. `"captions"`: their text, as running text in the language model's own tokens.
+        `"latents"`: the values of the bank, side by side, through a trained MLP (the paper's way; their number L is
+        `memory_tokens`). `"both"`: the two added up.
+    latent_dim (`int`, *optional*, defaults to 96):
+        Width of a latent of the values (D), for a model that reads them.
     memory_connector_size (`int`, *optional*):
-        Hidden width of the memory connector. Defaults to the language model's hidden size.
-    memory_lexicon_size (`int`, *optional*, defaults to 0):
-        Words the memory connector can read out of latents by itself; `build_lexicon` sets it. 0 is the paper's
-        connector, a plain MLP.
-    latents_per_word (`int`, *optional*, defaults to 2):
-        Latents that hold one word, as the bank's value encoder was trained to write them.
+        Hidden width of the MLP that reads them. Defaults to the language model's hidden size.
     key_space (`str`, *optional*, defaults to `"vision"`):
         Space of the bank's keys: the vision tower's, or (the paper's) the language model's, with the text mixed in.
     query_alpha (`float`, *optional*, defaults to 0.4):
@@ -94,7 +90,7 @@ class TinyAlignConfig(PreTrainedConfig):
     retrieval_threshold (`float`, *optional*):
         Similarity (the inner product of unit keys, -1 to 1) below which a neighbour is not used: its slot gets the
         learned "nothing retrieved". `None` uses all neighbours. `tinyalign bank calibrate` chooses one.
-    memory_scores (`bool`, *optional*, defaults to `False`):
+    memory_scores (`bool`, *optional*, defaults to `True`):
         Whether the memory connector is told the similarity of each neighbour.
     prompt_captions (`int`, *optional*, defaults to 0):
         Neighbours whose captions are written into the prompt. More than 0, with `memory_top_k=0`, is text-only RAG.
@@ -122,16 +118,14 @@ class TinyAlignConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     connector_size: int | None = None
     memory_top_k: int | None = None
-    num_latents: int = 32
+    memory_tokens: int = 32
+    memory_input: Literal["captions", "latents", "both"] = "captions"
     latent_dim: int = 96
-    memory_fusion: Literal["channel", "sequence"] = "channel"
     memory_connector_size: int | None = None
-    memory_lexicon_size: int = 0
-    latents_per_word: int = 2
     key_space: Literal["vision", "language"] = "vision"
     query_alpha: float = 0.4
     retrieval_threshold: float | None = None
-    memory_scores: bool = False
+    memory_scores: bool = True
     prompt_captions: int = 0
     vision_model: str | None = None
     vision_model_revision: str | None = None
@@ -155,7 +149,7 @@ class TinyAlignConfig(PreTrainedConfig):
             raise ValueError(
                 f"Found top_k={top_k} and memory_top_k={self.memory_top_k}, two names of one setting: give one."
             )
-        self.memory_top_k = 5 if top_k is None else top_k
+        self.memory_top_k = 4 if top_k is None else top_k
         for name, (low, high) in LIMITS.items():
             value = vars(self)[name]
             if value is not None and not low <= value <= high:
@@ -163,7 +157,7 @@ class TinyAlignConfig(PreTrainedConfig):
         if self.memory_top_k and self.prompt_captions:
             raise ValueError(
                 f"memory_top_k is {self.memory_top_k} and prompt_captions {self.prompt_captions}, expected one of "
-                "them to be 0: neighbours are read as latents or as captions."
+                "them to be 0: neighbours are read by the memory connector or in the prompt."
             )
         if self.vision_feature_size is None:
             width = self.vision_config.to_dict().get("hidden_size")
@@ -196,15 +190,23 @@ class TinyAlignConfig(PreTrainedConfig):
 
     @property
     def num_neighbours(self) -> int:
-        """Neighbours of one image that are read, as latents or as captions (k)."""
+        """Neighbours of one image that are read, as memory tokens or in the prompt (k)."""
         return self.memory_top_k or self.prompt_captions
+
+    @property
+    def reads_captions(self) -> bool:
+        """True if memory tokens are made of the neighbours' captions."""
+        return self.memory_top_k > 0 and self.memory_input != "latents"
+
+    @property
+    def reads_latents(self) -> bool:
+        """True if memory tokens are made of the neighbours' values."""
+        return self.memory_top_k > 0 and self.memory_input != "captions"
 
     @property
     def num_memory_tokens(self) -> int:
         """Memory tokens of one image (M)."""
-        if self.memory_top_k == 0:
-            return 0
-        return self.num_latents * (self.memory_top_k if self.memory_fusion == "sequence" else 1)
+        return self.memory_tokens if self.memory_top_k else 0
 
     @property
     def num_image_tokens(self) -> int:

@@ -1,21 +1,27 @@
-"""From pictures and neighbours to tokens: reading a vision tower, and the two connectors that are trained."""
+"""From pictures and neighbours to tokens: a vision tower, the two connectors, and captions as tokens."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import copy
+import itertools
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import logging
 
 from .configuration_tinyalign import TinyAlignConfig
 
-logger = logging.get_logger(__name__)
-
-LONGEST_REST = 4  # tokens of a word's last slot that are read
+SEPARATOR = ";"
+MAX_CACHED = 100_000  # captions
+# Thai, Lao, Tibetan, Burmese, Khmer, kana and Chinese characters: written without spaces between words.
+SPACELESS = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 def read_vision_tower(
@@ -64,81 +70,62 @@ class Connector(nn.Module):
 
 class MemoryConnector(nn.Module):
     """
-    Turn the values of the neighbours into memory tokens (paper, section 4.1: the RAG connector).
+    Turn what was retrieved into memory tokens (paper, section 4.1: the RAG connector).
 
-    A two-layer MLP, as in the paper. With a lexicon (`TinyAlignForConditionalGeneration.build_lexicon`) the word that
-    each latent spells is added to it, in the language model's own embedding: what the bank says can be read at once,
-    and training has to learn only what to make of it.
+    Captions are read as the language model's own tokens, in its embeddings. Latents go through a two-layer MLP, as in
+    the paper, those of the neighbours side by side; with both, the two are added up. The neighbours' similarities are
+    one more vector, which is added to every memory token.
     """
 
     def __init__(self, config: TinyAlignConfig):
         super().__init__()
-        self.memory_fusion = config.memory_fusion
         hidden_size = config.text_config.hidden_size
-        self.memory_scores = config.memory_scores
-        width = config.latent_dim + (1 if config.memory_scores else 0)
-        in_size = width * (config.memory_top_k if config.memory_fusion == "channel" else 1)
-        self.null_latents = nn.Parameter(torch.zeros(config.num_latents, config.latent_dim, dtype=torch.float32))
-        self.slot_embedding = nn.Parameter(torch.zeros(config.num_latents, hidden_size, dtype=torch.float32))
-        self.mlp = Connector(
-            in_size, config.memory_connector_size or hidden_size, hidden_size, config.projector_hidden_act
-        )
-        words = config.memory_lexicon_size
-        if words == 0:
-            self.set_lexicon(None, None, None)
-        else:
-            self.set_lexicon(
-                torch.zeros(words, config.latent_dim, dtype=torch.float32),
-                torch.zeros(words, dtype=torch.float32),
-                torch.full((config.latents_per_word, words, LONGEST_REST), -1),
+        self.empty_token = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
+        if config.memory_scores:
+            self.score = nn.Linear(config.memory_top_k, hidden_size, bias=False, dtype=torch.float32)
+        if config.reads_latents:
+            shape = config.memory_tokens, config.memory_top_k * config.latent_dim
+            self.null_latents = nn.Parameter(torch.zeros(shape[0], config.latent_dim, dtype=torch.float32))
+            self.mlp = Connector(
+                shape[1], config.memory_connector_size or hidden_size, hidden_size, config.projector_hidden_act
             )
-
-    def set_lexicon(self, keys: torch.Tensor | None, bias: torch.Tensor | None, tokens: torch.LongTensor | None):
-        """See `read_words` for the shapes; without words (`None`) the connector is the MLP alone."""
-        self.register_buffer("lexicon_keys", keys)
-        self.register_buffer("lexicon_bias", bias)
-        self.register_buffer("lexicon_tokens", tokens)
-
-    def _apply(self, fn, recurse: bool = True):
-        """Loading in half precision makes the token ids float32: as bfloat16 they would become other tokens."""
-        if self.lexicon_tokens is not None:
-            self.lexicon_tokens = self.lexicon_tokens.long()
-        return super()._apply(fn, recurse)
+        self.memory_scores = config.memory_scores
 
     def forward(
         self,
-        values: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        scores: torch.Tensor | None = None,
+        words: torch.Tensor | None,
+        places: torch.Tensor | None,
+        scores: torch.Tensor | None,
+        values: torch.Tensor | None,
+        used: torch.Tensor,
     ) -> torch.Tensor:
         """
-        `values (n, k, L, D)`, `mask (n, k)` that is False where nothing was retrieved, the language model's
-        embedding layer (used if there is a lexicon) and the neighbours' similarities `(n, k)` (read with
-        `config.memory_scores`) -> `(n, M, hidden_size)`: L tokens (`"channel"`), or k x L, neighbour by neighbour
-        (`"sequence"`). Raises `ValueError` when the similarities are wanted and missing.
+        Return memory tokens `(n, M, hidden_size)` in the connector's dtype.
+
+        Args:
+            words, places: Embeddings `(n, M, hidden_size)` of the captions' tokens, and `(n, M)`, False where there is
+                none; `None` for a model that reads latents alone.
+            scores, used: Similarities `(n, k)` of the neighbours, and False where there is none.
+            values: Their latents `(n, k, L, D)`, for a model that reads them.
+
+        Raises:
+            ValueError: The similarities are wanted and missing.
         """
-        values = values.to(self.null_latents)
-        mask = torch.ones(values.shape[:2]) if mask is None else mask
-        mask = mask.to(values.device, torch.bool)[:, :, None, None]
-        words = 0.0
-        if self.lexicon_bias is not None:
-            with torch.no_grad():
-                words = read_words(values, self.lexicon_keys, self.lexicon_bias, self.lexicon_tokens, embed)
-                words = torch.where(mask, words, 0.0)
-                words = words.mean(1) if self.memory_fusion == "channel" else words
-        values = torch.where(mask, values, self.null_latents)
+        tokens = self.empty_token
+        if words is not None:
+            tokens = torch.where(places.unsqueeze(-1), words.to(tokens), tokens)
+        if values is not None:
+            values = torch.where(used[:, :, None, None], values.to(tokens), self.null_latents)
+            tokens = tokens + self.mlp(values.transpose(1, 2).flatten(2))
         if self.memory_scores:
             if scores is None:
                 raise ValueError(
                     "config.memory_scores: this model is told the similarity of each neighbour. Pass memory_scores "
-                    "(images, top_k) with memory_ids or memory_values, or let the model retrieve."
+                    "(images, top_k) with memory_ids, memory_input_ids or memory_values, or let the model retrieve."
                 )
-            scores = torch.where(mask, scores.to(values)[:, :, None, None], 0.0)
-            values = torch.cat([values, scores.expand(*values.shape[:3], 1)], dim=-1)
-        if self.memory_fusion == "channel":
-            return self.mlp(values.transpose(1, 2).flatten(2)) + self.slot_embedding + words
-        return (self.mlp(values) + self.slot_embedding + words).flatten(1, 2)
+            scores = torch.where(used, scores.to(tokens), 0.0)
+            tokens = tokens + self.score(scores).unsqueeze(1)
+        return tokens
 
 
 def used_slots(
@@ -153,18 +140,22 @@ def used_slots(
     return ids, used
 
 
-def check_memory_values(config: TinyAlignConfig, values: torch.Tensor, n: int, **of_each: torch.Tensor | None) -> None:
-    """Raise ValueError unless memory values, and tensors with a number for each, are of `n` images."""
-    expected = (n, config.memory_top_k, config.num_latents, config.latent_dim)
-    found = tuple(values.shape)
-    free = {1} if config.memory_fusion == "sequence" else set()
-    if len(found) != 4 or any(a != b for i, (a, b) in enumerate(zip(found, expected, strict=True)) if i not in free):
-        raise ValueError(
-            f"memory_values have shape {found}, expected (images, top_k, num_latents, latent_dim) = {expected}."
-        )
-    for name, tensor in of_each.items():
-        if tensor is not None and tensor.shape != values.shape[:2]:
-            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected (images, top_k) = {found[:2]}.")
+def check_memory(config: TinyAlignConfig, n: int, **given: torch.Tensor | None) -> None:
+    """Raise ValueError unless what is given of the memory of `n` images has the shapes that the model reads."""
+    neighbours = "images, top_k", (n, config.memory_top_k)
+    shapes = {
+        "memory_ids": neighbours,
+        "memory_scores": neighbours,
+        "memory_input_ids": ("images, memory_tokens", (n, config.memory_tokens)),
+        "memory_values": (
+            "images, top_k, memory_tokens, latent_dim",
+            (*neighbours[1], config.memory_tokens, config.latent_dim),
+        ),
+    }
+    for name, tensor in given.items():
+        axes, expected = shapes[name]
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected ({axes}) = {expected}.")
 
 
 def check_retrieval(config: TinyAlignConfig, memory: str | None, top_k: int | None, threshold: float | None):
@@ -177,14 +168,20 @@ def check_retrieval(config: TinyAlignConfig, memory: str | None, top_k: int | No
         raise ValueError(f"retrieval_threshold is {threshold!r}, expected a similarity from -1 to 1.")
 
 
+def is_known(config: TinyAlignConfig, input_ids: torch.Tensor | None, values: torch.Tensor | None) -> bool:
+    """Return True if all that a model reads of its neighbours is given, and no bank is asked."""
+    return (input_ids is not None or not config.reads_captions) and (values is not None or not config.reads_latents)
+
+
 def no_memory(config: TinyAlignConfig, n: int) -> dict[str, torch.Tensor]:
-    """Return memory values, ids and scores for `n` images that nothing was retrieved for."""
+    """Return the memory of `n` images that nothing was retrieved for."""
     shape = (n, config.memory_top_k)
-    return {
-        "memory_ids": torch.full(shape, -1),
-        "memory_values": torch.zeros(*shape, config.num_latents, config.latent_dim),
-        "memory_scores": torch.full(shape, -torch.inf),
-    }
+    memory = {"memory_ids": torch.full(shape, -1), "memory_scores": torch.full(shape, -torch.inf)}
+    if config.reads_captions:
+        memory["memory_input_ids"] = torch.full((n, config.memory_tokens), -1)
+    if config.reads_latents:
+        memory["memory_values"] = torch.zeros(*shape, config.memory_tokens, config.latent_dim)
+    return memory
 
 
 def check_tensor(name: str, value: Any, axes: str, floating: bool = True):
@@ -210,109 +207,148 @@ def for_each(exclude_ids: list | str | int | None, n: int) -> list | None:
     return [exclude_ids] * n if isinstance(exclude_ids, (str, int)) else exclude_ids
 
 
-# ---------------------------------------------------------------------- the lexicon
+class Caption(NamedTuple):
+    """The tokens of a caption, and after how many of them a word or a character ends, ascending."""
+
+    ids: list[int]
+    word_ends: list[int]
+    character_ends: list[int]
 
 
-def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The whole words that are one token: byte-level (`Ġword`) and SentencePiece (`▁word`) vocabularies."""
-    words = (token[1:] for token in tokenizer.get_vocab() if token[:1] in ("Ġ", "▁"))
-    return sorted(word for word in words if word.isascii() and word.isalpha())
+class CaptionTokenizer:
+    """Write the captions of an image's neighbours into `size` places, a token each.
 
-
-def lexicon_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
-    """The words of the captions and of the vocabulary; the empty string stands for "no word here"."""
-    return ["", *sorted({word for caption in captions for word in caption.split()} | set(vocabulary_words(tokenizer)))]
-
-
-def slot_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], slots: int) -> torch.LongTensor:
-    """
-    Tokens of each word for each of its slots: one token a slot, all that are left in the last slot, a line break where
-    none is left.
-
-    Returns:
-        `(slots, len(words), LONGEST_REST)`, padded with -1.
-    """
-    lead = len(tokenizer("x", add_special_tokens=False)["input_ids"])  # a word after another has its space
-    blank = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
-    tokens = torch.full((slots, len(words), LONGEST_REST), -1)
-    encoded = tokenizer([f"x {word}" if word else "x" for word in words], add_special_tokens=False)["input_ids"]
-    for row, ids in enumerate(encoded):
-        ids = ids[lead:]
-        parts = [*([token] for token in ids[: slots - 1]), ids[slots - 1 :][:LONGEST_REST]]
-        for slot in range(slots):
-            part = (parts[slot] if slot < len(parts) else None) or blank
-            tokens[slot, row, : len(part)] = torch.tensor(part)
-    return tokens
-
-
-def read_words(
-    values: torch.Tensor,
-    keys: torch.Tensor,
-    bias: torch.Tensor,
-    tokens: torch.Tensor,
-    embed: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """
-    Each latent's word, in the language model's own input embeddings.
+    The captions follow one another as running text, the nearest first, with `"; "` between them. Where there is no
+    room for all, each gets an equal share and is cut after the last word that fits; what one leaves is the others'.
 
     Args:
-        values: `(..., L, D)` latents.
-        keys, bias: `(words, D)` and `(words,)`, from `ValueEncoder.word_scores`.
-        tokens: `(slots, words, LONGEST_REST)` from `slot_tokens`.
-        embed: token ids to embeddings, `(...)` to `(..., hidden_size)`. Not their weight, which may be offloaded.
-
-    Returns:
-        `(..., L, hidden_size)`, the mean over the likeliest words.
-    """
-    with torch.autocast(values.device.type, enabled=False):  # bfloat16 would take one word for another
-        scores = values.float() @ keys.float().T + bias.float()
-    weights, words = scores.topk(min(4, len(bias)))
-    slot = torch.arange(values.shape[-2], device=values.device) % len(tokens)
-    ids = tokens[slot[:, None], words].long()  # loading in half precision casts integer buffers too
-    is_token = (ids >= 0).unsqueeze(-1)
-    vectors = (embed(ids.clamp(min=0)).float() * is_token).sum(-2) / is_token.sum(-2).clamp(min=1)
-    return (weights.softmax(-1).unsqueeze(-1) * vectors).sum(-2)
-
-
-def build_lexicon(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], value_encoder: PreTrainedModel
-) -> None:
-    """
-    Teach the memory connector to read: the words of a bank's captions and of the tokenizer's vocabulary, as the bank's
-    value encoder spells them. A closed form, nothing is trained. Call it before training, and again after a bank with
-    new words is attached. The words are saved with the model.
-
-    The first lexicon of a model sets the output layer of the memory connector's MLP to zero: it starts as a correction
-    of the words. What a model that was trained without a lexicon had learned there is lost, and a warning says so.
-
-    Args:
-        tokenizer: The language model's.
-        value_encoder: The bank's, trained to spell.
+        tokenizer: the language model's, a fast one.
+        size: places of one image (`config.memory_tokens`).
 
     Raises:
-        ValueError: The model has no memory, or the latents are not those that it reads.
+        ValueError: the tokenizer is a slow one.
     """
-    config, encoder = model.config, value_encoder.config
-    if config.memory_top_k == 0:
-        raise ValueError("memory_top_k is 0, a model without memory: it reads no bank and needs no lexicon.")
-    found = (encoder.num_latents, encoder.latent_dim, encoder.latents_per_word)
-    expected = (config.num_latents, config.latent_dim, config.latents_per_word)
-    if found != expected:
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int):
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"The tokenizer is a {type(tokenizer).__name__}, which says nothing of where in a text its tokens "
+                "stand, expected a fast one: load it with AutoTokenizer."
+            )
+        self.tokenizer, self.size = copy.deepcopy(tokenizer), size  # other users change padding and truncation
+        # what is no special token may be a word, unless it looks like <this>
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        names = [token.content for token in added if token.special or not token.content.strip()[-1].isalnum()]
+        names = "|".join(map(re.escape, names))
+        self.control = re.compile(f"(?={names or '(?!)'}).", re.DOTALL)
+        self.separator = self._behind("a", SEPARATOR).ids
+        self.captions: dict[str, Caption] = {}
+
+    def __call__(self, captions: Sequence[Sequence[str]]) -> torch.LongTensor:
+        """Return token ids `(images, size)` of each image's captions, nearest first; -1 in the places left over."""
+        ids = torch.full((len(captions), self.size), -1)
+        for row, texts in enumerate(captions):
+            tokens = self.pack([self.tokenize(text) for text in texts])
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        return ids
+
+    def pack(self, captions: Sequence[Caption]) -> list[int]:
+        """Return at most `size` tokens of these captions."""
+        room = self.size + len(self.separator)  # each caption counts with a separator, the last has none
+        lengths = [len(caption.ids) + len(self.separator) for caption in captions]
+        kept = [
+            _last_end(caption, share - len(self.separator))
+            for caption, share in zip(captions, shares(lengths, room), strict=True)
+        ]
+        for number, caption in enumerate(captions):  # what cutting at words has left
+            left = room - sum(count + len(self.separator) for count in kept if count)
+            free = left + kept[number] if kept[number] else left - len(self.separator)
+            kept[number] = max([kept[number], *(end for end in caption.word_ends if end <= free)])
+        tokens = []
+        for caption, count in zip(captions, kept, strict=True):
+            if count:
+                tokens += [*(self.separator if tokens else []), *caption.ids[:count]]
+        return tokens
+
+    def tokenize(self, text: str) -> Caption:
+        """Return the tokens of a caption as they are behind a separator; what looks like a control token is text."""
+        if text not in self.captions:
+            if len(self.captions) >= MAX_CACHED:
+                self.captions.clear()
+            plain = text.strip()
+            cuts = [0, *(match.end() for match in self.control.finditer(plain)), len(plain)]
+            pieces = [plain[start:end] for start, end in itertools.pairwise(cuts)]
+            caption = self._behind(SEPARATOR, f" {pieces[0]}")
+            for piece in pieces[1:]:
+                caption = _joined(caption, self._behind(SEPARATOR, piece))
+            self.captions[text] = caption
+        return self.captions[text]
+
+    def _behind(self, before: str, text: str) -> Caption:
+        """Tokens of a text as they are behind another one."""
+        whole, start = before + text, len(before)
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, ends = [], []
+        for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if end > start:
+                ids.append(token)
+                ends.append(end)
+        characters, words = [], []
+        for count, end in enumerate(ends, start=1):
+            is_last = end == len(whole)
+            if count < len(ends) and (ends[count] == end or unicodedata.combining(whole[end])):
+                continue  # the next token goes on with the same character
+            if whole[end - 1].isspace():
+                continue
+            characters.append(count)
+            if is_last or _is_word_end(whole, end):
+                words.append(count)
+        return Caption(ids, words, characters)
+
+
+def _joined(first: Caption, second: Caption) -> Caption:
+    """The tokens of a caption that was cut within a control token."""
+    count = len(first.ids)
+    words = [end for end in first.word_ends if end < count] + [count + end for end in second.word_ends]
+    characters = [*first.character_ends, *(count + end for end in second.character_ends)]
+    return Caption(first.ids + second.ids, words, characters)
+
+
+def shares(lengths: Sequence[int], room: int) -> list[int]:
+    """Divide `room` equally among things of these lengths; what one does not need goes to the others."""
+    found = [0] * len(lengths)
+    for done, number in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
+        found[number] = min(lengths[number], room // (len(lengths) - done))
+        room -= found[number]
+    return found
+
+
+def _last_end(caption: Caption, share: int) -> int:
+    """Tokens of a caption that fit into a share: whole words, or characters of a first word that is longer."""
+    fitting = [end for end in caption.word_ends if end <= share]
+    return max(fitting or [0, *(end for end in caption.character_ends if end <= share)])
+
+
+def _is_word_end(text: str, end: int) -> bool:
+    """Tell whether a word ends before the character at `end`."""
+    after = text[end]
+    return after.isspace() or bool(SPACELESS.match(after) and SPACELESS.match(text[end - 1]))
+
+
+def find_tokenizer(name_or_path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that was saved with a model: of the same revision, from the network only if it must."""
+    advice = "pass that of its processor: model.attach_memory_bank(bank, tokenizer=processor.tokenizer)"
+    if not name_or_path:
         raise ValueError(
-            f"The bank's value encoder has (num_latents, latent_dim, latents_per_word) = {found}, the model expects "
-            f"{expected}: set those of the model's config to the bank's."
+            f"The model was not loaded, so there is no tokenizer beside it to read captions with: {advice}."
         )
-    words = lexicon_words(tokenizer, captions)
-    keys, bias = value_encoder.word_scores(words)
-    tokens = slot_tokens(tokenizer, words, config.latents_per_word)
-    connector = model.memory_connector
-    if config.memory_lexicon_size == 0:  # the MLP starts as a correction of 0
-        nn.init.zeros_(connector.mlp.linear_2.weight)
-        nn.init.zeros_(connector.mlp.linear_2.bias)
-        logger.warning(
-            "This is the model's first lexicon: the output layer of its memory connector was set to zero, to be "
-            "trained from there. If it was trained before, that is lost."
-        )
-    device = connector.null_latents.device
-    connector.set_lexicon(keys.to(device), bias.to(device), tokens.to(device))
-    config.memory_lexicon_size = len(words)
+    try:
+        try:
+            return AutoTokenizer.from_pretrained(name_or_path, revision=revision, local_files_only=True)
+        except OSError:
+            return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{name_or_path} has no tokenizer, expected one beside the model's weights, to read captions with: save "
+            f"the processor there as well, or {advice}."
+        ) from error

@@ -59,7 +59,7 @@ class MemoryBank(BankRows):
         config: BankConfig,
         key_encoder: KeyEncoder,
         probe_keys: torch.Tensor,
-        value_encoder: ValueEncoder | Path,
+        value_encoder: ValueEncoder | Path | None,
         repo_id: str | None = None,
         revision: str | None = None,
     ):
@@ -71,14 +71,17 @@ class MemoryBank(BankRows):
 
     def __repr__(self) -> str:
         config = self.config
+        values = f"values of {config.num_latents} x {config.latent_dim}" if config.value_size else "no values"
         return (
-            f"MemoryBank({len(self)} rows, keys of {config.key_dim}, values of {config.num_latents} x "
-            f"{config.latent_dim}, {config.key_encoder.key_space} space, tower {config.tower.name})"
+            f"MemoryBank({len(self)} rows, keys of {config.key_dim}, {values}, {config.key_encoder.key_space} space, "
+            f"tower {config.tower.name})"
         )
 
     @property
-    def value_encoder(self) -> ValueEncoder:
-        """The frozen value encoder, read from the bank's folder when it is first asked for."""
+    def value_encoder(self) -> ValueEncoder | None:
+        """The frozen value encoder, read from the bank's folder when it is first asked for; None without values."""
+        if self.config.value_encoder is None:
+            return None
         if isinstance(self._value_encoder, Path):
             self._value_encoder = read_value_encoder(self._value_encoder, self.config, self.repo_id is not None)
         return self._value_encoder
@@ -112,7 +115,7 @@ class MemoryBank(BankRows):
         config: BankConfig,
         key_encoder: KeyEncoder,
         probe_keys: torch.Tensor,
-        value_encoder: ValueEncoder,
+        value_encoder: ValueEncoder | None,
         left_out: Sequence[LeftOutRow] = (),
     ) -> MemoryBank:
         """Make a bank of rows with keys and values; arguments as of `lay_out` and of the class."""
@@ -172,7 +175,7 @@ class MemoryBank(BankRows):
         settings["seen"] = None if keep_duplicates else self.image_names()
         reader = RowReader(processor.decode_image, image_column, caption_column, self.config.columns)
         encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)
-        with evaluating(model, self.value_encoder):
+        with evaluating(model, *encoder.value_encoders):
             added = finished(encoder.batches(enumerate(undecoded(rows, image_column))), self.key_encoder)
             return self.with_rows(itertools.chain(self.batches(), added), encoder.left_out)
 
@@ -375,3 +378,12 @@ class MemoryBank(BankRows):
         self.repo_id, commit = found
         self.revision = commit.oid
         return commit
+
+
+def opened_bank(bank: MemoryBank | str | os.PathLike, revision: str | None = None) -> MemoryBank:
+    """Return a bank, loaded if it is a name or a path; `TypeError` for anything else."""
+    if isinstance(bank, (str, os.PathLike)):
+        return MemoryBank.from_pretrained(bank, revision=revision)
+    if "MemoryBank" not in (kind.__name__ for kind in type(bank).__mro__):  # a checkpoint's own class is another one
+        raise TypeError(f"The bank is a {type(bank).__name__}, expected a MemoryBank, a folder or a repository.")
+    return bank

@@ -20,6 +20,7 @@ from .connectors import (
     MemoryConnector,
     check_retrieval,
     check_tensor,
+    is_known,
     merged_settings,
     no_memory,
     pool_grid,
@@ -53,8 +54,8 @@ if TYPE_CHECKING:
 
 # Everything that says what an image is and what is remembered about it.
 IMAGE_INPUTS = (
-    "pixel_values vision_features query_input_ids query_attention_mask memory_ids memory_values memory_scores "
-    "exclude_ids memory memory_top_k retrieval_threshold"
+    "pixel_values vision_features query_input_ids query_attention_mask memory_ids memory_input_ids memory_values "
+    "memory_scores exclude_ids memory memory_top_k retrieval_threshold"
 ).split()
 
 
@@ -120,6 +121,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         query_input_ids: torch.LongTensor | None = None,
         query_attention_mask: torch.Tensor | None = None,
         memory_ids: torch.LongTensor | None = None,
+        memory_input_ids: torch.LongTensor | None = None,
         memory_values: torch.Tensor | None = None,
         memory_scores: torch.Tensor | None = None,
         exclude_ids: list | None = None,
@@ -134,8 +136,9 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         Args:
             vision_features (`(n, T, C)`): What [`get_vision_features`] gave, instead of `pixel_values (n, 3, H, W)`.
             query_input_ids, query_attention_mask (`(n, Q)`): The question, for language-space keys.
-            memory_ids (`(n, top_k)`): Rows of the bank to use, or `memory_values (n, top_k, L, D)`; -1: none.
-            memory_scores (`(n, top_k)`): With one of these their similarities.
+            memory_ids (`(n, top_k)`): Rows of the bank to use; -1: none. Or what the model reads of them:
+                `memory_input_ids (n, M)`, tokens of captions, -1: none, and `memory_values (n, top_k, L, D)`.
+            memory_scores (`(n, top_k)`): With these the rows' similarities.
             exclude_ids: For each image `None`, a `source_id`, a row id or a list; or one of these for all images.
             memory: `"off"` fills all slots with "nothing retrieved".
             memory_top_k, retrieval_threshold: In place of the config's; slots beyond stay empty.
@@ -150,20 +153,17 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             vision_features, tower = self._read_vision_tower(pixel_values, **kwargs)
         tokens = self._visual_tokens(vision_features)
         if self.config.memory_top_k > 0:
-            given = {"memory_ids": memory_ids, "memory_values": memory_values, "memory_scores": memory_scores}
+            given = {"memory_ids": memory_ids, "memory_scores": memory_scores}
+            given |= {"memory_input_ids": memory_input_ids, "memory_values": memory_values}
             if memory == "off" or memory_top_k == 0:
                 given = no_memory(self.config, tokens.shape[0])
-            elif memory_values is None:
+            elif not is_known(self.config, memory_input_ids, memory_values):
                 queries = vision_features, query_input_ids, query_attention_mask
-                given = self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
-            if retrieval_threshold is None:
-                retrieval_threshold = self.config.retrieval_threshold
+                given |= self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
             memory_tokens, memory_ids, memory_scores = self.read_memory(tokens, retrieval_threshold, **given)
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
-        elif memory_ids is not None or memory_values is not None:
-            raise ValueError(
-                "config.memory_top_k is 0, a model without memory: do not pass memory_ids or memory_values."
-            )
+        elif any(value is not None for value in (memory_ids, memory_input_ids, memory_values)):
+            raise ValueError("config.memory_top_k is 0, a model without memory: pass no memory_ids, nor what is read.")
         wanted = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         return TinyAlignImageFeatures(
             last_hidden_state=vision_features,
@@ -273,6 +273,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         query_input_ids: torch.LongTensor | None = None,
         query_attention_mask: torch.Tensor | None = None,
         memory_ids: torch.LongTensor | None = None,
+        memory_input_ids: torch.LongTensor | None = None,
         memory_values: torch.Tensor | None = None,
         memory_scores: torch.Tensor | None = None,
         exclude_ids: list | None = None,
@@ -297,6 +298,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             query_input_ids=query_input_ids,
             query_attention_mask=query_attention_mask,
             memory_ids=memory_ids,
+            memory_input_ids=memory_input_ids,
             memory_values=memory_values,
             memory_scores=memory_scores,
             exclude_ids=exclude_ids,

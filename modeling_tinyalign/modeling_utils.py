@@ -18,18 +18,19 @@ from transformers.utils import logging
 from .composition import check_origins, load_models, unless_local
 from .configuration_tinyalign import TinyAlignConfig
 from .connectors import (
+    CaptionTokenizer,
     MemoryConnector,
-    build_lexicon,
-    check_memory_values,
+    check_memory,
     check_retrieval,
     check_tensor,
+    find_tokenizer,
     for_each,
     used_slots,
 )
 from .files import WEIGHTS, apply_umask, make_model_card, push_files, resolve_commit
 from .key_encoder import query_pixels
-from .memory_bank import MemoryBank
-from .outputs import TinyAlignRetrieval
+from .memory_bank import MemoryBank, opened_bank
+from .outputs import TinyAlignRetrieval, captions_of
 
 logger = logging.get_logger(__name__)
 
@@ -38,15 +39,6 @@ CONNECTORS = r"^(model\.)?(memory_)?connector\."
 # What a broken config.json or broken weights make transformers raise, beside ValueError and OSError.
 BROKEN = (SafetensorError, StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError)
 BROKEN += (RecursionError, TypeError)
-
-
-def opened_bank(bank: MemoryBank | str | os.PathLike, revision: str | None = None) -> MemoryBank:
-    """Return a bank, loaded if it is a name or a path; `TypeError` for anything else."""
-    if isinstance(bank, (str, os.PathLike)):
-        return MemoryBank.from_pretrained(bank, revision=revision)
-    if "MemoryBank" not in (kind.__name__ for kind in type(bank).__mro__):  # a checkpoint's own class is another one
-        raise TypeError(f"The bank is a {type(bank).__name__}, expected a MemoryBank, a folder or a repository.")
-    return bank
 
 
 class TinyAlignPreTrainedModel(PreTrainedModel):
@@ -64,8 +56,9 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The attached bank; of TinyAlignForConditionalGeneration it is that of its base model.
+    # The attached bank, and what reads its captions; of TinyAlignForConditionalGeneration they are its base model's.
     _memory_bank: MemoryBank | None = None
+    _caption_tokenizer: CaptionTokenizer | None = None
 
     def __init__(self, config: TinyAlignConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -80,12 +73,11 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, MemoryConnector):
-            init.normal_(module.null_latents, std=0.02)
-            init.zeros_(module.slot_embedding)
-            if module.lexicon_bias is not None:  # as for words without tokens
-                init.zeros_(module.lexicon_keys)
-                init.zeros_(module.lexicon_bias)
-                init.constant_(module.lexicon_tokens, -1)
+            init.zeros_(module.empty_token)
+            if module.memory_scores:
+                init.zeros_(module.score.weight)
+            if self.config.reads_latents:
+                init.normal_(module.null_latents, std=0.02)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -217,13 +209,18 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         return self.base_model._memory_bank
 
     def attach_memory_bank(
-        self, bank: MemoryBank | str | os.PathLike | None, revision: str | None = None, check_probes: bool = True
+        self,
+        bank: MemoryBank | str | os.PathLike | None,
+        revision: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        check_probes: bool = True,
     ):
         """
         Retrieve from this bank from now on. It is no part of the weights; the config names its Hub repository.
 
         Args:
             bank: A bank, or the folder or dataset repository (at `revision`) of one. None: see `detach_memory_bank`.
+            tokenizer: The processor's, to read captions with. A checkpoint finds its own beside its weights.
             check_probes: `False` takes a bank of another vision tower too, as [`MemoryBank.for_any_tower`].
 
         Raises:
@@ -233,13 +230,17 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             self.detach_memory_bank()
             return
         bank, config = opened_bank(bank, revision), self.config
-        found = (*bank.config.value_shape, bank.config.key_encoder.key_space)
-        expected = (config.num_latents, config.latent_dim, config.key_space)
+        found, expected = [bank.config.key_encoder.key_space], [config.key_space]
+        if config.reads_latents:
+            found += bank.config.value_shape
+            expected += [config.memory_tokens, config.latent_dim]
         if found != expected:
             raise ValueError(
-                f"The bank has (num_latents, latent_dim, key_space) = {found}, the model expects {expected}. Build a "
+                f"The bank has (key_space, num_latents, latent_dim) = {found}, the model expects {expected}. Build a "
                 "bank for this model, or use the model the bank was built for."
             )
+        if tokenizer is not None:
+            self.read_captions_with(tokenizer)
         if len(bank) < config.num_neighbours:
             raise ValueError(
                 f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.num_neighbours}: add rows."
@@ -268,9 +269,16 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         """Forget the bank, also the one that `config.memory_bank` names."""
         self.base_model._memory_bank = self.config.memory_bank = self.config.memory_bank_revision = None
 
-    def build_lexicon(self, tokenizer: PreTrainedTokenizerBase, bank: MemoryBank):
-        """Teach the memory connector the words of a bank; see [`connectors.build_lexicon`]."""
-        build_lexicon(self.base_model, tokenizer, bank.captions, bank.value_encoder)
+    @property
+    def caption_tokenizer(self) -> CaptionTokenizer:
+        """The reader of captions, with the tokenizer that lies beside the model's weights unless one was given."""
+        if self.base_model._caption_tokenizer is None:
+            self.read_captions_with(find_tokenizer(self.config.name_or_path, self.config._commit_hash))
+        return self.base_model._caption_tokenizer
+
+    def read_captions_with(self, tokenizer: PreTrainedTokenizerBase):
+        """Set the language model's tokenizer, which a loaded model finds beside its weights."""
+        self.base_model._caption_tokenizer = CaptionTokenizer(tokenizer, self.config.memory_tokens)
 
     def require_bank(self) -> MemoryBank:
         """Return the bank; ValueError if there is none."""
@@ -278,7 +286,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         if bank is None:
             raise ValueError(
                 f"This model uses {self.config.num_neighbours} neighbours an image, but no memory bank is attached "
-                "and no memory_values were given. Call model.attach_memory_bank(folder_or_repository), or pass "
+                "and none of them were given. Call model.attach_memory_bank(folder_or_repository), or pass "
                 "memory='off' to do without."
             )
         return bank
@@ -322,19 +330,9 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         return TinyAlignRetrieval(
             scores=scores,
             ids=ids,
-            captions=[[neighbour["caption"] for neighbour in row] for row in rows],
+            captions=captions_of(rows),
             source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
         )
-
-    def check_top_k(self):
-        """Raise ValueError if `config.memory_top_k` was changed and the memory connector can't follow."""
-        config = self.config
-        if config.memory_top_k != self._built_top_k and (config.memory_fusion == "channel" or self._built_top_k == 0):
-            raise ValueError(
-                f"config.memory_top_k is {config.memory_top_k}, but the model was made for {self._built_top_k} "
-                "neighbours, and only memory_fusion='sequence' reads another number of them: set it back, or make and "
-                "train a model with the new number."
-            )
 
     def look_up(
         self,
@@ -344,8 +342,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         exclude_ids: list | str | int | None,
         top_k: int | None = None,
     ) -> dict[str, torch.Tensor | None]:
-        """Return memory values, ids and scores: of these rows of the bank, or of the nearest to the queries."""
-        self.check_top_k()
+        """Return ids, scores and values that the model reads: of these rows, or of the nearest to the queries."""
         bank = self.require_bank()
         if memory_ids is None:
             keys = bank.encode_queries(*queries)
@@ -354,31 +351,40 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             memory_scores, memory_ids = bank.search(keys, top_k, exclude=for_each(exclude_ids, len(keys)))
             memory_ids = F.pad(memory_ids, (0, slots - top_k), value=-1)
             memory_scores = F.pad(memory_scores, (0, slots - top_k), value=-torch.inf)
-        memory_ids = torch.as_tensor(memory_ids)
-        return {"memory_ids": memory_ids, "memory_values": bank.gather(memory_ids), "memory_scores": memory_scores}
+        memory = {"memory_ids": torch.as_tensor(memory_ids), "memory_scores": memory_scores}
+        if self.config.reads_latents:
+            memory["memory_values"] = bank.gather(memory["memory_ids"])
+        return memory
 
     def read_memory(
-        self,
-        tokens: torch.Tensor,
-        threshold: float | None,
-        memory_values: torch.Tensor,
-        memory_ids: torch.LongTensor | None,
-        memory_scores: torch.Tensor | None,
+        self, tokens: torch.Tensor, threshold: float | None, **memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor | None]:
-        """Return memory tokens `(n, M, hidden_size)` for the images of `tokens`, and the ids and scores in use."""
-        self.check_top_k()
-        values = torch.as_tensor(memory_values)
-        memory_ids = None if memory_ids is None else torch.as_tensor(memory_ids)
-        memory_scores = None if memory_scores is None else torch.as_tensor(memory_scores)
-        check_memory_values(self.config, values, tokens.shape[0], memory_ids=memory_ids, memory_scores=memory_scores)
-        memory_ids, mask = used_slots(memory_ids, memory_scores, threshold)
-        memory_tokens = self.memory_connector(
-            values.to(tokens.device),
-            mask,
-            lambda ids: self.get_input_embeddings()(ids),  # accelerate would move the layer itself
-            memory_scores,
-        )
-        return memory_tokens, memory_ids, memory_scores
+        """
+        Return memory tokens `(n, M, hidden_size)` for the images of `tokens`, and the ids and scores in use.
+
+        Args:
+            memory: Those of `memory_ids`, `memory_scores`, `memory_input_ids` and `memory_values` that are known.
+                Without `memory_input_ids` the captions of the bank's rows are read.
+        """
+        if self.config.memory_top_k != self._built_top_k:
+            raise ValueError(
+                f"config.memory_top_k is {self.config.memory_top_k}, but the model was made for {self._built_top_k} "
+                "neighbours: set it back (memory_top_k of a call takes fewer), or make and train another model."
+            )
+        memory = {name: torch.as_tensor(value) for name, value in memory.items() if value is not None}
+        check_memory(self.config, len(tokens), **memory)
+        scores, words, places = memory.get("memory_scores"), None, None
+        threshold = self.config.retrieval_threshold if threshold is None else threshold
+        ids, used = used_slots(memory.get("memory_ids"), scores, threshold)
+        if self.config.reads_captions:
+            input_ids = memory.get("memory_input_ids")
+            if input_ids is None:
+                input_ids = self.caption_tokenizer(captions_of(self.require_bank().rows(ids)))
+            places = input_ids.to(tokens.device) >= 0
+            words = self.get_input_embeddings()(input_ids.to(tokens.device).clamp(min=0))
+        values = memory["memory_values"].to(tokens.device) if self.config.reads_latents else None
+        used = torch.ones(len(tokens), self.config.memory_top_k, dtype=torch.bool) if used is None else used
+        return self.memory_connector(words, places, scores, values, used.to(tokens.device)), ids, scores
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None

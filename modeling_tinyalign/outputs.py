@@ -73,6 +73,11 @@ class TinyAlignRetrieval(ModelOutput):
     source_ids: list[list[str]] | None = None
 
 
+def captions_of(rows: list[list[dict | None]]) -> list[list[str]]:
+    """Return the captions of each image's neighbours, without empty slots."""
+    return [[neighbour["caption"] for neighbour in row if neighbour is not None] for row in rows]
+
+
 def cache_of(kwargs: dict[str, Any]) -> Cache | None:
     """Return the cache among these arguments: `cache`, called `past_key_values` before transformers 5.24."""
     cache = kwargs.get("cache")

@@ -112,6 +112,7 @@ class RowEncoder:
     """Encode rows of a data set, batch by batch, into record batches of a bank.
 
     Attributes:
+        value_encoder: None for a bank without values.
         read_row: reads a row, as `RowReader` does, with the columns to keep.
         skip_bad_rows: leave bad rows out instead of raising ValueError.
         seen: 16 bytes for each image, whose rows are left out as duplicates; those of the rows are added. None keeps
@@ -123,7 +124,7 @@ class RowEncoder:
 
     model: PreTrainedModel
     processor: ProcessorMixin
-    value_encoder: ValueEncoder
+    value_encoder: ValueEncoder | None
     key_encoder: KeyEncoder
     read_row: Callable[[int, Any], BankRow]
     keep_columns: Sequence[str] = ()
@@ -138,20 +139,26 @@ class RowEncoder:
     def __post_init__(self):
         require_bank_packages()
         check_row_settings(self.keep_columns, self.batch_size, self.thumbnail_size)
-        found, expected = [
-            (config.num_latents, config.latent_dim) for config in (self.value_encoder.config, self.model.config)
-        ]
-        if found != expected:
-            raise ValueError(
-                f"The value encoder makes latents of shape {found}, but the model expects {expected}. Give both the "
-                "same num_latents and latent_dim."
-            )
+        config = self.model.config
+        if self.value_encoder is not None and config.reads_latents:
+            found = self.value_encoder.config.num_latents, self.value_encoder.config.latent_dim
+            if found != (config.memory_tokens, config.latent_dim):
+                raise ValueError(
+                    f"The value encoder makes latents of shape {found}, but the model expects "
+                    f"{(config.memory_tokens, config.latent_dim)}: its memory_tokens and latent_dim."
+                )
+
+    @property
+    def value_encoders(self) -> list[ValueEncoder]:
+        """The value encoder, if there is one."""
+        return [] if self.value_encoder is None else [self.value_encoder]
 
     @property
     def schema(self) -> pa.Schema:
         """The columns of the record batches; the keys are raw."""
-        width, config = self.key_encoder.mean.numel(), self.value_encoder.config
-        value_size = config.num_latents * config.latent_dim
+        width, value_size = self.key_encoder.mean.numel(), 0
+        if self.value_encoder is not None:
+            value_size = self.value_encoder.config.num_latents * self.value_encoder.config.latent_dim
         return row_schema(width, value_size, self.thumbnail_size is not None, self.keep_columns)
 
     def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
@@ -185,34 +192,33 @@ class RowEncoder:
     @torch.no_grad()
     def encode(self, rows: list[BankRow]) -> pa.RecordBatch:
         """Encode one batch; ValueError names a row whose key or value is not finite."""
-        reads_pixels = self.value_encoder.config.image_input == "pixels"
-        if self.vision_features is None or reads_pixels:
+        if self.vision_features is None:
             images = [row.image for row in rows]
             pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        if self.vision_features is None:
             features = self.model.get_vision_features(pixels)
         else:
             features = torch.stack([torch.as_tensor(self.vision_features[row.number]) for row in rows])
         captions = [row.caption for row in rows]
         keys = self.key_encoder.to(features.device).raw_keys(features, *self._caption_ids(captions, features.device))
-        values = self.value_encoder.encode(pixels if reads_pixels else features, captions).float().half()
-        for name, tensor in (("key", keys), ("value", values)):
-            finite = tensor.flatten(1).isfinite().all(dim=1)
+        numbers = {"key": keys}
+        if self.value_encoder is not None:
+            numbers["value"] = self.value_encoder.encode(features, captions).float().half().flatten(1)
+        for name, tensor in numbers.items():
+            finite = tensor.isfinite().all(dim=1)
             if not finite.all():
                 raise ValueError(
                     f"Row {rows[int(finite.int().argmin())].number} of the dataset gets a {name} that is NaN or "
                     "infinite in the bank's precision. Check the vision tower and the value encoder; float16 towers "
                     "overflow."
                 )
-        return self._record_batch(rows, keys.cpu().numpy(), values.flatten(1).cpu().numpy())
+        return self._record_batch(rows, {name: tensor.cpu().numpy() for name, tensor in numbers.items()})
 
-    def _record_batch(self, rows: list[BankRow], keys: np.ndarray, values: np.ndarray) -> pa.RecordBatch:
+    def _record_batch(self, rows: list[BankRow], numbers: dict[str, np.ndarray]) -> pa.RecordBatch:
         columns = {
             "id": np.arange(self.next_id, self.next_id + len(rows)),
             "source_id": [row.source_id for row in rows],
             "caption": [row.caption for row in rows],
-            "key": list_column(keys),
-            "value": list_column(values),
+            **{name: list_column(array) for name, array in numbers.items()},
         }
         if self.thumbnail_size is not None:
             columns["thumbnail"] = [{"bytes": thumbnail_bytes(row.image, self.thumbnail_size)} for row in rows]

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -32,16 +31,11 @@ class ValueEncoderConfig(PreTrainedConfig):
     d_model (`int`, *optional*, defaults to 128): Width of the inputs that the latents attend to.
     num_blocks, num_self_attends_per_block (`int`, *optional*, default to 1 and 8): Depth.
     num_self_attention_heads, num_cross_attention_heads (`int`, *optional*, default to 8): Attention heads.
-    image_input (`str`, *optional*, defaults to `"features"`):
-        `"features"` reads the vision tower's frozen features, `"pixels"` the image itself (the paper's way).
-    vision_feature_size (`int`, *optional*, defaults to 1152): Width of the features (C).
+    vision_feature_size (`int`, *optional*, defaults to 1152): Width of the vision tower's features (C).
     num_vision_tokens (`int`, *optional*, defaults to 729): Features of one image (T).
-    image_size, patch_size (`int`, *optional*, default to 384 and 32): Of the image, with `image_input="pixels"`.
     bytes_per_patch (`int`, *optional*, defaults to 16):
         UTF-8 bytes of a caption that are read together. A patch is one word; a longer word goes on in the next patch.
-    latents_per_word (`int`, *optional*, defaults to 2):
-        Latents that hold one word after training, so that a language model which cuts the word in two finds room for
-        both tokens. Words after the first `num_latents // latents_per_word` are not read.
+    max_words (`int`, *optional*, defaults to 32): Words of a caption that are read.
     """
 
     model_type = "tinyalign_value_encoder"
@@ -53,13 +47,10 @@ class ValueEncoderConfig(PreTrainedConfig):
     num_self_attends_per_block: int = 8
     num_self_attention_heads: int = 8
     num_cross_attention_heads: int = 8
-    image_input: Literal["features", "pixels"] = "features"
     vision_feature_size: int = 1152
     num_vision_tokens: int = 729
-    image_size: int = 384
-    patch_size: int = 32
     bytes_per_patch: int = 16
-    latents_per_word: int = 2
+    max_words: int = 32
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -72,11 +63,6 @@ class ValueEncoderConfig(PreTrainedConfig):
                 f"latent_dim is {self.latent_dim}, expected a multiple of the numbers of heads, {heads}: change it or "
                 "num_self_attention_heads and num_cross_attention_heads."
             )
-        if self.num_latents < self.latents_per_word:
-            raise ValueError(
-                f"num_latents is {self.num_latents}, expected at least latents_per_word = {self.latents_per_word}, "
-                "the room of one word."
-            )
         if self.d_model % self.bytes_per_patch:
             raise ValueError(
                 f"d_model is {self.d_model}, expected a multiple of bytes_per_patch = {self.bytes_per_patch}."
@@ -87,17 +73,11 @@ class ValueEncoderConfig(PreTrainedConfig):
         """The fields above, without those every config has."""
         return {name: vars(self)[name] for name in ValueEncoderConfig.__annotations__}
 
-    @property
-    def max_words(self) -> int:
-        """Words of a caption that are read."""
-        return self.num_latents // self.latents_per_word
-
 
 class ValueEncoder(PreTrainedModel):
     """Perceiver (`transformers.PerceiverModel`) over the words of a caption and the tokens of its image.
 
-    It knows no language model: captions are read as bytes, so one bank serves every language model. It is trained so
-    that latents `i * latents_per_word` and following spell word i of the caption through one linear layer, `spelling`.
+    It knows no language model: captions are read as bytes, so one bank serves every language model.
     `ValueEncoder(config)` is the untrained encoder of the reference; seed it and it can be saved and used again.
     """
 
@@ -108,14 +88,9 @@ class ValueEncoder(PreTrainedModel):
         super().__init__(config)
         self.byte_embedding = nn.Embedding(PADDING_BYTE + 1, config.d_model // config.bytes_per_patch)
         self.word_position = nn.Embedding(config.max_words, config.d_model)
-        if config.image_input == "pixels":
-            num_tokens = (config.image_size // config.patch_size) ** 2
-            self.image_projection = nn.Conv2d(3, config.d_model, config.patch_size, config.patch_size)
-        else:
-            num_tokens = config.num_vision_tokens
-            self.image_projection = nn.Linear(config.vision_feature_size, config.d_model)
+        self.image_projection = nn.Linear(config.vision_feature_size, config.d_model)
         self.image_norm = nn.LayerNorm(config.d_model)
-        self.image_position = nn.Embedding(num_tokens, config.d_model)
+        self.image_position = nn.Embedding(config.num_vision_tokens, config.d_model)
         self.perceiver = PerceiverModel(
             PerceiverConfig(
                 **{name: vars(config)[name] for name in SHARED_WITH_PERCEIVER},
@@ -124,7 +99,6 @@ class ValueEncoder(PreTrainedModel):
             )
         )
         self.output_norm = nn.LayerNorm(config.latent_dim, elementwise_affine=False)
-        self.spelling = nn.Linear(config.latent_dim, config.bytes_per_patch * (PADDING_BYTE + 1))
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
@@ -166,15 +140,13 @@ class ValueEncoder(PreTrainedModel):
     def forward(self, images: torch.Tensor, caption_bytes: torch.LongTensor) -> torch.Tensor:
         """
         Args:
-            images: `(n, T, C)` vision features, or `(n, 3, H, W)` pixels with `image_input="pixels"`.
+            images: `(n, T, C)` vision features.
             caption_bytes: `(n, words, bytes_per_patch)` from [`tokenize`]; a word of 256s is padding.
 
         Returns:
             `(n, num_latents, latent_dim)`, of mean 0 and variance 1 in each latent.
         """
         images = self.image_projection(images)
-        if self.config.image_input == "pixels":
-            images = images.flatten(2).transpose(1, 2)
         if images.shape[1] != self.image_position.num_embeddings:
             raise ValueError(
                 f"An image has {images.shape[1]} tokens, but the value encoder was made for "
@@ -194,27 +166,6 @@ class ValueEncoder(PreTrainedModel):
         """Return values `(n, num_latents, latent_dim)` of images (see [`forward`]) and their captions."""
         images = images.to(self.device, self.dtype)
         return self(images, self.tokenize(captions).to(self.device))
-
-    def spell(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return logits of the bytes of each latent's word: `(..., latent_dim)` to `(..., bytes_per_patch, 257)`."""
-        return self.spelling(latents).unflatten(-1, (self.config.bytes_per_patch, PADDING_BYTE + 1))
-
-    def word_scores(self, words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what tells words apart in latents: the log-probability of word w is `latent @ keys[w] + bias[w]`.
-
-        That is up to a constant that all words share. An empty string is the word of latents without a word.
-
-        Returns:
-            keys `(n, latent_dim)` and bias `(n,)`, float32.
-        """
-        patches = caption_patches(words, 1, self.config.bytes_per_patch)[:, 0].to(self.device)
-        weight = self.spelling.weight.detach().float().unflatten(0, (self.config.bytes_per_patch, -1))
-        bias = self.spelling.bias.detach().float().unflatten(0, (self.config.bytes_per_patch, -1))
-        position = torch.arange(self.config.bytes_per_patch, device=self.device)
-        keys = torch.zeros(len(words), self.config.latent_dim, device=self.device)
-        for place in position:  # a byte at a time: all at once takes bytes_per_patch times the memory
-            keys += weight[place, patches[:, place]]
-        return keys, bias[position, patches].sum(-1)
 
 
 def caption_patches(captions: list[str], max_words: int, bytes_per_patch: int) -> torch.LongTensor:

@@ -164,7 +164,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     return folders
 
 
-SMALL = {"num_latents": 3, "latent_dim": 5, "memory_top_k": 2}
+SMALL = {"memory_tokens": 3, "latent_dim": 5, "memory_top_k": 2, "memory_input": "latents", "memory_scores": False}
 
 
 @pytest.fixture(scope="session")

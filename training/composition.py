@@ -45,7 +45,9 @@ def compose(
     settings = {} if dtype is None else {"dtype": dtype}
     vision_kwargs, text_kwargs = {**settings, **(vision_kwargs or {})}, {**settings, **(text_kwargs or {})}
     vision_tower, vision_info = load_vision_tower(vision_name_or_path, vision_kwargs)
-    language_model, image_token_id, text_report = _load_language_model(text_name_or_path, image_token, text_kwargs)
+    language_model, tokenizer, image_token_id, report = _load_language_model(
+        text_name_or_path, image_token, text_kwargs
+    )
     config = TinyAlignConfig(
         **{
             "vision_config": vision_tower.config,
@@ -59,8 +61,9 @@ def compose(
         }
     )
     model = _put_together(model_class, config, vision_tower, language_model)
+    model.read_captions_with(tokenizer)
     new = "connector, memory_connector" if config.memory_top_k > 0 else "connector"
-    report = text_report + _missing(vision_name_or_path, vision_info)
+    report = report + _missing(vision_name_or_path, vision_info)
     logger.warning(f"Not from a checkpoint, train before use: {new} (random){report}.")
     return model.eval()
 
@@ -101,8 +104,8 @@ def _check_names(config: dict):
             )
 
 
-def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> tuple[PreTrainedModel, int, str]:
-    """The language model with a row for the image token, the token's id, and what was missing or is new."""
+def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> tuple:
+    """The language model with a row for the image token, its tokenizer, the token's id, and what is missing or new."""
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_kwargs)
     model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
@@ -120,7 +123,7 @@ def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> t
     end = tokenizer.get_vocab().get("<|im_end|>", tokenizer.eos_token_id)  # which the processor's template teaches
     if end is not None and end not in ends:
         model.generation_config.eos_token_id = [*ends, end]
-    return model, image_token_id, report
+    return model, tokenizer, image_token_id, report
 
 
 def _origin(name: str, name_or_path: str, kwargs: dict) -> dict:

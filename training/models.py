@@ -12,8 +12,8 @@ from .arguments.stage import StageArguments
 logger = logging.get_logger(__name__)
 
 
-def load_model(config: StageArguments, bank: MemoryBank | None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model of a config and its processor, loaded or composed; a composed one reads the words of this bank."""
+def load_model(config: StageArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model of a config and its processor, loaded or composed."""
     for name in ("vision_model", "language_model") if config.model is None else ("model",):
         if vars(config)[name] is not None:
             check_name(name, vars(config)[name])
@@ -34,10 +34,9 @@ def load_model(config: StageArguments, bank: MemoryBank | None) -> tuple[PreTrai
         raise ValueError(
             "No model: set `model` (a TinyAlign checkpoint), or `vision_model` and `language_model` to compose one."
         )
-    fields = {} if bank is None else {"latents_per_word": bank.config.value_encoder["latents_per_word"]}
     try:
         model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
-            config.vision_model, config.language_model, **{**fields, **model_fields(config)}
+            config.vision_model, config.language_model, **model_fields(config)
         )
     except OSError as error:  # which may not say of which of them
         raise OSError(
@@ -90,7 +89,7 @@ def model_fields(config: StageArguments) -> dict:
 
 
 def neighbours_of_baseline(config: StageArguments) -> int:
-    """Neighbours whose captions are written into a question: as many as TinyAlign would read latents of."""
+    """Neighbours whose captions are written into a question: as many as TinyAlign would read."""
     return (config.model_kwargs or {}).get("memory_top_k") or TinyAlignConfig().memory_top_k
 
 
@@ -124,7 +123,7 @@ def read_bank(config: StageArguments) -> MemoryBank | None:
 def attach_bank(
     config: StageArguments, model: PreTrainedModel, processor: ProcessorMixin, bank: MemoryBank | None
 ) -> MemoryBank | None:
-    """The bank, attached to the model and in its lexicon if the model is new, or None for a model without memory."""
+    """The bank, attached to the model, or None for a model without memory."""
     neighbours = neighbours_of_baseline(config) if config.baseline == "static_rag" else model.config.num_neighbours
     if neighbours == 0:
         return None
@@ -133,7 +132,7 @@ def attach_bank(
             f"The model retrieves {neighbours} neighbours an image, but there is no bank: set "
             "`memory_bank`, or `model_kwargs: {memory_top_k: 0}` for the baseline."
         )
-    model.attach_memory_bank(bank)
+    model.attach_memory_bank(bank, tokenizer=processor.tokenizer)
     padded = bank.config.preprocessing.get("do_pad"), processor.image_processor.to_dict().get("do_pad")
     if bool(padded[0]) != bool(padded[1]):
         logger.warning(
@@ -141,9 +140,6 @@ def attach_bank(
             f"{'padded' if padded[0] else 'not'}: neighbours of images that are not square will be worse. Use the "
             "image_aspect_ratio of the bank, or build it with this processor."
         )
-    new = config.model is None and model.config.memory_top_k > 0
-    if config.lexicon and new and model.config.memory_lexicon_size == 0:
-        model.build_lexicon(processor.tokenizer, bank)
     return bank
 
 

@@ -204,7 +204,7 @@ def test_no_code_is_run_and_no_other_file_followed(saved, bank, empty_cache, tmp
         {"d_model": True},
         {"num_blocks": 0},
         {"latent_dim": 6},
-        {"image_input": "../.."},
+        {"max_words": "../.."},
         {"num_vision_tokens": None},
         {"num_vision_tokens": 17},
     ],

@@ -50,7 +50,7 @@ BAD_CONFIGS = [
     ({"columns": [1]}, "'columns'"),
     ({"columns": ["key"]}, "'columns'.* expected a list of printable names, each once, other than"),
     ({"quantized": "keys"}, "'quantized' expected bool, got str"),
-    ({"value_encoder": None}, "'value_encoder' expected dict, got NoneType"),
+    ({"value_encoder": None}, "value_encoder.num_latents is 0, expected num_latents = 3"),
     ({"thumbnail_size": -5}, "'thumbnail_size'.* found -5"),
     ({"num_left_out": []}, "'num_left_out' expected int, got list"),
     ({"packed": True}, "field packed is unknown: this version of tinyalign-vlm does not read it"),

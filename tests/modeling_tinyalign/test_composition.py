@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignModel
 
-SMALL = {"num_latents": 3, "latent_dim": 5, "memory_top_k": 2}
+SMALL = {"memory_tokens": 3, "latent_dim": 5, "memory_top_k": 2, "memory_input": "latents", "memory_scores": False}
 
 
 def compose(checkpoints, vision="siglip", text="llama", **config):
@@ -29,7 +29,7 @@ def same(first, second) -> bool:
     [
         ("siglip", "llama", {}),
         ("clip-dual", "qwen2", {"vision_feature_select_strategy": "default"}),
-        ("efficientnet", "phi", {"memory_fusion": "sequence"}),
+        ("efficientnet", "phi", {"memory_input": "both"}),
         ("siglip", "phi", {"memory_top_k": 0}),
     ],
 )

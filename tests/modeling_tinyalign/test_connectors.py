@@ -1,145 +1,211 @@
-"""The lexicon: what latents spell, read in the language model's embeddings."""
+"""The memory connector: captions, latents or both, similarities, and slots in which nothing stands."""
 
-from typing import NamedTuple
+import copy
 
 import pytest
 import torch
+from tokenizer_families import FAMILIES, build
 
-from tinyalign_vlm import ValueEncoder, ValueEncoderConfig
-from tinyalign_vlm.modeling_tinyalign.connectors import lexicon_words, read_words, slot_tokens, vocabulary_words
+from tinyalign_vlm.modeling_tinyalign.connectors import CaptionTokenizer, shares
 
-WORDS = ["", "red", "square", "white", "raccoonish"]
-
-
-class FakeBank(NamedTuple):
-    value_encoder: ValueEncoder
-    captions: list[str]
+INPUTS = ("captions", "latents", "both")
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    torch.manual_seed(0)
-    config = ValueEncoderConfig(
-        num_latents=4, vision_feature_size=16, num_vision_tokens=4, num_self_attends_per_block=1
-    )
-    return ValueEncoder(config).eval()
+@pytest.fixture(params=INPUTS)
+def model(make_model, request):
+    return make_model(memory_input=request.param, memory_scores=True)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(make_processor, make_model):
-    return make_processor(make_model()).tokenizer
+def memory_of(model, n: int = 2, seed: int = 0) -> dict:
+    generator, config = torch.Generator().manual_seed(seed), model.config
+    memory = {"memory_scores": torch.rand(n, config.memory_top_k, generator=generator)}
+    if config.reads_captions:
+        memory["memory_input_ids"] = torch.randint(3, 100, (n, config.memory_tokens), generator=generator)
+    if config.reads_latents:
+        shape = (n, config.memory_top_k, config.memory_tokens, config.latent_dim)
+        memory["memory_values"] = torch.randn(shape, generator=generator)
+    return memory
 
 
-def test_word_scores_are_the_spelling_heads_log_probabilities(encoder):
-    latents = torch.randn(7, 96)
-    keys, bias = encoder.word_scores(WORDS)
-    log_probabilities = encoder.spell(latents).log_softmax(-1)
-    patches = torch.full((len(WORDS), 16), 256)
-    for row, word in enumerate(WORDS):
-        patches[row, : len(word)] = torch.tensor(list(word.encode()))
-    expected = log_probabilities[:, torch.arange(16), patches].sum(-1)
-    scores = latents @ keys.T + bias
-    torch.testing.assert_close(scores.softmax(-1), expected.softmax(-1))
+def tokens_of(model, **memory) -> torch.Tensor:
+    n = len(next(iter(memory.values())))
+    features = model.get_image_features(torch.zeros(n, 3, 32, 32), **memory)
+    return torch.stack(features.pooler_output)[:, model.config.image_seq_length :]
 
 
-def test_vocabulary_words_are_single_tokens(tokenizer):
-    words = vocabulary_words(tokenizer)
-    assert "red" in words or "square" in words or words  # the tiny vocabulary has a few
-    for word in words:
-        assert len(tokenizer(f"x {word}")["input_ids"]) == 2
-    assert lexicon_words(tokenizer, ["zzz red"])[0] == ""
-    assert {"zzz", "red"} <= set(lexicon_words(tokenizer, ["zzz red"]))
+def test_memory_tokens_are_as_many_as_the_config_says(model):
+    tokens = tokens_of(model, **memory_of(model))
+    assert tokens.shape == (2, 3, 32) and tokens.dtype == torch.float32
 
 
-def test_slot_tokens(tokenizer):
-    tokens = slot_tokens(tokenizer, WORDS, 2)
-    assert tokens.shape == (2, len(WORDS), 4)
-    blank = tokenizer("\n")["input_ids"][-1]
-    assert tokens[:, 0, 0].tolist() == [blank, blank] and (tokens[:, :, 1:] == -1)[0].all()
-    ids = tokenizer("x raccoonish")["input_ids"][1:]
-    assert tokens[0, 4, 0] == ids[0]
-    assert tokens[1, 4].tolist() == ids[1:5]
+def test_captions_are_the_language_models_own_embeddings(make_model):
+    model = make_model(memory_input="captions")
+    ids = torch.tensor([[5, 7, -1], [-1, -1, -1]])
+    tokens = tokens_of(model, memory_input_ids=ids)
+    embeddings = model.get_input_embeddings()(torch.tensor([5, 7]))
+    torch.testing.assert_close(tokens[0, :2], embeddings, rtol=0, atol=0)
+    empty = model.model.memory_connector.empty_token
+    for token in (tokens[0, 2], *tokens[1]):
+        torch.testing.assert_close(token, empty, rtol=0, atol=0)
+    assert [name for name, _ in model.model.memory_connector.named_parameters()] == ["empty_token"]
 
 
-def test_read_words_gives_the_embeddings_of_the_likeliest_word(tokenizer):
-    embeddings = torch.randn(300, 32)
-    tokens = slot_tokens(tokenizer, WORDS, 2)
-    keys = torch.eye(len(WORDS)) * 100
-    values = torch.eye(len(WORDS))[torch.tensor([[1, 1, 4, 4]])]
-    read = read_words(values, keys, torch.zeros(len(WORDS)), tokens, embeddings.__getitem__)
-    first, rest = tokens[0, 4, 0], tokens[1, 4]
-    torch.testing.assert_close(read[0, 0], embeddings[tokens[0, 1, 0]])
-    torch.testing.assert_close(read[0, 2], embeddings[first])
-    torch.testing.assert_close(read[0, 3], embeddings[rest[rest >= 0]].mean(0))
-
-
-def test_lexicon_is_saved_and_changes_nothing_on_reload(make_model, tokenizer, encoder, tmp_path):
-    bank = FakeBank(encoder, ["a red square", "white"])
-    for fusion in ("sequence", "channel"):
-        model = make_model(num_latents=4, latent_dim=96, memory_fusion=fusion)
-        model.build_lexicon(tokenizer, bank)
-        connector = model.model.memory_connector
-        assert model.config.memory_lexicon_size == len(connector.lexicon_bias) > 4
-        values = torch.randn(2, 2, 4, 96)
-        embeddings = model.get_input_embeddings()
-        tokens = connector(values, None, embeddings)
-        assert tokens.shape == (2, 4 * (2 if fusion == "sequence" else 1), 32)
-        model.save_pretrained(tmp_path / fusion)
-        again = type(model).from_pretrained(tmp_path / fusion).model
-        torch.testing.assert_close(again.memory_connector(values, None, embeddings), tokens, rtol=0, atol=0)
-
-        absent = connector(values, torch.zeros(2, 2, dtype=torch.bool), embeddings)
-        torch.testing.assert_close(absent, connector(-values, torch.zeros(2, 2, dtype=torch.bool), embeddings))
-
-
-@pytest.mark.parametrize("fully", [False, True])
-def test_lexicon_in_half_precision(make_model, tokenizer, encoder, tmp_path, fully):
-    """Token ids are exact whatever the checkpoint's dtype; 299 would be 300 as bfloat16."""
-    model = make_model(num_latents=4, latent_dim=96)
-    if fully:
-        model.to(torch.bfloat16)
-    model.build_lexicon(tokenizer, FakeBank(encoder, ["a red square", "white"]))
+def test_both_are_added_up(make_model):
+    model = make_model(memory_input="both")
     connector = model.model.memory_connector
-    connector.lexicon_tokens[:, 1:, 0] = 299
-    tokens = connector.lexicon_tokens.clone()
-    values, embeddings = torch.randn(2, 2, 4, 96).bfloat16(), model.get_input_embeddings()
-    expected = connector(values, None, embeddings)
-    assert (
-        expected.isfinite().all()
-        and model.get_image_features(torch.zeros(2, 3, 32, 32), memory_values=values).pooler_output[0].isfinite().all()
+    memory = memory_of(model)
+    words = model.get_input_embeddings()(memory["memory_input_ids"])
+    latents = connector.mlp(memory["memory_values"].transpose(1, 2).flatten(2))
+    del memory["memory_scores"]
+    torch.testing.assert_close(tokens_of(model, **memory), words + latents)
+
+
+def test_similarities_are_told(model):
+    memory = memory_of(model)
+    other = {**memory, "memory_scores": memory["memory_scores"] + 0.5}
+    assert not torch.allclose(tokens_of(model, **memory), tokens_of(model, **other))
+    del memory["memory_scores"]
+    with pytest.raises(ValueError, match="Pass memory_scores"):
+        tokens_of(model, **memory)
+
+
+def test_memory_off_is_the_same_whatever_is_remembered(model):
+    found = [
+        model.get_image_features(torch.zeros(2, 3, 32, 32), memory="off", **memory_of(model, seed=seed)).pooler_output
+        for seed in (0, 1)
+    ]
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), rtol=0, atol=0)
+
+
+def test_a_new_connector_adds_nothing_but_words(checkpoints):
+    """The language model reads the captions before anything was trained."""
+    from tinyalign_vlm import TinyAlignForConditionalGeneration
+
+    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
+        checkpoints["siglip"], checkpoints["llama"], memory_tokens=4, memory_top_k=2
     )
+    ids = torch.tensor([[5, 7, 9, -1]])
+    tokens = tokens_of(model, memory_input_ids=ids, memory_scores=torch.tensor([[0.9, 0.1]]))
+    torch.testing.assert_close(tokens[0, :3], model.get_input_embeddings()(ids[0, :3]))
+    assert not tokens[0, 3].any()
+
+
+@pytest.mark.parametrize("name", ["memory_input_ids", "memory_values", "memory_scores", "memory_ids"])
+def test_wrong_shapes_are_named(make_model, name):
+    model = make_model(memory_input="both", memory_scores=True)
+    memory = {**memory_of(model), "memory_ids": torch.zeros(2, 2, dtype=torch.long)}
+    memory[name] = memory[name][:, :1]
+    with pytest.raises(ValueError, match=f"{name} have shape"):
+        tokens_of(model, **memory)
+
+
+def test_saved_and_loaded_in_half_precision_words_are_the_same(model, tmp_path):
+    memory = memory_of(model)
+    expected = tokens_of(model, **memory)
     model.save_pretrained(tmp_path)
-    for settings in ({"dtype": torch.bfloat16}, {}):
-        again = type(model).from_pretrained(tmp_path, **settings)
-        loaded = again.model.memory_connector
-        assert loaded.lexicon_tokens.long().equal(tokens)
-        read = loaded(values, None, again.get_input_embeddings())
-        torch.testing.assert_close(read.float(), expected.float(), atol=0.02, rtol=0.02)
-        again.to(torch.bfloat16)
-        assert loaded.lexicon_tokens.equal(tokens)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(tokens_of(again, **memory), expected, rtol=0, atol=0)
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    torch.testing.assert_close(tokens_of(half, **memory).float(), expected, rtol=0.03, atol=0.03)
 
 
-def test_first_lexicon_warns_that_the_output_layer_is_zeroed(make_model, tokenizer, encoder, caplog):
-    model, bank = make_model(num_latents=4, latent_dim=96), FakeBank(encoder, ["red"])
-    layer = model.model.memory_connector.mlp.linear_2
-    model.build_lexicon(tokenizer, bank)
-    assert "was set to zero" in caplog.text and not layer.weight.any() and not layer.bias.any()
-    caplog.clear()
-    torch.nn.init.ones_(layer.weight)
-    model.build_lexicon(tokenizer, bank)
-    assert not caplog.text and layer.weight.all()
+# ---------------------------------------------------------------------- captions as tokens
 
 
-def test_a_lexicon_needs_a_memory_and_its_latents(make_model, tokenizer, encoder):
-    bank = FakeBank(encoder, ["red"])
-    with pytest.raises(ValueError, match="memory_top_k is 0"):
-        make_model(num_latents=4, latent_dim=96, memory_top_k=0).build_lexicon(tokenizer, bank)
-    with pytest.raises(ValueError, match=r"latents_per_word\) = \(4, 96, 2\), the model expects \(3, 96, 2\)"):
-        make_model(num_latents=3, latent_dim=96).build_lexicon(tokenizer, bank)
+@pytest.fixture(scope="module", params=FAMILIES)
+def tokenizer(request):
+    return build(request.param)
 
 
-def test_latents_per_word_must_agree(make_model, tokenizer):
-    config = ValueEncoderConfig(num_latents=4, latents_per_word=1, num_self_attends_per_block=1)
-    bank = FakeBank(ValueEncoder(config), ["red"])
-    with pytest.raises(ValueError, match=r"latents_per_word\) = \(4, 96, 1\), the model expects \(4, 96, 2\)"):
-        make_model(num_latents=4, latent_dim=96).build_lexicon(tokenizer, bank)
+def text_of(captioner: CaptionTokenizer, captions: list[str]) -> str:
+    ids = captioner([captions])[0]
+    used = ids[ids >= 0]
+    assert (ids[len(used) :] == -1).all()
+    return captioner.tokenizer.decode(used).strip()
+
+
+TEXTS = [
+    "a red square",
+    "0800-123-456, No. 7!",
+    "Straßenbahnhaltestelle",
+    "一只红色的狗在草地上",
+    "สุนัขสีแดงวิ่ง",
+    "un été à l'œuvre",
+    "🙂 smiles",
+]
+CONTROL = ["<|im_end|>", "x <|im_start|>system", "<image> <s>a</s><eos>", "<|endoftext|><|end|>", "<|<|im_end|>"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *CONTROL])
+def test_a_caption_is_read_letter_by_letter(tokenizer, text):
+    captioner = CaptionTokenizer(tokenizer, 200)
+    assert text_of(captioner, [text]) == text
+    special = {number for number, token in tokenizer.added_tokens_decoder.items()} - {tokenizer.unk_token_id}
+    assert special.isdisjoint(captioner([[text]])[0].tolist())
+
+
+def test_captions_follow_one_another_as_running_text(tokenizer):
+    captioner = CaptionTokenizer(tokenizer, 400)
+    assert text_of(captioner, TEXTS) == "; ".join(TEXTS)
+    assert (captioner([[], TEXTS])[0] == -1).all()
+    for before, after in [("a red square", "a blue circle"), ("red", "red")]:
+        whole = tokenizer(f"{before}; {after}", add_special_tokens=False)["input_ids"]
+        ids = captioner([[before, after]])[0]
+        again = tokenizer.decode(ids[ids >= 0])
+        assert again.strip() == tokenizer.decode(whole).strip()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13, 40])
+@pytest.mark.parametrize("count", [1, 2, 4, 10])
+def test_never_more_than_there_is_room_for_and_cut_at_words(tokenizer, size, count):
+    captions = ["a red square on a white background", "system", "what is in the image?", "USER"] * 3
+    captioner = CaptionTokenizer(tokenizer, size)
+    ids = captioner([captions[:count]])
+    assert ids.shape == (1, size)
+    left = iter(captions[:count])
+    for part in filter(None, text_of(captioner, captions[:count]).split("; ")):
+        assert any(caption.startswith(part) for caption in left)  # in their order
+
+
+def test_each_neighbour_gets_a_share_and_leaves_what_it_does_not_need(tokenizer):
+    words = " ".join(["red"] * 60)
+    captioner = CaptionTokenizer(tokenizer, 80)
+    parts = text_of(captioner, [words, "system", words]).split("; ")
+    assert parts[1] == "system"
+    assert {word for part in parts for word in part.split()} == {"red", "system"}  # no word was cut
+    lengths = [len(captioner.tokenize(part).ids) for part in parts]
+    one_word = len(captioner.tokenize("red").ids)
+    assert abs(lengths[0] - lengths[2]) <= one_word
+    assert 80 - one_word - 3 <= sum(lengths) + 2 * len(captioner.separator) <= 80
+
+
+def test_a_first_word_without_room_is_cut_at_a_character(tokenizer):
+    for text in ("x" * 300, "一" * 100, "ก็" * 100):
+        for size in (7, 8, 9):
+            found = text_of(CaptionTokenizer(tokenizer, size), [text])
+            assert "�" not in found and text.startswith(found)
+
+
+def test_spaceless_scripts_are_cut_between_characters_behind_words(tokenizer):
+    text = "dog " + "狗" * 100
+    captioner = CaptionTokenizer(tokenizer, 40)
+    found = text_of(captioner, [text])
+    assert text.startswith(found) and len(found) > 8 and "�" not in found
+
+
+def test_the_users_tokenizer_is_left_alone_and_read_as_it_was_given(tokenizer):
+    captioner = CaptionTokenizer(tokenizer, 30)
+    expected = captioner([TEXTS[:2]])
+    state = tokenizer.padding_side
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = 2
+    assert captioner([TEXTS[:2]]).equal(expected) and copy.deepcopy(captioner)([TEXTS[:2]]).equal(expected)
+    tokenizer.padding_side = state
+
+
+@pytest.mark.parametrize(
+    "lengths, room, expected",
+    [([5, 5], 20, [5, 5]), ([9, 1], 6, [5, 1]), ([9, 9, 9], 10, [3, 3, 4]), ([], 5, []), ([4, 4], 0, [0, 0])],
+)
+def test_shares(lengths, room, expected):
+    assert shares(lengths, room) == expected

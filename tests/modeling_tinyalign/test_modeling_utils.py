@@ -22,7 +22,7 @@ def build_bank(model, processor, rows: list, num_vision_tokens: int = 16) -> Mem
     encoder = small_value_encoder(
         config.vision_feature_size,
         num_vision_tokens,
-        num_latents=config.num_latents,
+        num_latents=config.memory_tokens,
         latent_dim=config.latent_dim,
     )
     return MemoryBank.build(rows, model, processor, encoder)
@@ -205,7 +205,7 @@ def test_a_nearly_constant_tower_knows_its_bank(checkpoints, make_processor, row
 
     def compose() -> TinyAlignForConditionalGeneration:
         return TinyAlignForConditionalGeneration.from_vision_text_pretrained(
-            checkpoints["efficientnet"], checkpoints["llama"], num_latents=3, latent_dim=5, vision_pool_size=4
+            checkpoints["efficientnet"], checkpoints["llama"], memory_tokens=3, latent_dim=5, vision_pool_size=4
         )
 
     model = compose()
@@ -226,8 +226,8 @@ class TestBadBanks:
                 call(**inputs)
 
     def test_other_latents(self, make_model, bank):
-        with pytest.raises(ValueError, match=r"= \(3, 5, 'vision'\), the model expects \(4, 5, 'vision'\)"):
-            make_model(num_latents=4).attach_memory_bank(bank)
+        with pytest.raises(ValueError, match=r"= \['vision', 3, 5\], the model expects \['vision', 4, 5\]"):
+            make_model(memory_tokens=4).attach_memory_bank(bank)
 
     def test_too_small(self, make_model, bank):
         with pytest.raises(ValueError, match="6 rows, expected at least memory_top_k = 7"):

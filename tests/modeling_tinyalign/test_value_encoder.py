@@ -11,7 +11,6 @@ from tinyalign_vlm import ValueEncoderConfig
         ({"d_model": 100}, "bytes_per_patch"),
         ({"latent_dim": 60}, r"latent_dim is 60, expected a multiple of the numbers of heads, \(8, 8\)"),
         ({"num_self_attention_heads": 0}, "num_self_attention_heads is 0, expected 1 or more"),
-        ({"num_latents": 1}, "num_latents is 1, expected at least latents_per_word = 2"),
     ],
 )
 def test_value_encoder_sizes_are_checked(sizes, message):

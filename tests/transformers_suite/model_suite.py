@@ -45,11 +45,11 @@ EFFICIENTNET = {
 }
 LLAMA = {**TRANSFORMER, "model_type": "llama", "vocab_size": 99, "num_key_value_heads": 2, "pad_token_id": 1}
 LLAMA["max_position_embeddings"] = 512
-MEMORY = {"memory_top_k": 2, "num_latents": 4, "latent_dim": 6}
+MEMORY = {"memory_top_k": 2, "memory_tokens": 4, "latent_dim": 6}
 
 
 class TinyAlignModelTester:
-    """A tiny config and inputs for it: one image a row, with given memory values and one slot in five empty."""
+    """A tiny config and inputs for it: one image a row, with given memory and one neighbour in five missing."""
 
     def __init__(self, **config):
         self.config = TinyAlignConfig(image_token_id=IMAGE_TOKEN_ID, **config)
@@ -75,8 +75,14 @@ class TinyAlignModelTester:
         }
         if config.memory_top_k > 0:
             slots = [self.batch_size, config.memory_top_k]
-            inputs["memory_values"] = floats_tensor([*slots, config.num_latents, config.latent_dim])
             inputs["memory_ids"] = torch.arange(self.batch_size * config.memory_top_k).reshape(slots) % 5 - 1
+            if config.memory_scores:
+                inputs["memory_scores"] = floats_tensor(slots)
+            if config.reads_captions:
+                inputs["memory_input_ids"] = prompt_ids([self.batch_size, config.memory_tokens], self.vocab_size)
+                inputs["memory_input_ids"][:, -1] = -1
+            if config.reads_latents:
+                inputs["memory_values"] = floats_tensor([*slots, config.memory_tokens, config.latent_dim])
         return config, inputs
 
 
@@ -108,14 +114,20 @@ class SuiteMixin(ModelTesterMixin):
         pass
 
 
-class ChannelMemoryTest(SuiteMixin, unittest.TestCase):
+class LatentMemoryTest(SuiteMixin, unittest.TestCase):
     """SigLIP and Llama; the paper's connector."""
 
-    config = {"vision_config": SIGLIP, "text_config": LLAMA, "image_seq_length": 4, **MEMORY}
+    config = {
+        "vision_config": SIGLIP,
+        "text_config": LLAMA,
+        "image_seq_length": 4,
+        "memory_input": "latents",
+        **MEMORY,
+    }
 
 
-class SequenceMemoryTest(SuiteMixin, unittest.TestCase):
-    """CLIP without its CLS token, two of its layers, pooled; Qwen2 with tied embeddings; a lexicon."""
+class BothMemoryTest(SuiteMixin, unittest.TestCase):
+    """CLIP without its CLS token, two of its layers, pooled; Qwen2 with tied embeddings; captions and latents."""
 
     config = {
         "vision_config": CLIP,
@@ -124,8 +136,7 @@ class SequenceMemoryTest(SuiteMixin, unittest.TestCase):
         "vision_feature_select_strategy": "default",
         "vision_pool_size": 2,
         "image_seq_length": 4,
-        "memory_fusion": "sequence",
-        "memory_lexicon_size": 5,
+        "memory_input": "both",
         **MEMORY,
     }
 

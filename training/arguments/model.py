@@ -27,19 +27,15 @@ class ModelArguments:
     memory_bank: str | None = setting(
         None, "Folder or Hub repository of the memory bank. Not needed if memory_top_k is 0."
     )
-    lexicon: bool = setting(
-        True,
-        "New models: let the memory connector read the words of the bank, see docs/value_encoder.md. "
-        "False for a bank whose value encoder was not trained.",
-    )
     any_tower: bool = setting(False, "Take a bank of another vision tower, too: an ablation.")
     baseline: str | None = setting(
         None, "A comparison point of the paper instead of TinyAlign, see docs/baselines.md.", list(BASELINES)
     )
     memory_dropout: float = setting(
-        0.0,
-        "Share of the images that lose neighbours in training (all, some, or the most similar ones), 0 "
-        "to 1. The model then works with its bank on, off and partly on, see docs/adaptive_retrieval.md.",
+        0.3,
+        "Share of the images, 0 to 1, that lose neighbours in training: five in six the most similar ones, as if the "
+        "bank did not know them, and one in six all. Without it a model learns to trust whatever it is given, see "
+        "docs/method.md. 0 where the bank lacks about a quarter of the training images anyway.",
     )
 
     def read_model_kwargs(self):

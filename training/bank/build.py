@@ -52,7 +52,8 @@ def build_bank(
     Args:
         dataset: a split of a Hub data set (streamed or not) or any iterable of dicts, with an image (PIL, bytes,
             path) and a caption in every row.
-        value_encoder: makes the values; it is saved with the bank. By default a new one is trained first.
+        value_encoder: makes the values; it is saved with the bank. For a model that reads latents a new one is trained
+            first; for one that reads captions the bank has no values.
         keep_columns: other columns to keep with the rows as text, a source or licence say.
         key_grid: side of the raster of cells that a key holds; keys get `key_grid**2` times as wide, so give
             `whiten_dim` as well. 1: the whole image (the paper's keys).
@@ -71,7 +72,7 @@ def build_bank(
     check_row_settings(keep_columns, batch_size, thumbnail_size)
     source = DatasetImages(dataset, image_column, caption_column, keep_columns)
     source.check_features(vision_features)
-    if value_encoder is None:
+    if value_encoder is None and model.config.reads_latents:
         source.check_can_be_read_twice()
         value_encoder = train_new_value_encoder(
             model, processor, source, value_encoder_training, batch_size, vision_features
@@ -80,7 +81,11 @@ def build_bank(
     settings = (keep_columns, batch_size, thumbnail_size, skip_bad_rows, seen, vision_features)
     key_encoder = new_key_encoder(model, processor, key_grid)
     encoder = RowEncoder(model, processor, value_encoder, key_encoder, source.read, *settings)
-    with evaluating(model, value_encoder), cache_errors(), scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
+    with (
+        evaluating(model, *encoder.value_encoders),
+        cache_errors(),
+        scratch_folder(cache_root(), SCRATCH_PREFIX) as folder,
+    ):
         parts = EncodedParts(folder)
         parts.encode(encoder, source, RowChoice(total=source.total))
         bank = finish_bank(encoder, parts, "The dataset", whiten_dim, quantized)
@@ -103,7 +108,9 @@ def finish_bank(
     if whiten_dim is not None:
         key_encoder.projection = fit_whitening(sample, mean, whiten_dim)
     config = new_bank_config(encoder, parts.num_rows > QUANTIZED_ROWS if quantized is None else quantized)
-    value_encoder = copy.deepcopy(encoder.value_encoder).requires_grad_(False).eval()
+    value_encoder = copy.deepcopy(encoder.value_encoder)
+    if value_encoder is not None:
+        value_encoder.requires_grad_(False).eval()
     probe_keys = key_encoder.probe(encoder.model, config.tower.image_shape)
     rows = finished(parts.batches(), key_encoder.cpu())
     return MemoryBank.from_batches(rows, config, key_encoder, probe_keys, value_encoder, parts.left_out)
@@ -112,10 +119,11 @@ def finish_bank(
 def new_bank_config(encoder: RowEncoder, quantized: bool) -> BankConfig:
     """Return the config of a new bank, without rows as yet."""
     model, processor, key_encoder = encoder.model, encoder.processor, encoder.key_encoder
+    values = None if encoder.value_encoder is None else encoder.value_encoder.config.settings
     return BankConfig(
         key_dim=key_encoder.key_dim,
-        num_latents=model.config.num_latents,
-        latent_dim=model.config.latent_dim,
+        num_latents=values["num_latents"] if values else 0,
+        latent_dim=values["latent_dim"] if values else 0,
         quantized=quantized,
         tower=describe_tower(model, image_shape(processor)),
         preprocessing=json.loads(processor.image_processor.to_json_string()),
@@ -126,7 +134,7 @@ def new_bank_config(encoder: RowEncoder, quantized: bool) -> BankConfig:
             alpha=model.config.query_alpha,
             grid=key_encoder.grid,
         ),
-        value_encoder=encoder.value_encoder.config.settings,
+        value_encoder=values,
         columns=list(encoder.keep_columns),
         thumbnail_size=encoder.thumbnail_size,
         versions={"torch": torch.__version__, "transformers": __version__},

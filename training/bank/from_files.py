@@ -225,7 +225,7 @@ class FileBuild:
         check_new_folder(out)
         config = settings.run_config()
         set_seed(settings.seed)
-        model, processor = load_model(config, bank)
+        model, processor = load_model(config)
         model.to(config.device).eval()
         if bank is not None:
             columns = bank.config.columns
@@ -259,14 +259,16 @@ class FileBuild:
             **rows,
         )
 
-    def value_encoder(self) -> ValueEncoder:
-        """Return the value encoder that the settings name, or a new one, trained on rows of the data set, once."""
+    def value_encoder(self) -> ValueEncoder | None:
+        """Return the value encoder that the settings name, or a new one, trained once, if the model reads latents."""
         settings = self.settings
         if settings.value_encoder is not None:
             path = Path(settings.value_encoder)
             if path.is_dir() and not (path / CONFIG_NAME).is_file():
                 return ValueEncoder.from_pretrained(path).to(self.model.device).eval()
             return MemoryBank.open_encoders(settings.value_encoder).value_encoder.to(self.model.device)
+        if not self.model.config.reads_latents:
+            return None
         folder = self.work.path / "value_encoder"
         if not folder.is_dir():
             training = ValueEncoderTrainingConfig(steps=settings.value_encoder_steps, seed=settings.seed)
@@ -293,7 +295,7 @@ class FileBuild:
 
                 encode_on_cluster(parts, ray, encoder, self.source, choice)
             else:
-                with evaluating(self.model, encoder.value_encoder):
+                with evaluating(self.model, *encoder.value_encoders):
                     parts.encode(encoder, self.source, choice)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(

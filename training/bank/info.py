@@ -23,14 +23,16 @@ def bank_info(name: str | os.PathLike) -> str:
     shards = f"{_mib(size_of(folder / 'data'))} rows in {config.num_shards} shards, {_mib(encoders)} encoders"
     revision = f" at {config.tower.revision}" if config.tower.revision else ""
     index = [f"{value}" if name == "index" else f"{name} {value}" for name, value in bank.index_facts.items()]
-    value_bits = 8 if config.quantized else 16
+    values = "none: for models that read captions"
+    if config.value_size:
+        values = f"{config.num_latents} x {config.latent_dim} numbers of {8 if config.quantized else 16} bits"
     lines = [  # pairs: a column may be named like one of these
         ("rows", f"{len(bank):,} of {images:,} images"),
         ("left out", f"{config.num_left_out:,} rows of the data set"),
         ("on disk", shards),
         ("local copy", str(bank.folder)),
         ("keys", ", ".join(_describe_keys(bank))),
-        ("values", f"{config.num_latents} x {config.latent_dim} numbers of {value_bits} bits"),
+        ("values", values),
         ("thumbnails", f"{config.thumbnail_size} pixels" if config.thumbnail_size else "none"),
         ("tower", f"{config.tower.name}{revision}, images of {' x '.join(map(str, config.tower.image_shape))}"),
         ("index", ", ".join(index)),

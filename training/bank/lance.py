@@ -21,6 +21,7 @@ from ...modeling_tinyalign.bank_format import (
     CONFIG_NAME,
     KEY_ENCODER_NAME,
     VALUE_ENCODER_NAME,
+    arrays_of,
     check_schema,
     config_schema,
 )
@@ -72,6 +73,8 @@ class LanceRows(BankRows):
 
     @cached_property
     def values(self) -> LanceMatrix:
+        if self.config.value_size == 0:
+            return super().values
         return LanceMatrix(self.columns.table, "value", (len(self), *self.config.value_shape))
 
     @cached_property
@@ -82,7 +85,8 @@ class LanceRows(BankRows):
     @cached_property
     def table(self) -> pa.Table:
         """Every column but key and value, read into memory: only what makes a bank of this machine needs it."""
-        return self._read([name for name in config_schema(self.config).names if name not in ("key", "value")])
+        schema = config_schema(self.config)
+        return self._read([name for name in schema.names if name not in arrays_of(schema)])
 
     @cached_property
     def captions(self) -> list[str]:
@@ -252,7 +256,8 @@ def _write_tables(bank: MemoryBank, connection: lancedb.DBConnection, index: str
         config = replace(bank.config, num_shards=1)
         write_encoders(folder, config, bank.key_encoder, bank.probe_keys, bank.value_encoder)
         for name in (CONFIG_NAME, KEY_ENCODER_NAME, VALUE_ENCODER_NAME):
-            contents[name] = (folder / name).read_bytes()
+            if (folder / name).is_file():
+                contents[name] = (folder / name).read_bytes()
     columns = {"name": list(contents), "content": pa.array(list(contents.values()), pa.large_binary())}
     connection.create_table(FILES, pa.table(columns))
 

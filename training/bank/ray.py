@@ -174,13 +174,15 @@ class EncodePart:
     def __init__(self, encoder: list):
         self.encoder, *modules = ray.get(encoder[0])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder.model, self.encoder.value_encoder = (_rebuilt(*module).to(device) for module in modules)
+        self.encoder.model, self.encoder.value_encoder = (
+            module and _rebuilt(*module).to(device) for module in modules
+        )
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, Any]:
         number, source, chunk, plan = pickle.loads(row["part"])
         encoder = self.encoder
         encoder.read_row, encoder.next_id, encoder.seen, encoder.left_out = source.read, plan["id"], None, []
-        with evaluating(encoder.model, encoder.value_encoder):
+        with evaluating(encoder.model, *encoder.value_encoders):
             batches = list(encoder.batches(chunk))
         if encoder.left_out:
             changed = encoder.left_out[0]
@@ -193,7 +195,8 @@ def _to_ray(encoder: RowEncoder) -> list:
     shell = copy.copy(encoder)
     shell.model = shell.value_encoder = shell.read_row = shell.seen = None
     shell.key_encoder = copy.deepcopy(encoder.key_encoder).cpu()
-    return [ray.put((shell, _taken_apart(encoder.model), _taken_apart(encoder.value_encoder)))]
+    values = None if encoder.value_encoder is None else _taken_apart(encoder.value_encoder)
+    return [ray.put((shell, _taken_apart(encoder.model), values))]
 
 
 def _taken_apart(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
 from ...modeling_tinyalign import KeyEncoder, MemoryBank, ValueEncoder
-from ...modeling_tinyalign.bank_arrays import update_hashes
+from ...modeling_tinyalign.bank_arrays import NO_VALUES, update_hashes
 from ...modeling_tinyalign.bank_folder import shard_names
 from ...modeling_tinyalign.bank_format import (
     BATCH_ROWS,
@@ -21,6 +21,7 @@ from ...modeling_tinyalign.bank_format import (
     KEY_ENCODER_NAME,
     VALUE_ENCODER_NAME,
     BankConfig,
+    arrays_of,
     check_batch,
     check_file,
     check_schema,
@@ -69,6 +70,8 @@ def encoder_problems(folder: Path, config: BankConfig) -> Iterator[str]:
         KeyEncoder.load(key_path, config.key_encoder, config.key_dim)
     except ValueError as error:
         yield str(error)
+    if config.value_encoder is None:
+        return
     try:
         check_file(value_path, config.sha256.value_encoder)
         ValueEncoder.of_bank(value_path, config.value_encoder)
@@ -87,7 +90,9 @@ class RowHashes:
         self.hashes = {part: hashlib.sha256() for part in ("keys", "values", "rows")}
 
     def update(self, batch: pa.RecordBatch) -> None:
-        update_hashes(self.hashes, matrix(batch, "key"), matrix(batch, "value"), batch.drop_columns(["key", "value"]))
+        arrays = arrays_of(batch.schema)
+        values = matrix(batch, "value") if "value" in arrays else NO_VALUES
+        update_hashes(self.hashes, matrix(batch, "key"), values, batch.drop_columns(arrays))
 
     def differences(self, config: BankConfig, place: str) -> Iterator[str]:
         """Name the parts whose sha256 is not that of the config."""

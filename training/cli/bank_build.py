@@ -23,15 +23,15 @@ Rows that are bad, or whose image another row has, pixel for pixel, are left out
 OUT/left_out.jsonl. Killed, the same command goes on where it stopped, and ends with the same bank, byte for byte (on
 the same machine; what is done so far is in .OUT.build beside it). OUT is there when it is complete, and not before.
 
-A large bank is quantized: keys of 16 bits and values of 8, which halves it and moves a trained model's loss by less
-than 0.1% (docs/bank_speed.md). --quantized true does so with a small bank too, --quantized false keeps all bits.
+A large bank is quantized: keys of 16 bits and values of 8, which halves it (docs/bank_speed.md). --quantized true does
+so with a small bank too, --quantized false keeps all bits.
 `add`, `remove` and `merge` keep it as it is.
 
 --ray encodes on a Ray cluster, that of RAY_ADDRESS or else this machine (docs/building_on_a_cluster.md); the bank is
 the same.
 
-Values are made by a value encoder: that of --like or --value_encoder, or a new one, trained first on captions of the
-data set (docs/value_encoder.md).
+A model that reads latents (its memory_input is "latents" or "both"; by default it is "captions") needs values, made by
+a value encoder: that of --like or --value_encoder, or a new one, trained first on 1,024 images of the data set.
 """
 
 QUANTIZED_HELP = (

@@ -12,7 +12,7 @@ training rows' neighbours agree with the rows' answers, against similarity, and 
 
 A neighbour must be expected to agree by --min_agreement, 0 (no word shared) to 1 (the same words). The default is
 half-way from chance to what the most similar tenth of the neighbours has. Train with memory_dropout, so that the model
-can do without neighbours: see docs/adaptive_retrieval.md.
+can do without neighbours: see docs/method.md.
 """
 
 

@@ -19,7 +19,7 @@ from ..arguments.alignment import AlignmentConfig
 from ..arguments.files import NO_OUTPUT_DIR, parse_settings, read_config
 from ..arguments.stage import StageArguments
 from ..disk import keeping, save_file
-from ..models import context_length, load_model, read_bank
+from ..models import context_length, load_model
 from .chats import images_of
 from .files import STORED_IMAGE, item_of, open_rows
 from .rows import FEATURES, IMAGE_COLUMNS, RowReader
@@ -225,7 +225,7 @@ def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
         raise ValueError(f"Found {', '.join(names)}, expected one data set, or YAML files.")
     config.streaming, processor = False, None
     if config.model is not None or config.language_model is not None:
-        model, processor = load_model(config, read_bank(config))
+        model, processor = load_model(config)
         config.max_length = config.max_length or context_length(model)
     elif config.max_length is not None:
         raise ValueError(

@@ -27,8 +27,8 @@ class TrainingCollator:
 
     The batch has `input_ids`, `attention_mask`, `labels` (what the assistant says and its end, -100 elsewhere), all
     padded on the right, and of its n images, those of the first row first, `pixel_values (n, 3, H, W)` or
-    `vision_features (n, T, C)`, and `memory_ids (n, k)` with `memory_values (n, k, L, D)` and `memory_scores (n, k)`,
-    and `exclude_ids`, those of all images in its row, if there are `source_ids`.
+    `vision_features (n, T, C)`; `memory_ids (n, k)` with `memory_scores (n, k)` and, of a bank with values,
+    `memory_values (n, k, L, D)`; and `exclude_ids`, those of all images in its row, if there are `source_ids`.
 
     Args:
         bank: Its rows are read, from memory-mapped files; its encoders do not go to worker processes.
@@ -119,7 +119,8 @@ class TrainingCollator:
                 strict=True,
             )
             inputs["memory_ids"] = torch.from_numpy(np.stack(ids))
-            inputs["memory_values"] = self.bank.gather(inputs["memory_ids"], torch.float16)
+            if self.bank.config.value_size:
+                inputs["memory_values"] = self.bank.gather(inputs["memory_ids"], torch.float16)
             if "memory_scores" in rows[0]:
                 inputs["memory_scores"] = torch.from_numpy(np.stack(scores).astype(np.float32))
         return inputs

@@ -1,4 +1,4 @@
-"""Memory dropout: neighbours taken away in training, so that a model works with its bank on, off and partly on."""
+"""Memory dropout: neighbours taken away in training, so that a model meets banks that do not know, and none."""
 
 import zlib
 
@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+OFF_SHARE = 1 / 6
+
 
 class MemoryDropout:
-    """Take neighbours away from a share of the images, in one of three ways, a third of them each:
+    """Take neighbours away from a share of the images, in one of two ways:
 
-    - all of them: the bank is off;
-    - each with probability 1/2: some of its slots are off, as below `retrieval_threshold`;
-    - the nearest one to `top_k` of them, whose places the next ones take: the bank lacks what was asked for. Without
-      it, a model learns to trust whatever it is given.
+    - five in six lose the nearest one to `top_k` of them, whose places the next ones take: the bank lacks what was
+      asked for. Without it, a model learns to trust whatever it is given.
+    - one in six loses all of them: the bank is off.
 
     What happens to an image depends on the seed, the epoch, its chat and its number in it, and on nothing else: not on
     the batch, the process or the worker, nor on whether the run was interrupted.
@@ -37,16 +38,14 @@ class MemoryDropout:
             chat, number: the text of the row, and which of its images this is.
         """
         rng = np.random.default_rng([self.seed, int(self.epoch), zlib.crc32(chat.encode()), number])
-        draw, off = rng.random(), ids < 0
-        if draw < self.rate / 3:
-            off = np.ones(len(ids), bool)
-        elif draw < self.rate * 2 / 3:
-            off = rng.random(len(ids)) < 0.5
+        draw = rng.random()
+        if draw < self.rate * OFF_SHARE:
+            ids = np.full(len(ids), -1)
         elif draw < self.rate:
             missing = rng.integers(1, self.top_k + 1)
             ids = np.concatenate([ids[missing:], np.full(self.top_k, -1)])
             scores = np.concatenate([scores[missing:], np.full(self.top_k, -np.inf)])
-            off = ids < 0
+        off = ids < 0
         return np.where(off, -1, ids)[: self.top_k], np.where(off, -np.inf, scores)[: self.top_k]
 
 

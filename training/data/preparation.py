@@ -44,7 +44,7 @@ def prepare(config: StageArguments) -> Run:
     """Return model, bank and rows of a run; features and neighbours are computed where they are missing."""
     set_seed(config.seed)
     bank = read_bank(config)
-    model, processor = load_model(config, bank)
+    model, processor = load_model(config)
     if config.save_only is not None:
         check_origins(model.config)
     model.to(config.device)

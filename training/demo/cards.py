@@ -2,17 +2,16 @@
 
 import importlib.metadata
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from ...hub_cards.cards import write_card
 from ...hub_cards.facts import Evaluation, Example, ModelFacts, Part, read_facts
-from ..bank.value_encoder_training import ValueEncoderTrainingConfig
 from ..hub.run_facts import CURVES_NAME, RECORD_NAME, hardware, hyperparameters, read_records, run_snippet, versions
 from .report import METRICS, SYSTEMS, copied
 from .state import PROMPT, Demo
 
 EXAMPLE_NAME = "example.png"
-PREPARATION = ("frozen visual features cached", "value encoder trained", "memory banks built")
+PREPARATION = ("frozen visual features cached", "memory banks built")
 SETTINGS = {"with": "bank with the held-out concepts", "without": "bank without them"}
 QUICK_LIMIT = "It was trained by `tinyalign demo --quick`, which is too short to mean anything."
 NOTO = "npm emoji-datasource-google, Copyright Google LLC"
@@ -79,7 +78,6 @@ def _model_facts(demo: Demo) -> ModelFacts:
         bank=bank,
         example=Example(prompt=PROMPT, image=EXAMPLE_NAME),
         stages={
-            "Bank preparation: value encoder": _preparation(demo),
             **hyperparameters(read_records(demo.out / "checkpoint")),
         },
         curves=CURVES_NAME,
@@ -98,12 +96,6 @@ def _model_facts(demo: Demo) -> ModelFacts:
         ],
         versions=versions(),
     )
-
-
-def _preparation(demo: Demo) -> dict[str, str]:
-    settings = ValueEncoderTrainingConfig(steps=demo.config.value_encoder_steps, seed=demo.config.seed)
-    shown = {name.replace("_", " "): value for name, value in asdict(settings).items()}
-    return {**shown, "minutes": f"{demo.clock.seconds['value encoder trained'] / 60:.1f}"}
 
 
 def _comparisons(demo: Demo) -> list[str]:
@@ -132,8 +124,6 @@ def _write_bank_card(demo: Demo, name: str, concepts: str) -> None:
         limits=[
             *([QUICK_LIMIT] if demo.quick else []),
             "Some concepts share a drawing, pixel for pixel (flags, families): a query can't tell their rows apart.",
-            "The values hold the first four words of a label, and how they spell words was trained on emoji labels "
-            "and tags only.",
             "Labels of people and flags are those of the Unicode names.",
         ],
         model="../checkpoint",

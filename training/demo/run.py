@@ -13,11 +13,10 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.utils import logging
 
-from ...modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration, ValueEncoder, ValueEncoderConfig
+from ...modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration
 from ...processing import TinyAlignProcessor
 from ..arguments.files import CONFIGS, read_config
 from ..arguments.stage import bfloat16_is_fast
-from ..bank.value_encoder_training import ValueEncoderTrainingConfig, train_value_encoder
 from ..data.chats import to_messages
 from ..data.features import cache_vision_features
 from ..data.neighbours import find_neighbours, source_ids_of
@@ -31,11 +30,10 @@ from .report import write_report
 from .state import BANKS, PROMPT, TOP_K, Clock, Demo, DemoConfig, write_json
 from .weights import check_installed, convert_efficientnet_lite0, convert_smollm2
 
-NUM_LATENTS = 8  # 32 memory tokens; 8 latents hold four words, as many as 97% of the labels have
 ANSWER_TOKENS = 12  # the longest label has 10, and its end
-QUICK = DemoConfig(concepts=160, value_encoder_steps=600, stage1_steps=15, stage2_steps=3)
+QUICK = DemoConfig(concepts=160, stage1_steps=15, stage2_steps=3)
 # What commands go on from. After a quick run they are found at the same place as after a full one.
-RESULTS = ("checkpoint", "bank_with_heldout", "bank_without_heldout", "value_encoder", "query.png", "report.md")
+RESULTS = ("checkpoint", "bank_with_heldout", "bank_without_heldout", "query.png", "report.md")
 
 
 def check_settings(path: Path, config: DemoConfig) -> None:
@@ -68,32 +66,8 @@ def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tup
     return model.eval(), TinyAlignProcessor.from_vision_text_pretrained(vision, text, model.config)
 
 
-def compose_with_memory(weights: dict[str, Path], config: DemoConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Return TinyAlign: four neighbours of eight latents each, one after the other."""
-    memory = {"memory_top_k": TOP_K, "num_latents": NUM_LATENTS, "memory_fusion": "sequence"}
-    return compose(weights, config, memory_scores=config.memory_scores, **memory)
-
-
-def prepare_value_encoder(path: Path, features: np.ndarray, pairs: Pairs, config: DemoConfig) -> ValueEncoder:
-    """Train the value encoder on the training concepts' Noto drawings, labels and tags, once."""
-    if (path / "history.json").exists():
-        return ValueEncoder.from_pretrained(path).eval()
-    set_seed(config.seed)
-    _, tokens, width = features.shape
-    encoder = ValueEncoder(
-        ValueEncoderConfig(num_latents=NUM_LATENTS, num_vision_tokens=tokens, vision_feature_size=width)
-    )
-    rows = pairs.noto.select(pairs.train)
-    names = [caption for row in zip(rows["label"], rows["tags"], strict=True) for caption in (row[0], *row[1])]
-    settings = ValueEncoderTrainingConfig(steps=config.value_encoder_steps, seed=config.seed)
-    history = train_value_encoder(encoder, features[pairs.train], names, settings)
-    encoder.save_pretrained(path)
-    write_json(path / "history.json", history)
-    return encoder
-
-
 def prepare_banks(
-    folder: Path, model: PreTrainedModel, processor: ProcessorMixin, encoder: ValueEncoder, features, pairs: Pairs
+    folder: Path, model: PreTrainedModel, processor: ProcessorMixin, features, pairs: Pairs
 ) -> dict[str, MemoryBank]:
     """Return the bank without the held-out concepts, and the same bank with their drawings added."""
     banks = {}
@@ -104,7 +78,7 @@ def prepare_banks(
             settings["keep_duplicates"] = True  # some concepts share a drawing
             if name == "without":
                 settings |= {"key_grid": 3, "whiten_dim": min(512, len(rows) - 1)}
-                bank = MemoryBank.build(source, model, processor, encoder, **settings)
+                bank = MemoryBank.build(source, model, processor, **settings)
             else:
                 bank = banks["without"].add(source, model, processor, **settings)
             bank.save_pretrained(path)
@@ -213,7 +187,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     model, processor = run_tinyalign(demo)
     clock("evaluated")
 
-    model.build_lexicon(processor.tokenizer, demo.banks["with"])
+    model.attach_memory_bank(demo.banks["with"], tokenizer=processor.tokenizer)
     model.save_pretrained(out / "checkpoint")
     processor.save_pretrained(out / "checkpoint")
     example = demo.queries[demo.shown[0]]
@@ -242,17 +216,15 @@ def print_next_commands(out: Path) -> None:
 
 
 def prepare(demo: Demo) -> None:
-    """Make features, value encoder and banks, and look up the neighbours of all query drawings."""
+    """Make features and banks, and look up the neighbours of all query drawings."""
     pairs, config, out = demo.pairs, demo.config, demo.out
-    model, processor = compose_with_memory(demo.weights, config)
+    model, processor = compose(demo.weights, config, memory_top_k=TOP_K)
     features = {
         style: cache_vision_features(model, processor, rows["image"], out / "features" / style, desc=style)
         for style, rows in (("noto", pairs.noto), ("twemoji", pairs.twemoji))
     }
     demo.clock("frozen visual features cached")
-    encoder = prepare_value_encoder(out / "value_encoder", features["noto"], pairs, config)
-    demo.clock("value encoder trained")
-    demo.banks = prepare_banks(out, model, processor, encoder, features["noto"], pairs)
+    demo.banks = prepare_banks(out, model, processor, features["noto"], pairs)
     demo.clock("memory banks built")
     train, heldout = features["twemoji"][pairs.train], features["twemoji"][pairs.heldout]
     demo.features = {"train": train, "heldout": heldout}
@@ -291,9 +263,9 @@ def run_text_rag(demo: Demo) -> None:
 
 def run_tinyalign(demo: Demo) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Train TinyAlign, and evaluate it with both banks and with the same banks shuffled; return it."""
-    model, processor = compose_with_memory(demo.weights, demo.config)
+    model, processor = compose(demo.weights, demo.config, memory_top_k=TOP_K, memory_scores=demo.config.memory_scores)
     bank, features = demo.banks["without"], demo.features["train"]
-    model.build_lexicon(processor.tokenizer, bank)
+    model.attach_memory_bank(bank, tokenizer=processor.tokenizer)
     rows = with_neighbours(chats(demo.labels(demo.pairs.train)), demo.found["train"])
     model = train_system(demo.out / "tinyalign", model, processor, rows, features, bank, demo.config)
     demo.clock("TinyAlign trained")
@@ -301,7 +273,7 @@ def run_tinyalign(demo: Demo) -> tuple[PreTrainedModel, ProcessorMixin]:
     for system, prefix, banks in (("tinyalign", "", demo.banks), ("random_bank", "shuffled_", demo.shuffled)):
         demo.results[system] = {}
         for name, bank in banks.items():
-            model.build_lexicon(processor.tokenizer, bank)
+            model.attach_memory_bank(bank, tokenizer=processor.tokenizer)
             rows = with_neighbours(heldout, demo.found[prefix + name])
             path = demo.out / f"evaluation/{system}_{name}.json"
             result = evaluate_system(path, model, processor, rows, demo.features["heldout"], bank)

@@ -24,7 +24,6 @@ class DemoConfig:
     """Size of the demo's training and evaluation; the defaults are the full run."""
 
     concepts: int | None = None
-    value_encoder_steps: int = 1500
     stage1_steps: int = 100
     stage2_steps: int = 120
     stage2_learning_rate: float = 1e-4  # more than the default 2e-5: these are few steps

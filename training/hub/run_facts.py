@@ -130,7 +130,7 @@ def _image_tokens(config: PreTrainedConfig) -> dict[str, str | int]:
     if config.memory_top_k > 0:
         settings |= {
             "neighbours an image": config.memory_top_k,
-            "memory fusion": config.memory_fusion,
+            "memory input": config.memory_input,
             "memory tokens an image": config.num_memory_tokens,
         }
     return settings

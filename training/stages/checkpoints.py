@@ -33,7 +33,7 @@ TRAJECTORY = (
     "language_model"
 ).split()
 MODEL_TRAJECTORY = (
-    "memory_top_k memory_fusion num_latents latent_dim latents_per_word memory_lexicon_size image_seq_length "
+    "memory_top_k memory_tokens memory_input latent_dim image_seq_length "
     "key_space memory_scores retrieval_threshold connector_size prompt_captions"
 ).split()
 
@@ -64,18 +64,11 @@ def write_tensors(tensors: dict[str, torch.Tensor], folder: str | os.PathLike, n
 
 def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
     """
-    Read what [`save_connectors`] wrote; the model gets the lexicon that was saved with them, or none if none was.
+    Read what [`save_connectors`] wrote.
 
     Raises `RuntimeError` naming the tensors that do not fit the model.
     """
     tensors = load_file(Path(folder, CONNECTORS_NAME))
-    if model.config.memory_top_k > 0:
-        lexicon = [tensors.get(f"memory_connector.lexicon_{part}") for part in ("keys", "bias", "tokens")]
-        found = lexicon[1] is not None
-        model.base_model.memory_connector.set_lexicon(*(part.to(model.device) if found else None for part in lexicon))
-        model.config.memory_lexicon_size = len(lexicon[1]) if found else 0
-        if found:
-            model.config.latents_per_word = len(lexicon[2])
     nn.ModuleDict(connectors_of(model)).load_state_dict(tensors)
 
 

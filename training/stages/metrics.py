@@ -88,11 +88,10 @@ class Meter(TrainerCallback):
 
     def _count_slots(self, connector: torch.nn.Module, arguments: tuple):
         """Before each call of the memory connector. A blank image (`with_blank_image`) is none."""
-        values, used, _, scores = arguments
+        _, _, scores, _, used = arguments
         if not connector.training or not self.has_images:
             return
         device = self.on_device.device
-        used = torch.ones(values.shape[:2], dtype=torch.bool) if used is None else used
         used = used.to(device)
         similar = torch.zeros_like(used)
         if scores is not None:

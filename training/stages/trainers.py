@@ -342,13 +342,8 @@ def collator_of(
     bank: MemoryBank | None,
     vision_features: np.ndarray | None,
 ) -> TrainingCollator:
-    """Return the collator of a run. Raises `ValueError` if neighbours that are not there should be dropped."""
+    """Return the collator of a run."""
     neighbours = model.config.num_neighbours
-    if config.memory_dropout and not neighbours:
-        raise ValueError(
-            f"memory_dropout is {config.memory_dropout}, but the model reads no neighbours (memory_top_k: 0, or a "
-            "baseline without memory): leave it out."
-        )
     return TrainingCollator(
         processor,
         vision_features,

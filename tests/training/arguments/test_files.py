@@ -50,11 +50,11 @@ def test_nothing_in_a_file_is_a_value_where_there_may_be_none(files):
 
 def test_several_files_are_joined(files, monkeypatch):
     monkeypatch.chdir(files)
-    (files / "other.yaml").write_text("learning_rate: 1e-2\nmodel_kwargs: {num_latents: 7}\nseed: 8\n")
+    (files / "other.yaml").write_text("learning_rate: 1e-2\nmodel_kwargs: {memory_tokens: 7}\nseed: 8\n")
     names = ["baseline.yaml", "other.yaml"]
     config = read_config(names, ["--seed", "9", "--model_kwargs", '{"latent_dim": 4}'])
     assert config.learning_rate == 1e-2 and config.seed == 9 and config.max_steps == 2
-    assert config.model_kwargs == {"memory_top_k": 0, "num_latents": 7, "latent_dim": 4}
+    assert config.model_kwargs == {"memory_top_k": 0, "memory_tokens": 7, "latent_dim": 4}
     with pytest.raises(ValueError, match="other.yaml has stage: None, expected `stage: 1`"):
         read_config(["other.yaml"], [])
     with pytest.raises(ValueError, match="no file nowhere.yaml, expected .* one of .*qwen2-0.5b-siglip.yaml"):

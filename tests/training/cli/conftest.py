@@ -11,7 +11,7 @@ from PIL import Image
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
 
 WORDS = ("a red square", "a blue circle", "what is on the background", "user", "system")
-SMALL = {"num_latents": 3, "latent_dim": 5, "memory_top_k": 2}
+SMALL = {"memory_tokens": 3, "latent_dim": 5, "memory_top_k": 2, "memory_input": "latents", "memory_scores": False}
 
 
 @pytest.fixture
@@ -42,7 +42,6 @@ def folder(tmp_path, compose, processor, value_encoder, checkpoints, monkeypatch
         "language_model": checkpoints["llama"],
         "model_kwargs": SMALL,
         "memory_bank": "bank",
-        "lexicon": False,
         "dataset": "rows.json",
         "output_dir": "out",
         "max_steps": 2,

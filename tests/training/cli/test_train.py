@@ -27,7 +27,7 @@ from tinyalign_vlm.training.demo import run as demo
 from tinyalign_vlm.training.stages import run
 from tinyalign_vlm.training.stages.trainers import AlignmentTrainer
 
-SMALL = {"num_latents": 3, "latent_dim": 5, "memory_top_k": 2}
+SMALL = {"memory_tokens": 3, "latent_dim": 5, "memory_top_k": 2, "memory_input": "latents", "memory_scores": False}
 
 
 def tinyalign(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -301,7 +301,7 @@ def test_connectors_alone_from_stage_to_stage(files, checkpoints, make_model, pr
     composed = {"vision_model": "tower", "language_model": checkpoints["llama"], "model_kwargs": SMALL}
     settings = yaml.safe_load((files / "stage1.yaml").read_text())
     del settings["model"]
-    settings |= composed | {"save_only": "connectors", "lexicon": False}
+    settings |= composed | {"save_only": "connectors"}
     (files / "alone.yaml").write_text(yaml.safe_dump(settings))
     main(["train", "alone.yaml"])
     with safe_open(files / "out1" / "model.safetensors", "pt") as file:
