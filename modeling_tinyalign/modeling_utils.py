@@ -273,11 +273,11 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     def caption_tokenizer(self) -> CaptionTokenizer:
         """The reader of captions, with the tokenizer that lies beside the model's weights unless one was given."""
         if self.base_model._caption_tokenizer is None:
-            self.read_captions_with(find_tokenizer(self.config.name_or_path, self.config._commit_hash))
+            self.read_captions_with(find_tokenizer(self.config.name_or_path, vars(self.config).get("_commit_hash")))
         return self.base_model._caption_tokenizer
 
     def read_captions_with(self, tokenizer: PreTrainedTokenizerBase):
-        """Set the language model's tokenizer, which a loaded model finds beside its weights."""
+        """Set the language model's tokenizer; a loaded model finds it beside its weights."""
         self.base_model._caption_tokenizer = CaptionTokenizer(tokenizer, self.config.memory_tokens)
 
     def require_bank(self) -> MemoryBank:

@@ -31,11 +31,12 @@ class ModelArguments:
     baseline: str | None = setting(
         None, "A comparison point of the paper instead of TinyAlign, see docs/baselines.md.", list(BASELINES)
     )
-    memory_dropout: float = setting(
-        0.3,
+    memory_dropout: float | None = setting(
+        None,
         "Share of the images, 0 to 1, that lose neighbours in training: five in six the most similar ones, as if the "
         "bank did not know them, and one in six all. Without it a model learns to trust whatever it is given, see "
-        "docs/method.md. 0 where the bank lacks about a quarter of the training images anyway.",
+        "docs/method.md. By default 0.3, and 0 for streamed rows. Set it to 0 where the bank lacks about a quarter of "
+        "the training images anyway.",
     )
 
     def read_model_kwargs(self):

@@ -71,6 +71,8 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
         self._check_machine()
         if self.tune_vision_tower != "frozen":
             self._check_trained_vision_tower()
+        if self.memory_dropout is None:
+            self.memory_dropout = 0.0 if self.streaming else 0.3
         if self.streaming:
             self._check_streaming()
         if self.global_batch_size is not None:

@@ -52,21 +52,18 @@ def build_bank(
     Args:
         dataset: a split of a Hub data set (streamed or not) or any iterable of dicts, with an image (PIL, bytes,
             path) and a caption in every row.
-        value_encoder: makes the values; it is saved with the bank. For a model that reads latents a new one is trained
-            first; for one that reads captions the bank has no values.
+        value_encoder: makes the values. By default a model that reads latents gets a new one; other banks have none.
         keep_columns: other columns to keep with the rows as text, a source or licence say.
-        key_grid: side of the raster of cells that a key holds; keys get `key_grid**2` times as wide, so give
-            `whiten_dim` as well. 1: the whole image (the paper's keys).
+        key_grid: side of the raster of cells in a key, which gets so much wider: whiten it. 1: the paper's keys.
         whiten_dim: fit a PCA whitening to this many dimensions on the bank's raw keys. None: only centre them.
-        thumbnail_size: side in pixels of the JPEG kept of every image, or None for no thumbnails.
+        thumbnail_size: side in pixels of the JPEG kept of every image, or None.
         skip_bad_rows: leave rows with a corrupt image or without a caption out and list them in `left_out`.
         keep_duplicates: keep images that an earlier row has, pixel for pixel; by default they are left out and listed.
         vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
         quantized: round keys to float16 and values to 8 bits. By default in banks of more than 20,000 rows.
 
     Raises:
-        ValueError: a row is bad (its number is named), there is no row, `key_grid` or `whiten_dim` is impossible, or
-            the value encoder makes latents of another shape than `model.config` asks for.
+        ValueError: a row is bad (its number is named), there is none, or a setting or the value encoder does not fit.
     """
     check_rows(dataset, "dataset")
     check_row_settings(keep_columns, batch_size, thumbnail_size)

@@ -65,20 +65,19 @@ def train_value_encoder(
         encoder: with new weights; left frozen and in evaluation mode.
         images: vision features `(n, T, C)`, as an array or tensor.
         captions: `(n,)`, of the images.
-        checkpoint: a file, written every 50 steps, from which the same training goes on if it is there.
+        checkpoint: a file, written every 50 steps, from which the same training goes on.
 
     Returns:
-        a row every 50 steps: `step`, and `loss`, 1 less the mean cosine of what is read and what is to be said.
+        every 50 steps `step`, and `loss`, 1 less the mean cosine of what is read and what is to be said.
 
     Raises:
-        ValueError: there is no image, not a caption for each, or a caption is no text (its number is named).
+        ValueError: there is no image, not a caption for each, or a caption is no text.
     """
     config = config or ValueEncoderTrainingConfig()
     check_pairs(images, captions)
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.as_tensor(images)
-    cells = [picture_cells(part.float(), encoder.config.num_latents) for part in images.split(config.batch_size)]
-    mean = torch.cat(cells).mean(0).to(encoder.device)
+    mean = mean_cells(images, encoder.config.num_latents).to(encoder.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         look = nn.Linear(encoder.config.latent_dim, encoder.config.vision_feature_size).to(encoder.device)
@@ -103,8 +102,7 @@ def train_value_encoder(
             schedule.step()
             if step % SAVE_STEPS == 0 or step == config.steps:
                 history.append({"step": step, "loss": loss.item()})
-                if checkpoint is not None:
-                    save_progress(checkpoint, history, parts, generator)
+                save_progress(checkpoint, history, parts, generator)
                 progress.set_postfix(loss=f"{loss.item():.3f}")
                 if progress.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
@@ -118,6 +116,11 @@ def train_value_encoder(
     return history
 
 
+def mean_cells(images: torch.Tensor, num_latents: int) -> torch.Tensor:
+    """Return the cells `(cells, C)` of the mean of all pictures."""
+    return torch.cat([picture_cells(part.float(), num_latents) for part in images.split(64)]).mean(0)
+
+
 def check_pairs(images: Sequence, captions: Sequence[str]) -> None:
     """Raise ValueError unless there are images, with a caption for each."""
     if len(images) == 0 or len(images) != len(captions):
@@ -129,8 +132,10 @@ def check_pairs(images: Sequence, captions: Sequence[str]) -> None:
             )
 
 
-def save_progress(checkpoint: Path, history: list[dict], parts: dict, generator: torch.Generator) -> None:
-    """Write all that the next step depends on."""
+def save_progress(checkpoint: Path | None, history: list[dict], parts: dict, generator: torch.Generator) -> None:
+    """Write all that the next step depends on, unless no file is named for it."""
+    if checkpoint is None:
+        return
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"history": history, "generator": generator.get_state()}
     content = io.BytesIO()

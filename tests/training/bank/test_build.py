@@ -22,7 +22,7 @@ def test_a_value_encoder_is_trained_by_itself(pairs, model, processor, capsys):
     assert torch.equal(state, torch.get_rng_state()), "the caller's random numbers were changed"
     assert (bank.config.num_latents, bank.config.latent_dim) == (model.config.memory_tokens, model.config.latent_dim)
     printed = capsys.readouterr().out
-    assert "Training a value encoder on 12 captions and 12 images, 3 steps." in printed
+    assert "Training a value encoder on 12 images, 3 steps." in printed
     assert "The value encoder took" in printed
     again = MemoryBank.build(pairs, model, processor, value_encoder_training=SHORT)
     assert bank.config.sha256 == again.config.sha256

@@ -19,8 +19,6 @@ from tinyalign_vlm import (
     MemoryBank,
     TinyAlignForConditionalGeneration,
     TinyAlignProcessor,
-    ValueEncoder,
-    ValueEncoderConfig,
 )
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.demo import run as demo
@@ -151,8 +149,7 @@ def test_streamed_rows_are_shuffled_by_seed_and_go_on_where_a_run_was_killed(fil
     ("fields", "message"),
     [
         (["--model_kwargs", '{"memory_top_k": 2}'], "memory_top_k is 2, but baseline was trained without memory"),
-        (["--memory_dropout", "0.5"], "memory_dropout is 0.5, but the model reads no neighbours"),
-        (["--baseline", "static_rag", "--memory_bank", ""], "retrieves 5 neighbours an image, but there is no bank"),
+        (["--baseline", "static_rag", "--memory_bank", ""], "retrieves 4 neighbours an image, but there is no bank"),
     ],
 )
 def test_what_a_baseline_without_memory_does_not_have(fields, message, files, monkeypatch):
@@ -175,23 +172,25 @@ def test_padded_images_in_both_stages(files, checkpoints, monkeypatch):
         main(["train", "baseline.yaml", "--image_aspect_ratio", "pad", "--vision_model", checkpoints["efficientnet"]])
 
 
-def test_a_composed_model_reads_the_banks_words(files, checkpoints, dataset, captions, value_encoder, monkeypatch):
+def test_a_composed_model_reads_the_banks_captions(files, checkpoints, dataset, captions, monkeypatch):
+    """The default: nothing but the bank's keys and captions, and the trained model reads them by itself."""
     monkeypatch.chdir(files)
     towers = checkpoints["siglip"], checkpoints["llama"]
-    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(*towers, **SMALL)
+    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(*towers)
     processor = TinyAlignProcessor.from_vision_text_pretrained(*towers, model.config)
-    encoder = ValueEncoder(ValueEncoderConfig(**{**value_encoder.config.settings, "latents_per_word": 1}))
     rows = dataset.select_columns(["image"]).add_column("caption", captions)
-    MemoryBank.build(rows, model, processor, encoder).save_pretrained("bank")
-    settings = yaml.safe_load((files / "baseline.yaml").read_text())
-    settings |= {"model_kwargs": SMALL, "memory_bank": "bank"}
-    (files / "composed.yaml").write_text(yaml.safe_dump(settings))
-    for name in ("True", "False", "True"):  # the last is a rerun
-        main(["train", "composed.yaml", "--output_dir", name, "--lexicon", name])
-        config = TinyAlignForConditionalGeneration.from_pretrained(name).config
-        assert config.latents_per_word == 1 and (config.memory_lexicon_size > 0) == (name == "True")
-    with pytest.raises(SystemExit, match=r"\(3, 5, 1\), the model expects \(3, 5, 2\)"):
-        main(["train", "composed.yaml", "--model_kwargs", json.dumps({**SMALL, "latents_per_word": 2})])
+    MemoryBank.build(rows, model, processor).save_pretrained("bank")
+    settings = yaml.safe_load((files / "baseline.yaml").read_text()) | {"memory_bank": "bank"}
+    (files / "composed.yaml").write_text(yaml.safe_dump({**settings, "model_kwargs": {}}))
+    main(["train", "composed.yaml", "--output_dir", "trained"])
+    trained = TinyAlignForConditionalGeneration.from_pretrained("trained")
+    assert trained.config.memory_input == "captions" and trained.config.memory_scores
+    trained.attach_memory_bank("bank")
+    features = trained.get_image_features(torch.zeros(1, 3, 32, 32))
+    captions = trained.memory_bank.rows(features.memory_ids)[0]
+    ids = trained.caption_tokenizer([[row["caption"] for row in captions]])
+    written = trained.caption_tokenizer.tokenizer.decode(ids[0][ids[0] >= 0])
+    assert written.strip().startswith(captions[0]["caption"][:5])
 
 
 @pytest.mark.parametrize(

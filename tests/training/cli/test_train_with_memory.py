@@ -58,8 +58,8 @@ def test_every_comparison_point_is_an_option(folder, compose, make_processor, va
     text = train("--output_dir", "text", "--baseline", "text_rag")
     assert (static.config.memory_top_k, static.config.prompt_captions) == (0, 0)
     assert (text.config.memory_top_k, text.config.prompt_captions) == (0, 2)
-    sequence = train("--output_dir", "sequence", "--model_kwargs", '{"memory_fusion": "sequence"}')
-    assert sequence.config.num_memory_tokens == 2 * memory.config.num_memory_tokens
+    both = train("--output_dir", "both", "--model_kwargs", '{"memory_input": "both"}')
+    assert both.config.num_memory_tokens == memory.config.num_memory_tokens
     model = compose(key_space="language")
     rows = [{"image": f"{index}.png", "caption": f"a square {index % 5}"} for index in range(20)]
     MemoryBank.build(rows, model, make_processor(model), value_encoder).save_pretrained("language")
@@ -77,7 +77,7 @@ def test_every_comparison_point_is_an_option(folder, compose, make_processor, va
     with pytest.raises(SystemExit, match="the connector of tinyalign is not wider"):
         main([*fields, "--baseline", "wider_connector"])
     with pytest.raises(SystemExit, match="The weights of tinyalign are not of the shapes"):
-        main([*fields, "--model_kwargs", '{"memory_fusion": "sequence"}'])
+        main([*fields, "--model_kwargs", '{"latent_dim": 6}'])
 
 
 def test_static_captions_are_in_the_prompts_of_training(folder, monkeypatch):

@@ -6,6 +6,7 @@ from tinyalign_vlm.training import AlignmentConfig, AlignmentTrainer, Instructio
 
 STAGES = {1: (AlignmentConfig, AlignmentTrainer), 2: (InstructionConfig, InstructionTrainer)}
 SETTINGS = {
+    "memory_dropout": 0.0,
     "max_steps": 4,
     "per_device_train_batch_size": 4,
     "logging_steps": 1,

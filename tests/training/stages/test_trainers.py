@@ -157,15 +157,15 @@ def test_a_finished_run_is_loaded_and_not_trained(stage, make_model, processor, 
     assert not again.training and "forward" not in vars(again)
 
 
-def test_other_rows_or_another_lexicon_are_another_run(make_model, processor, dataset, bank, features, tmp_path):
+def test_other_rows_or_another_reading_are_another_run(make_model, processor, dataset, bank, features, tmp_path):
     run(1, make_model(), processor, dataset, bank, tmp_path, features, max_steps=1)
     copy = datasets.Dataset.from_list(list(dataset))  # its fingerprint is random
     run(1, make_model(), processor, copy, bank, tmp_path, features, max_steps=1)
     other = dataset.select(range(11, -1, -1))
     with pytest.raises(ValueError, match="rows_hash: "):
         run(1, make_model(), processor, other, bank, tmp_path, features, max_steps=1)
-    model = make_model(latents_per_word=1)
-    with pytest.raises(ValueError, match="latents_per_word: 2 then, 1 now"):
+    model = make_model(memory_input="both")
+    with pytest.raises(ValueError, match="memory_input: 'latents' then, 'both' now"):
         run(1, model, processor, dataset, bank, tmp_path, features, max_steps=1)
 
 
@@ -263,19 +263,6 @@ def test_connectors_alone_are_saved_and_loaded(make_model, tmp_path):
     assert not changed_parts(weights(trained), weights(other))
     with pytest.raises(RuntimeError, match="memory_connector"):
         load_connectors(make_model(memory_top_k=0), tmp_path)
-
-
-def test_connectors_bring_their_lexicon(make_model, processor, bank, tmp_path):
-    trained, other = make_model(), make_model(latents_per_word=1)
-    trained.build_lexicon(processor.tokenizer, bank)
-    save_connectors(trained, tmp_path)
-    load_connectors(other, tmp_path)
-    assert other.config.memory_lexicon_size == trained.config.memory_lexicon_size > 0
-    assert other.config.latents_per_word == 2
-    assert not changed_parts(weights(trained), weights(other))
-    save_connectors(make_model(), tmp_path)
-    load_connectors(other, tmp_path)
-    assert other.config.memory_lexicon_size == 0
 
 
 def test_a_random_bank_trains_as_well_and_differently(
