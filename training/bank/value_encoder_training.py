@@ -69,9 +69,6 @@ def train_value_encoder(
 
     Returns:
         every 50 steps `step`, and `loss`, 1 less the mean cosine of what is read and what is to be said.
-
-    Raises:
-        ValueError: there is no image, not a caption for each, or a caption is no text.
     """
     config = config or ValueEncoderTrainingConfig()
     check_pairs(images, captions)
@@ -95,10 +92,7 @@ def train_value_encoder(
             latents = encoder.encode(batch, [captions[row] for row in rows.tolist()])
             cells = picture_cells(batch, encoder.config.num_latents)
             loss = 1 - F.cosine_similarity(look(latents[:, : cells.shape[1]]), cells - mean, dim=-1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            take_step(optimizer, loss)
             schedule.step()
             if step % SAVE_STEPS == 0 or step == config.steps:
                 history.append({"step": step, "loss": loss.item()})
@@ -114,6 +108,14 @@ def train_value_encoder(
         ) from interrupt
     encoder.requires_grad_(False).eval()
     return history
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """Take a step with gradients of at most length 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
 
 
 def mean_cells(images: torch.Tensor, num_latents: int) -> torch.Tensor:
