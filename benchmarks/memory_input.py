@@ -4,8 +4,8 @@ What a model should read of its neighbours and meet in training: the demo's job,
     tinyalign demo && python benchmarks/memory_input.py demo out --seeds 3
 
 Each seed trains, in the demo's steps, the baseline and TinyAlign with captions, with captions and latents, with
-latents alone (the paper's way), and with captions from a bank that knows every training concept, without memory dropout and
-with the default. Every number is of concepts that were never trained on, with a bank that has them, one that lacks
+latents alone (the paper's way), and with captions from a bank that knows every training concept, without memory
+dropout and with the default. Every number is of concepts that were never trained on, with a bank that has them, one that lacks
 them, and none ("off"): the mean of the seeds, and from their lowest to their highest. Training goes on where it was
 interrupted; docs/method.md has the table.
 """
@@ -26,7 +26,7 @@ from tinyalign_vlm.training.demo.state import TOP_K, Clock, Demo, DemoConfig
 
 METRICS = ("choice", "keyword_loss", "exact_match", "name_loss")
 DROPOUT = 0.3  # the default of `tinyalign train`
-SYSTEMS = ("baseline", "captions", "both", "latents", "known", "known_dropout")
+SYSTEMS = ("baseline", "captions", "known", "known_dropout", "both", "latents")
 
 
 def prepare(folder: Path, weights: dict[str, Path], config: DemoConfig) -> Demo:
@@ -42,19 +42,20 @@ def prepare(folder: Path, weights: dict[str, Path], config: DemoConfig) -> Demo:
     return demo
 
 
-def add_banks(demo: Demo, **memory) -> None:
-    """Make banks of the same rows with values, and one of all training concepts."""
+def add_banks(demo: Demo, values: bool) -> None:
+    """Make a bank of all training concepts, and with `values` banks of the same rows that have them."""
+    memory = {"memory_input": "latents"} if values else {}
     model, processor = systems.compose(demo.weights, demo.config, memory_top_k=TOP_K, **memory)
-    training = ValueEncoderTrainingConfig(steps=demo.config.value_encoder_steps, seed=demo.config.seed)
-    settings = {**run.key_settings(demo.pairs.known), "value_encoder_training": training}
-    for name, rows in (("without", demo.pairs.known), ("with", demo.concepts["with"])):
-        path = demo.out / f"bank_values_{name}"
-        begun = demo.banks.get("values_without")
-        noto = demo.pairs.noto, demo.features["noto"]
-        demo.banks[f"values_{name}"] = run.make_bank(path, model, processor, *noto, rows, begun, **settings)
-        demo.found[f"values_{name}"] = demo.found[name]  # the keys are the same
-    rows = np.concatenate([demo.pairs.known, np.setdiff1d(demo.pairs.train, demo.pairs.known)])
     parts = model, processor, demo.pairs.noto, demo.features["noto"]
+    if values:
+        training = ValueEncoderTrainingConfig(steps=demo.config.value_encoder_steps, seed=demo.config.seed)
+        settings = {**run.key_settings(demo.pairs.known), "value_encoder_training": training}
+        for name in ("without", "with"):
+            path, begun = demo.out / f"bank_values_{name}", demo.banks.get("values_without")
+            demo.banks[f"values_{name}"] = run.make_bank(path, *parts, demo.concepts[name], begun, **settings)
+            demo.found[f"values_{name}"] = demo.found[name]  # the keys are the same
+        return
+    rows = np.concatenate([demo.pairs.known, np.setdiff1d(demo.pairs.train, demo.pairs.known)])
     demo.banks["known"] = run.make_bank(demo.out / "bank_known", *parts, rows, demo.banks["without"])
     own = source_ids_of(demo.pairs.twemoji.select(demo.pairs.train)["image"])
     demo.found["train_known"] = find_neighbours(demo.banks["known"], model, demo.features["train"], 2 * TOP_K, own)
@@ -98,7 +99,9 @@ def main():
     for seed in range(arguments.seeds):
         config = DemoConfig(split="validation", seed=seed, every_row=False)
         demo = prepare(arguments.out / f"seed{seed}", weights, config)
-        add_banks(demo, memory_input="latents")
+        add_banks(demo, values=False)
+        if {"both", "latents"} & set(arguments.systems):
+            add_banks(demo, values=True)
         for name in arguments.systems:
             run_one(demo, name)
             for bank in demo.results[name]:
