@@ -5,9 +5,9 @@ What a model should read of its neighbours and meet in training: the demo's job,
 
 Each seed trains, in the demo's steps, the baseline and TinyAlign with captions, with captions and latents, with
 latents alone (the paper's way), and with captions from a bank that knows every training concept, without memory
-dropout and with the default. Every number is of concepts that were never trained on, with a bank that has them, one that lacks
-them, and none ("off"): the mean of the seeds, and from their lowest to their highest. Training goes on where it was
-interrupted; docs/method.md has the table.
+dropout and with the default. Every number is of concepts that were never trained on, with a bank that has them, one
+that lacks them, and none ("off"): the mean of the seeds, and from their lowest to their highest. Training goes on
+where it was interrupted; docs/method.md has the table.
 """
 
 import argparse
