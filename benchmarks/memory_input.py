@@ -64,7 +64,7 @@ def add_banks(demo: Demo, values: bool) -> None:
 def run_one(demo: Demo, name: str) -> None:
     """Train a system, and evaluate it."""
     if name == "baseline":
-        model = systems.run_system(demo, name, memory_top_k=0)
+        model = systems.train_system(demo, name, memory_top_k=0)
         demo.results[name] = {"off": systems.evaluate_system(demo, name, *model)}
         return
     memory, banks = {}, {"with": "with", "without": "without", "off": "off"}
@@ -75,7 +75,7 @@ def run_one(demo: Demo, name: str) -> None:
     if name.startswith("known"):
         bank, demo.found["train"] = "known", demo.found["train_known"]
         demo.config = replace(config, memory_dropout=DROPOUT if name == "known_dropout" else 0.0)
-    model = systems.run_system(demo, name, bank, **memory)
+    model = systems.train_system(demo, name, bank, **memory)
     demo.config, demo.found["train"] = config, train
     demo.results[name] = {
         key: systems.evaluate_system(demo, f"{name}_{key}", *model, bank=bank) for key, bank in banks.items()
