@@ -259,7 +259,7 @@ def tower_name(model: PreTrainedModel) -> str:
     return os.path.basename(os.path.abspath(name)) if is_path else name
 
 
-def read_image(image: Image.Image | str | os.PathLike) -> Image.Image:
+def read_query_image(image: Image.Image | str | os.PathLike) -> Image.Image:
     """Return an image, upright and on white, as a bank's images are read; `ValueError` if it is none."""
     if not isinstance(image, (Image.Image, str, os.PathLike)):
         raise ValueError(f"Found a {type(image).__name__}, expected a PIL image or the path of one.")
@@ -286,5 +286,5 @@ def query_pixels(preprocessing: dict, images: Any) -> torch.Tensor:
             f"The bank's preprocessing names no image processor of transformers with sides up to {MAX_SIDE}: pass "
             "pixel_values that the model's processor made."
         )
-    images = [read_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+    images = [read_query_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
     return image_processor.from_dict(dict(preprocessing))(images=images, return_tensors="pt")["pixel_values"]

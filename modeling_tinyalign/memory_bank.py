@@ -25,7 +25,7 @@ from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
 from .files import CARD_NAME, SHARDS, make_bank_card, push_files, replace_folder, scratch_folder
 from .key_encoder import KeyEncoder, evaluating, tower_name
-from .row_encoder import LeftOutRow, RowEncoder, RowReader, check_rows, finished, undecoded
+from .row_encoder import LeftOutRow, PairReader, RowEncoder, check_many, finished, stored_images
 from .value_encoder import ValueEncoder
 
 try:
@@ -167,16 +167,16 @@ class MemoryBank(BankRows):
         Raises:
             ValueError: a row is bad (its number is named), or the model has another vision tower.
         """
-        check_rows(images_or_rows, "images_or_rows")
+        check_many(images_or_rows, "images_or_rows")
         rows = images_or_rows
         if captions is not None:
             pairs = zip(images_or_rows, captions, strict=True)
             rows = ({image_column: image, caption_column: caption} for image, caption in pairs)
         settings["seen"] = None if keep_duplicates else self.image_names()
-        reader = RowReader(processor.decode_image, image_column, caption_column, self.config.columns)
+        reader = PairReader(processor.decode_image, image_column, caption_column, self.config.columns)
         encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)
         with evaluating(model, *encoder.value_encoders):
-            added = finished(encoder.batches(enumerate(undecoded(rows, image_column))), self.key_encoder)
+            added = finished(encoder.batches(enumerate(stored_images(rows, image_column))), self.key_encoder)
             return self.with_rows(itertools.chain(self.batches(), added), encoder.left_out)
 
     def remove(self, rows: int | str | Sequence[int | str]) -> MemoryBank:

@@ -105,7 +105,7 @@ def uncached_images(
         features = features[len(features) - int(mask.sum()) // size :]
         if not features:
             return features
-    check_placeholders(config, mask, features)
+    check_image_places(config, mask, features)
     left, new = iter(features), []
     for row in mask:
         cached = int(row[:past].sum())
@@ -115,7 +115,7 @@ def uncached_images(
     return new
 
 
-def check_placeholders(config: TinyAlignConfig, mask: torch.Tensor, features: list[torch.Tensor]):
+def check_image_places(config: TinyAlignConfig, mask: torch.Tensor, features: list[torch.Tensor]):
     """Raise ValueError unless each row has its images' placeholders: two wrong rows could cancel out."""
     size = len(features[0])
     found = mask.sum(1).tolist()

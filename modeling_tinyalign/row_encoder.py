@@ -71,7 +71,7 @@ class BankRow:
 
 
 @dataclass
-class RowReader:
+class PairReader:
     """Read rows that are dictionaries with an image (PIL, path, bytes, `{"bytes", "path"}`) and a caption.
 
     Attributes:
@@ -113,7 +113,7 @@ class RowEncoder:
 
     Attributes:
         value_encoder: None for a bank without values.
-        read_row: reads a row, as `RowReader` does, with the columns to keep.
+        read_row: reads a row, as `PairReader` does, with the columns to keep.
         skip_bad_rows: leave bad rows out instead of raising ValueError.
         seen: 16 bytes for each image, whose rows are left out as duplicates; those of the rows are added. None keeps
             duplicates.
@@ -246,7 +246,7 @@ def finished(batches: Iterable[pa.RecordBatch], key_encoder: KeyEncoder) -> Iter
         yield batch.set_column(batch.schema.names.index("key"), "key", list_column(keys))
 
 
-def undecoded(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:
+def stored_images(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:
     """Return a Hub data set whose images are read here, so that a corrupt one can be named and left out."""
     try:
         import datasets
@@ -278,7 +278,7 @@ def check_caption(caption: object) -> str:
     return caption
 
 
-def check_rows(rows: Any, name: str) -> None:
+def check_many(rows: Any, name: str) -> None:
     """Raise TypeError, with the argument's name, for rows that are not many."""
     try:
         iter(rows)

@@ -30,13 +30,13 @@ def load_request_image(url: str, allowed_hosts: Collection[str] = ()) -> Image.I
 
     Args:
         url: A `data:image/...;base64,` URL, or one with http or https.
-        allowed_hosts: See [`fetch`].
+        allowed_hosts: See [`download_image`].
 
     Raises:
         ValueError: it is neither, the host is not allowed, or `decode_image` refuses what is there.
     """
     if isinstance(url, str) and url.startswith(("http://", "https://")):
-        data = fetch(url, allowed_hosts)
+        data = download_image(url, allowed_hosts)
     elif isinstance(url, str) and url.startswith("data:image/"):
         try:
             data = base64.b64decode(url.partition(";base64,")[2], validate=True)
@@ -47,7 +47,7 @@ def load_request_image(url: str, allowed_hosts: Collection[str] = ()) -> Image.I
     return decode_image(BytesIO(data), REQUEST_FORMATS)
 
 
-def fetch(url: str, allowed_hosts: Collection[str]) -> bytes:
+def download_image(url: str, allowed_hosts: Collection[str]) -> bytes:
     """
     Return what is behind a URL that a stranger named, on a host that was allowed.
 

@@ -261,7 +261,7 @@ def read_request(
     max_tokens: int,
 ) -> Answer:
     """Return the answer that a request asks for; `ValueError` names the field that is wrong."""
-    config = read_settings(body, model, max_tokens)
+    config = sampling_settings(body, model, max_tokens)
     if memory == "off" and body.get("memory") == "on":
         raise ValueError("memory is 'on', but this server answers without: leave it out")
     if "memory" in body:
@@ -283,7 +283,7 @@ def read_request(
     return Answer(model, processor, inputs, config, memory, body.get("seed"))
 
 
-def read_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> GenerationConfig:
+def sampling_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> GenerationConfig:
     """Return how to generate: what the model's generation_config.json says, changed by a request."""
 
     def is_number(value, low: float, high: float) -> bool:

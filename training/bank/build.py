@@ -17,7 +17,7 @@ from ...modeling_tinyalign.bank_format import BankConfig, KeyEncoderConfig, Towe
 from ...modeling_tinyalign.files import scratch_folder
 from ...modeling_tinyalign.key_encoder import KeyEncoder, evaluating, probe_pixels, tower_name
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ...modeling_tinyalign.row_encoder import RowEncoder, check_row_settings, check_rows, finished
+from ...modeling_tinyalign.row_encoder import RowEncoder, check_many, check_row_settings, finished
 from ...modeling_tinyalign.value_encoder import ValueEncoder
 from ..data.images import DatasetImages
 from ..hub.bank_facts import facts_of_dataset
@@ -65,7 +65,7 @@ def build_bank(
     Raises:
         ValueError: a row is bad (its number is named), there is none, or a setting or the value encoder does not fit.
     """
-    check_rows(dataset, "dataset")
+    check_many(dataset, "dataset")
     check_row_settings(keep_columns, batch_size, thumbnail_size)
     source = DatasetImages(dataset, image_column, caption_column, keep_columns)
     source.check_features(vision_features)

@@ -14,10 +14,10 @@ from datasets.table import CastError
 from ...modeling_tinyalign.row_encoder import (
     BadRow,
     BankRow,
-    RowReader,
+    PairReader,
     check_caption,
     image_source_id,
-    undecoded,
+    stored_images,
 )
 from ...processing.images import decode_image
 from ..arguments.stage import StageArguments
@@ -54,9 +54,9 @@ class DatasetImages(StoredImages):
     """Rows of an object in Python: a data set of the Hub, a list of dictionaries. Arguments as of `build_bank`."""
 
     def __init__(self, dataset: Iterable[dict], image_column: str, caption_column: str, keep_columns: Sequence[str]):
-        self.dataset = undecoded(dataset, image_column)
+        self.dataset = stored_images(dataset, image_column)
         self.total = len(dataset) if isinstance(dataset, Sized) else None
-        self.reader = RowReader(decode_image, image_column, caption_column, keep_columns)
+        self.reader = PairReader(decode_image, image_column, caption_column, keep_columns)
 
     def check_can_be_read_twice(self) -> None:
         """Raise `ValueError` for an iterator."""

@@ -53,7 +53,7 @@ class StageRecord:
     saved_step: int | None = None
 
 
-class Clock(TrainerCallback):
+class RunClock(TrainerCallback):
     """Log the seconds of training, with those before an interruption, and the loss of the last step, for the card."""
 
     started: float | None = None

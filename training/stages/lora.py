@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..arguments.tuning import TuningArguments
 
 
-def quantize(config: TuningArguments, model: PreTrainedModel) -> dict[str, nn.Linear]:
+def quantize_linears(config: TuningArguments, model: PreTrainedModel) -> dict[str, nn.Linear]:
     """
     Put 4-bit (NF4, double quantization) copies of the language model's linear layers in their places, where the model
     is. Before `model.to("cuda")`, only the copies go there.
@@ -64,7 +64,7 @@ def adapters(config: TuningArguments, model: PreTrainedModel) -> Iterator[None]:
         target_modules=config.lora_target_modules or "all-linear",
     )
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    originals = quantize(config, model) if config.tune_language_model == "qlora" else {}
+    originals = quantize_linears(config, model) if config.tune_language_model == "qlora" else {}
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # the same adapters in every process, and in a run that goes on

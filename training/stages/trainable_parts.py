@@ -117,7 +117,7 @@ def parts_of(config: TuningArguments, model: PreTrainedModel) -> list[TrainedPar
     ]
 
 
-def table(parts: list[TrainedPart]) -> str:
+def table_of_parts(parts: list[TrainedPart]) -> str:
     """
     The parts as lines of text, for people:
 

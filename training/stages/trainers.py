@@ -25,7 +25,7 @@ from ..arguments.tuning import part_of
 from ..data.collator import TrainingCollator
 from ..data.memory_dropout import MemoryDropout, TellEpoch
 from ..data.training_rows import evaluation_rows, training_rows
-from ..hub.run_facts import Clock, Curves
+from ..hub.run_facts import Curves, RunClock
 from .batches import align_tokens, with_blank_image, without_dropout
 from .checkpoints import last_checkpoint, load_trained, save_trained, trajectory_settings
 from .lora import adapters
@@ -35,7 +35,7 @@ from .movement import MovementCheck
 from .precision import bfloat16_language_model
 from .progress import follow
 from .samples import SampleAnswers
-from .trainable_parts import TrainedPart, parts_of, set_trainable, table
+from .trainable_parts import TrainedPart, parts_of, set_trainable, table_of_parts
 
 
 class SupervisedTrainer(Trainer):
@@ -100,7 +100,7 @@ class SupervisedTrainer(Trainer):
 
     def _add_callbacks(self):
         follow(self)
-        for callback in (self.loss_check, MovementCheck(self), Clock(), Curves()):
+        for callback in (self.loss_check, MovementCheck(self), RunClock(), Curves()):
             self.add_callback(callback)
         if self.eval_dataset is not None and self.args.eval_samples:
             self.add_callback(SampleAnswers(self))
@@ -131,7 +131,7 @@ class SupervisedTrainer(Trainer):
         ):
             self.parts = parts_of(self.args, self.model)
             if self.is_world_process_zero():
-                print(table(self.parts), flush=True)
+                print(table_of_parts(self.parts), flush=True)
             if checkpoint is not None and self._load_finished(checkpoint):
                 losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
                 return TrainOutput(self.state.global_step, fmean(losses) if losses else math.nan, {})

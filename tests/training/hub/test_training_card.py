@@ -22,7 +22,7 @@ from tinyalign_cli.main import main
 from tinyalign_vlm.hub_cards.cards import usage_snippet, write_card, write_space
 from tinyalign_vlm.hub_cards.facts import ModelFacts, Part, read_facts
 from tinyalign_vlm.training.hub.run_facts import (
-    Clock,
+    RunClock,
     StageRecord,
     hardware,
     peak_memory_gb,
@@ -184,13 +184,13 @@ def test_space_answers_with_what_it_has_seen(folder, tmp_path, monkeypatch, capt
 def test_clock_goes_on_after_an_interruption(monkeypatch):
     now = iter([100.0, 107.0, 1000.0, 1002.5])
     monkeypatch.setattr("tinyalign_vlm.training.hub.run_facts.time.monotonic", lambda: next(now))
-    state, clock = TrainerState(log_history=[{"step": 1}]), Clock()
+    state, clock = TrainerState(log_history=[{"step": 1}]), RunClock()
     clock.on_log(None, state, None)  # an evaluation before training
     assert "seconds" not in state.log_history[0]
     clock.on_train_begin(None, state, None)
     clock.on_log(None, state, None)
     state = TrainerState(log_history=[*state.log_history, {"step": 2}])  # from a checkpoint
-    (again := Clock()).on_train_begin(None, state, None)
+    (again := RunClock()).on_train_begin(None, state, None)
     again.on_log(None, state, None)
     assert [entry["seconds"] for entry in state.log_history] == [7.0, 9.5]
 
