@@ -34,6 +34,8 @@ MAX_SIZE = 65_536  # of keys, of values, of a value's halves
 MAX_GRID = 64  # side of a grid of visual tokens
 MAX_THUMBNAIL = 4096  # side, in pixels
 MAX_PIXELS = 2**22  # numbers in a probe image
+NUM_WEIGHTS = 4  # of a logistic regression on similarities, see outputs.py
+MAX_CALIBRATED_GROWTH = 1.5  # at 1.3 probabilities are as good as before, at 2.2 off by 0.15: docs/keys.md
 MAX_KEY_NORM = 1.001  # keys are of length 1, as far as float16 can tell
 
 
@@ -57,6 +59,12 @@ def check_digest(value: str | None) -> None:
     """Raise ValueError unless the value is a sha256, or None where the field's type allows it."""
     if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
         raise ValueError(f"found {value[:80]!r}, expected 64 hex digits")
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise ValueError unless these are the weights of a logistic regression of a `CalibrationConfig`."""
+    if len(weights) != NUM_WEIGHTS or not all(map(math.isfinite, weights)):
+        raise ValueError(f"found {weights[:8]!r}, expected {NUM_WEIGHTS} finite numbers")
 
 
 def check_columns(columns: Sequence[str]) -> None:
@@ -103,6 +111,24 @@ class KeyEncoderConfig:
 
 @strict
 @dataclass
+class CalibrationConfig:
+    """Weights that turn the similarities of an image's neighbours into probabilities: see `probabilities`.
+
+    Attributes:
+        top_k: neighbours of an image that were looked at.
+        num_rows: rows of the bank that they were fitted on.
+        right: weights for a neighbour being right.
+        none: weights for none of the `top_k` being right.
+    """
+
+    top_k: int = validated_field(between(1, 1000))
+    num_rows: int = validated_field(between(1, 10**10))
+    right: list[float] = validated_field(check_weights)
+    none: list[float] = validated_field(check_weights)
+
+
+@strict
+@dataclass
 class BankHashes:
     """The sha256 of a bank's parts; None until they are written."""
 
@@ -114,7 +140,12 @@ class BankHashes:
     config: str | None = validated_field(check_digest, default=None)
 
 
-NESTED = {"tower": TowerConfig, "key_encoder": KeyEncoderConfig, "sha256": BankHashes}
+NESTED = {
+    "tower": TowerConfig,
+    "key_encoder": KeyEncoderConfig,
+    "sha256": BankHashes,
+    "calibration": CalibrationConfig,
+}
 
 
 @strict
@@ -130,6 +161,7 @@ class BankConfig:
         columns: what was kept of the source beside image and caption.
         thumbnail_size: side of the pictures in pixels, or None where there are none.
         num_left_out: rows of the source that are not in the bank: bad ones, and images that were there already.
+        calibration: what `tinyalign bank calibrate` found, or None.
         num_rows, num_shards: rows and Parquet files; 0 until they are written.
     """
 
@@ -145,6 +177,7 @@ class BankConfig:
     thumbnail_size: int | None = validated_field(between(1, MAX_THUMBNAIL))
     versions: dict
     num_left_out: int = validated_field(between(0, 10**12), default=0)
+    calibration: CalibrationConfig | None = None
     num_rows: int = validated_field(between(0, 10**10), default=0)
     num_shards: int = validated_field(between(0, 99_999), default=0)
     sha256: BankHashes = field(default_factory=BankHashes)
@@ -158,6 +191,11 @@ class BankConfig:
                 raise ValueError(f"value_encoder.{name} is {found!r}, expected {name} = {vars(self)[name]}")
         if self.value_size > 16 * MAX_SIZE:
             raise ValueError(f"num_latents x latent_dim is {self.value_size}, expected at most {16 * MAX_SIZE}")
+
+    @property
+    def is_calibration_stale(self) -> bool:
+        """True in a bank that has grown too much since it was calibrated."""
+        return self.calibration is not None and self.num_rows > MAX_CALIBRATED_GROWTH * self.calibration.num_rows
 
     @property
     def value_size(self) -> int:
@@ -177,7 +215,7 @@ class BankConfig:
         """
         content = read_json(path)
         try:
-            config = _parsed(cls, content)
+            config = _parsed(cls, {"calibration": None, **content})  # older banks do not have it
             hashes = dict(vars(config.sha256))
             if config.value_encoder is None:
                 hashes.pop("value_encoder")
@@ -209,7 +247,9 @@ def _parsed(kind: type, content: object, name: str = "") -> object:
     for key in sorted({known.name for known in dataclasses.fields(kind)} ^ content.keys()):
         found = "unknown: this version of tinyalign-vlm does not read it" if key in content else "missing"
         raise ValueError(f"the field {name}{key[:80]} is {found}")
-    nested = NESTED if kind is BankConfig else {}
+    nested = dict(NESTED) if kind is BankConfig else {}
+    if content.get("calibration") is None:
+        nested.pop("calibration", None)
     return kind(**content | {key: _parsed(part, content[key], f"{key}.") for key, part in nested.items()})
 
 

@@ -17,10 +17,11 @@ import torch
 from huggingface_hub import CommitInfo, DatasetCard
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 
 from .bank_arrays import SCRATCH_PREFIX, cache_root, lay_out
 from .bank_folder import lay_out_folder, open_folder, read_value_encoder, write_folder
-from .bank_format import BATCH_ROWS, CARD_FACTS_NAME, LEFT_OUT_NAME, BankConfig
+from .bank_format import BATCH_ROWS, CARD_FACTS_NAME, LEFT_OUT_NAME, BankConfig, CalibrationConfig
 from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
 from .files import CARD_NAME, SHARDS, make_bank_card, push_files, replace_folder, scratch_folder
@@ -33,6 +34,7 @@ try:
 except ImportError:
     pa = None
 
+logger = logging.get_logger(__name__)
 MIN_PROBE_COSINE = 0.99
 MAX_PROBE_DIFFERENCE = 1e-3
 
@@ -133,6 +135,10 @@ class MemoryBank(BankRows):
         encoder = copy.deepcopy(self.key_encoder)
         bank = MemoryBank.from_batches(batches, config, encoder, self.probe_keys, self.value_encoder, left_out)
         bank.index = self.index
+        if bank.config.is_calibration_stale:
+            logger.warning(
+                f"The bank of {len(bank)} rows was calibrated with {config.calibration.num_rows}: calibrate it again."
+            )
         return bank
 
     def row_encoder(self, model: PreTrainedModel, processor: ProcessorMixin, **settings) -> RowEncoder:
@@ -205,10 +211,9 @@ class MemoryBank(BankRows):
     def shuffled(self, seed: int = 0) -> MemoryBank:
         """Return the control: the same rows, but every key leads to another row's value and caption."""
         order = np.random.default_rng(seed).permutation(len(self))
-        keys_of = np.empty_like(order)
         # one cycle through all rows: no row keeps its key
-        keys_of[order] = np.roll(order, 1)
-        return self.with_rows(self.batches(keys_of))
+        keys_of = np.roll(order, 1)[np.argsort(order)]
+        return self.with_rows(self.batches(keys_of)).with_calibration(None)
 
     @classmethod
     def from_dataset(
@@ -259,6 +264,12 @@ class MemoryBank(BankRows):
         """Return this bank for a tower it was not built with, whose features are cut or filled up: an ablation."""
         bank = copy.copy(self)
         bank.any_tower = True
+        return bank
+
+    def with_calibration(self, calibration: CalibrationConfig | None) -> MemoryBank:
+        """Return this bank with the weights that `retrieve` makes probabilities with, or without them."""
+        bank = copy.copy(self)
+        bank.config = replace(self.config, calibration=calibration)
         return bank
 
     def check_probes(self, model: PreTrainedModel) -> None:

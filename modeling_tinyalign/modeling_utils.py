@@ -30,7 +30,7 @@ from .connectors import (
 from .files import WEIGHTS, apply_umask, make_model_card, push_files, resolve_commit
 from .key_encoder import query_pixels
 from .memory_bank import MemoryBank, opened_bank
-from .outputs import TinyAlignRetrieval, captions_of
+from .outputs import TinyAlignRetrieval, captions_of, search_with_probabilities
 
 logger = logging.get_logger(__name__)
 
@@ -304,7 +304,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         pixel_values: torch.Tensor | None = None,
     ) -> TinyAlignRetrieval:
         """
-        Return the `top_k` (default: as many as the model reads) neighbours of each image.
+        Return the `top_k` (default: as many as the model reads) neighbours of each image. A bank that was calibrated
+        (`tinyalign bank calibrate`) also gives the probabilities that each of them is right, and that none is.
 
         Those below `retrieval_threshold` (default: the config's) have id -1, and neither caption nor source.
 
@@ -323,16 +324,13 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         check_tensor("vision_features", vision_features, "(images, tokens, width)")
         top_k = self.config.num_neighbours if top_k is None else top_k
         keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
-        scores, ids = bank.search(keys, top_k, exclude=for_each(exclude_ids, len(keys)))
+        found = search_with_probabilities(bank, keys, top_k, for_each(exclude_ids, len(keys)))
         threshold = self.config.retrieval_threshold if retrieval_threshold is None else retrieval_threshold
-        ids, _ = used_slots(ids, scores, threshold)
-        rows = [[neighbour for neighbour in row if neighbour is not None] for row in bank.rows(ids)]
-        return TinyAlignRetrieval(
-            scores=scores,
-            ids=ids,
-            captions=captions_of(rows),
-            source_ids=[[neighbour["source_id"] for neighbour in row] for row in rows],
-        )
+        found.ids, _ = used_slots(found.ids, found.scores, threshold)
+        rows = [[neighbour for neighbour in row if neighbour is not None] for row in bank.rows(found.ids)]
+        found.captions = captions_of(rows)
+        found.source_ids = [[neighbour["source_id"] for neighbour in row] for row in rows]
+        return found
 
     def look_up(
         self,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Cache
 from transformers.modeling_outputs import (
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 
+from .bank_format import CalibrationConfig
 from .configuration_tinyalign import TinyAlignConfig
 
 # hidden states, attentions, and the cache: `cache` since transformers 5.24, `past_key_values` before
@@ -65,12 +67,16 @@ class TinyAlignRetrieval(ModelOutput):
     r"""
     scores, ids (`torch.Tensor` of shape `(n, top_k)`): Inner products and rows of the bank, best first.
     captions, source_ids (`list[list[str]]`): The same neighbours' captions and sources.
+    probabilities (`torch.Tensor` of shape `(n, top_k)`), none_probability (`(n,)`): That each of them is right, and
+        that none of the nearest is; None if the bank was not calibrated.
     """
 
     scores: torch.Tensor | None = None
     ids: torch.LongTensor | None = None
     captions: list[list[str]] | None = None
     source_ids: list[list[str]] | None = None
+    probabilities: torch.Tensor | None = None
+    none_probability: torch.Tensor | None = None
 
 
 def captions_of(rows: list[list[dict | None]]) -> list[list[str]]:
@@ -144,17 +150,73 @@ def check_no_placeholders(config: TinyAlignConfig, mask: torch.Tensor):
         )
 
 
+def evidence(scores: np.ndarray, top_k: int) -> np.ndarray:
+    """
+    Return the numbers `(n, k, 4)` that tell whether a neighbour is right: 1, how similar it is, how much less than the
+    first, and how much more than the mean of the first `top_k`.
+
+    Args:
+        scores: `(n, k)` similarities, best first; not finite in empty slots, which count as not similar at all.
+    """
+    scores = np.where(np.isfinite(scores), scores, 0.0)
+    mean = scores[:, :top_k].mean(axis=1, keepdims=True)
+    return np.stack([np.ones_like(scores), scores, scores[:, :1] - scores, scores - mean], axis=-1)
+
+
+def probabilities(calibration: CalibrationConfig, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return how probably each neighbour is right `(n, k)`, and that none of an image's is `(n,)`. Both are logistic
+    regressions on similarities: see `tinyalign bank calibrate`.
+
+    Args:
+        scores: `(n, k)` similarities, best first, of at least as many neighbours as the bank was calibrated for, or
+            all that there are.
+    """
+    numbers = evidence(scores.double().cpu().numpy(), calibration.top_k)
+    logits = numbers @ calibration.right, numbers[:, 0] @ calibration.none
+    right, none = (torch.from_numpy(part).float().sigmoid().to(scores.device) for part in logits)
+    right = right.masked_fill(~scores.isfinite(), 0.0)
+    return right, torch.minimum(none, 1 - right.amax(1))  # the two were fitted apart
+
+
+def search_with_probabilities(bank: Any, keys: torch.Tensor, top_k: int, exclude: list | None) -> TinyAlignRetrieval:
+    """Return what `bank.search` finds, and the probabilities if the bank was calibrated."""
+    calibration = None if bank.any_tower else bank.config.calibration
+    if calibration is None:
+        return TinyAlignRetrieval(*bank.search(keys, top_k, exclude))
+    calibrated = min(calibration.top_k, len(bank))
+    depth = calibrated if top_k in range(1, calibrated) else top_k
+    scores, ids = bank.search(keys, depth, exclude)
+    right, none = probabilities(calibration, scores)
+    scores, ids, right = scores[:, :top_k], ids[:, :top_k], right[:, :top_k]
+    return TinyAlignRetrieval(scores, ids, probabilities=right, none_probability=none)
+
+
+def source_probabilities(bank: Any, scores: torch.Tensor) -> list[list[float] | None]:
+    """Return what `probabilities` gives, None for images of which fewer neighbours were looked up than it takes."""
+    calibration = None if bank.any_tower else bank.config.calibration
+    if calibration is None or scores.shape[1] < calibration.top_k:
+        return [None] * len(scores)
+    known = scores[:, : calibration.top_k].isfinite().all(dim=1)
+    right, _ = probabilities(calibration, scores)
+    return [row if whole else None for row, whole in zip(right.tolist(), known.tolist(), strict=True)]
+
+
 def sources_of(bank: Any, images: TinyAlignImageFeatures | None, mask: torch.Tensor) -> list[list[dict[str, Any]]]:
     """Return the neighbours that were read for each row of a prompt, whose placeholders are at `mask`."""
     sources = [[] for _ in mask]
     if images is None or images.memory_ids is None or bank is None:
         return sources
-    scores = [None] * len(images.memory_ids) if images.memory_scores is None else images.memory_scores.tolist()
-    found = iter(zip(bank.rows(images.memory_ids), scores, strict=True))
+    none = [None] * len(images.memory_ids)
+    scores, right = none, none
+    if images.memory_scores is not None:
+        scores = images.memory_scores.tolist()
+        right = source_probabilities(bank, images.memory_scores)
+    found = iter(zip(bank.rows(images.memory_ids), scores, right, strict=True))
     for row, count in enumerate((mask.sum(1) // len(images.pooler_output[0])).tolist()):
-        for number, (neighbours, similar) in enumerate(islice(found, count)):
+        for number, (neighbours, similar, likely) in enumerate(islice(found, count)):
             for slot, neighbour in enumerate(neighbours):
                 if neighbour is not None:
-                    score = similar and similar[slot]
-                    sources[row].append({"image": number, "score": score, **neighbour})
+                    numbers = {"score": similar and similar[slot], "probability": likely and likely[slot]}
+                    sources[row].append({"image": number, **numbers, **neighbour})
     return sources

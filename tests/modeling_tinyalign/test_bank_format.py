@@ -19,6 +19,7 @@ TOWER = {
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "full",
 }
+CALIBRATION = {"top_k": 4, "num_rows": 10, "right": [0.0] * 4, "none": [0.0] * 4}
 BAD_CONFIGS = [
     ({"num_rows": 10**12}, "'num_rows'.* found 1000000000000, expected 0 to"),
     ({"num_rows": 10**9}, "declares 1000000000 rows, but the shards hold 10"),
@@ -53,6 +54,12 @@ BAD_CONFIGS = [
     ({"value_encoder": None}, "value_encoder.num_latents is 0, expected num_latents = 3"),
     ({"thumbnail_size": -5}, "'thumbnail_size'.* found -5"),
     ({"num_left_out": []}, "'num_left_out' expected int, got list"),
+    ({"calibration": {**CALIBRATION, "right": [0.0] * 3}}, "'right'.* found .0.0, 0.0, 0.0., expected 4 finite"),
+    ({"calibration": {**CALIBRATION, "none": [float("nan")] * 4}}, "'none'.*, expected 4 finite numbers"),
+    ({"calibration": {**CALIBRATION, "none": 0.5}}, "'none' expected a list, got float"),
+    ({"calibration": {**CALIBRATION, "top_k": 0}}, "'top_k'.* found 0, expected 1 to 1000"),
+    ({"calibration": {"top_k": 4}}, "field calibration.none is missing"),
+    ({"calibration": []}, "calibration is '..', expected an object"),
     ({"packed": True}, "field packed is unknown: this version of tinyalign-vlm does not read it"),
 ]
 

@@ -24,6 +24,7 @@ from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign import bank_arrays
 from tinyalign_vlm.modeling_tinyalign.bank_format import (
     BankHashes,
+    CalibrationConfig,
 )
 from tinyalign_vlm.modeling_tinyalign.key_encoder import attention_pool, tower_name
 from tinyalign_vlm.modeling_tinyalign.row_encoder import image_source_id
@@ -160,6 +161,27 @@ def test_no_row(bank):
     assert len(bank.remove(np.int64(2))) == len(bank) - 1
     with pytest.raises(ValueError, match=r"The columns are \['a'\], expected those of a bank"):
         MemoryBank.from_dataset(datasets.Dataset.from_dict({"a": [1]}), like=bank)
+
+
+CALIBRATION = CalibrationConfig(top_k=2, num_rows=NUM_ROWS, right=[-4.0, 8.0, -20.0, 2.0], none=[3.0, -6.0, 0.0, -1.0])
+
+
+def test_a_calibration_stays_with_the_rows(bank, tmp_path, model, processor, caplog):
+    calibrated = bank.with_calibration(CALIBRATION)
+    assert bank.config.calibration is None
+    calibrated.save_pretrained(tmp_path / "bank")
+    loaded = MemoryBank.from_pretrained(tmp_path / "bank")
+    assert loaded.config.calibration == CALIBRATION and not loaded.config.is_calibration_stale
+    assert loaded.remove(0).config.calibration == CALIBRATION
+    assert loaded.shuffled().config.calibration is None
+    rows = [{"image": noise(90 + row), "caption": "new", "licence": "cc0"} for row in range(6)]
+    five = loaded.add(rows[:5], model, processor)
+    assert five.config.calibration == CALIBRATION and not five.config.is_calibration_stale and not caplog.records
+    six = five.add(rows[5:], model, processor)
+    assert six.config.is_calibration_stale
+    assert "The bank of 16 rows was calibrated with 10: calibrate it again" in caplog.text
+    six.save_pretrained(tmp_path / "grown")
+    assert MemoryBank.from_pretrained(tmp_path / "grown").config.is_calibration_stale
 
 
 def test_shuffled(bank):

@@ -8,6 +8,7 @@ from banks import small_value_encoder
 from transformers import AutoModelForImageTextToText
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
+from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
 
 CAPTIONS = ("red", "green", "blue", "white", "black", "yellow")
 
@@ -58,6 +59,46 @@ def test_an_image_finds_itself(with_bank, inputs, bank):
     assert [row[0] for row in found.captions] == ["red", "green", "blue"]
     assert [row[0] for row in found.source_ids] == [row["source_id"] for row in bank.rows([0, 1, 2])]
     assert with_bank.retrieve(inputs["pixel_values"]).ids.shape == (3, 2)
+
+
+def test_a_calibrated_bank_says_how_probably_neighbours_are_right(with_bank, inputs, bank):
+    assert with_bank.retrieve(inputs["pixel_values"]).probabilities is None
+    plain = with_bank.retrieve(inputs["pixel_values"], top_k=6)
+    weights = {"right": [-4.0, 8.0, -20.0, 0.0], "none": [3.0, -6.0, 0.0, -1.0]}
+    with_bank.attach_memory_bank(bank.with_calibration(CalibrationConfig(top_k=3, num_rows=len(bank), **weights)))
+    found = with_bank.retrieve(inputs["pixel_values"], top_k=6)
+    assert torch.equal(found.ids, plain.ids) and found.probabilities.shape == (3, 6)
+    scores = plain.scores
+    torch.testing.assert_close(found.probabilities, (-4 + 8 * scores - 20 * (scores[:, :1] - scores)).sigmoid())
+    none = (3 - 6 * scores[:, 0] - (scores[:, 0] - scores[:, :3].mean(1))).sigmoid()
+    torch.testing.assert_close(found.none_probability, torch.minimum(none, 1 - found.probabilities[:, 0]))
+    for top_k in (1, 2, 5):  # the same, however many are asked for
+        fewer = with_bank.retrieve(inputs["pixel_values"], top_k=top_k)
+        torch.testing.assert_close(fewer.probabilities, found.probabilities[:, :top_k])
+        torch.testing.assert_close(fewer.none_probability, found.none_probability)
+    for top_k in (0, len(bank) + 1, "2"):
+        with pytest.raises(ValueError, match="top_k is"):
+            with_bank.retrieve(inputs["pixel_values"], top_k=top_k)
+    few = with_bank.retrieve(inputs["pixel_values"][:1], top_k=2, exclude_ids=[list(range(1, len(bank)))])
+    assert few.probabilities[0, 0] > 0.5 and few.probabilities[0, 1] == 0 and few.none_probability < 0.1
+
+
+def test_sources_have_their_probability(with_bank, inputs, bank):
+    def sources(top_k: int | None, **settings) -> list[dict]:
+        weights = {"right": [-4.0, 8.0, -20.0, 0.0], "none": [3.0, -6.0, 0.0, -1.0]}
+        calibration = top_k and CalibrationConfig(top_k=top_k, num_rows=len(bank), **weights)
+        with_bank.attach_memory_bank(bank.with_calibration(calibration))
+        with_bank.generate(**inputs, sources=(found := []), max_new_tokens=1, **settings)
+        return [source for row in found for source in row]
+
+    expected = with_bank.retrieve(inputs["pixel_values"])
+    assert [source["probability"] for source in sources(None)] == [None] * 6
+    found = sources(2)
+    likely = (-4 + 8 * expected.scores - 20 * (expected.scores[:, :1] - expected.scores)).sigmoid()
+    torch.testing.assert_close(torch.tensor([source["probability"] for source in found]), likely.flatten())
+    # fewer neighbours were looked up than the bank was calibrated for
+    assert [source["probability"] for source in sources(3)] == [None] * 6
+    assert [source["probability"] for source in sources(2, memory_top_k=1)] == [None] * 3
 
 
 def test_pictures_and_their_files_are_retrieved_with(with_bank, inputs, images, tmp_path):

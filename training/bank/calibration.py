@@ -1,24 +1,29 @@
-"""`tinyalign bank calibrate`: from which similarity on a neighbour is worth listening to."""
+"""`tinyalign bank calibrate`: how probably a neighbour is right, and that none is, by how similar they are."""
 
-import itertools
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 
 from ...modeling_tinyalign.bank_arrays import cache_root
+from ...modeling_tinyalign.bank_format import CONFIG_NAME, CalibrationConfig
 from ...modeling_tinyalign.memory_bank import MemoryBank
+from ...modeling_tinyalign.outputs import evidence, probabilities
 from ..arguments.files import read_config
 from ..data.preparation import prepare
 from ..disk import keeping, save_file
 
 MIN_NEIGHBOURS = 50
+MAX_ROWS = 10_000
+RIDGE = 1e-6  # of a weight's square, a row: where all is right or wrong the weights stay finite
 
 
 def agreement(first: str, second: str) -> float:
@@ -27,129 +32,206 @@ def agreement(first: str, second: str) -> float:
     return 2 * (words[0] & words[1]).total() / max(1, words[0].total() + words[1].total())
 
 
-@dataclass
-class Calibration:
-    """The agreement of neighbours' captions with the answers of the rows they were found for, by similarity.
-
-    Attributes:
-        threshold: the lowest similarity from which on a neighbour is expected to agree by `target` or more.
-        target: half-way from `chance` to the agreement of the most similar tenth, unless another was asked for.
-        chance: agreement of an answer with the neighbours of another row.
-        curve: for each tenth of the neighbours, the most similar first: `similarity`, the lowest in it; `agreement`,
-            the mean in it; `precision`, the mean of all neighbours down to it; `recall`, their share of all the
-            agreement there is beyond chance.
-    """
-
-    threshold: float
-    target: float
-    chance: float
-    curve: list[dict[str, float]]
-
-    def __str__(self) -> str:
-        row = "{similarity:15.3f} {agreement:11.3f} {precision:11.3f} {recall:8.3f}\n"
-        return (
-            "similarity from   agreement   precision   recall\n"
-            f"{''.join(row.format(**values) for values in self.curve)}"
-            f"Chance, the agreement with another row's neighbours: {self.chance:.3f}\n"
-            f"retrieval_threshold: {self.threshold:.3f}, where neighbours agree by {self.target:.3f} or more"
-        )
+def right_neighbours(
+    captions: Sequence[Sequence[str]], answers: Sequence[str], min_agreement: float = 1.0
+) -> np.ndarray:
+    """Return where a neighbour's caption agrees with the answer of its image: `(n, k)` booleans."""
+    pairs = zip(captions, answers, strict=True)
+    return np.array([[agreement(caption, answer) >= min_agreement for caption in row] for row, answer in pairs])
 
 
-def calibrate(
-    scores: np.ndarray, captions: Sequence[Sequence[str]], answers: Sequence[str], target: float | None = None
-) -> Calibration:
-    """Choose `retrieval_threshold` on training rows and their neighbours, their own rows of the bank left out.
+def fit_calibration(
+    scores: np.ndarray, right: np.ndarray, top_k: int, num_rows: int, unknown: float = 0.25
+) -> CalibrationConfig:
+    """Fit the two logistic regressions on images whose right rows of the bank are known.
 
-    Nothing says whether a neighbour helps; that its caption says what the row's answer says is the next best thing.
+    Each image counts twice: with its neighbours as they are, and as if the bank had no row that is right for it.
 
     Args:
-        scores: `(n, k)` similarities; not finite in empty slots.
-        captions: the neighbours' captions, `n` rows of `k`; what stands in empty slots is not read.
-        answers: the `n` answers in the training rows.
-        target: agreement that a neighbour must be expected to have, 0 to 1.
+        scores: `(n, m)` similarities of more than `top_k` neighbours, best first; not finite in empty slots.
+        right: `(n, m)`, True where a neighbour is right.
+        num_rows: of the bank.
+        unknown: weight of the images as the bank would not know them, 0 to 1: about as often as life asks for what is
+            not in the bank.
 
     Raises:
-        ValueError: there are fewer than 50 neighbours, or none agrees as much as it should.
+        ValueError: there are fewer than 50 neighbours, or none or all of them are right.
     """
-    slots = np.argwhere(np.isfinite(scores))
-    if len(slots) < MIN_NEIGHBOURS:
+    right = right & np.isfinite(scores)
+    found = np.isfinite(scores[:, :top_k]).sum()
+    if found < MIN_NEIGHBOURS or right[:, :top_k].sum() == 0 or right.sum() == np.isfinite(scores).sum():
         raise ValueError(
-            f"Found {len(slots)} neighbours, expected at least {MIN_NEIGHBOURS} to calibrate on: use more rows."
+            f"Found {found} neighbours, of which {right[:, :top_k].sum()} are right, expected at least "
+            f"{MIN_NEIGHBOURS}, some right and some not: use more rows, or another min_agreement."
         )
-    slots = slots[np.argsort(-scores[tuple(slots.T)], kind="stable")]
-    similarity = scores[tuple(slots.T)]
-    agrees = np.array([agreement(captions[row][slot], answers[row]) for row, slot in slots])
-    other = np.random.default_rng(0).permutation(len(answers))
-    chance = float(np.mean([agreement(captions[row][slot], answers[other[row]]) for row, slot in slots]))
-    expected = _falling(agrees)
-    if target is None:
-        target = (chance + expected[: -(-len(slots) // 10)].mean()) / 2
-    if expected[0] < target or expected[0] <= chance:
+    cases = np.concatenate(known_and_unknown(scores, right, top_k))
+    is_right = np.concatenate([right[:, :top_k], np.zeros_like(right[:, :top_k])])
+    weights = np.repeat([1 - unknown, unknown], len(scores))
+    slots, numbers = np.isfinite(cases), evidence(cases, top_k)
+    return CalibrationConfig(
+        top_k=top_k,
+        num_rows=num_rows,
+        right=_fit(numbers[slots], is_right[slots], np.broadcast_to(weights[:, None], slots.shape)[slots]),
+        none=_fit(numbers[:, 0], ~is_right.any(axis=1), weights),
+    )
+
+
+def known_and_unknown(scores: np.ndarray, right: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the similarities `(n, top_k)` of the nearest neighbours, and of the nearest that are not right."""
+    others = -np.sort(-np.where(right, -np.inf, scores), axis=1)
+    return scores[:, :top_k], others[:, :top_k]
+
+
+def _fit(evidence: np.ndarray, outcomes: np.ndarray, weights: np.ndarray) -> list[float]:
+    """Return the weights of a logistic regression, by Newton's method."""
+    found = np.zeros(evidence.shape[1])
+    for _ in range(50):
+        expected = 1 / (1 + np.exp(-evidence @ found))
+        slope = evidence.T @ (weights * (expected - outcomes)) / weights.sum() + RIDGE * found
+        curvature = (evidence.T * (weights * expected * (1 - expected))) @ evidence / weights.sum()
+        found -= np.linalg.solve(curvature + RIDGE * np.eye(len(found)), slope)
+    return found.tolist()
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Return the probability that a positive number is the larger one of a random pair: 0.5 by chance."""
+    negative = np.sort(negative)
+    smaller = np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")
+    return float(smaller.mean() / 2 / len(negative))
+
+
+def reliability(probability: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+    """Return the mean probability, share of true outcomes and size of each tenth from 0 to 1, `(bins, 3)`."""
+    tenth = np.minimum((10 * probability).astype(int), 9)
+    bins = [(probability[tenth == part], outcome[tenth == part]) for part in np.unique(tenth)]
+    return np.array([(expected.mean(), happened.mean(), len(happened)) for expected, happened in bins])
+
+
+def calibration_error(probability: np.ndarray, outcome: np.ndarray) -> float:
+    """Return the expected calibration error: the mean distance of probability and share of what is true."""
+    expected, happened, size = reliability(probability, outcome).T
+    return float(np.average(abs(expected - happened), weights=size))
+
+
+def share_found(none_known: np.ndarray, none_unknown: np.ndarray, false_alarms: float = 0.05) -> float:
+    """Return the share of unknown pictures found where `false_alarms` of those with a right row are taken for unknown.
+
+    Args:
+        none_known, none_unknown: `none_probability` of pictures that the bank has and has not a right row for.
+    """
+    return float((none_unknown > np.quantile(none_known, 1 - false_alarms)).mean())
+
+
+def plot_reliability(path: str | os.PathLike, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Plot how often what was given a probability is true; `curves` has probabilities and outcomes by their names."""
+    figure = Figure(figsize=(4, 4))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="gray", linestyle=":")
+    for name, (probability, outcome) in curves.items():
+        expected, happened, _ = reliability(probability, outcome).T
+        axes.plot(expected, happened, marker="o", label=name)
+    axes.set(xlabel="probability", ylabel="share that is true", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def similarity_where(probability: float, scores: np.ndarray, right: np.ndarray) -> float:
+    """Return the similarity from which on a neighbour is right with this probability or a higher one."""
+    slots = np.isfinite(scores)
+    similarity = scores[slots].astype(np.float64)
+    evidence = np.stack([np.ones_like(similarity), similarity], axis=1)
+    offset, slope = _fit(evidence, right[slots], np.ones_like(similarity))
+    if slope <= 0:
         raise ValueError(
-            f"The most similar neighbours agree with the rows' answers by {expected[0]:.3f}, chance is {chance:.3f}: "
-            f"no similarity is high enough to expect {target:.3f}. Ask for less, or use a bank closer to the data."
+            "More similar neighbours are not right more often, so no similarity is a threshold: use a bank closer to "
+            "the data, or leave min_probability out."
         )
-    bounds = np.linspace(0, len(slots), 11).round().astype(int).tolist()
-    beyond, curve = np.cumsum(agrees - chance), []
-    for start, stop in itertools.pairwise(bounds):
-        agreements = {"agreement": float(agrees[start:stop].mean()), "precision": float(agrees[:stop].mean())}
-        share = float(beyond[stop - 1] / beyond[-1])
-        curve.append({"similarity": float(similarity[stop - 1]), **agreements, "recall": share})
-    return Calibration(float(similarity[expected >= target][-1]), float(target), chance, curve)
+    return float((np.log(probability / (1 - probability)) - offset) / slope)
 
 
 def calibrate_rows(
-    rows: datasets.Dataset, bank: MemoryBank, top_k: int, target: float | None = None, max_rows: int = 10_000
-) -> Calibration:
-    """Run `calibrate` on rows with `memory_ids` and `memory_scores` for each image; on some, if there are too many."""
-    if len(rows) > max_rows:
-        rows = rows.shuffle(seed=0).select(range(max_rows))
+    rows: datasets.Dataset, bank: MemoryBank, top_k: int, min_agreement: float = 1.0
+) -> tuple[CalibrationConfig, np.ndarray, np.ndarray]:
+    """Calibrate on rows with `memory_ids` and `memory_scores` for each image; on some, if there are too many.
+
+    Returns:
+        the calibration, the similarities and which of them are right: as `fit_calibration` takes them.
+    """
+    if len(rows) > MAX_ROWS:
+        rows = rows.shuffle(seed=0).select(range(MAX_ROWS))
     scores, captions, answers = [], [], []
     for row in rows.select_columns(["messages", "memory_ids", "memory_scores"]):
         answer = next(message for message in row["messages"] if message["role"] == "assistant")["content"]
         for ids, similarities in zip(row["memory_ids"], row["memory_scores"], strict=True):
-            scores.append(similarities[:top_k])
-            captions.append(["" if found is None else found["caption"] for found in bank.rows(ids[:top_k])])
+            scores.append(similarities)
+            captions.append(["" if found is None else found["caption"] for found in bank.rows(ids)])
             answers.append("".join(part["text"] for part in answer if part["type"] == "text"))
-    return calibrate(np.array(scores).reshape(-1, top_k), captions, answers, target)
+    shape = len(answers), -1 if answers else 0
+    scores = np.array(scores, np.float32).reshape(shape)
+    right = right_neighbours(captions, answers, min_agreement).astype(bool).reshape(shape)
+    return fit_calibration(scores, right, top_k, len(bank)), scores, right
 
 
-def _falling(values: np.ndarray) -> np.ndarray:
-    """Return the closest sequence, by squared error, that never rises (isotonic regression)."""
-    means, counts = [], []
-    for value in values:
-        means.append(value)
-        counts.append(1)
-        while len(means) > 1 and means[-2] < means[-1]:
-            mean, count = means.pop(), counts.pop()
-            means[-1] = (means[-1] * counts[-1] + mean * count) / (counts[-1] + count)
-            counts[-1] += count
-    return np.repeat(means, counts)
+def describe(calibration: CalibrationConfig, scores: np.ndarray, right: np.ndarray) -> str:
+    """Return how well the probabilities fit the rows that they were fitted on, in lines."""
+    known, unknown = known_and_unknown(scores, right, calibration.top_k)
+    right = right[:, : calibration.top_k]
+    of_known, none_known = (part.numpy() for part in probabilities(calibration, torch.from_numpy(known)))
+    _, none_unknown = (part.numpy() for part in probabilities(calibration, torch.from_numpy(unknown)))
+    slots, has_right = np.isfinite(known), right.any(axis=1)
+    probability, outcome = of_known[slots], right[slots]
+    return "\n".join(
+        [
+            f"{len(scores)} images, {calibration.top_k} neighbours of each: {outcome.mean():.1%} of them are "
+            f"right, {has_right.mean():.1%} of the images have a right one.",
+            f"Right neighbours told from wrong ones: AUROC {auroc(probability[outcome], probability[~outcome]):.3f}, "
+            f"calibration error {calibration_error(probability, outcome):.3f}",
+            "Images told from the same ones as a bank without their rows sees them: AUROC "
+            f"{auroc(none_unknown, none_known[has_right]):.3f}, "
+            f"{share_found(none_known[has_right], none_unknown):.1%} found at 5% false alarms",
+        ]
+    )
 
 
-def write_threshold(folder: Path, threshold: float) -> None:
-    """Set `retrieval_threshold` in the config.json of a saved model."""
-    path = folder / "config.json"
-    content = {**json.loads(path.read_text()), "retrieval_threshold": threshold}
-    save_file(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())
-
-
-def calibrate_from_files(paths: Sequence[str | os.PathLike], fields: list[str], target: float | None = None):
-    """Print how much neighbours agree with the rows' answers; set the threshold of `model`, if it is a folder."""
-    if target is not None and not 0 <= target <= 1:
-        raise ValueError(f"min_agreement is {target}, expected a share, 0 (no word shared) to 1 (the same words).")
+def calibrate_from_files(
+    paths: Sequence[str | os.PathLike],
+    fields: list[str],
+    min_agreement: float = 1.0,
+    min_probability: float | None = None,
+) -> None:
+    """Calibrate the bank of a run, a folder, and set the threshold of its model where a probability is asked for."""
+    for name, value in (("min_agreement", min_agreement), ("min_probability", min_probability)):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{name} is {value}, expected a share above 0 and up to 1.")
     config = read_config(paths, [*fields, "--cache_features", "False"])
+    folder = Path(config.memory_bank or "")
+    if config.memory_bank is None or not folder.is_dir() or config.any_tower or config.streaming:
+        raise ValueError(
+            f"memory_bank is {config.memory_bank}, any_tower {config.any_tower} and streaming {config.streaming}: to "
+            "calibrate takes the folder of a bank of this tower, as the result is written there, and rows that are "
+            "not streamed. Download the bank of a repository first."
+        )
     with keeping(cache_root(), "what was computed"):
         run = prepare(config)
-    if run.model.config.num_neighbours == 0 or config.streaming:
-        raise ValueError(
-            f"memory_top_k is {run.model.config.memory_top_k} and streaming {config.streaming}: to calibrate takes a "
-            "bank, and rows that are not streamed."
-        )
-    found = calibrate_rows(run.rows, run.bank, run.model.config.num_neighbours, target)
-    print(found)
-    if config.model is not None and Path(config.model).is_dir():
-        write_threshold(Path(config.model), found.threshold)
-        print(f"Written to {Path(config.model, 'config.json')}.")
-    else:
-        print(f"Set it with --model_kwargs '{{\"retrieval_threshold\": {found.threshold:.4f}}}'.")
+    if run.model.config.num_neighbours == 0:
+        raise ValueError(f"memory_top_k is {run.model.config.memory_top_k}: there are no neighbours to calibrate.")
+    calibration, scores, right = calibrate_rows(run.rows, run.bank, run.model.config.num_neighbours, min_agreement)
+    print(describe(calibration, scores, right))
+    fresh = folder / f"{CONFIG_NAME}.new"
+    replace(run.bank.config, calibration=calibration).to_json(fresh)
+    os.replace(fresh, folder / CONFIG_NAME)
+    print(f"Written to {folder / CONFIG_NAME}.")
+    if min_probability is not None:
+        write_threshold(config.model, similarity_where(min_probability, scores, right))
+
+
+def write_threshold(model: str | None, threshold: float) -> None:
+    """Set `retrieval_threshold` in the config.json of a saved model, or say how to set it."""
+    path = Path(model or "", "config.json")
+    if model is None or not path.is_file():
+        print(f"Set it with --model_kwargs '{{\"retrieval_threshold\": {threshold:.4f}}}'.")
+        return
+    content = {**json.loads(path.read_text()), "retrieval_threshold": threshold}
+    save_file(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())
+    print(f"retrieval_threshold: {threshold:.3f}, written to {path}.")

@@ -36,6 +36,7 @@ def bank_info(name: str | os.PathLike) -> str:
         ("thumbnails", f"{config.thumbnail_size} pixels" if config.thumbnail_size else "none"),
         ("tower", f"{config.tower.name}{revision}, images of {' x '.join(map(str, config.tower.image_shape))}"),
         ("index", ", ".join(index)),
+        ("calibrated", _describe_calibration(bank)),
         *((column, _common_values(bank.table[column])) for column in config.columns),
         *((f"sha256 {name}", digest) for name, digest in vars(config.sha256).items() if name != "config"),
     ]
@@ -58,6 +59,14 @@ def _describe_keys(bank: MemoryBank) -> list[str]:
     if encoder.projection is not None:
         lines.append(f"whitened from {encoder.mean.numel()}")
     return lines
+
+
+def _describe_calibration(bank: MemoryBank) -> str:
+    calibration = bank.config.calibration
+    if calibration is None:
+        return "no"
+    advice = "; stale, run `tinyalign bank calibrate` again" if bank.config.is_calibration_stale else ""
+    return f"for {calibration.top_k} neighbours, with {calibration.num_rows:,} rows{advice}"
 
 
 def _mib(size: int) -> str:

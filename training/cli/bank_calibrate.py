@@ -2,28 +2,32 @@
 
 import argparse
 
-SUMMARY = "choose the similarity below which neighbours are not used"
+SUMMARY = "find out how probably a neighbour is right, and that none is"
 HELP = """
-Choose retrieval_threshold, the similarity below which a model does without a neighbour: print how much the captions of
-training rows' neighbours agree with the rows' answers, against similarity, and set it in the config of `model`.
+Find out how probably a neighbour is right, and that none is, by how similar they are, on rows whose answers say what
+is right. It is kept with the bank, a folder, and model.retrieve() gives the probabilities from then on.
 
   tinyalign bank calibrate stage2.yaml --model out/stage2              # takes all that `tinyalign train` takes
-  tinyalign bank calibrate stage2.yaml --model out/stage2 --min_agreement 0.5
+  tinyalign bank calibrate stage2.yaml --dataset validation.json --min_agreement 0.5
+  tinyalign bank calibrate stage2.yaml --model out/stage2 --min_probability 0.2
 
-A neighbour must be expected to agree by --min_agreement, 0 (no word shared) to 1 (the same words). The default is
-half-way from chance to what the most similar tenth of the neighbours has. Train with memory_dropout, so that the model
-can do without neighbours: see docs/method.md.
+A neighbour is right if the words of its caption agree with the row's answer by --min_agreement, 0 (no word shared) to
+1 (the same words, the default). An image's own rows of the bank are left out. With --min_probability the model's
+retrieval_threshold is set as well, the similarity below which it does without a neighbour: see docs/keys.md.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the agreement that is asked for, beside the files and fields that main.py reads."""
+    """Add what is asked of a neighbour, beside the files and fields that main.py reads."""
     parser.usage = "tinyalign bank calibrate FILE.yaml [FILE.yaml ...] [--min_agreement SHARE] [--FIELD VALUE ...]"
-    parser.add_argument("--min_agreement", type=float, metavar="SHARE", help="expected of a neighbour, 0 to 1")
+    parser.add_argument(
+        "--min_agreement", type=float, default=1.0, metavar="SHARE", help="of a right neighbour's words"
+    )
+    parser.add_argument("--min_probability", type=float, metavar="P", help="of a neighbour that the model reads")
 
 
 def run(arguments: argparse.Namespace):
-    """Print how agreement depends on similarity, and set the model's threshold."""
+    """Calibrate the bank, and set the model's threshold if a probability is asked for."""
     from tinyalign_vlm.training.bank.calibration import calibrate_from_files
 
-    calibrate_from_files(arguments.files, arguments.fields, arguments.min_agreement)
+    calibrate_from_files(arguments.files, arguments.fields, arguments.min_agreement, arguments.min_probability)
