@@ -21,7 +21,7 @@ from ..arguments.stage import StageArguments
 from ..disk import keeping, save_file
 from ..models import context_length, load_model
 from .chats import images_of
-from .files import STORED_IMAGE, item_of, open_rows
+from .files import STORED_IMAGE, item_of, open_rows, unpacked
 from .rows import FEATURES, IMAGE_COLUMNS, RowReader
 
 logger = logging.get_logger(__name__)
@@ -138,7 +138,7 @@ def training_data(
 
 def row_reader(config: StageArguments, processor: ProcessorMixin | None, name_images: bool = False) -> RowReader:
     """The reader of a config's rows."""
-    path = Path(config.dataset)
+    path = Path(unpacked(config.dataset))
     return RowReader(
         config.image_folder,
         str(path if path.is_dir() else path.parent),

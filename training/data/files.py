@@ -1,15 +1,17 @@
 """The files people have, as rows: JSON, CSV, Parquet, Arrow, WebDataset, folders, repositories."""
 
 import csv
+import hashlib
 import json
 import lzma
 import os
 import re
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
-from glob import escape, glob
+from glob import escape, glob, has_magic
 from gzip import BadGzipFile
 from itertools import chain, groupby
 from pathlib import PurePosixPath
@@ -17,9 +19,11 @@ from typing import Any, TextIO
 
 import datasets
 import fsspec
-from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, get_data_patterns
+from datasets.data_files import SPLIT_KEYWORDS
 from huggingface_hub import HfApi, snapshot_download
 
+from ...modeling_tinyalign.bank_arrays import cache_root
+from ...modeling_tinyalign.files import scratch_folder
 from ...modeling_tinyalign.row_encoder import readable
 from ..arguments.names import check_name
 from ..arguments.stage import StageArguments
@@ -35,6 +39,7 @@ NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "config.json
 ROW_LISTS = {"messages", "conversations", "texts", "images", "prompt", "completion", "sentences"}
 LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 STORED_IMAGE = datasets.Image(decode=False)
+TEXT = datasets.Value("string")
 # The column with the folder of a row's file.
 FOLDER = "__folder__"
 
@@ -50,7 +55,7 @@ def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDat
         raise ValueError("No data set: set `dataset` in the YAML file, or pass --dataset FILE_OR_REPOSITORY.")
     try:
         rows = _open(config)
-    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
+    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError, zipfile.BadZipFile) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"{config.dataset} has no rows, expected at least one.") from error
         raise ValueError(
@@ -75,67 +80,113 @@ def item_of(feature: Any) -> Any:
 
 
 def _open(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset:
-    if any(os.path.isfile(os.path.join(config.dataset, name)) for name in ("state.json", "dataset_dict.json")):
-        rows = datasets.load_from_disk(config.dataset)
+    # "train[:100]" is a part of a split; what has a plus in it is a sum of splits, which `datasets` adds up
+    split, part = re.fullmatch(r"([^[+]+)(\[[^+]*\])?|(?:.*)", config.dataset_split).groups()
+    if not part:
+        return _open_split(config, config.dataset_split)
+    rows = _open_split(config, split)
+    if isinstance(rows, datasets.Dataset):
+        (chosen,) = datasets.ReadInstruction.from_spec(split + part).to_absolute({split: len(rows)})
+        return rows.select(range(chosen.from_, chosen.to))
+    numbers = re.fullmatch(r"\[(\d*):(\d*)\]", part)
+    if numbers is None:
+        raise ValueError(
+            f"dataset_split is {config.dataset_split!r}, and rows that are streamed have no known end: expected "
+            f"numbers of rows, as in {split}[:100]"
+        )
+    start, end = int(numbers[1] or 0), numbers[2]
+    return rows.skip(start).take(max(int(end) - start, 0)) if end else rows.skip(start)
+
+
+def _open_split(config: StageArguments, split: str) -> datasets.Dataset | datasets.IterableDataset:
+    name = unpacked(config.dataset)
+    if any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")):
+        rows = datasets.load_from_disk(name)
         if isinstance(rows, datasets.DatasetDict):
-            if config.dataset_split not in rows:
-                raise _no_split(config, rows)
-            rows = rows[config.dataset_split]
+            if split not in rows:
+                raise _no_split(split, rows)
+            rows = rows[split]
         return rows.to_iterable_dataset() if config.streaming else rows
-    is_zip = config.dataset.lower().endswith(".zip") and os.path.isfile(config.dataset)
-    files = [config.dataset] if is_zip else find_files(config)
+    files = find_files(config, name, split)
     kind = kind_of(files[0]) if files else None
     if kind in TEXT_SUFFIXES:
-        return _from_generator(_read_text, files, ("json", FOLDER), {}, config)
+        return _from_generator(_read_text, files, {"json": TEXT, FOLDER: TEXT}, config)
     if kind in TAR_SUFFIXES:
-        images = {"images": datasets.List(STORED_IMAGE)}
-        return _from_generator(_read_tar, files, ("id", "json", "txt"), images, config)
-    source = {"path": config.dataset, "name": config.dataset_config, "revision": config.dataset_revision}
+        features = {"id": TEXT, "json": TEXT, "txt": TEXT, "images": datasets.List(STORED_IMAGE)}
+        return _from_generator(_read_tar, files, features, config)
+    if files and is_image(files[0]):
+        classes = len({os.path.dirname(file) for file in files}) > 1
+        return _from_generator(partial(_read_images, classes), files, {"image": STORED_IMAGE, "label": TEXT}, config)
+    source = {"path": name, "name": config.dataset_config, "revision": config.dataset_revision}
     if files:
-        split = config.dataset_split.partition("[")[0]  # "train[:100]" is a part of it
-        source = {
-            "path": "imagefolder" if is_zip else kind[1:],
-            "data_files": {split: [escape(name) for name in files]},
-        }
-    elif os.path.isdir(config.dataset):
-        source["data_files"] = _without_leftovers(config.dataset)
-    return datasets.load_dataset(**source, split=config.dataset_split, streaming=config.streaming)
+        source = {"path": kind[1:], "data_files": {split: [escape(name) for name in files]}}
+    return datasets.load_dataset(**source, split=split, streaming=config.streaming)
 
 
-def _without_leftovers(folder: str) -> dict[str, list[str]] | None:
-    """Return the files of each split of a folder of images; None if `datasets` finds nothing else there."""
-    if not any(map(is_leftover, glob("**/*", root_dir=folder, recursive=True))):
-        return None
-    splits = DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder)
-    return {
-        str(split): [escape(name) for name in names if not is_leftover(os.path.relpath(name, os.path.abspath(folder)))]
-        for split, names in splits.items()
-    }
+def unpacked(name: str) -> str:
+    """Return the folder of what is in a zip file, or in the only one of a folder; any other name as it is."""
+    if os.path.isdir(name):
+        names = [entry for entry in os.listdir(name) if not is_leftover(entry)]
+        only = os.path.join(name, names[0]) if len(names) == 1 else ""
+    else:
+        only = name
+    if not only.lower().endswith(".zip") or not os.path.isfile(only):
+        return name
+    stat = os.stat(only)
+    version = f"{os.path.abspath(only)} {stat.st_size} {stat.st_mtime_ns}"
+    folder = cache_root() / "zip" / hashlib.sha256(version.encode()).hexdigest()[:32]
+    if not folder.exists():
+        with scratch_folder(folder.parent, f".{folder.name}-") as fresh, zipfile.ZipFile(only) as archive:
+            archive.extractall(fresh)
+            if not folder.exists():  # another process may have been faster
+                fresh.rename(folder)
+    return str(folder)
 
 
-def find_files(config: StageArguments) -> list[str]:
+def find_files(config: StageArguments, name: str, split: str) -> list[str]:
     """
-    Return the paths of the files that have the rows, or in a repository URLs but of text files; none where `datasets`
-    finds them: in folders of images, and repositories whose card says which.
+    Return the paths of the files that have the rows of a split, images where folders have nothing else, or in a
+    repository URLs but of text files; none where `datasets` finds them: in repositories whose card says which.
 
     Raises `ValueError` if there is no such file, or none of the split.
     """
-    name = config.dataset
     if os.path.isdir(name):
-        names = _data_files(glob("**/*", root_dir=name, recursive=True), config)
+        found = [file for file in glob("**/*", root_dir=name, recursive=True) if not is_leftover(file)]
+        names = _data_files(found, config, split) or _images_of_split(found, split)
         return [os.path.join(name, file) for file in names]
     files = [name] if os.path.exists(name) else glob(name, recursive=True)
-    if not files and kind_of(name) is None:
-        return _files_of_repository(config)
+    if not files and kind_of(name) is None and not has_magic(name):
+        return _files_of_repository(config, split)
     if not files:
         raise ValueError(f"{name} does not exist, expected a file, a folder or a dataset repository.")
-    chosen = sorted(file for file in files if kind_of(file) and os.path.isfile(file))
+    files = sorted(file for file in files if os.path.isfile(file)) or files
+    chosen = [file for file in files if kind_of(file)]
+    if chosen:
+        return _of_one_kind(chosen, config)
+    chosen = [file for file in files if is_image(file)]
     if not chosen:
         raise ValueError(f"{files[0]} is no data set, expected a file ending in {', '.join(SUFFIXES)}.")
-    return _of_one_kind(chosen, config)
+    return chosen
 
 
-def _files_of_repository(config: StageArguments) -> list[str]:
+def is_image(name: str) -> bool:
+    """Tell files of images by the ends of their names."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _images_of_split(names: list[str], split: str) -> list[str]:
+    """Return a folder's images. Folders in it are classes, also one called test, unless all are called as splits."""
+    images = sorted(filter(is_image, names))
+    splits = {name: _split_of(name.rpartition("/")[0].partition("/")[0]) for name in images}
+    if not images or not all(splits.values()):
+        return images
+    chosen = [name for name in images if splits[name] in (split, _split_of(split))]
+    if not chosen:
+        raise _no_split(split, set(splits.values()))
+    return chosen
+
+
+def _files_of_repository(config: StageArguments, split: str) -> list[str]:
     check_name("dataset", config.dataset, "dataset")
     if config.dataset_config is not None:
         return []
@@ -145,7 +196,7 @@ def _files_of_repository(config: StageArguments) -> list[str]:
         return []  # `datasets` has the rows in its cache, or says what is wrong
     if (info.card_data or {}).get("configs"):  # says which files
         return []
-    names = _data_files([file.rfilename for file in info.siblings], config)
+    names = _data_files([file.rfilename for file in info.siblings], config, split)
     if not names or kind_of(names[0]) not in TEXT_SUFFIXES:
         return [f"hf://datasets/{info.id}@{info.sha}/{name}" for name in names]
     patterns = [escape(name) for name in names]
@@ -155,18 +206,17 @@ def _files_of_repository(config: StageArguments) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-def _data_files(names: list[str], config: StageArguments) -> list[str]:
+def _data_files(names: list[str], config: StageArguments, split: str) -> list[str]:
     """Return the files of a folder that have the rows of the split: those that are in the fewest folders."""
     found = [name for name in names if kind_of(name) and PurePosixPath(name).name not in NO_ROWS]
     found = [name for name in found if not is_leftover(name)]
     least = min((name.count("/") for name in found), default=0)
     found = sorted(name for name in found if name.count("/") == least)
-    split = config.dataset_split.partition("[")[0]
     splits = {name: _split_of(name) for name in found}
     if any(splits.values()):
         found = [name for name in found if splits[name] in (split, _split_of(split))]
         if not found:
-            raise _no_split(config, set(splits.values()) - {None})
+            raise _no_split(split, set(splits.values()) - {None})
     return _of_one_kind(found, config)
 
 
@@ -203,9 +253,9 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _no_split(config: StageArguments, splits: Iterable[str]) -> ValueError:
+def _no_split(split: str, splits: Iterable[str]) -> ValueError:
     found = ", ".join(sorted(splits))
-    return ValueError(f"there is no split {config.dataset_split!r}, found {found}: set dataset_split, or eval_split")
+    return ValueError(f"there is no split {split!r}, found {found}: set dataset_split, or eval_split")
 
 
 def _with_class_names(rows: datasets.Dataset | datasets.IterableDataset):
@@ -230,12 +280,21 @@ def _name_classes(names: dict[int, str], column: str, row: dict) -> dict:
     return {column: [names.get(item) for item in value] if isinstance(value, list) else names.get(value)}
 
 
-def _from_generator(read, files: list[str], texts: tuple[str, ...], features: dict, config: StageArguments):
-    features = datasets.Features({**{name: datasets.Value("string") for name in texts}, **features})
+def _from_generator(read, files: list[str], features: dict, config: StageArguments):
     # URLs have a commit in them
     versions = [os.path.exists(name) and (os.path.getmtime(name), os.path.getsize(name)) for name in files]
     maker = datasets.IterableDataset if config.streaming else datasets.Dataset
-    return maker.from_generator(read, features=features, gen_kwargs={"files": files, "versions": versions})
+    return maker.from_generator(
+        read, features=datasets.Features(features), gen_kwargs={"files": files, "versions": versions}
+    )
+
+
+def _read_images(classes: bool, files: list[str], versions: list) -> Iterator[dict]:
+    """The folder that an image lies in is its class, if there are `classes`: not all lie in one."""
+    for name in files:
+        path = os.path.abspath(name)  # a relative one is looked for in the folder of the data set
+        folder = os.path.basename(os.path.dirname(path))
+        yield {"image": {"path": path, "bytes": None}, "label": folder if classes else None}
 
 
 def _read_text(files: list[str], versions: list) -> Iterator[dict]:

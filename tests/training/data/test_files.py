@@ -5,10 +5,12 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -204,6 +206,73 @@ def test_names_of_classes(place, processor):
     several = rows.remove_columns("label").add_column("labels", [[2, 1], [1]], feature=datasets.List(label))
     several.to_parquet("lists.parquet")
     assert read("lists.parquet", processor, answer_column="labels") == [("blue", "dog"), ("red", "cat")]
+
+
+def save_classes(folder: Path, names=("circle", "square")):
+    """Save a red picture of the first class and a blue one of the second."""
+    for colour, name in zip(COLOURS, names, strict=True):
+        save_images(folder / name, [colour])
+
+
+@pytest.mark.parametrize("name", ["[1] a*?", "plain", "train", "b[a-c]"])
+def test_a_folder_or_a_pattern_of_classes(name, place, processor):
+    save_classes(place / "data" / name)
+    expected = [("red", "circle"), ("blue", "square")]
+    assert read(f"data/{name}", processor, answer_column="label") == expected
+    assert read(f"{place}/data/*/*/*.png", processor, answer_column="label") == expected
+    (place / "data" / name / "circle").rename(place / "data" / name / "[0]")
+    assert read(f"data/{name}", processor, answer_column="label") == [("red", "[0]"), ("blue", "square")]
+
+
+def test_classes_that_are_called_as_splits(place, processor):
+    save_classes(place / "classes", ("station", "train"))
+    assert read("classes", processor, answer_column="label") == [("red", "station"), ("blue", "train")]
+    save_classes(place / "splits/train", ("cat", "test"))
+    save_classes(place / "splits/val", ("dog", "test"))
+    assert read("splits", processor, answer_column="label") == [("red", "cat"), ("blue", "test")]
+    found = read("splits", processor, answer_column="label", dataset_split="validation")
+    assert found == [("red", "dog"), ("blue", "test")]
+    with pytest.raises(ValueError, match="no split 'test', found train, validation"):
+        check_rows(config("splits", dataset_split="test"))
+
+
+def test_a_pattern_that_no_file_has(place):
+    with pytest.raises(ValueError, match=r"photos/\*\.jpg does not exist"):
+        check_rows(config("photos/*.jpg"))
+
+
+@pytest.mark.parametrize("prefix", ["", "data/"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.jsonl.gz", "metadata.csv"])
+def test_a_zip_with_rows_and_pictures(name, prefix, place, processor):
+    FILES[name](name)
+    with zipfile.ZipFile("all.zip", "w") as archive:
+        for file in (name, *(row["image"] for row in ROWS)):
+            archive.write(file, prefix + file)
+    for file in (name, *(row["image"] for row in ROWS)):
+        Path(file).unlink()
+    assert read("all.zip", processor) == read(place, processor) == PAIRS
+
+
+def test_a_zip_of_classes_and_a_zip_that_has_changed(place, processor):
+    for names in (("circle", "square"), ("eight", "square")):
+        save_classes(place / names[0], names)
+        shutil.make_archive("all", "zip", names[0])
+        assert read("all.zip", processor, answer_column="label") == [("red", names[0]), ("blue", "square")]
+    Path("all.zip").write_bytes(Path("all.zip").read_bytes()[:-30])
+    with pytest.raises(ValueError, match="all.zip cannot be read"):
+        check_rows(config("all.zip"))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.parquet", "rows.tar"])
+def test_a_part_of_a_split(name, place, processor):
+    FILES[name](name)
+    assert read(name, processor, dataset_split="train[:1]") == PAIRS[:1]
+    assert read(name, processor, dataset_split="train[1:]") == PAIRS[1:]
+    assert pairs(check_rows(config(name, dataset_split="train[50%:]"))[0]) == PAIRS[1:]
+    with pytest.raises(ValueError, match=r"no known end: expected numbers of rows, as in train\[:100\]"):
+        open_rows(config(name, dataset_split="train[50%:]", streaming=True, max_steps=1))
+    with pytest.raises(ValueError, match="Unrecognized instruction format"):
+        check_rows(config(name, dataset_split="train[first]"))
 
 
 CAPTIONS = [["a red square", "something red"], ["NA", "something blue"]]
