@@ -35,6 +35,7 @@ from .outputs import (
     check_no_placeholders,
     language_model_fields,
     sources_of,
+    take_image_inputs,
     uncached_images,
 )
 
@@ -51,12 +52,6 @@ if TYPE_CHECKING:
     from .memory_bank import MemoryBank as MemoryBank
     from .row_encoder import RowEncoder as RowEncoder
     from .value_encoder import ValueEncoder as ValueEncoder
-
-# Everything that says what an image is and what is remembered about it.
-IMAGE_INPUTS = (
-    "pixel_values vision_features query_input_ids query_attention_mask memory_ids memory_input_ids memory_values "
-    "memory_scores exclude_ids memory memory_top_k retrieval_threshold"
-).split()
 
 
 class TinyAlignModel(TinyAlignPreTrainedModel):
@@ -87,6 +82,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         """Leave the vision tower frozen, unless `trains_vision_tower`, and in evaluation mode: its keys must stay."""
         super().train(mode)
         self.vision_tower.eval()
+        self.get_input_embeddings().padding_idx = None  # often also the end token, whose gradient would be dropped
         if not self.trains_vision_tower:
             self.vision_tower.requires_grad_(False)
         return self
@@ -97,8 +93,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
 
     def _read_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
         check_tensor("pixel_values", pixel_values, "(images, 3, height, width)")
-        config = self.config
-        layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        layer, strategy = self.config.vision_feature_layer, self.config.vision_feature_select_strategy
         with torch.set_grad_enabled(self.trains_vision_tower and torch.is_grad_enabled()):
             return read_vision_tower(self.vision_tower, pixel_values, layer, strategy, **kwargs)
 
@@ -188,7 +183,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         kwargs |= kwargs.pop("call_settings", None) or {}
-        image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        image_inputs = take_image_inputs(kwargs)
         images_given = image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None
         images = (mm_encoder_outputs or {}).get("image")
         if images_given and images is not None:
@@ -355,7 +350,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         self, inputs: torch.Tensor | None, kwargs: dict
     ) -> tuple[TinyAlignImageFeatures | None, torch.Tensor | None]:
         """Put images of `kwargs` into it as `mm_encoder_outputs`; return them, and where in the prompt they go."""
-        image_inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        image_inputs = take_image_inputs(kwargs)
         given = image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None
         embeds, input_ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", inputs)
         if not given and (embeds is not None or input_ids is None):  # without images, embeddings are complete

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     ModelOutput,
 )
+from transformers.utils import is_tracing
 
 from .bank_format import CalibrationConfig
 from .configuration_tinyalign import TinyAlignConfig
@@ -21,6 +22,12 @@ from .configuration_tinyalign import TinyAlignConfig
 LANGUAGE_MODEL_FIELDS = tuple(
     field.name for field in fields(BaseModelOutputWithPast) if field.name != "last_hidden_state"
 )
+
+# Everything that says what an image is and what is remembered about it.
+IMAGE_INPUTS = (
+    "pixel_values vision_features query_input_ids query_attention_mask memory_ids memory_input_ids memory_values "
+    "memory_scores exclude_ids memory memory_top_k retrieval_threshold"
+).split()
 
 
 @dataclass
@@ -119,6 +126,15 @@ def uncached_images(
             raise ValueError(f"The cache ends within an image, after {cached % size} of its {size} tokens.")
         new += list(islice(left, int(row.sum()) // size))[cached // size :]
     return new
+
+
+def take_image_inputs(kwargs: dict) -> dict:
+    """Take what says what an image is, and what is remembered about it, out of the arguments of a call."""
+    inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+    pixel_values = inputs["pixel_values"]
+    if torch.is_tensor(pixel_values) and not is_tracing(pixel_values) and len(pixel_values) == 0:
+        return dict.fromkeys(IMAGE_INPUTS)  # a batch of chats without images
+    return inputs
 
 
 def check_image_places(config: TinyAlignConfig, mask: torch.Tensor, features: list[torch.Tensor]):

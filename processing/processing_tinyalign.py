@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from tokenizers import AddedToken, normalizers
 from transformers import BatchFeature, GenerationConfig, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import MultiModalData
@@ -67,8 +68,7 @@ PLAIN_TEMPLATE = (
 
 class TinyAlignProcessor(ProcessorMixin):
     r"""
-    An image processor and a tokenizer in one; each `<image>` becomes the placeholders of one image. Batches are padded
-    on the left, as `generate` needs it.
+    An image processor and a tokenizer in one; each `<image>` becomes one image's placeholders. Padding is left.
 
     Args:
         image_processor, tokenizer: Those of the vision tower and of the language model.
@@ -103,6 +103,8 @@ class TinyAlignProcessor(ProcessorMixin):
             raise ValueError(f"key_space is {key_space!r}, expected 'vision' or 'language'.")
         if type(num_image_tokens) is not int or not 1 <= num_image_tokens <= MAX_IMAGE_TOKENS:
             raise ValueError(f"num_image_tokens is {num_image_tokens!r}, expected 1 to {MAX_IMAGE_TOKENS}.")
+        if not tokenizer.is_fast:
+            raise ValueError(f"The tokenizer is {type(tokenizer).__name__}, expected one that has a tokenizer.json.")
         check_sizes(image_processor)
         if image_aspect_ratio == "pad":
             image_processor = padding_to_square(image_processor)
@@ -186,8 +188,7 @@ class TinyAlignProcessor(ProcessorMixin):
             images: One image, a list of images, or a list with a list of images for each text: PIL images, paths,
                 URLs, base64 strings, bytes of files, arrays or tensors (of four dimensions: a batch).
             text: Prompts. `<rag>` is dropped: the memory tokens follow the visual tokens of the image before it.
-            query_text: What to retrieve with beside the image, one for each text. Never put an answer in it. It is
-                used only with `key_space="language"`.
+            query_text: What to retrieve with, one a text, with `key_space="language"`. Never put an answer in it.
 
         Returns:
             `input_ids`, `attention_mask`, `pixel_values (images, 3, H, W)`, and with `key_space="language"` and a
@@ -219,13 +220,12 @@ class TinyAlignProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
         """
-        Format and tokenize chats, like every processor of transformers. Only the template writes control tokens and
-        only parts of type "image" become images: what looks like either in a text is text. The query is the text of
-        the user turns before the first answer. Raises `ValueError` as [`read_chat`].
+        Format and tokenize chats like every processor. Only the template writes control tokens and only parts of type
+        "image" become images: what looks like either in a text is text. Without images, `pixel_values (0, 3, H, W)`.
+        The query is the user's text before the first answer. Raises `ValueError` as [`read_chat`].
         """
         if not isinstance(conversation, (list, tuple)) or not conversation:
-            example = '[{"role": "user", "content": "What is this?"}]'
-            raise ValueError(f"The chat is {conversation!r:.100}, expected a list of messages: {example}.")
+            raise ValueError(f"The chat is {conversation!r:.100}, expected a list of messages with role and content.")
         batched = isinstance(conversation[0], (list, tuple))
         if batched:
             conversations = [read_chat(messages, f"chat {number}, ") for number, messages in enumerate(conversation)]
@@ -240,12 +240,13 @@ class TinyAlignProcessor(ProcessorMixin):
             processor_kwargs.setdefault("query_text", [self.query_text_of(messages) for messages in conversations])
         if kwargs.get("tokenize"):
             conversations = self.as_text(conversations)
-        return super().apply_chat_template(
-            conversations if batched else conversations[0],
-            chat_template=chat_template,
-            processor_kwargs=processor_kwargs,
-            **kwargs,
-        )
+        kwargs |= {"chat_template": chat_template, "processor_kwargs": processor_kwargs}
+        inputs = super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
+        if isinstance(inputs, BatchFeature) and is_torch_tensor(inputs["input_ids"]) and "pixel_values" not in inputs:
+            # a pipeline's batch has chats with images as well, and all its rows need the same names
+            blank = self.image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")
+            inputs["pixel_values"] = blank["pixel_values"][:0]
+        return inputs
 
     def as_text(self, value: Any) -> Any:
         """Texts, chats or lists of them, with `CUT` in all that the tokenizer would take for a control token."""
@@ -342,11 +343,7 @@ class TinyAlignProcessor(ProcessorMixin):
 
 
 def taken_settings(kwargs: dict) -> dict:
-    """Take the settings of `generate` out of the arguments of a call; `top_k` is `memory_top_k`.
-
-    Raises:
-        ValueError: `top_k` could be that of sampling.
-    """
+    """Take the settings of `generate` out of a call's; `ValueError` if `top_k` could be that of sampling."""
     settings = {name: kwargs.pop(name) for name in CALL_SETTINGS & kwargs.keys()}
     if "top_k" in settings and "do_sample" in settings:
         raise ValueError(
@@ -361,9 +358,7 @@ def taken_settings(kwargs: dict) -> dict:
 def read_chat(messages: Sequence[Any], name: str = "") -> list[dict]:
     """
     A chat as the template takes it: messages and the parts of their content as dictionaries. `name` is the chat's.
-
-    Raises:
-        ValueError: A content is neither text nor a list of texts and images.
+    Raises `ValueError` if a content is neither text nor a list of texts and images.
     """
     chat = [_as_dict(message) for message in messages]
     for number, message in enumerate(chat):

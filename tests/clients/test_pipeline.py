@@ -30,6 +30,15 @@ def texts(pipe, chats, **settings) -> list[str]:
     return [answer["generated_text"] for [answer] in found]
 
 
+def test_a_batch_of_chats_with_and_without_images(pipes, images):
+    with_images = chats(images)
+    asked = [[{"role": "user", "content": "a red square"}], *with_images, [{"role": "user", "content": "what?"}]]
+    asked = [asked[1], asked[0], asked[3], asked[2]]
+    alone = [texts(pipes[1], [chat])[0] for chat in asked]
+    for batch_size in (2, 3, 4):
+        assert texts(pipes[1], asked, batch_size=batch_size) == alone
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_memory_off(pipes, images, batch_size):
     without, with_bank = pipes

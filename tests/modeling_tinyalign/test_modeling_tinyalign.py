@@ -222,6 +222,23 @@ def test_composition_refuses_unknown_names(checkpoints):
             compose(checkpoints["siglip"], checkpoints["llama"], **{name: 3})
 
 
+def test_the_pad_token_has_a_gradient(make_model, tmp_path):
+    """It is often the end token as well: composed, and loaded as saved."""
+    made = make_model()
+    made.config.text_config.pad_token_id = made.config.text_config.eos_token_id
+    made.save_pretrained(tmp_path)
+    for model in (made, TinyAlignForConditionalGeneration.from_pretrained(tmp_path)):
+        model.train()
+        pad = model.config.text_config.pad_token_id
+        ids = torch.tensor([[pad, 5, pad, 7]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        embeddings = model.get_input_embeddings()
+        assert embeddings.padding_idx is None
+        embedded = embeddings(torch.tensor([pad])).sum()
+        (gradient,) = torch.autograd.grad(embedded, embeddings.weight)
+        assert gradient[pad].abs().sum() > 0
+
+
 def test_batch_equals_singles(model, processor, ragged):
     chats, batch = ragged
     for side in ("left", "right"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CTRLTokenizer
 
 from tinyalign_vlm import TinyAlignProcessor
 
@@ -240,3 +240,19 @@ def test_things_that_are_no_chat(wrong, processor):
 def test_things_that_are_no_text(wrong, processor):
     with pytest.raises(TypeError, match="text is .*expected a text or a list of texts"):
         processor(text=wrong)
+
+
+def test_a_tokenizer_in_python_is_refused(processor, tmp_path):
+    (tmp_path / "vocab.json").write_text('{"<image>": 0, "a": 1, "<unk>": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2")
+    slow = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    with pytest.raises(ValueError, match=r"^The tokenizer is CTRLTokenizer, expected one that has a tokenizer.json.$"):
+        TinyAlignProcessor(processor.image_processor, slow)
+
+
+def test_tensors_of_chats_without_images(processor):
+    messages = [{"role": "user", "content": "a red square"}]
+    settings = {"tokenize": True, "return_dict": True}
+    inputs = processor.apply_chat_template(messages, return_tensors="pt", **settings)
+    assert inputs["pixel_values"].shape[0] == 0 and inputs["pixel_values"].ndim == 4
+    assert "pixel_values" not in processor.apply_chat_template(messages, **settings)

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ...modeling_tinyalign.modeling_tinyalign import IMAGE_INPUTS
+from ...modeling_tinyalign.outputs import IMAGE_INPUTS
 from ..data.chats import encode_chat
 
 
