@@ -1,4 +1,4 @@
-"""Keys that are learned from pairs of pictures of the same thing: a linear map behind a bank's own keys."""
+"""Learned keys: a linear map behind the keys of a bank, from pairs of pictures of the same thing."""
 
 from collections.abc import Iterator
 
