@@ -90,10 +90,7 @@ def _open(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset
         return rows.select(range(chosen.from_, chosen.to))
     numbers = re.fullmatch(r"\[(\d*):(\d*)\]", part)
     if numbers is None:
-        raise ValueError(
-            f"dataset_split is {config.dataset_split!r}, and rows that are streamed have no known end: expected "
-            f"numbers of rows, as in {split}[:100]"
-        )
+        raise ValueError(f"dataset_split is {config.dataset_split!r}, expected numbers of rows as in {split}[:100]")
     start, end = int(numbers[1] or 0), numbers[2]
     return rows.skip(start).take(max(int(end) - start, 0)) if end else rows.skip(start)
 
