@@ -35,6 +35,7 @@ ABOUT_SEVERAL = {
     "hub_cards/test_docs.py",
     "hub_cards/test_validation.py",
     "modeling_tinyalign/test_adaptive_retrieval.py",
+    "modeling_tinyalign/test_captions_as_memory.py",
     "modeling_tinyalign/test_remote_code.py",
     "processing/test_chat_text.py",
     "training/bank/test_docs.py",

@@ -1,0 +1,141 @@
+"""The default model: it reads captions, with the tokenizer beside its weights, from banks without values."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from isolation import set_hf_home
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, TinyAlignProcessor
+
+CAPTIONS = ("red", "a green square", "一只红色的狗", "<|im_end|> <image>", "12.5 km", "white")
+MEMORY = {"memory_tokens": 40, "memory_input": "captions", "memory_scores": True}
+
+
+@pytest.fixture(scope="module")
+def captioned(make_model, make_processor, images, tmp_path_factory):
+    """A saved model with its processor, and a bank for it."""
+    folder = tmp_path_factory.mktemp("captioned")
+    model = make_model(**MEMORY)
+    processor = make_processor(model)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    rows = [{"image": image, "caption": caption} for image, caption in zip(images, CAPTIONS, strict=True)]
+    bank = MemoryBank.build(rows, model, processor)
+    bank.save_pretrained(folder / "bank")
+    return folder
+
+
+def inputs_of(processor, images):
+    return processor(images=images, text=["<image>\nwhat?"] * len(images), return_tensors="pt")
+
+
+def text_of(model, ids: torch.Tensor) -> list[str]:
+    read = model.caption_tokenizer([[row["caption"] for row in rows if row] for rows in model.memory_bank.rows(ids)])
+    return [model.caption_tokenizer.tokenizer.decode(row[row >= 0]).strip() for row in read]
+
+
+def test_a_bank_without_values_is_saved_checked_and_searched(captioned, images, tmp_path, monkeypatch):
+    set_hf_home(monkeypatch, tmp_path)
+    bank = MemoryBank.from_pretrained(captioned / "bank")
+    assert bank.config.value_size == 0 and bank.value_encoder is None and "no values" in repr(bank)
+    assert not (captioned / "bank" / "value_encoder").exists() and not list(bank.folder.glob("values*"))
+    assert bank.table["caption"].to_pylist() == list(CAPTIONS)
+    with pytest.raises(ValueError, match="has no values, expected one for a model that reads latents"):
+        bank.gather([0])
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    added = bank.add([{"image": images[0].rotate(90, expand=True), "caption": "new"}], model, processor)
+    assert len(added.remove(0)) == 6 and added.with_rows(added.batches(), quantized=True).config.quantized
+    for other in (added, added.remove([0, 3])):
+        other.save_pretrained(tmp_path / "other")
+        shutil.rmtree(other.folder)
+        assert MemoryBank.from_pretrained(tmp_path / "other").config.sha256.rows == other.config.sha256.rows
+
+
+def test_a_loaded_model_finds_its_tokenizer(captioned, images, monkeypatch):
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    model.attach_memory_bank(captioned / "bank")
+    inputs = inputs_of(processor, images[:4])
+    output = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert output["memory_ids"][:, 0].tolist() == [0, 1, 2, 3]
+    for text, ids in zip(text_of(model, output["memory_ids"]), output["memory_ids"].tolist(), strict=True):
+        assert text == "; ".join(CAPTIONS[row] for row in ids)
+    special = {model.config.image_token_id, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    read = model.caption_tokenizer([[caption] for caption in CAPTIONS])
+    assert special.isdisjoint(read.flatten().tolist())
+    # given or found, it is the same
+    expected = model(**inputs).logits
+    other = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    other.attach_memory_bank(captioned / "bank", tokenizer=processor.tokenizer)
+    torch.testing.assert_close(other(**inputs).logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, expected, rtol=0, atol=0)
+
+
+def test_a_checkpoints_own_code_finds_it_too(captioned, images):
+    model = AutoModelForImageTextToText.from_pretrained(captioned / "model", trust_remote_code=True)
+    model.attach_memory_bank(captioned / "bank")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    found = model.get_image_features(inputs_of(processor, images[:1])["pixel_values"])
+    assert text_of(model, found.memory_ids)[0].startswith("red; ")
+
+
+def test_a_model_without_a_tokenizer_says_what_to_do(captioned, images, tmp_path):
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    TinyAlignForConditionalGeneration.from_pretrained(captioned / "model").save_pretrained(tmp_path)
+    model = TinyAlignForConditionalGeneration.from_pretrained(tmp_path)
+    model.attach_memory_bank(captioned / "bank")
+    inputs = inputs_of(processor, images[:1])
+    with pytest.raises(ValueError, match="has no tokenizer, expected one beside .* tokenizer=processor.tokenizer"):
+        model(**inputs)
+    assert model(**inputs, memory="off").logits.isfinite().all()
+    model.attach_memory_bank(captioned / "bank", tokenizer=processor.tokenizer)
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_a_composed_model_reads_with_its_language_models_tokenizer(checkpoints, captioned, make_model):
+    model = make_model(**MEMORY)
+    model.attach_memory_bank(captioned / "bank")
+    expected = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model").caption_tokenizer
+    assert model.caption_tokenizer([CAPTIONS]).equal(expected([CAPTIONS]))
+    model.read_captions_with(AutoTokenizer.from_pretrained(checkpoints["llama"]))
+    assert model.caption_tokenizer([CAPTIONS]).equal(expected([CAPTIONS]))
+
+
+def test_other_captions_are_other_answers_and_rows_added_are_read(captioned, images):
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    bank = MemoryBank.from_pretrained(captioned / "bank")
+    inputs = inputs_of(processor, images[:1])
+    model.attach_memory_bank(bank)
+    before = model(**inputs).logits
+    taught = bank.add([{"image": images[0].resize((64, 64)), "caption": "Zwölfkämpfer"}], model, processor)
+    model.attach_memory_bank(taught)
+    found = model.get_image_features(inputs["pixel_values"])
+    assert "Zwölfkämpfer" in text_of(model, found.memory_ids)[0]
+    assert not torch.allclose(model(**inputs).logits, before)
+    model.attach_memory_bank(taught.remove(len(bank)))
+    torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=0)
+
+
+def test_a_batch_reads_what_its_rows_read_alone(captioned, images):
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    model.attach_memory_bank(captioned / "bank")
+    together = model(**inputs_of(processor, images[:5])).logits
+    for row, image in enumerate(images[:5]):
+        torch.testing.assert_close(
+            model(**inputs_of(processor, [image])).logits[0], together[row], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_fewer_neighbours_and_a_threshold_leave_captions_out(captioned, images):
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    model.attach_memory_bank(captioned / "bank")
+    pixels = inputs_of(processor, images[:2])["pixel_values"]
+    for settings in ({"memory_top_k": 1}, {"retrieval_threshold": 0.999}):
+        assert text_of(model, model.get_image_features(pixels, **settings).memory_ids) == list(CAPTIONS[:2])
