@@ -35,7 +35,7 @@ MAX_GRID = 64  # side of a grid of visual tokens
 MAX_THUMBNAIL = 4096  # side, in pixels
 MAX_PIXELS = 2**22  # numbers in a probe image
 NUM_WEIGHTS = 4  # of a logistic regression on similarities, see outputs.py
-MAX_CALIBRATED_GROWTH = 1.5  # at 1.3 probabilities are as good as before, at 2.2 off by 0.15: docs/keys.md
+MAX_CALIBRATED_GROWTH = 1.5  # none_probability is off by 0.07 at 1.7, by 0.12 at 2.2: docs/keys.md
 MAX_KEY_NORM = 1.001  # keys are of length 1, as far as float16 can tell
 
 

@@ -18,12 +18,17 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+from transformers.utils import logging
 
-from .bank_format import KeyEncoderConfig
+from .bank_format import KeyEncoderConfig, TowerConfig
 from .connectors import Connector, pool_grid
 from .files import apply_umask
 
+logger = logging.get_logger(__name__)
+
 NUM_PROBES = 4
+MIN_PROBE_COSINE = 0.99
+MAX_PROBE_DIFFERENCE = 1e-3
 MAX_SIDE = 4096  # of a picture made for the tower: a bank's settings may be anybody's
 MAX_FEATURES = 2**26  # of one image
 
@@ -221,6 +226,41 @@ class KeyEncoder(nn.Module):
         with evaluating(model):
             features = model.get_vision_features(probe_pixels(image_shape))
         return self.to(features.device).raw_keys(features).cpu()
+
+    def check_tower(self, model: PreTrainedModel, tower: TowerConfig, probe_keys: torch.Tensor) -> None:
+        """Compare the probe keys that a model's tower makes with those of `tower`, and refuse another tower.
+
+        They are the same, or their cosine, centred, is near 1: then what that may change is said, once.
+
+        Raises:
+            ValueError: naming both towers and the cosine, or the widths of their features.
+        """
+        found = tower_name(model)
+        advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
+        try:
+            raw = self.probe(model, tower.image_shape)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"The memory bank was built with the vision tower {tower.name}, of images {tower.image_shape} and "
+                f"features {self.feature_dim} wide, which this model's ({found}) does not take or make ({error}). "
+                f"{advice}"
+            ) from error
+        # a nearly constant tower, an untrained one say, leaves nothing to take a cosine of; squares need float64
+        probes, mean = probe_keys.double(), self.mean.cpu()
+        if ((raw - probes).norm(dim=-1) <= MAX_PROBE_DIFFERENCE * probes.norm(dim=-1)).all():
+            return
+        cosine = F.cosine_similarity(raw - mean, probe_keys - mean).min().item()
+        if not cosine >= MIN_PROBE_COSINE:
+            raise ValueError(
+                f"The memory bank was built with the vision tower {tower.name}, this model has {found}: on the probe "
+                f"images the cosine of their keys is {cosine:.3f}, expected at least {MIN_PROBE_COSINE}. {advice}"
+            )
+        dtype = str(model.base_model.vision_tower.dtype).removeprefix("torch.")
+        logger.warning_once(
+            f"The vision tower is in {dtype}, and the cosine of its keys and the bank's is {cosine:.4f}: now and then "
+            "the nearest neighbour is another one (docs/keys.md). To find the same ones load the tower in the dtype "
+            "that the bank was built in, float32 mostly."
+        )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from .bank_format import BATCH_ROWS, CARD_FACTS_NAME, LEFT_OUT_NAME, BankConfig,
 from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
 from .files import CARD_NAME, SHARDS, make_bank_card, push_files, replace_folder, scratch_folder
-from .key_encoder import KeyEncoder, evaluating, tower_name
+from .key_encoder import KeyEncoder, evaluating
 from .row_encoder import LeftOutRow, PairReader, RowEncoder, check_many, finished, stored_images
 from .value_encoder import ValueEncoder
 
@@ -35,8 +35,6 @@ except ImportError:
     pa = None
 
 logger = logging.get_logger(__name__)
-MIN_PROBE_COSINE = 0.99
-MAX_PROBE_DIFFERENCE = 1e-3
 
 
 class MemoryBank(BankRows):
@@ -137,7 +135,8 @@ class MemoryBank(BankRows):
         bank.index = self.index
         if bank.config.is_calibration_stale:
             logger.warning(
-                f"The bank of {len(bank)} rows was calibrated with {config.calibration.num_rows}: calibrate it again."
+                f"The bank of {len(bank)} rows was calibrated with {config.calibration.num_rows}: that no neighbour "
+                "is right is now more probable than retrieve() says. Run `tinyalign bank calibrate` again."
             )
         return bank
 
@@ -275,31 +274,10 @@ class MemoryBank(BankRows):
     def check_probes(self, model: PreTrainedModel) -> None:
         """Refuse a model whose vision tower is not the one that the bank's keys were made with.
 
-        Keys of the probe images are made anew and compared: they are the same, or their cosine, centred, is near 1.
-
         Raises:
             ValueError: naming both towers and the cosine, or the widths of their features.
         """
-        encoder, tower, found = self.key_encoder, self.config.tower, tower_name(model)
-        advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
-        try:
-            raw = encoder.probe(model, tower.image_shape)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"The memory bank was built with the vision tower {tower.name}, of images {tower.image_shape} and "
-                f"features {encoder.feature_dim} wide, which this model's ({found}) does not take or make ({error}). "
-                f"{advice}"
-            ) from error
-        # a nearly constant tower, an untrained one say, leaves nothing to take a cosine of; squares need float64
-        probes, mean = self.probe_keys.double(), encoder.mean.cpu()
-        if ((raw - probes).norm(dim=-1) <= MAX_PROBE_DIFFERENCE * probes.norm(dim=-1)).all():
-            return
-        cosine = F.cosine_similarity(raw - mean, self.probe_keys - mean).min().item()
-        if not cosine >= MIN_PROBE_COSINE:
-            raise ValueError(
-                f"The memory bank was built with the vision tower {tower.name}, this model has {found}: on the probe "
-                f"images the cosine of their keys is {cosine:.3f}, expected at least {MIN_PROBE_COSINE}. {advice}"
-            )
+        self.key_encoder.check_tower(model, self.config.tower, self.probe_keys)
 
     # ------------------------------------------------------------------ files
 

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import sys
 from dataclasses import replace
 
@@ -179,7 +180,7 @@ def test_a_calibration_stays_with_the_rows(bank, tmp_path, model, processor, cap
     assert five.config.calibration == CALIBRATION and not five.config.is_calibration_stale and not caplog.records
     six = five.add(rows[5:], model, processor)
     assert six.config.is_calibration_stale
-    assert "The bank of 16 rows was calibrated with 10: calibrate it again" in caplog.text
+    assert "The bank of 16 rows was calibrated with 10: that no neighbour is right" in caplog.text
     six.save_pretrained(tmp_path / "grown")
     assert MemoryBank.from_pretrained(tmp_path / "grown").config.is_calibration_stale
 
@@ -195,12 +196,14 @@ def test_shuffled(bank):
     assert not bank.shuffled(seed=1).search(keys, 1)[1].flatten().equal(found)
 
 
-def test_probes(bank, model, make_model):
+def test_probes(bank, model, make_model, caplog):
     bank.check_probes(model)
     other = make_model(text="qwen2")  # the language model does not matter
     other.model.vision_tower = model.model.vision_tower
     bank.check_probes(other)
+    assert "vision tower" not in caplog.text
     bank.check_probes(copy.deepcopy(model).bfloat16())
+    assert re.search(r"tower is in bfloat16, and the cosine of its keys and the bank's is (0\.99|1\.00)", caplog.text)
 
 
 def test_other_towers_are_refused(bank, make_model, model, processor):
