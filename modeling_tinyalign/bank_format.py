@@ -117,8 +117,7 @@ class CalibrationConfig:
     Attributes:
         top_k: neighbours of an image that were looked at.
         num_rows: rows of the bank that they were fitted on.
-        right: weights for a neighbour being right.
-        none: weights for none of the `top_k` being right.
+        right, none: weights for a neighbour, and for none of the `top_k`, being right.
     """
 
     top_k: int = validated_field(between(1, 1000))

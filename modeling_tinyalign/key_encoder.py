@@ -228,9 +228,7 @@ class KeyEncoder(nn.Module):
         return self.to(features.device).raw_keys(features).cpu()
 
     def check_tower(self, model: PreTrainedModel, tower: TowerConfig, probe_keys: torch.Tensor) -> None:
-        """Compare the probe keys that a model's tower makes with those of `tower`, and refuse another tower.
-
-        They are the same, or their cosine, centred, is near 1: then what that may change is said, once.
+        """Refuse another tower than `tower`, by its probe keys; what a small difference may change is said, once.
 
         Raises:
             ValueError: naming both towers and the cosine, or the widths of their features.

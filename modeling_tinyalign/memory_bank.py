@@ -272,11 +272,7 @@ class MemoryBank(BankRows):
         return bank
 
     def check_probes(self, model: PreTrainedModel) -> None:
-        """Refuse a model whose vision tower is not the one that the bank's keys were made with.
-
-        Raises:
-            ValueError: naming both towers and the cosine, or the widths of their features.
-        """
+        """Refuse a model of another vision tower than the bank's keys were made with: see `KeyEncoder.check_tower`."""
         self.key_encoder.check_tower(model, self.config.tower, self.probe_keys)
 
     # ------------------------------------------------------------------ files

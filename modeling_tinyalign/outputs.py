@@ -169,10 +169,7 @@ def check_no_placeholders(config: TinyAlignConfig, mask: torch.Tensor):
 def evidence(scores: np.ndarray, top_k: int) -> np.ndarray:
     """
     Return the numbers `(n, k, 4)` that tell whether a neighbour is right: 1, how similar it is, how much less than the
-    first, and how much more than the mean of the first `top_k`.
-
-    Args:
-        scores: `(n, k)` similarities, best first; not finite in empty slots, which count as not similar at all.
+    first, and how much more than the mean of the first `top_k`. Empty slots, not finite, count as not similar at all.
     """
     scores = np.where(np.isfinite(scores), scores, 0.0)
     mean = scores[:, :top_k].mean(axis=1, keepdims=True)
@@ -181,12 +178,8 @@ def evidence(scores: np.ndarray, top_k: int) -> np.ndarray:
 
 def probabilities(calibration: CalibrationConfig, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return how probably each neighbour is right `(n, k)`, and that none of an image's is `(n,)`. Both are logistic
-    regressions on similarities: see `tinyalign bank calibrate`.
-
-    Args:
-        scores: `(n, k)` similarities, best first, of at least as many neighbours as the bank was calibrated for, or
-            all that there are.
+    Return how probably each neighbour is right `(n, k)`, and that none of an image's is `(n,)`: logistic regressions
+    on the similarities `(n, k)`, best first, of as many neighbours as the bank was calibrated for, or of all.
     """
     numbers = evidence(scores.double().cpu().numpy(), calibration.top_k)
     logits = numbers @ calibration.right, numbers[:, 0] @ calibration.none
