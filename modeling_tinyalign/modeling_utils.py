@@ -370,7 +370,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
                 "neighbours: set it back (memory_top_k of a call takes fewer), or make and train another model."
             )
         memory = {name: torch.as_tensor(value) for name, value in memory.items() if value is not None}
-        check_memory(self.config, len(tokens), **memory)
+        check_memory(self.config, tokens.shape[0], **memory)
         scores, words, places = memory.get("memory_scores"), None, None
         threshold = self.config.retrieval_threshold if threshold is None else threshold
         ids, used = used_slots(memory.get("memory_ids"), scores, threshold)
@@ -381,7 +381,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             places = input_ids.to(tokens.device) >= 0
             words = self.get_input_embeddings()(input_ids.to(tokens.device).clamp(min=0))
         values = memory["memory_values"].to(tokens.device) if self.config.reads_latents else None
-        used = torch.ones(len(tokens), self.config.memory_top_k, dtype=torch.bool) if used is None else used
+        used = torch.ones(tokens.shape[0], self.config.memory_top_k, dtype=torch.bool) if used is None else used
         return self.memory_connector(words, places, scores, values, used.to(tokens.device)), ids, scores
 
     def get_placeholder_mask(

@@ -42,7 +42,7 @@ HUGE = [
     ({"value_encoder": {"d_model": 65_536, "num_vision_tokens": 65_536}}, "value_encoder/model.safetensors does not"),
     ({"value_encoder": {"num_blocks": 65_536}}, "more than 1024 layers"),
     ({"value_encoder": {"num_self_attends_per_block": 65_536}}, "more than 1024 layers"),
-    ({"value_encoder": {"image_size": 65_536, "patch_size": 1, "image_input": "pixels"}}, "does not hold"),
+    ({"value_encoder": {"max_words": 65_536}}, "value_encoder/model.safetensors does not"),
     ({"value_encoder": {"bytes_per_patch": 65_536, "d_model": 65_536}}, "value_encoder/model.safetensors does not"),
     ({"num_left_out": [0] * 1_000_000}, "'num_left_out' expected int, got list"),
     ({"columns": [f"c{i}" for i in range(100_000)]}, "column 'c0' is missing"),

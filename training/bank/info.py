@@ -38,7 +38,7 @@ def bank_info(name: str | os.PathLike) -> str:
         ("index", ", ".join(index)),
         ("calibrated", _describe_calibration(bank)),
         *((column, _common_values(bank.table[column])) for column in config.columns),
-        *((f"sha256 {name}", digest) for name, digest in vars(config.sha256).items() if name != "config"),
+        *((f"sha256 {name}", digest) for name, digest in vars(config.sha256).items() if name != "config" and digest),
     ]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:{width}}{value}" for name, value in lines)

@@ -13,13 +13,13 @@ from PIL import Image
 DOCUMENT = Path(__file__).parents[3] / "docs" / "bank.md"
 
 
-def test_the_walk(model, processor, value_encoder, images, tmp_path):
+def test_the_walk(make_model, make_processor, tmp_path):
     if shutil.which("bash") is None:
         pytest.skip("needs bash")
     demo = tmp_path / "demo"
+    model = make_model(memory_input="captions")
     model.save_pretrained(demo / "checkpoint")
-    processor.save_pretrained(demo / "checkpoint")
-    value_encoder.save_pretrained(demo / "value_encoder")
+    make_processor(model).save_pretrained(demo / "checkpoint")
     pixels = np.random.default_rng(3).integers(0, 256, (400, 5, 5, 3), dtype=np.uint8)
     rows = {
         "image": [Image.fromarray(image) for image in pixels],
@@ -39,4 +39,4 @@ def test_the_walk(model, processor, value_encoder, images, tmp_path):
     printed = "".join(block.output for block in blocks)
     assert re.search(r"bank: 200 rows; 0 left out\.", printed) and "fewer: OK" in printed
     assert "\nlarger: 300 rows, 100 of them new; " in printed
-    assert "exit status 1" in blocks[-1].output and "model.safetensors: its sha256 is" in blocks[-1].output
+    assert "exit status 1" in blocks[-1].output and "key_encoder.safetensors: its sha256 is" in blocks[-1].output
