@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ...hub_cards.markdown import table as markdown_table
-from ..evaluation.answers import Evaluation, bootstrap_interval
+from ..evaluation.answers import Evaluation
+from ..evaluation.bootstrap import interval
 from ..hub.run_facts import hardware, read_records, versions
 from .state import Demo
 
@@ -80,7 +81,7 @@ def table(results: dict[str, Evaluation], nearest: list[list[str]]) -> str:
 def copied(references: list[str], nearest: list[list[str]]) -> tuple[float, float, float]:
     """Return the exact match of the nearest row's caption, without a language model, and its interval."""
     right = np.array([row[0] == reference for row, reference in zip(nearest, references, strict=True)])
-    return (right.mean(), *bootstrap_interval(right))
+    return interval(right)
 
 
 def recovered(results: dict[str, Evaluation]) -> float:

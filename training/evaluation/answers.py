@@ -16,6 +16,7 @@ from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..data.collator import TrainingCollator
 from ..data.memory_dropout import MemoryDropout
 from ..data.training_rows import training_rows
+from .bootstrap import interval
 from .generation import greedy_answers, reference_of
 
 
@@ -71,11 +72,7 @@ class Evaluation:
             "exact_match": (self.exact_match, None),
             "seconds_per_answer": (self.seconds, None),
         }
-        return {
-            name: (float(np.sum(values) / (len(values) if weights is None else np.sum(weights))),)
-            + bootstrap_interval(values, weights)
-            for name, (values, weights) in metrics.items()
-        }
+        return {name: interval(values, weights=weights) for name, (values, weights) in metrics.items()}
 
 
 @torch.no_grad()
@@ -131,24 +128,3 @@ def _score(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[tor
     targets = labels[supervised]
     losses = F.cross_entropy(logits, targets, reduction="none")
     return losses, logits.argmax(-1) == targets, supervised.sum(1).tolist()
-
-
-def bootstrap_interval(
-    values: np.ndarray, weights: np.ndarray | None = None, n: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """
-    95% interval of `sum(values) / sum(weights)`, by drawing the rows `n` times with replacement.
-
-    Args:
-        values: `(rows,)`, sums of each row, its loss say.
-        weights: `(rows,)`, what they are sums over, its tokens say. None: one each, the interval of the mean.
-    """
-    values = np.asarray(values, np.float64)
-    weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
-    if len(values) == 0 or len(values) != len(weights):
-        raise ValueError(f"Found {len(values)} values and {len(weights)} weights, expected as many, at least one.")
-    rng = np.random.default_rng(seed)
-    drawn = [rng.integers(len(values), size=len(values)) for _ in range(n)]
-    means = [values[rows].sum() / weights[rows].sum() for rows in drawn]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinyalign_vlm.training.data.collator import TrainingCollator
-from tinyalign_vlm.training.evaluation.answers import ExactMatch, bootstrap_interval, evaluate_answers, reference_of
+from tinyalign_vlm.training.evaluation.answers import ExactMatch, evaluate_answers, reference_of
 
 
 def test_loss_and_tokens_of_each_row(model, processor, dataset, bank, features, captions):
@@ -78,19 +78,6 @@ def test_exact_match_ignores_only_spaces_around():
         predictions=["red ", "Red", "red square", ""], references=["red", "red", "red  square", ""]
     )
     assert result == {"exact_match": 0.5}
-
-
-def test_bootstrap_intervals():
-    assert bootstrap_interval(np.ones(50)) == (1.0, 1.0)
-    values = np.random.default_rng(0).normal(3, 1, 400)
-    low, high = bootstrap_interval(values)
-    assert low < values.mean() < high and high - low == pytest.approx(4 * 1 / 400**0.5, rel=0.2)
-    assert bootstrap_interval(values) == (low, high) != bootstrap_interval(values, seed=1)
-    # a ratio of sums, not a mean of ratios
-    low, high = bootstrap_interval([2.0, 30.0] * 100, [1.0, 10.0] * 100)
-    assert low < 32 / 11 < high and low > 2.7
-    with pytest.raises(ValueError, match="0 values"):
-        bootstrap_interval([])
 
 
 def test_the_reference_is_the_last_turn():

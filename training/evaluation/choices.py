@@ -1,0 +1,119 @@
+"""How likely a model finds given answers: the right one of several, their loss, and whether it would say them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ...modeling_tinyalign.memory_bank import MemoryBank
+from ..data.chats import count_images, encode_chat
+from ..data.collator import TrainingCollator
+from ..data.memory_dropout import MemoryDropout
+from ..data.training_rows import training_rows
+
+
+@dataclass
+class AnswerScores:
+    """
+    Scores of answers to questions.
+
+    Attributes:
+        losses, num_tokens: `(questions, answers)`, the loss summed over an answer's tokens and its end, and how many.
+        likelihoods: `(questions, answers)`, mean log-probability of the answer's tokens, without its end.
+        is_greedy: `(questions, answers)` bool, the model would say this answer: each token and the end are the most
+            likely ones.
+    """
+
+    losses: np.ndarray
+    num_tokens: np.ndarray
+    likelihoods: np.ndarray
+    is_greedy: np.ndarray
+
+
+@torch.no_grad()
+def score_answers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: datasets.Dataset,
+    answers: Sequence[Sequence[str]],
+    bank: MemoryBank | None = None,
+    vision_features: np.ndarray | None = None,
+    batch_size: int = 16,
+    desc: str = "Answers",
+) -> AnswerScores:
+    """
+    Score answers to questions. What stands before the answers is read once for all answers to a question.
+
+    Args:
+        questions: rows as for training, but `messages` ends with a turn of the user.
+        answers: `(questions, answers)` texts, as many for each question.
+        bank, vision_features: as for training; `memory_ids` are rows of this bank.
+    """
+    rows = training_rows(model, questions, bank, vision_features)
+    neighbours = model.config.memory_top_k
+    dropout = MemoryDropout(0.0, neighbours) if neighbours else None
+    collator = TrainingCollator(processor, vision_features, bank, dropout=dropout)
+    model.eval()
+    parts = []
+    for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
+        batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+        images = collator.image_inputs(batch, [count_images(row["messages"]) for row in batch])
+        prompts, endings = [], []
+        for row, texts in zip(batch, answers[start : start + batch_size], strict=True):
+            prompts.append(encode_chat(processor, row["messages"], add_generation_prompt=True)[0])
+            endings += [_ending(processor, row["messages"], text) for text in texts]
+        parts.append(_score(model, processor, prompts, endings, send_to_device(images, model.device)))
+    return AnswerScores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _ending(processor: ProcessorMixin, messages: list[dict], answer: str) -> torch.LongTensor:
+    """Return the tokens of an answer and its end."""
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    silent = [{**message, "train": False} if message["role"] == "assistant" else message for message in messages]
+    ids, is_spoken = encode_chat(processor, [*silent, said])
+    return torch.tensor([token for token, spoken in zip(ids, is_spoken, strict=True) if spoken])
+
+
+def _score(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    prompts: list[list[int]],
+    endings: list[torch.LongTensor],
+    images: dict[str, torch.Tensor],
+) -> tuple[np.ndarray, ...]:
+    """Return the columns of `AnswerScores` for a batch; `endings` are those of the first question first."""
+    count = len(endings) // len(prompts)
+    prompt = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    positions = _positions(prompt["attention_mask"])
+    outputs = model(**prompt, **images, position_ids=positions, use_cache=True, logits_to_keep=1)
+    first, cache = outputs.logits.repeat_interleave(count, dim=0), outputs.past_key_values
+    cache.batch_repeat_interleave(count)
+    targets = pad_sequence(endings, True, -100).to(model.device)
+    before = prompt["attention_mask"].repeat_interleave(count, dim=0)
+    mask = torch.cat([before, (targets >= 0).long()], dim=1)[:, :-1]  # the end is nobody's input
+    outputs = model(
+        input_ids=targets.clamp(min=0)[:, :-1],
+        attention_mask=mask,
+        position_ids=_positions(mask)[:, before.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits = torch.cat([first, outputs.logits], dim=1).float()
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    is_wrong = (logits.argmax(-1) != targets) & (targets >= 0)
+    num_tokens = (targets >= 0).sum(1)
+    is_end = F.one_hot(num_tokens - 1, targets.shape[1])
+    likelihoods = -(losses * (1 - is_end)).sum(1) / (num_tokens - 1)
+    columns = losses.sum(1), num_tokens, likelihoods, ~is_wrong.any(1)
+    return tuple(column.view(-1, count).cpu().numpy() for column in columns)
+
+
+def _positions(attention_mask: torch.Tensor) -> torch.LongTensor:
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
