@@ -7,13 +7,13 @@ from dataclasses import replace
 from ...hub_cards.cards import write_card
 from ...hub_cards.facts import Evaluation, Example, ModelFacts, Part, read_facts
 from ..hub.run_facts import CURVES_NAME, RECORD_NAME, hardware, hyperparameters, read_records, run_snippet, versions
-from .report import METRICS, SYSTEMS, copied
+from .report import METRICS, SYSTEMS
 from .state import PROMPT, Demo
 
 EXAMPLE_NAME = "example.png"
 PREPARATION = ("frozen visual features cached", "memory banks built")
 SETTINGS = {"with": "bank with the held-out concepts", "without": "bank without them"}
-QUICK_LIMIT = "It was trained by `tinyalign demo --quick`, which is too short to mean anything."
+QUICK_LIMIT = "It was trained by `tinyalign demo --quick`, which is too short to compare systems."
 NOTO = "npm emoji-datasource-google, Copyright Google LLC"
 TWEMOJI = "npm emoji-datasource-twitter, Copyright Twitter, Inc. and other contributors"
 # Role, source, revision and licence of what the demo is made of.
@@ -53,7 +53,7 @@ def write_demo_cards(demo: Demo) -> str:
     facts = _model_facts(demo)
     facts.example.output = run_snippet(checkpoint, facts)
     write_card(checkpoint, facts)
-    for name, concepts in (("with", "all"), ("without", "the training")):
+    for name, concepts in (("with", "the held-out and most training"), ("without", "most training")):
         _write_bank_card(demo, name, concepts)
     return facts.example.output.split("\n")[0]
 
@@ -77,14 +77,12 @@ def _model_facts(demo: Demo) -> ModelFacts:
         parts=[tower, language_model(), *data],
         bank=bank,
         example=Example(prompt=PROMPT, image=EXAMPLE_NAME),
-        stages={
-            **hyperparameters(read_records(demo.out / "checkpoint")),
-        },
+        stages=hyperparameters(read_records(demo.out / "checkpoint")),
         curves=CURVES_NAME,
         command=demo.command,
         evaluation=_evaluation(demo),
         hardware=hardware(),
-        training_hours=sum(seconds[step] for step in (*PREPARATION, "TinyAlign trained")) / 3600,
+        training_hours=sum(seconds[step] for step in (*PREPARATION, "tinyalign trained")) / 3600,
         peak_memory_gb=demo.clock.peak_memory_gb,
         limits=[
             *([QUICK_LIMIT] if demo.quick else []),
@@ -100,15 +98,13 @@ def _model_facts(demo: Demo) -> ModelFacts:
 
 def _comparisons(demo: Demo) -> list[str]:
     """Say how well something simpler does."""
-    summaries = {(system, bank): demo.results[system][bank].summary() for system in demo.results for bank in SETTINGS}
-    model, baseline = (summaries[system, "without"]["loss_per_token"][0] for system in ("tinyalign", "baseline"))
-    copied_label = copied(demo.results["baseline"]["with"].references, demo.nearest["with"])[0]
-    exact_match = summaries["tinyalign", "with"]["exact_match"][0]
+    model, baseline = (demo.score(system, "without", "name_loss") for system in ("tinyalign", "baseline"))
+    copied, named = (demo.score(system, "with", "exact_match") for system in ("copy", "tinyalign"))
     return [
-        f"With a bank that lacks what is asked for, its loss is {model:.2f}, that of the baseline without memory "
-        f"{baseline:.2f}, and it does not say so.",
-        f"Copying the nearest row's label, without a language model, is right in {copied_label:.2f} of the queries, "
-        f"the model in {exact_match:.2f}.",
+        f"With a bank that lacks what is asked for, the loss of its names is {model.value:.2f}, that of the baseline "
+        f"without memory {baseline.value:.2f}, and it does not say so.",
+        f"Copying the nearest row's name, without a language model, is right in {copied.value:.2f} of the queries, "
+        f"the model in {named.value:.2f}.",
     ]
 
 
@@ -133,15 +129,14 @@ def _write_bank_card(demo: Demo, name: str, concepts: str) -> None:
 
 def _evaluation(demo: Demo) -> Evaluation:
     """Return the table: the model with both banks, then what it is compared with."""
-    rows = [("tinyalign", "with"), ("tinyalign", "without"), ("baseline", "with")]
+    rows = [("tinyalign", "with"), ("tinyalign", "without"), ("baseline", "with"), ("text_rag", "with")]
     systems = {}
-    for system, bank in [*rows, ("text_rag", "with"), ("random_bank", "with")]:
+    for system, bank in [*rows, ("random_bank", "with"), ("copy", "with"), ("rule", "with")]:
         name = SYSTEMS[system].strip("*")
-        if system != "baseline":
+        if system in ("tinyalign", "text_rag"):
             name = f"{name}, {SETTINGS[bank]}"
-        systems[name] = {metric: list(score) for metric, score in demo.results[system][bank].summary().items()}
-    value, low, high = copied(demo.results["baseline"]["with"].references, demo.nearest["with"])
-    systems["Copy the nearest label, no language model"] = {"exact_match": [float(value), low, high]}
+        scores = {metric: demo.score(system, bank, metric) for metric in METRICS}
+        systems[name] = {metric: list(score) for metric, score in scores.items() if score is not None}
     return Evaluation(
         dataset="emoji-pairs",
         dataset_name="Emoji pairs",

@@ -1,47 +1,87 @@
-"""The demo's report: a table, the loss curves, and what was retrieved."""
+"""The demo's report: tables, the loss curves, and what was retrieved."""
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ...hub_cards.markdown import table as markdown_table
-from ..evaluation.answers import Evaluation
-from ..evaluation.bootstrap import interval
+from ..evaluation.bootstrap import DRAWS, Interval
 from ..hub.run_facts import hardware, read_records, versions
-from .state import Demo
+from .state import BANKS, KEYWORDS_PROMPT, PROMPT, Demo
 
+# In the order of the tables.
 SYSTEMS = {
+    "no_image": "Baseline, the average picture for each",
     "baseline": "Baseline (no memory)",
+    "wider_connector": "Baseline, wider connector",
+    "copy": "Copy the nearest name, no language model",
+    "rule": "Best rule from the names, no training",
+    "answer_key": "Nearest row's keywords (reads what no bank says)",
     "random_bank": "TinyAlign, random bank",
+    "latents": "Latents alone (the paper's way)",
     "tinyalign": "**TinyAlign**",
-    "text_rag": "Text-only RAG (ceiling)",
+    "text_cut": "Text-only RAG, cut at as many tokens",
+    "text_rag": "Text-only RAG, whole",
+    "true_name": "Text-only RAG given the true name",
+}
+# Systems that are trained: the colours of their curves.
+COLORS = {
+    "baseline": "tab:gray",
+    "wider_connector": "tab:olive",
+    "latents": "tab:green",
+    "text_rag": "tab:orange",
+    "tinyalign": "tab:blue",
 }
 METRICS = {
-    "loss_per_token": "loss per token",
-    "token_accuracy": "token accuracy",
-    "exact_match": "exact match",
-    "seconds_per_answer": "s per answer",
+    "choice": "keywords: right one of four",
+    "keyword_loss": "keywords: loss per token",
+    "exact_match": "name: exact match",
+    "name_loss": "name: loss per token",
+}
+BANK_TITLES = {
+    "with": "all held-out concepts",
+    "half": "half of them",
+    "without": "none of them",
+    "other": "none, other pictures: characters of a font",
+    "random": "all of them, under wrong keys",
 }
 REPORT = """# TinyAlign demo{quick}
 
-{queries} Twemoji drawings of concepts that were never trained on are to be named. The bank holds Noto drawings
-with their labels. All systems had the same seed ({config.seed}), {config.stage1_steps} steps of stage 1 and
-{config.stage2_steps} of stage 2, {config.batch_size} drawings a step. Brackets are 95% bootstrap intervals over
-the queries; it is one training run each. Answers come in batches of 32, from cached visual features and neighbours
-looked up beforehand; their seconds are without those two.
+{queries} Twemoji drawings of concepts that were never trained on. Two questions about each: "{prompts[0]}", of
+{asked} of them, whose answer has no word of the name, and "{prompts[1]}", asked by itself. The bank holds Noto
+drawings of {known} of the {train} training concepts with their names and nothing else. "Has it" is that bank with the
+drawings of the held-out concepts added after training, "lacks it" is without them.
 
-## The bank has the held-out concepts' Noto drawings, added after training
+All trained systems had the same seed ({config.seed}), {config.stage1_steps} steps of stage 1 and {config.stage2_steps}
+of stage 2 (LoRA), {config.batch_size} drawings a step; it is one run each. Brackets are 95% intervals over concepts
+({draws} bootstrap draws); those of differences are paired.
 
-{tables[with]}
+## Which words go with it?
 
-TinyAlign has {recovered:.0%} of text-only RAG's gain in loss over the baseline.
+Four keywords, the wrong ones of concepts that look alike; the likeliest one is taken. The best rule was chosen on
+these questions, in its favour.
 
-## The bank lacks the held-out concepts
+{tables[keywords]}
 
-{tables[without]}
+## What is this?
+
+A bank that lacks a concept cannot give its name. Copying the nearest name needs no language model.
+
+{tables[names]}
+
+## TinyAlign with other banks
+
+{tables[banks]}
+
+## Cost
+
+Tokens of the prompt, picture and memory included; seconds of an answer in batches of 32, from cached visual features
+and neighbours looked up beforehand.
+
+{tables[cost]}
 
 ## Training loss
 
@@ -64,70 +104,98 @@ A new process without the package answered "{answer}" to the first query above, 
 {steps}
 | together | {seconds:.0f} |
 """
-COLORS = {"baseline": "tab:gray", "text_rag": "tab:orange", "tinyalign": "tab:blue"}
 
 
-def table(results: dict[str, Evaluation], nearest: list[list[str]]) -> str:
-    """Return one bank's rows, in Markdown; values with their 95% bootstrap intervals."""
+def cell(found: Interval | None, sign: str = "") -> str:
+    """Return an interval as a cell of a table, a dash for what was not measured."""
+    if found is None:
+        return "-"
+    value, low, high = (format(number, f"{sign}.3f") for number in found)
+    return f"{value} [{low}, {high}]"
+
+
+def question_table(demo: Demo, metrics: tuple[str, str], titles: tuple[str, str]) -> str:
+    """Return the table of one question: two metrics with both banks, and what TinyAlign has more."""
+    has_it, lacks_it = BANKS
+    header = [""]
+    for title in titles:
+        header += [f"{title}, has it", "lacks it"]
+    header += [f"TinyAlign minus this, has it: {title}" for title in titles]
     rows = []
-    for system, title in SYSTEMS.items():
-        summary = results[system].summary()
-        rows.append([title, *(_cell(*summary[metric]) for metric in METRICS)])
-    exact_match = _cell(*copied(results["baseline"].references, nearest))
-    rows.append(["Copy the nearest label, no LM", "-", "-", exact_match, "-"])
-    return markdown_table(["", *METRICS.values()], rows)
+    for system, name in SYSTEMS.items():
+        if system not in demo.results or all(demo.score(system, has_it, metric) is None for metric in metrics):
+            continue
+        row = [name]
+        for metric in metrics:
+            row += [cell(demo.score(system, bank, metric)) for bank in (has_it, lacks_it)]
+        if system == "tinyalign":
+            row += ["", ""]
+        else:
+            row += [cell(demo.difference("tinyalign", has_it, metric, minus=system), "+") for metric in metrics]
+        rows.append(row)
+    return markdown_table(header, rows)
 
 
-def copied(references: list[str], nearest: list[list[str]]) -> tuple[float, float, float]:
-    """Return the exact match of the nearest row's caption, without a language model, and its interval."""
-    right = np.array([row[0] == reference for row, reference in zip(nearest, references, strict=True)])
-    return interval(right)
+def bank_table(demo: Demo) -> str:
+    """Return TinyAlign's scores with all banks."""
+    rows = []
+    for bank, title in BANK_TITLES.items():
+        rows.append([title, *(cell(demo.score("tinyalign", bank, metric)) for metric in METRICS)])
+    return markdown_table(["the bank has", *METRICS.values()], rows)
 
 
-def recovered(results: dict[str, Evaluation]) -> float:
-    """Return the share of text-only RAG's gain in loss over the baseline that TinyAlign has too."""
-    loss = {name: result.losses.sum() / result.num_tokens.sum() for name, result in results.items()}
-    return (loss["baseline"] - loss["tinyalign"]) / (loss["baseline"] - loss["text_rag"])
+def cost_table(demo: Demo) -> str:
+    """Return tokens and seconds of an answer, and the seconds of training."""
+    rows = []
+    for system, name in SYSTEMS.items():
+        result = demo.results.get(system, {}).get("with")
+        if result is None or result.seconds is None:
+            continue
+        records = read_records(demo.out / system / "model")
+        trained = f"{sum(record.seconds for record in records):.0f}" if records else "-"
+        rows.append([name, f"{result.tokens:.0f}", f"{result.seconds:.3f}", trained])
+    return markdown_table(["", "tokens", "s per answer", "s of training"], rows)
 
 
-def plot_losses(out: Path):
-    """Plot the training losses of the three systems in both stages, as loss.png."""
-    figure = Figure(figsize=(10, 3.6))
+def plot_losses(demo: Demo) -> None:
+    """Plot the training losses of the systems in both stages, as loss.png."""
+    figure = Figure(figsize=(11, 3.6))
     axes = figure.subplots(1, 2, sharey=True)
-    records = {system: read_records(out / system / "model") for system in COLORS}
-    for stage, axis in enumerate(axes):
-        for system, color in COLORS.items():
-            steps, values = np.array(records[system][stage].losses).T
-            axis.plot(steps, values, color=color, alpha=0.25)
-            width = min(5, len(values))
-            smooth = np.convolve(np.pad(values, (width - 1, 0), "edge"), np.ones(width) / width, "valid")
-            axis.plot(steps, smooth, color=color, label=SYSTEMS[system].strip("*"))
-        axis.set(title=records[system][stage].name, xlabel="step")
+    for system, color in COLORS.items():
+        for axis, record in zip(axes, read_records(demo.out / system / "model"), strict=False):
+            steps, values = np.array(record.losses).T
+            axis.plot(steps, values, color=color, label=SYSTEMS[system].strip("*"))
+            axis.set(title=record.name, xlabel="step")
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("training loss per token")
-    axes[0].legend()
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
-    figure.savefig(out / "loss.png", dpi=110)
+    figure.savefig(demo.out / "loss.png", dpi=110)
 
 
 def plot_neighbours(demo: Demo) -> None:
-    """Plot some queries with their three nearest bank rows and both models' answers, as neighbours.png."""
-    bank, queries, (_, ids), rows = demo.banks["with"], demo.queries, demo.found["with"], demo.shown
-    results = {system: demo.results[system]["with"] for system in ("baseline", "tinyalign")}
-    figure = Figure(figsize=(11, 1.35 * len(rows)))
-    axes = figure.subplots(len(rows), 5, width_ratios=[1, 1, 1, 1, 2.6])
-    for line, row in zip(axes, rows, strict=True):
-        pictures = [queries[row]["image"], *(bank.thumbnail(int(index)) for index in ids[row][:3])]
-        names = ["query", *(bank.rows([int(index)])[0]["caption"] for index in ids[row][:3])]
-        for axis, picture, name in zip(line, pictures, names, strict=False):
-            axis.imshow(picture)
-            axis.set_title(name if len(name) < 26 else name[:24] + "…", fontsize=7)
+    """Plot eight queries with their three nearest bank rows and two models' answers, as neighbours.png."""
+    bank, queries, (scores, ids) = demo.banks["with"], demo.queries, demo.found["with"]
+    answers = {"baseline": demo.results["baseline"], "TinyAlign": demo.results["tinyalign"]}
+    rows = demo.answered[:8].tolist()
+    figure = Figure(figsize=(11, 1.45 * len(rows)))
+    axes = figure.subplots(len(rows), 5, width_ratios=[1, 1, 1, 1, 2.6], squeeze=False)
+    for number, (line, row) in enumerate(zip(axes, rows, strict=True)):
+        truth = queries[row]["label"]
+        line[0].imshow(queries[row]["image"])
+        line[0].set_title("query", fontsize=7)
+        for axis, index, similarity in zip(line[1:4], ids[row], scores[row], strict=False):
+            name = bank.rows([int(index)])[0]["caption"]
+            shown = name if len(name) < 26 else name[:24] + "…"
+            axis.imshow(bank.thumbnail(int(index)))
+            axis.set_title(f"{shown}\n{similarity:.2f}", fontsize=7)
+        for axis in line:
             axis.axis("off")
-        line[4].axis("off")
-        truth = results["baseline"].references[row]
-        answers = {"baseline": results["baseline"].answers[row], "TinyAlign": results["tinyalign"].answers[row]}
-        line[4].text(0, 0.8, f"true label: {truth[:44]}", color="black", fontsize=9, va="center")
-        for height, (title, answer) in zip((0.45, 0.1), answers.items(), strict=True):
+        line[4].text(0, 0.8, f"true name: {truth[:44]}", color="black", fontsize=9, va="center")
+        for height, (title, results) in zip((0.45, 0.1), answers.items(), strict=True):
+            answer = results["with"].answers[number]
             color = "tab:green" if answer == truth else "tab:red"
             line[4].text(0, height, f"{title}: {answer[:44]}", color=color, fontsize=9, va="center")
     figure.tight_layout()
@@ -140,21 +208,32 @@ def write_report(demo: Demo, answer: str, label: str) -> None:
     Args:
         answer: to the first query shown, whose true name is the label, in a new process.
     """
-    by_bank = {name: {system: banks[name] for system, banks in demo.results.items()} for name in ("without", "with")}
-    plot_losses(demo.out)
+    plot_losses(demo)
     plot_neighbours(demo)
-    summaries = {
-        name: {system: result.summary() for system, result in systems.items()} for name, systems in by_bank.items()
-    }
+    summaries = {}
+    for system, banks in demo.results.items():
+        summaries[system] = {}
+        for bank in banks:
+            scores = {metric: demo.score(system, bank, metric) for metric in METRICS}
+            summaries[system][bank] = {metric: found for metric, found in scores.items() if found is not None}
     record = {"config": asdict(demo.config), "summaries": summaries, "seconds": demo.clock.seconds}
     (demo.out / "results.json").write_text(json.dumps(record, indent=1))
-    tables = {name: table(results, demo.nearest[name]) for name, results in by_bank.items()}
+    tables = {
+        "keywords": question_table(demo, ("choice", "keyword_loss"), ("right one of four", "loss per token")),
+        "names": question_table(demo, ("exact_match", "name_loss"), ("exact match", "loss per token")),
+        "banks": bank_table(demo),
+        "cost": cost_table(demo),
+    }
     text = REPORT.format(
-        quick=" (quick run: too short to mean anything)" if demo.quick else "",
+        quick=" (quick run: too short to compare systems)" if demo.quick else "",
         queries=len(demo.queries),
+        asked=len(demo.asked),
+        known=len(demo.pairs.known),
+        train=len(demo.pairs.train),
+        prompts=(KEYWORDS_PROMPT, PROMPT),
+        draws=DRAWS,
         config=demo.config,
         tables=tables,
-        recovered=recovered(by_bank["with"]),
         command=demo.command,
         machine=hardware(),
         memory=demo.clock.peak_memory_gb,
@@ -165,7 +244,3 @@ def write_report(demo: Demo, answer: str, label: str) -> None:
         seconds=sum(demo.clock.seconds.values()),
     )
     (demo.out / "report.md").write_text(text)
-
-
-def _cell(value: float, low: float, high: float) -> str:
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"

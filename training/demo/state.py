@@ -11,12 +11,14 @@ import numpy as np
 
 from ...modeling_tinyalign import MemoryBank
 from ..disk import save_file
-from ..evaluation.answers import Evaluation
-from .pairs import Pairs
+from ..evaluation.bootstrap import Interval, interval, paired_difference
+from .pairs import NUM_KEYWORDS, Pairs
 
-BANKS = ("without", "with")  # the drawings of the held-out concepts
+BANKS = ("with", "without")  # the drawings of the held-out concepts
+KEYWORDS_PROMPT = "Which words go with it?"
 PROMPT = "What is this?"
 TOP_K = 4
+NUM_ANSWERED = 32  # queries that are answered in full, to time it
 
 
 @dataclass
@@ -24,13 +26,49 @@ class DemoConfig:
     """Size of the demo's training and evaluation; the defaults are the full run."""
 
     concepts: int | None = None
-    stage1_steps: int = 100
-    stage2_steps: int = 120
-    stage2_learning_rate: float = 1e-4  # more than the default 2e-5: these are few steps
-    memory_dropout: float = 0.0
-    memory_scores: bool = False
+    split: str = "test"  # "validation" to choose settings with
+    stage1_steps: int = 16
+    stage2_steps: int = 48
+    stage2_learning_rate: float = 1e-3  # of adapters
+    value_encoder_steps: int = 150
     batch_size: int = 10
+    every_row: bool = True  # also the rows that need a training and a bank of their own
     seed: int = 0
+
+
+@dataclass
+class Result:
+    """
+    Answers of one system with one bank, by question; None where it was not asked or has none.
+
+    Attributes:
+        choice: of the questions for keywords, 1 where the right one of four is the likeliest; ties count in part.
+        exact_match: of the questions for names, 1 where the answer is the name.
+        keyword_losses, keyword_tokens, name_losses, name_tokens: loss of the right answers summed over their tokens,
+            and how many they have.
+        answers: of the first queries, drawn at random.
+        seconds, tokens: of one of these answers, and of its prompt, pictures and memory included.
+    """
+
+    choice: np.ndarray | None = None
+    exact_match: np.ndarray | None = None
+    keyword_losses: np.ndarray | None = None
+    keyword_tokens: np.ndarray | None = None
+    name_losses: np.ndarray | None = None
+    name_tokens: np.ndarray | None = None
+    answers: list[str] | None = None
+    seconds: float | None = None
+    tokens: float | None = None
+
+    def column(self, metric: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return values and weights of `"choice"`, `"keyword_loss"`, `"exact_match"` or `"name_loss"`."""
+        columns = {
+            "choice": (self.choice, None),
+            "keyword_loss": (self.keyword_losses, self.keyword_tokens),
+            "exact_match": (self.exact_match, None),
+            "name_loss": (self.name_losses, self.name_tokens),
+        }
+        return columns[metric]
 
 
 def write_json(path: Path, content) -> None:
@@ -67,13 +105,18 @@ class Demo:
     pairs: Pairs
     weights: dict[str, Path]
     clock: Clock
-    features: dict[str, np.ndarray] = field(default_factory=dict)  # of the query drawings, "train" and "heldout"
+    features: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # of the query drawings, "train" and "heldout"; "noto"
     banks: dict[str, MemoryBank] = field(default_factory=dict)
-    shuffled: dict[str, MemoryBank] = field(default_factory=dict)  # with keys that lead to other rows
-    # Scores and ids of neighbours, (queries, k): of the held-out queries by bank ("with", "shuffled_with", ...), and
-    # "train" in the bank without the held-out concepts.
+    concepts: dict[str, np.ndarray] = field(default_factory=dict)  # of a bank's rows: rows of `pairs`
+    # Scores and ids of neighbours, (queries, k): of the held-out queries by bank, and of the training ones, "train",
+    # in the bank without the held-out concepts.
     found: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    results: dict[str, dict[str, Evaluation]] = field(default_factory=dict)  # by system and bank
+    options: list[list[str] | None] = field(
+        default_factory=list
+    )  # keywords of each held-out query, the right one first
+    results: dict[str, dict[str, Result]] = field(default_factory=dict)  # by system and bank
 
     @property
     def command(self) -> str:
@@ -85,20 +128,43 @@ class Demo:
         return self.pairs.twemoji.select(self.pairs.heldout).cast_column("image", datasets.Image())
 
     @property
-    def shown(self) -> list[int]:
-        """Eight queries, drawn at random."""
-        count = len(self.pairs.heldout)
-        return np.random.default_rng(self.config.seed).choice(count, min(8, count), replace=False).tolist()
+    def asked(self) -> np.ndarray:
+        """The held-out queries that are asked for keywords."""
+        return np.flatnonzero([options is not None for options in self.options])
 
     @property
-    def nearest(self) -> dict[str, list[list[str]]]:
-        """Captions of the held-out queries' neighbours, by bank."""
-        return {name: self.captions(name, name) for name in BANKS}
+    def answered(self) -> np.ndarray:
+        """The held-out queries that are answered in full, drawn at random."""
+        count = len(self.pairs.heldout)
+        return np.random.default_rng(self.config.seed).choice(count, min(NUM_ANSWERED, count), replace=False)
 
     def labels(self, rows: np.ndarray) -> list[str]:
         return np.array(self.pairs.labels)[rows].tolist()
 
-    def captions(self, bank: str, queries: str) -> list[list[str]]:
-        """Return the captions of the neighbours that were found for these queries in a bank."""
+    def keywords(self, rows: np.ndarray) -> list[str]:
+        """Return the answers to the question for keywords; blank where a concept has none."""
+        return [", ".join(self.pairs.keywords[row][:NUM_KEYWORDS]) for row in rows]
+
+    def captions(self, queries: str, bank: str | None = None) -> list[list[str]]:
+        """Return the names of the neighbours that were found for these queries, in the bank of that name."""
         _, ids = self.found[queries]
-        return [[row["caption"] for row in rows] for rows in self.banks[bank].rows(ids[:, :TOP_K])]
+        return [[row["caption"] for row in rows] for rows in self.banks[bank or queries].rows(ids[:, :TOP_K])]
+
+    def groups(self, metric: str) -> np.ndarray:
+        """Return numbers of the concepts that the questions of a metric are about."""
+        group = self.pairs.group[self.pairs.heldout]
+        return group[self.asked] if metric in ("choice", "keyword_loss") else group
+
+    def score(self, system: str, bank: str, metric: str) -> Interval | None:
+        """Return a metric with its interval, or None where it was not measured."""
+        result = self.results[system].get(bank, Result())
+        values, weights = result.column(metric)
+        return None if values is None else interval(values, self.groups(metric), weights)
+
+    def difference(self, system: str, bank: str, metric: str, minus: str) -> Interval | None:
+        """Return how much more a system has than another one, on the same questions, with its paired interval."""
+        first, weights = self.results[system][bank].column(metric)
+        second, _ = self.results[minus][bank].column(metric)
+        if first is None or second is None:
+            return None
+        return paired_difference(first, second, self.groups(metric), weights)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+DRAWS = 2000
+
 
 class Interval(NamedTuple):
     """A number with its 95% interval."""
@@ -18,7 +20,7 @@ def interval(
     values: Sequence[float],
     groups: Sequence | None = None,
     weights: Sequence[float] | None = None,
-    draws: int = 2000,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval:
     """

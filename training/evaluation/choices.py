@@ -93,8 +93,9 @@ def _score(
     prompt = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     positions = _positions(prompt["attention_mask"])
     outputs = model(**prompt, **images, position_ids=positions, use_cache=True, logits_to_keep=1)
-    first, cache = outputs.logits.repeat_interleave(count, dim=0), outputs.past_key_values
-    cache.batch_repeat_interleave(count)
+    first = outputs.logits.repeat_interleave(count, dim=0)
+    name = "cache" if "cache" in outputs else "past_key_values"  # before transformers 5.24
+    outputs[name].batch_repeat_interleave(count)
     targets = pad_sequence(endings, True, -100).to(model.device)
     before = prompt["attention_mask"].repeat_interleave(count, dim=0)
     mask = torch.cat([before, (targets >= 0).long()], dim=1)[:, :-1]  # the end is nobody's input
@@ -102,7 +103,7 @@ def _score(
         input_ids=targets.clamp(min=0)[:, :-1],
         attention_mask=mask,
         position_ids=_positions(mask)[:, before.shape[1] :],
-        past_key_values=cache,
+        **{name: outputs[name]},
         use_cache=True,
     )
     logits = torch.cat([first, outputs.logits], dim=1).float()

@@ -1,6 +1,5 @@
 """Evaluation on hand-made cases."""
 
-import numpy as np
 import pytest
 import torch
 

@@ -1,0 +1,189 @@
+"""The systems that the demo trains, all in as many steps, and what each of them answers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
+
+from ...modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration
+from ...processing import TinyAlignProcessor
+from ..arguments.files import CONFIGS, read_config
+from ..arguments.stage import bfloat16_is_fast
+from ..data.chats import add_captions, encode_chat, to_messages
+from ..evaluation.answers import evaluate_answers
+from ..evaluation.choices import score_answers
+from ..hub.run_facts import RECORD_NAME, stage_record, write_records
+from ..models import widen_connector
+from ..stages.precision import bfloat16_language_model
+from ..stages.trainers import TRAINERS
+from .state import KEYWORDS_PROMPT, PROMPT, TOP_K, Demo, DemoConfig, Result, write_json
+
+ANSWER_TOKENS = 12  # the longest label has 10, and its end
+BATCH_SIZE = 32  # of evaluation
+
+
+def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Return a new model of the two checkpoints and its processor; the same seed gives the same connectors."""
+    set_seed(config.seed)
+    vision, text = str(weights["vision"]), str(weights["text"])
+    model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
+        vision, text, text_kwargs={"dtype": torch.float32}, vision_pool_size=3, **model_config
+    )
+    return model.eval(), TinyAlignProcessor.from_vision_text_pretrained(vision, text, model.config)
+
+
+def chats(
+    labels: list[str], keywords: list[str] | None = None, captions: list[list[str]] | None = None
+) -> datasets.Dataset:
+    """
+    Return one chat a label: a question for the keywords, where there are some, then one for the name.
+
+    Args:
+        captions: of neighbours, to be written into the question (text-only RAG).
+    """
+    rows = []
+    for number, label in enumerate(labels):
+        messages = to_messages(PROMPT, label)
+        if keywords is not None and keywords[number]:
+            again = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}, messages[1]]
+            messages = to_messages(KEYWORDS_PROMPT, keywords[number]) + again
+        rows.append(messages if captions is None else add_captions(messages, captions[number]))
+    return datasets.Dataset.from_dict({"messages": rows})
+
+
+def with_neighbours(rows: datasets.Dataset, found: tuple[np.ndarray, np.ndarray]) -> datasets.Dataset:
+    """Return the rows with what `find_neighbours` found for them."""
+    scores, ids = found
+    return rows.add_column("memory_ids", ids.tolist()).add_column("memory_scores", scores.tolist())
+
+
+def train_system(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset,
+    features: np.ndarray,
+    bank: MemoryBank | None,
+    config: DemoConfig,
+) -> PreTrainedModel:
+    """Train both stages as training/configs/ has them, in fewer and smaller steps, the second with adapters.
+
+    Each goes on where it stopped. The result and its record are kept in `folder`, which is named after the system.
+    """
+    final = folder / "model"
+    if (final / RECORD_NAME).exists():
+        return TinyAlignForConditionalGeneration.from_pretrained(final).eval()
+    shared = {
+        "global_batch_size": config.batch_size,
+        "per_device_train_batch_size": config.batch_size,
+        "memory_dropout": 0.0,  # the bank lacks 30% of what is trained on
+        "seed": config.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": False,
+    }
+    stage1 = {"max_steps": config.stage1_steps, "save_steps": 50}
+    stage2 = {"max_steps": config.stage2_steps, "learning_rate": config.stage2_learning_rate, "save_strategy": "no"}
+    stage2 |= {"tune_language_model": "lora", "lora_r": 16}
+    records = []
+    for stage, name, own in ((1, "Stage 1: alignment", stage1), (2, "Stage 2: instruction", stage2)):
+        print(f"Training {folder.name}, stage {stage} of 2, {own['max_steps']} steps", flush=True)
+        own |= {"output_dir": folder / f"stage{stage}", "logging_steps": max(1, min(5, own["max_steps"] // 10))}
+        fields = [text for field, value in {**shared, **own}.items() for text in (f"--{field}", str(value))]
+        settings = read_config([CONFIGS / f"stage{stage}.yaml"], fields)
+        parts = {"processing_class": processor, "memory_bank": bank, "vision_features": features}
+        trainer = TRAINERS[stage](model, settings, train_dataset=rows, **parts)
+        trainer.train()
+        records.append(stage_record(name, trainer))
+    model.save_pretrained(final)
+    processor.save_pretrained(final)
+    write_records(final, records)
+    return model
+
+
+def evaluate_system(
+    demo: Demo,
+    name: str,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    bank: str | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+    features: np.ndarray | None = None,
+) -> Result:
+    """
+    Return what a system answers to the held-out queries, kept in a file of this name.
+
+    Args:
+        bank: name of the bank that the model reads.
+        captions: of neighbours, to be written into the question.
+        features: those of other pictures in place of the queries'.
+    """
+    path = demo.out / "evaluation" / f"{name}.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        return Result(**{key: np.array(value) if isinstance(value, list) else value for key, value in kept.items()})
+    features = demo.features["heldout"] if features is None else features
+    read = None if bank is None else demo.banks[bank]
+    if read is not None:
+        model.attach_memory_bank(read, tokenizer=processor.tokenizer)
+
+    def questions(prompt: str, rows: Sequence[int]) -> datasets.Dataset:
+        messages = [to_messages(prompt, "-")[:1] for _ in rows]
+        if captions is not None:
+            messages = [add_captions(turn, captions[row]) for turn, row in zip(messages, rows, strict=True)]
+        asked = datasets.Dataset.from_dict({"messages": messages, "feature_index": list(map(int, rows))})
+        return asked if bank is None else with_neighbours(asked, [part[rows, :TOP_K] for part in demo.found[bank]])
+
+    labels, asked = demo.labels(demo.pairs.heldout), demo.asked
+    keywords = demo.keywords(demo.pairs.heldout[asked])
+    answers = [[text, *demo.options[row]] for text, row in zip(keywords, asked, strict=True)]
+    settings = {"vision_features": features, "batch_size": BATCH_SIZE, "desc": name}
+    with bfloat16_language_model(model, enabled=bfloat16_is_fast(use_cpu=not torch.cuda.is_available())):
+        words = score_answers(model, processor, questions(KEYWORDS_PROMPT, asked), answers, read, **settings)
+        rows = questions(PROMPT, range(len(labels)))
+        names = score_answers(model, processor, rows, [[label] for label in labels], read, **settings)
+        shown = rows.select(demo.answered)
+        chatted = shown.map(lambda row: {"messages": [*row["messages"], to_messages("-", "-")[1]]})
+        said = evaluate_answers(model, processor, chatted, read, max_new_tokens=ANSWER_TOKENS, **settings)
+    lengths = [len(encode_chat(processor, row, add_generation_prompt=True)[0]) for row in shown["messages"]]
+    result = Result(
+        choice=(words.likelihoods[:, 1:].argmax(1) == 0).astype(float),
+        exact_match=names.is_greedy[:, 0].astype(float),
+        keyword_losses=words.losses[:, 0],
+        keyword_tokens=words.num_tokens[:, 0],
+        name_losses=names.losses[:, 0],
+        name_tokens=names.num_tokens[:, 0],
+        answers=said.answers,
+        seconds=float(said.seconds.mean()),
+        tokens=float(np.mean(lengths)),
+    )
+    write_json(path, asdict(result))
+    return result
+
+
+def run_system(demo: Demo, name: str, bank: str | None = None, in_text: bool = False, **model_config) -> tuple:
+    """
+    Train a system, or load it. Return the model and its processor.
+
+    Args:
+        bank: name of the bank that it reads in training; None for one without memory tokens.
+        in_text: write the names of the neighbours into the question.
+    """
+    model, processor = compose(demo.weights, demo.config, **model_config)
+    if name == "wider_connector":
+        widen_connector(model)
+        processor.num_image_tokens = model.config.num_image_tokens
+    train = demo.pairs.train
+    captions = demo.captions("train", "without") if in_text else None
+    rows = chats(demo.labels(train), demo.keywords(train), captions)
+    if bank is not None:
+        model.attach_memory_bank(demo.banks[bank], tokenizer=processor.tokenizer)
+        rows = with_neighbours(rows, demo.found["train"])
+    read = None if bank is None else demo.banks[bank]
+    model = train_system(demo.out / name, model, processor, rows, demo.features["train"], read, demo.config)
+    demo.clock(f"{name} trained")
+    return model, processor
