@@ -59,7 +59,7 @@ def write_demo_cards(demo: Demo) -> str:
 
 
 def _model_facts(demo: Demo) -> ModelFacts:
-    trained, heldout = len(demo.pairs.train), len(demo.pairs.heldout)
+    trained, heldout = len(demo.pairs.train), len(demo.queried)
     tower, *data = data_parts("twemoji", "labels")
     bank = Part(
         role="memory bank",
@@ -140,7 +140,7 @@ def _evaluation(demo: Demo) -> Evaluation:
     return Evaluation(
         dataset="emoji-pairs",
         dataset_name="Emoji pairs",
-        split=f"{len(demo.pairs.heldout)} Twemoji drawings of concepts never trained on",
+        split=f"{len(demo.queried)} Twemoji drawings of concepts never trained on",
         metrics=METRICS,
         systems=systems,
         this_model=list(systems)[:2],

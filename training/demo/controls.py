@@ -18,7 +18,7 @@ def run_controls(demo: Demo, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     """Put the results of the rules into the demo: "copy", "rule" and "answer_key"."""
     rules = caption_rules(model, tokenizer)
     demo.results |= {"copy": {}, "rule": {}, "answer_key": {}}
-    labels = demo.labels(demo.pairs.heldout)
+    labels = demo.labels(demo.queried)
     for bank in BANKS:
         captions = demo.captions(bank)
         copied = [names[0] == label for names, label in zip(captions, labels, strict=True)]

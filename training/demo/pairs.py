@@ -75,6 +75,8 @@ def load_pairs(seed: int = 0, concepts: int | None = None, split: str = "test") 
     first, second = round(len(order) * TEST), round(len(order) * (TEST + VALIDATION))
     heldout = {"test": order[:first], "validation": order[first:second]}[split]
     train = order[second:]
+    kept = np.flatnonzero(np.isin(group, [*train, *heldout]))
+    noto, twemoji, group = noto.select(kept), twemoji.select(kept), group[kept]
     parts = train, train[: round(len(train) * KNOWN)], heldout
     keywords = [keywords_of(*row) for row in zip(noto["label"], noto["tags"], strict=True)]
     return Pairs(noto, twemoji, keywords, group, *(np.flatnonzero(np.isin(group, part)) for part in parts))

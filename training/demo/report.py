@@ -226,7 +226,7 @@ def write_report(demo: Demo, answer: str, label: str) -> None:
     }
     text = REPORT.format(
         quick=" (quick run: too short to compare systems)" if demo.quick else "",
-        queries=len(demo.queries),
+        queries=len(demo.queried),
         asked=len(demo.asked),
         known=len(demo.pairs.known),
         train=len(demo.pairs.train),

@@ -112,17 +112,17 @@ def prepare(demo: Demo) -> None:
         for style, rows in (("noto", pairs.noto), ("twemoji", pairs.twemoji))
     }
     demo.clock("frozen visual features cached")
-    train, heldout = (features["twemoji"][rows] for rows in (pairs.train, pairs.heldout))
-    demo.features = {"train": train, "heldout": heldout, "noto": features["noto"]}
+    train, queries = (features["twemoji"][rows] for rows in (pairs.train, demo.queried))
+    demo.features = {"train": train, "queries": queries, "noto": features["noto"]}
     make_banks(demo, model, processor)
     demo.clock("memory banks built")
     own = source_ids_of(pairs.twemoji.select(pairs.train)["image"])
     demo.found = {"train": find_neighbours(demo.banks["without"], model, demo.features["train"], TOP_K, own)}
     for name, bank in demo.banks.items():
-        demo.found[name] = find_neighbours(bank, model, demo.features["heldout"], min(SEARCHED, len(bank)))
+        demo.found[name] = find_neighbours(bank, model, demo.features["queries"], min(SEARCHED, len(bank)))
     rng = np.random.default_rng(config.seed)
     near = demo.concepts["without"][demo.found["without"][1]]
-    demo.options = [options_of(pairs, *query, rng) for query in zip(pairs.heldout, near, strict=True)]
+    demo.options = [options_of(pairs, *query, rng) for query in zip(demo.queried, near, strict=True)]
     run_controls(demo, model, processor.tokenizer)
     demo.clock("rules without training evaluated")
 
@@ -130,7 +130,7 @@ def prepare(demo: Demo) -> None:
 def make_banks(demo: Demo, model: PreTrainedModel, processor: ProcessorMixin) -> None:
     """Make the bank without the held-out concepts, others with all and half of them, shuffled, of other pictures."""
     pairs, seed = demo.pairs, demo.config.seed
-    half = np.random.default_rng(seed).permutation(pairs.heldout)[: len(pairs.heldout) // 2]
+    half = np.random.default_rng(seed).permutation(pairs.heldout)[::2]  # half of the queries, too
     demo.concepts = {"without": pairs.known}
     for name, added in (("with", pairs.heldout), ("half", np.sort(half))):
         demo.concepts[name] = np.concatenate([pairs.known, added])
@@ -189,7 +189,7 @@ def make_bank(
 def run_without_memory(demo: Demo) -> None:
     """Train and evaluate what reads no memory tokens: the baselines, and text-only RAG."""
     results = demo.results
-    average = np.broadcast_to(demo.features["train"].mean(0, dtype=np.float32), demo.features["heldout"].shape)
+    average = np.broadcast_to(demo.features["train"].mean(0, dtype=np.float32), demo.features["queries"].shape)
     model = run_system(demo, "baseline", memory_top_k=0)
     results["no_image"] = dict.fromkeys(BANKS, evaluate_system(demo, "no_image", *model, features=average))
     results["baseline"] = dict.fromkeys(BANKS, evaluate_system(demo, "baseline", *model))
@@ -199,7 +199,7 @@ def run_without_memory(demo: Demo) -> None:
         results["wider_connector"] = dict.fromkeys(BANKS, evaluate_system(demo, "wider_connector", *model))
         demo.clock("evaluated")
     model = run_system(demo, "text_rag", in_text=True, memory_top_k=0)
-    names = [[label] for label in demo.labels(demo.pairs.heldout)]
+    names = [[label] for label in demo.labels(demo.queried)]
     results["true_name"] = dict.fromkeys(BANKS, evaluate_system(demo, "true_name", *model, captions=names))
     results |= {"text_rag": {}, "text_cut": {}}
     cut = CaptionTokenizer(model[1].tokenizer, TinyAlignConfig().memory_tokens)

@@ -27,8 +27,9 @@ class DemoConfig:
 
     concepts: int | None = None
     split: str = "test"  # "validation" to choose settings with
-    stage1_steps: int = 16
-    stage2_steps: int = 48
+    queries: int = 240  # of the held-out concepts
+    stage1_steps: int = 12
+    stage2_steps: int = 36
     stage2_learning_rate: float = 1e-3  # of adapters
     value_encoder_steps: int = 150
     batch_size: int = 10
@@ -105,17 +106,13 @@ class Demo:
     pairs: Pairs
     weights: dict[str, Path]
     clock: Clock
-    features: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # of the query drawings, "train" and "heldout"; "noto"
+    features: dict[str, np.ndarray] = field(default_factory=dict)  # of the drawings: "train", "queries" and "noto"
     banks: dict[str, MemoryBank] = field(default_factory=dict)
     concepts: dict[str, np.ndarray] = field(default_factory=dict)  # of a bank's rows: rows of `pairs`
-    # Scores and ids of neighbours, (queries, k): of the held-out queries by bank, and of the training ones, "train",
+    # Scores and ids of neighbours, (queries, k): of the queries by bank, and of the training drawings, "train",
     # in the bank without the held-out concepts.
     found: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    options: list[list[str] | None] = field(
-        default_factory=list
-    )  # keywords of each held-out query, the right one first
+    options: list[list[str] | None] = field(default_factory=list)  # keywords of each query, the right one first
     results: dict[str, dict[str, Result]] = field(default_factory=dict)  # by system and bank
 
     @property
@@ -123,19 +120,24 @@ class Demo:
         return f"tinyalign demo{' --quick' if self.quick else ''}"
 
     @property
+    def queried(self) -> np.ndarray:
+        """Rows of the held-out concepts that are asked for, drawn at random."""
+        return np.sort(np.random.default_rng(self.config.seed).permutation(self.pairs.heldout)[: self.config.queries])
+
+    @property
     def queries(self) -> datasets.Dataset:
-        """The held-out drawings."""
-        return self.pairs.twemoji.select(self.pairs.heldout).cast_column("image", datasets.Image())
+        """The drawings that are asked about."""
+        return self.pairs.twemoji.select(self.queried).cast_column("image", datasets.Image())
 
     @property
     def asked(self) -> np.ndarray:
-        """The held-out queries that are asked for keywords."""
+        """The queries that are asked for keywords."""
         return np.flatnonzero([options is not None for options in self.options])
 
     @property
     def answered(self) -> np.ndarray:
-        """The held-out queries that are answered in full, drawn at random."""
-        count = len(self.pairs.heldout)
+        """The queries that are answered in full, drawn at random."""
+        count = len(self.queried)
         return np.random.default_rng(self.config.seed).choice(count, min(NUM_ANSWERED, count), replace=False)
 
     def labels(self, rows: np.ndarray) -> list[str]:
@@ -152,7 +154,7 @@ class Demo:
 
     def groups(self, metric: str) -> np.ndarray:
         """Return numbers of the concepts that the questions of a metric are about."""
-        group = self.pairs.group[self.pairs.heldout]
+        group = self.pairs.group[self.queried]
         return group[self.asked] if metric in ("choice", "keyword_loss") else group
 
     def score(self, system: str, bank: str, metric: str) -> Interval | None:

@@ -115,7 +115,7 @@ def evaluate_system(
     features: np.ndarray | None = None,
 ) -> Result:
     """
-    Return what a system answers to the held-out queries, kept in a file of this name.
+    Return what a system answers to the queries, kept in a file of this name.
 
     Args:
         bank: name of the bank that the model reads.
@@ -126,7 +126,7 @@ def evaluate_system(
     if path.exists():
         kept = json.loads(path.read_text())
         return Result(**{key: np.array(value) if isinstance(value, list) else value for key, value in kept.items()})
-    features = demo.features["heldout"] if features is None else features
+    features = demo.features["queries"] if features is None else features
     read = None if bank is None else demo.banks[bank]
     if read is not None:
         model.attach_memory_bank(read, tokenizer=processor.tokenizer)
@@ -138,8 +138,8 @@ def evaluate_system(
         asked = datasets.Dataset.from_dict({"messages": messages, "feature_index": list(map(int, rows))})
         return asked if bank is None else with_neighbours(asked, [part[rows, :TOP_K] for part in demo.found[bank]])
 
-    labels, asked = demo.labels(demo.pairs.heldout), demo.asked
-    keywords = demo.keywords(demo.pairs.heldout[asked])
+    labels, asked = demo.labels(demo.queried), demo.asked
+    keywords = demo.keywords(demo.queried[asked])
     answers = [[text, *demo.options[row]] for text, row in zip(keywords, asked, strict=True)]
     settings = {"vision_features": features, "batch_size": BATCH_SIZE, "desc": name}
     with bfloat16_language_model(model, enabled=bfloat16_is_fast(use_cpu=not torch.cuda.is_available())):

@@ -13,13 +13,18 @@ def pairs():
 
 
 def test_split_by_concept_and_drawing(pairs):
-    assert pairs.noto["concept"] == pairs.twemoji["concept"]
-    assert len(pairs.noto) == len(set(pairs.noto["concept"])) == 1911
+    assert list(pairs.noto["concept"]) == list(pairs.twemoji["concept"])
+    assert sorted([*pairs.train, *pairs.heldout]) == list(range(len(pairs.noto)))
     validation = load_pairs(split="validation")
-    parts = pairs.train, validation.heldout, pairs.heldout
-    assert sorted(np.concatenate(parts)) == list(range(1911))
-    assert [round(len(part) / 1911, 2) for part in parts] == pytest.approx([0.6, 0.15, 0.25], abs=0.01)
-    assert (validation.train == pairs.train).all() and (validation.known == pairs.known).all()
+    parts = [
+        set(np.array(split.noto["concept"])[rows])
+        for split, rows in ((pairs, pairs.train), (validation, validation.heldout), (pairs, pairs.heldout))
+    ]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 1911
+    assert [len(part) / 1911 for part in parts] == pytest.approx([0.6, 0.15, 0.25], abs=0.01)
+    for rows in ("train", "known"):
+        names = [np.array(split.labels)[vars(split)[rows]].tolist() for split in (pairs, validation)]
+        assert names[0] == names[1]
     assert set(pairs.known) < set(pairs.train) and len(pairs.known) / len(pairs.train) == pytest.approx(0.7, abs=0.01)
     for drawings in (pairs.noto["image"], pairs.twemoji["image"]):
         drawings = [image["bytes"] for image in drawings]
