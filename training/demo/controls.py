@@ -45,6 +45,7 @@ def choices_by(rule: Rule, demo: Demo, neighbours: Sequence[Sequence]) -> np.nda
 def caption_rules(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Rule]:
     """Return rules that read names alone: words in common, and how near the language model's embeddings are."""
     table = model.get_input_embeddings().weight.detach().float()
+    table = table - table.mean(0)  # what all embeddings have in common says nothing
     known: dict[str, torch.Tensor] = {}
 
     def embed(text: str) -> torch.Tensor:

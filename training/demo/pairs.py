@@ -16,6 +16,7 @@ NUM_KEYWORDS = 4  # of an answer, at most
 NUM_OPTIONS = 4
 VALIDATION, TEST = 0.15, 0.25  # shares of the concepts
 KNOWN = 0.7  # share of the training concepts whose drawings are in the bank
+SHORTEST = 3  # letters of a keyword, and of the beginning of a word
 ENDINGS = re.compile(r"(ing|ed|es|er|s|e|y)$")
 # Arrows, operators, boxes and geometric shapes; Greek and Cyrillic letters.
 CHARACTERS = (range(0x2190, 0x2300), range(0x2500, 0x2600), range(0x391, 0x500))
@@ -103,14 +104,14 @@ def share_a_word(first: str, second: str) -> bool:
     for one in stems(first):
         for other in stems(second):
             short, long = sorted((one, other), key=len)
-            if one == other or (len(short) >= 3 and long.startswith(short)):
+            if one == other or (len(short) >= SHORTEST and long.startswith(short)):
                 return True
     return False
 
 
 def keywords_of(label: str, tags: Sequence[str]) -> list[str]:
-    """Return the tags that share no word with the label."""
-    return [tag for tag in tags if not share_a_word(tag, label)]
+    """Return the tags that share no word with the label, without codes of countries and the like."""
+    return [tag for tag in tags if len(tag) >= SHORTEST and not share_a_word(tag, label)]
 
 
 def options_of(pairs: Pairs, row: int, near: Sequence[int], rng: np.random.Generator) -> list[str] | None:

@@ -49,10 +49,10 @@ def test_words_in_common(first, second, expected):
 
 
 def test_keywords_share_no_word_with_the_name(pairs):
-    assert keywords_of("flag: Laos", ["LA", "flag"]) == ["LA"]
+    assert keywords_of("flag: Laos", ["LA", "flag", "Vientiane"]) == ["Vientiane"]
     assert keywords_of("keycap: #", ["keycap"]) == []
     with_keywords = [row for row in pairs.heldout if pairs.keywords[row]]
-    assert len(with_keywords) > 0.9 * len(pairs.heldout)
+    assert len(with_keywords) > 0.75 * len(pairs.heldout)
     for row in with_keywords:
         assert not any(share_a_word(word, pairs.labels[row]) for word in pairs.keywords[row])
 
