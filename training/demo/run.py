@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from ...modeling_tinyalign import MemoryBank, TinyAlignConfig
-from ...modeling_tinyalign.caption_tokens import CaptionTokenizer
+from ...modeling_tinyalign.connectors import CaptionTokenizer
 from ..bank.value_encoder_training import ValueEncoderTrainingConfig
 from ..data.features import cache_vision_features
 from ..data.neighbours import find_neighbours, source_ids_of
