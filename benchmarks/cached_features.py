@@ -23,7 +23,7 @@ from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 from tinyalign_vlm.training import AlignmentConfig, AlignmentTrainer
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.demo.pairs import load_pairs
-from tinyalign_vlm.training.demo.run import chats
+from tinyalign_vlm.training.demo.systems import chats
 
 
 def make_parts(folder: Path, demo: Path, share: float) -> tuple[str, str]:

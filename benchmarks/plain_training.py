@@ -38,7 +38,8 @@ from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
 from tinyalign_vlm.training.demo.pairs import load_pairs
-from tinyalign_vlm.training.demo.run import TOP_K, DemoConfig, chats, compose, with_neighbours
+from tinyalign_vlm.training.demo.state import TOP_K, DemoConfig
+from tinyalign_vlm.training.demo.systems import chats, compose, with_neighbours
 from tinyalign_vlm.training.stages.checkpoints import connectors_of
 from tinyalign_vlm.training.stages.precision import bfloat16_language_model
 

@@ -16,7 +16,7 @@ from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
 from tinyalign_vlm.training.data import neighbour_table as neighbours
 from tinyalign_vlm.training.data.neighbour_table import neighbour_table
-from tinyalign_vlm.training.demo.run import write_json
+from tinyalign_vlm.training.demo.state import write_json
 from tinyalign_vlm.training.hub.run_facts import StageRecord, write_records
 from tinyalign_vlm.training.stages.samples import write_samples
 

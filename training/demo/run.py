@@ -22,7 +22,7 @@ from .controls import run_controls
 from .pairs import character_pictures, load_pairs, options_of
 from .report import write_report
 from .state import BANKS, TOP_K, Clock, Demo, DemoConfig, write_json
-from .systems import compose, evaluate_system, run_system
+from .systems import compose, evaluate_system, train_system
 from .weights import check_installed, convert_efficientnet_lite0, convert_smollm2
 
 QUICK = DemoConfig(concepts=320, stage1_steps=8, stage2_steps=16, every_row=False)
@@ -190,15 +190,15 @@ def run_without_memory(demo: Demo) -> None:
     """Train and evaluate what reads no memory tokens: the baselines, and text-only RAG."""
     results = demo.results
     average = np.broadcast_to(demo.features["train"].mean(0, dtype=np.float32), demo.features["queries"].shape)
-    model = run_system(demo, "baseline", memory_top_k=0)
+    model = train_system(demo, "baseline", memory_top_k=0)
     results["no_image"] = dict.fromkeys(BANKS, evaluate_system(demo, "no_image", *model, features=average))
     results["baseline"] = dict.fromkeys(BANKS, evaluate_system(demo, "baseline", *model))
     demo.clock("evaluated")
     if demo.config.every_row:
-        model = run_system(demo, "wider_connector")
+        model = train_system(demo, "wider_connector")
         results["wider_connector"] = dict.fromkeys(BANKS, evaluate_system(demo, "wider_connector", *model))
         demo.clock("evaluated")
-    model = run_system(demo, "text_rag", in_text=True, memory_top_k=0)
+    model = train_system(demo, "text_rag", in_text=True, memory_top_k=0)
     names = [[label] for label in demo.labels(demo.queried)]
     results["true_name"] = dict.fromkeys(BANKS, evaluate_system(demo, "true_name", *model, captions=names))
     results |= {"text_rag": {}, "text_cut": {}}
@@ -216,12 +216,12 @@ def run_with_memory(demo: Demo) -> tuple[PreTrainedModel, ProcessorMixin]:
     results = demo.results
     if demo.config.every_row:
         make_latent_banks(demo)
-        model = run_system(demo, "latents", "latents_without", memory_input="latents")
+        model = train_system(demo, "latents", "latents_without", memory_input="latents")
         results["latents"] = {}
         for bank in BANKS:
             results["latents"][bank] = evaluate_system(demo, f"latents_{bank}", *model, bank=f"latents_{bank}")
         demo.clock("evaluated")
-    model = run_system(demo, "tinyalign", "without")
+    model = train_system(demo, "tinyalign", "without")
     results["tinyalign"] = {}
     for bank in (*BANKS, "half", "other", "random"):
         results["tinyalign"][bank] = evaluate_system(demo, f"tinyalign_{bank}", *model, bank=bank)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
-from ...modeling_tinyalign import MemoryBank, TinyAlignForConditionalGeneration
+from ...modeling_tinyalign import TinyAlignForConditionalGeneration
 from ...processing import TinyAlignProcessor
 from ..arguments.files import CONFIGS, read_config
 from ..arguments.stage import bfloat16_is_fast
@@ -63,21 +63,31 @@ def with_neighbours(rows: datasets.Dataset, found: tuple[np.ndarray, np.ndarray]
 
 
 def train_system(
-    folder: Path,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    rows: datasets.Dataset,
-    features: np.ndarray,
-    bank: MemoryBank | None,
-    config: DemoConfig,
-) -> PreTrainedModel:
-    """Train both stages as training/configs/ has them, in fewer and smaller steps, the second with adapters.
-
-    Each goes on where it stopped. The result and its record are kept in `folder`, which is named after the system.
+    demo: Demo, name: str, bank: str | None = None, in_text: bool = False, **model_config
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    final = folder / "model"
+    Train a system in both stages as training/configs/ has them, in fewer and smaller steps, the second with adapters.
+
+    Each goes on where it stopped. The model, its record and its processor are kept in the folder of this name.
+
+    Args:
+        bank: name of the bank that it reads in training; None for one without memory tokens.
+        in_text: write the names of the neighbours into the question.
+    """
+    config, train, final = demo.config, demo.pairs.train, demo.out / name / "model"
+    model, processor = compose(demo.weights, config, **model_config)
+    if name == "wider_connector":
+        widen_connector(model)
+        processor.num_image_tokens = model.config.num_image_tokens
     if (final / RECORD_NAME).exists():
-        return TinyAlignForConditionalGeneration.from_pretrained(final).eval()
+        return TinyAlignForConditionalGeneration.from_pretrained(final).eval(), processor
+    captions = demo.captions("train", "without") if in_text else None
+    rows = chats(demo.labels(train), demo.keywords(train), captions)
+    parts = {"processing_class": processor, "vision_features": demo.features["train"]}
+    if bank is not None:
+        model.attach_memory_bank(demo.banks[bank], tokenizer=processor.tokenizer)
+        rows = with_neighbours(rows, demo.found["train"])
+        parts["memory_bank"] = demo.banks[bank]
     shared = {
         "global_batch_size": config.batch_size,
         "per_device_train_batch_size": config.batch_size,
@@ -90,19 +100,23 @@ def train_system(
     stage2 = {"max_steps": config.stage2_steps, "learning_rate": config.stage2_learning_rate, "save_strategy": "no"}
     stage2 |= {"tune_language_model": "lora", "lora_r": 16}
     records = []
-    for stage, name, own in ((1, "Stage 1: alignment", stage1), (2, "Stage 2: instruction", stage2)):
-        print(f"Training {folder.name}, stage {stage} of 2, {own['max_steps']} steps", flush=True)
-        own |= {"output_dir": folder / f"stage{stage}", "logging_steps": max(1, min(5, own["max_steps"] // 10))}
+    for stage, title, own in ((1, "Stage 1: alignment", stage1), (2, "Stage 2: instruction", stage2)):
+        print(f"Training {name}, stage {stage} of 2, {own['max_steps']} steps", flush=True)
+        own |= {
+            "output_dir": final.with_name(f"stage{stage}"),
+            "logging_steps": max(1, min(5, own["max_steps"] // 10)),
+        }
         fields = [text for field, value in {**shared, **own}.items() for text in (f"--{field}", str(value))]
-        settings = read_config([CONFIGS / f"stage{stage}.yaml"], fields)
-        parts = {"processing_class": processor, "memory_bank": bank, "vision_features": features}
-        trainer = TRAINERS[stage](model, settings, train_dataset=rows, **parts)
+        trainer = TRAINERS[stage](
+            model, read_config([CONFIGS / f"stage{stage}.yaml"], fields), train_dataset=rows, **parts
+        )
         trainer.train()
-        records.append(stage_record(name, trainer))
+        records.append(stage_record(title, trainer))
     model.save_pretrained(final)
     processor.save_pretrained(final)
     write_records(final, records)
-    return model
+    demo.clock(f"{name} trained")
+    return model, processor
 
 
 def evaluate_system(
@@ -163,27 +177,3 @@ def evaluate_system(
     )
     write_json(path, asdict(result))
     return result
-
-
-def run_system(demo: Demo, name: str, bank: str | None = None, in_text: bool = False, **model_config) -> tuple:
-    """
-    Train a system, or load it. Return the model and its processor.
-
-    Args:
-        bank: name of the bank that it reads in training; None for one without memory tokens.
-        in_text: write the names of the neighbours into the question.
-    """
-    model, processor = compose(demo.weights, demo.config, **model_config)
-    if name == "wider_connector":
-        widen_connector(model)
-        processor.num_image_tokens = model.config.num_image_tokens
-    train = demo.pairs.train
-    captions = demo.captions("train", "without") if in_text else None
-    rows = chats(demo.labels(train), demo.keywords(train), captions)
-    if bank is not None:
-        model.attach_memory_bank(demo.banks[bank], tokenizer=processor.tokenizer)
-        rows = with_neighbours(rows, demo.found["train"])
-    read = None if bank is None else demo.banks[bank]
-    model = train_system(demo.out / name, model, processor, rows, demo.features["train"], read, demo.config)
-    demo.clock(f"{name} trained")
-    return model, processor

@@ -1,4 +1,4 @@
-"""Evaluation of answers: loss, tokens, greedy answers, and intervals of the numbers."""
+"""Evaluation of answers: loss, tokens, greedy answers."""
 
 import time
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..data.collator import TrainingCollator
 from ..data.memory_dropout import MemoryDropout
 from ..data.training_rows import training_rows
-from .bootstrap import interval
 from .generation import greedy_answers, reference_of
 
 
@@ -35,7 +34,7 @@ class ExactMatch(evaluate.Metric):
 
 
 def exact_matches(predictions: list[str], references: list[str]) -> np.ndarray:
-    """`(n,)` bool."""
+    """Return `(n,)` bool, True where a prediction equals its reference, spaces around them aside."""
     pairs = zip(predictions, references, strict=True)
     return np.array([prediction.strip() == reference.strip() for prediction, reference in pairs])
 
@@ -63,16 +62,6 @@ class Evaluation:
     def exact_match(self) -> np.ndarray:
         """`(n,)` bool."""
         return exact_matches(self.answers, self.references)
-
-    def summary(self) -> dict[str, tuple[float, float, float]]:
-        """Each metric as `(value, low, high)` with its 95% bootstrap interval."""
-        metrics = {
-            "loss_per_token": (self.losses, self.num_tokens),
-            "token_accuracy": (self.correct_tokens, self.num_tokens),
-            "exact_match": (self.exact_match, None),
-            "seconds_per_answer": (self.seconds, None),
-        }
-        return {name: interval(values, weights=weights) for name, (values, weights) in metrics.items()}
 
 
 @torch.no_grad()
