@@ -129,9 +129,9 @@ def _write_bank_card(demo: Demo, name: str, concepts: str) -> None:
 
 def _evaluation(demo: Demo) -> Evaluation:
     """Return the table: the model with both banks, then what it is compared with."""
-    rows = [("tinyalign", "with"), ("tinyalign", "without"), ("baseline", "with"), ("text_rag", "with")]
+    others = [name for name in ("baseline", "text_rag", "random_bank", "copy", "rule") if name in demo.results]
     systems = {}
-    for system, bank in [*rows, ("random_bank", "with"), ("copy", "with"), ("rule", "with")]:
+    for system, bank in [("tinyalign", "with"), ("tinyalign", "without"), *((name, "with") for name in others)]:
         name = SYSTEMS[system].strip("*")
         if system in ("tinyalign", "text_rag"):
             name = f"{name}, {SETTINGS[bank]}"

@@ -25,7 +25,7 @@ from .state import BANKS, TOP_K, Clock, Demo, DemoConfig, write_json
 from .systems import compose, evaluate_system, train_system
 from .weights import check_installed, convert_efficientnet_lite0, convert_smollm2
 
-QUICK = DemoConfig(concepts=320, stage1_steps=8, stage2_steps=16, every_row=False)
+QUICK = DemoConfig(concepts=320, queries=60, stage1_steps=8, stage2_steps=18, every_row=False)
 NUM_CHARACTERS = 256
 SEARCHED = 32  # neighbours that are looked at for wrong options
 # What commands go on from. After a quick run they are found at the same place as after a full one.
@@ -188,26 +188,27 @@ def make_bank(
 
 def run_without_memory(demo: Demo) -> None:
     """Train and evaluate what reads no memory tokens: the baselines, and text-only RAG."""
-    results = demo.results
-    average = np.broadcast_to(demo.features["train"].mean(0, dtype=np.float32), demo.features["queries"].shape)
+    results, pictures = demo.results, demo.features
+    average = np.broadcast_to(pictures["train"].mean(0, dtype=np.float32), pictures["queries"].shape)
     model = train_system(demo, "baseline", memory_top_k=0)
     results["no_image"] = dict.fromkeys(BANKS, evaluate_system(demo, "no_image", *model, features=average))
     results["baseline"] = dict.fromkeys(BANKS, evaluate_system(demo, "baseline", *model))
     demo.clock("evaluated")
-    if demo.config.every_row:
-        model = train_system(demo, "wider_connector")
-        results["wider_connector"] = dict.fromkeys(BANKS, evaluate_system(demo, "wider_connector", *model))
-        demo.clock("evaluated")
+    if not demo.config.every_row:
+        return
+    model = train_system(demo, "wider_connector")
+    results["wider_connector"] = dict.fromkeys(BANKS, evaluate_system(demo, "wider_connector", *model))
+    demo.clock("evaluated")
     model = train_system(demo, "text_rag", in_text=True, memory_top_k=0)
     names = [[label] for label in demo.labels(demo.queried)]
     results["true_name"] = dict.fromkeys(BANKS, evaluate_system(demo, "true_name", *model, captions=names))
     results |= {"text_rag": {}, "text_cut": {}}
-    cut = CaptionTokenizer(model[1].tokenizer, TinyAlignConfig().memory_tokens)
+    packer = CaptionTokenizer(model[1].tokenizer, TinyAlignConfig().memory_tokens)
     for bank in BANKS:
-        captions = demo.captions(bank)
-        results["text_rag"][bank] = evaluate_system(demo, f"text_rag_{bank}", *model, captions=captions)
-        captions = [[cut.tokenizer.decode(cut.pack(list(map(cut.tokenize, names))))] for names in captions]
-        results["text_cut"][bank] = evaluate_system(demo, f"text_cut_{bank}", *model, captions=captions)
+        whole = demo.captions(bank)
+        cut = [[packer.tokenizer.decode(packer.pack([packer.tokenize(name) for name in names]))] for names in whole]
+        results["text_rag"][bank] = evaluate_system(demo, f"text_rag_{bank}", *model, captions=whole)
+        results["text_cut"][bank] = evaluate_system(demo, f"text_cut_{bank}", *model, captions=cut)
     demo.clock("evaluated")
 
 
@@ -221,11 +222,11 @@ def run_with_memory(demo: Demo) -> tuple[PreTrainedModel, ProcessorMixin]:
         for bank in BANKS:
             results["latents"][bank] = evaluate_system(demo, f"latents_{bank}", *model, bank=f"latents_{bank}")
         demo.clock("evaluated")
-    model = train_system(demo, "tinyalign", "without")
+    model, processor = train_system(demo, "tinyalign", "without")
     results["tinyalign"] = {}
     for bank in (*BANKS, "half", "other", "random"):
-        results["tinyalign"][bank] = evaluate_system(demo, f"tinyalign_{bank}", *model, bank=bank)
+        results["tinyalign"][bank] = evaluate_system(demo, f"tinyalign_{bank}", model, processor, bank=bank)
     results["random_bank"] = {"with": results["tinyalign"]["random"]}
-    model[0].attach_memory_bank(demo.banks["with"], tokenizer=model[1].tokenizer)
+    model.attach_memory_bank(demo.banks["with"], tokenizer=processor.tokenizer)
     demo.clock("evaluated")
-    return model
+    return model, processor

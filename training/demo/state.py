@@ -33,7 +33,7 @@ class DemoConfig:
     stage2_learning_rate: float = 1e-3  # of adapters
     value_encoder_steps: int = 150
     batch_size: int = 10
-    every_row: bool = True  # also the rows that need a training and a bank of their own
+    every_row: bool = True  # train more than the baseline and TinyAlign
     seed: int = 0
 
 
@@ -117,6 +117,7 @@ class Demo:
 
     @property
     def command(self) -> str:
+        """The command that makes the results."""
         return f"tinyalign demo{' --quick' if self.quick else ''}"
 
     @property
