@@ -86,10 +86,9 @@ def _model_facts(demo: Demo) -> ModelFacts:
         peak_memory_gb=demo.clock.peak_memory_gb,
         limits=[
             *([QUICK_LIMIT] if demo.quick else []),
-            "It names emoji drawings in English and nothing else was trained or measured.",
+            "It names emoji drawings, and says words that go with them; nothing else was trained or measured.",
             *_comparisons(demo),
             f"One training run on {trained} concepts; the intervals are over the {heldout} queries, not over runs.",
-            "Seconds per answer in the table are of batches of 32, without visual features and retrieval.",
             "Bias and safety were not evaluated; labels of people and flags are those of the Unicode names.",
         ],
         versions=versions(),
