@@ -263,6 +263,7 @@ def test_what_is_wrong_is_told_without_a_traceback(files, checkpoints, monkeypat
         raise ImportError("No module named 'matplotlib'")
 
     monkeypatch.setattr(demo, "run_demo", uninstalled)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # the command sets it for its process
     with pytest.raises(SystemExit, match="tinyalign: No module named 'matplotlib'"):
         main(["demo"])
 
