@@ -1,4 +1,4 @@
-"""How likely a model finds given answers: the right one of several, their loss, and whether it would say them."""
+"""Likelihood of given answers: the right one of several, their loss, and whether the model would say them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
