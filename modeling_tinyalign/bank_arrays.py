@@ -153,7 +153,8 @@ class RowWriter:
         values = (CODES, EXPONENTS) if config.quantized else (VALUES,)
         names = (KEYS, ROWS, *(values if config.value_size else ()))
         self.files = {name: open(folder / name, "wb") for name in names}
-        columns = [column for column in self.schema if column.name not in arrays_of(self.schema)]
+        arrays = arrays_of(self.schema)
+        columns = [column for column in self.schema if column.name not in arrays]
         self.rows = pa.ipc.new_file(self.files[ROWS], pa.schema(columns, self.schema.metadata))
 
     def __enter__(self) -> RowWriter:

@@ -86,7 +86,8 @@ class LanceRows(BankRows):
     def table(self) -> pa.Table:
         """Every column but key and value, read into memory: only what makes a bank of this machine needs it."""
         schema = config_schema(self.config)
-        return self._read([name for name in schema.names if name not in arrays_of(schema)])
+        arrays = arrays_of(schema)
+        return self._read([name for name in schema.names if name not in arrays])
 
     @cached_property
     def captions(self) -> list[str]:
