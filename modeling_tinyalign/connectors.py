@@ -335,8 +335,11 @@ def _is_word_end(text: str, end: int) -> bool:
     return after.isspace() or bool(SPACELESS.match(after) and SPACELESS.match(text[end - 1]))
 
 
-def find_tokenizer(name_or_path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that was saved with a model: of the same revision, from the network only if it must."""
+def find_tokenizer(config: TinyAlignConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer saved with the model of this config, at its revision, from the network only if it must."""
+    name_or_path = config.name_or_path
+    # with the config transformers need not read it again, which would ask whether its code can be trusted
+    settings = {"config": config, "revision": vars(config).get("_commit_hash")}
     advice = "pass that of its processor: model.attach_memory_bank(bank, tokenizer=processor.tokenizer)"
     if not name_or_path:
         raise ValueError(
@@ -344,9 +347,9 @@ def find_tokenizer(name_or_path: str, revision: str | None) -> PreTrainedTokeniz
         )
     try:
         try:
-            return AutoTokenizer.from_pretrained(name_or_path, revision=revision, local_files_only=True)
+            return AutoTokenizer.from_pretrained(name_or_path, **settings, local_files_only=True)
         except OSError:
-            return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+            return AutoTokenizer.from_pretrained(name_or_path, **settings)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name_or_path} has no tokenizer, expected one beside the model's weights, to read captions with: save "

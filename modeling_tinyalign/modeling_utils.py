@@ -273,7 +273,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     def caption_tokenizer(self) -> CaptionTokenizer:
         """The reader of captions, with the tokenizer that lies beside the model's weights unless one was given."""
         if self.base_model._caption_tokenizer is None:
-            self.read_captions_with(find_tokenizer(self.config.name_or_path, vars(self.config).get("_commit_hash")))
+            self.read_captions_with(find_tokenizer(self.config))
         return self.base_model._caption_tokenizer
 
     def read_captions_with(self, tokenizer: PreTrainedTokenizerBase):

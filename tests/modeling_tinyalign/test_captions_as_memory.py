@@ -1,12 +1,15 @@
 """The default model: it reads captions, with the tokenizer beside its weights, from banks without values."""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from isolation import set_hf_home
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, TinyAlignProcessor
 
@@ -75,12 +78,36 @@ def test_a_loaded_model_finds_its_tokenizer(captioned, images, monkeypatch):
     torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, expected, rtol=0, atol=0)
 
 
-def test_a_checkpoints_own_code_finds_it_too(captioned, images):
-    model = AutoModelForImageTextToText.from_pretrained(captioned / "model", trust_remote_code=True)
-    model.attach_memory_bank(captioned / "bank")
-    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
-    found = model.get_image_features(inputs_of(processor, images[:1])["pixel_values"])
-    assert text_of(model, found.memory_ids)[0].startswith("red; ")
+PROCESS = """
+import sys
+
+sys.modules["tinyalign_vlm"] = None  # importing it fails
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("model", trust_remote_code=True)
+model.attach_memory_bank("bank")
+processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
+inputs = processor(images=["red.png"], text=["<image> what?"], return_tensors="pt")
+found = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+read = model.caption_tokenizer([[row["caption"] for row in model.memory_bank.rows(found["memory_ids"])[0]]])
+print(model.caption_tokenizer.tokenizer.decode(read[read >= 0]).strip())
+"""
+
+
+def test_a_process_without_the_package_reads_captions(captioned, images, tmp_path):
+    """And asks nothing: to load a tokenizer, transformers would ask once more whether the code is trusted."""
+    images[0].save(captioned / "red.png")
+    process = subprocess.run(
+        [sys.executable, "-c", PROCESS],
+        cwd=captioned,
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("red; ") and process.stdout.count("\n") == 1
 
 
 def test_a_model_without_a_tokenizer_says_what_to_do(captioned, images, tmp_path):
