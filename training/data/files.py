@@ -122,11 +122,10 @@ def _open_split(config: StageArguments, split: str) -> datasets.Dataset | datase
 
 def unpacked(name: str) -> str:
     """Return the folder of what is in a zip file, or in the only one of a folder; any other name as it is."""
+    only = name
     if os.path.isdir(name):
         names = [entry for entry in os.listdir(name) if not is_leftover(entry)]
         only = os.path.join(name, names[0]) if len(names) == 1 else ""
-    else:
-        only = name
     if not only.lower().endswith(".zip") or not os.path.isfile(only):
         return name
     stat = os.stat(only)
@@ -261,8 +260,7 @@ def _with_class_names(rows: datasets.Dataset | datasets.IterableDataset):
         label = item_of(feature)
         if not isinstance(label, datasets.ClassLabel):
             continue
-        text = datasets.Value("string")
-        named = text if label is feature else datasets.List(text)
+        named = TEXT if label is feature else datasets.List(TEXT)
         name = partial(_name_classes, dict(enumerate(label.names)), column)
         if isinstance(rows, datasets.Dataset):  # `map` would write a copy of the images
             values = [name({column: value})[column] for value in rows[column]]
@@ -338,9 +336,7 @@ def _rows_in(value: Any) -> list:
     """Return the rows of a list, of an object that has them under one key, or of COCO's captions; or the one row."""
     if isinstance(value, list):
         return value
-    lists = {
-        name: rows for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)
-    }
+    lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
     if {"images", "annotations"} <= lists.keys():
         names = {image.get("id"): image.get("file_name") for image in lists["images"]}
         return [{**row, "image": names.get(row.get("image_id"))} for row in lists["annotations"]]
@@ -366,15 +362,13 @@ def _read_tar(files: list[str], versions: list) -> Iterator[dict]:
                 yield from _samples(tar)
                 _check_end(tar)
         except (tarfile.TarError, EOFError, BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(
-                f"{name} cannot be read ({readable(str(error))}), expected a whole WebDataset (.tar)."
-            ) from error
+            raise ValueError(f"{name} cannot be read ({readable(str(error))}), expected a whole .tar.") from error
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[dict]:
     # an image that is in an archive twice is a link the second time
     members = (member for member in tar if (member.isfile() or member.islnk()) and not is_leftover(member.name))
-    for key, parts in groupby(members, lambda member: str(_stem(member.name))):
+    for key, parts in groupby(members, lambda member: re.match("(.*/)?[^./]*", str(PurePosixPath(member.name)))[0]):
         row, images = {"id": key, "json": "{}", "txt": None}, []
         for member in parts:
             suffix = PurePosixPath(member.name).suffix.lower()
@@ -400,8 +394,3 @@ def _check_end(tar: tarfile.TarFile):
         raise tarfile.ReadError("a header is damaged or cut")
     while tar.fileobj.read(2**20):
         pass
-
-
-def _stem(name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    return path.with_name(path.name.partition(".")[0])
