@@ -36,6 +36,9 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+# Most licences of rows that a card names; a column with more holds something else.
+MOST_LICENSES = 8
+
 
 class MemoryBank(BankRows):
     """Rows of image, caption, key and value, with the encoders that made them.
@@ -182,7 +185,8 @@ class MemoryBank(BankRows):
         encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)
         with evaluating(model, *encoder.value_encoders):
             added = finished(encoder.batches(enumerate(stored_images(rows, image_column))), self.key_encoder)
-            return self.with_rows(itertools.chain(self.batches(), added), encoder.left_out)
+            bank = self.with_rows(itertools.chain(self.batches(), added), encoder.left_out)
+        return self._keep_facts(bank, "parts", "limits")
 
     def remove(self, rows: int | str | Sequence[int | str]) -> MemoryBank:
         """Return a bank without some rows, the others numbered anew.
@@ -205,7 +209,26 @@ class MemoryBank(BankRows):
         if not keep.any():
             raise ValueError(f"All {len(self)} rows would be removed, but a memory bank needs at least one.")
         tables = (pa.Table.from_batches([batch]) for batch in self.batches())
-        return self.with_rows(renumbered(table.filter(pa.array(keep[table["id"].to_numpy()])) for table in tables))
+        rows = renumbered(table.filter(pa.array(keep[table["id"].to_numpy()])) for table in tables)
+        return self._keep_facts(self.with_rows(rows), "summary", "license", "language", "parts", "limits")
+
+    def _keep_facts(self, bank: MemoryBank, *names: str) -> MemoryBank:
+        """Return a bank made of this one with those of its facts that are so named, and the licences of its rows."""
+        facts = json.loads(self.card_facts or "null")
+        if isinstance(facts, dict):
+            facts = {name: facts[name] for name in names if name in facts}
+            if licenses := bank.licenses():
+                facts["license"] = licenses
+            bank.card_facts = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        return bank
+
+    def licenses(self) -> list[str]:
+        """Return the licences in the column `license`, as the Hub writes them; none unless every row has one."""
+        columns = [name for name in ("license", "licence") if name in self.config.columns]
+        if not columns:
+            return []
+        found = {str(license or "").strip().lower() for license in self.table[columns[0]].unique().to_pylist()}
+        return sorted(found) if "" not in found and len(found) <= MOST_LICENSES else []
 
     def shuffled(self, seed: int = 0) -> MemoryBank:
         """Return the control: the same rows, but every key leads to another row's value and caption."""

@@ -94,3 +94,18 @@ def test_the_licences_of_the_rows_are_those_of_the_bank(images, captions, model,
     build(licenses).save_pretrained(tmp_path / "bank")
     assert read_facts(tmp_path / "bank").license == ["cc-by-4.0", "cc0-1.0"]
     assert json.loads(build([*licenses[:-1], ""]).card_facts)["license"] is None
+
+
+def test_a_bank_changed_in_python_keeps_the_facts_that_are_still_true(saved, images, model, processor, tmp_path):
+    facts = json.loads((saved / "card_facts.json").read_text()) | {"summary": "Pairs.", "repo_id": "org/pairs"}
+    (saved / "card_facts.json").write_text(json.dumps(facts))
+    bank = MemoryBank.from_pretrained(saved)
+    bank.remove(0).save_pretrained(tmp_path / "smaller")
+    smaller = read_facts(tmp_path / "smaller")
+    assert (smaller.summary, smaller.license, smaller.command) == ("Pairs.", facts["license"], None)
+    assert smaller.repo_id == "smaller" and [part.source for part in smaller.parts][1:] == ["pairs"]
+    more = bank.add(images[:1], model, processor, ["another"], keep_duplicates=True)
+    more.save_pretrained(tmp_path / "more")
+    more = read_facts(tmp_path / "more")
+    assert (more.summary, more.license, more.limits) == (None, None, smaller.limits)
+    assert more.parts == smaller.parts
