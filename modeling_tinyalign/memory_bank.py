@@ -36,9 +36,6 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-# Most licences of rows that a card names; a column with more holds something else.
-MOST_LICENSES = 8
-
 
 class MemoryBank(BankRows):
     """Rows of image, caption, key and value, with the encoders that made them.
@@ -163,13 +160,11 @@ class MemoryBank(BankRows):
     ) -> MemoryBank:
         """Return a bank with more rows behind this one's, whose ids stay.
 
-        Keys and values are made with this bank's own encoders (the mean and the whitening stay as they were fitted),
-        so nothing is retrained.
+        Keys and values are made with this bank's own encoders, as they were fitted: nothing is retrained.
 
         Args:
             images_or_rows: dicts with an image (PIL, bytes, path) and a caption, or images alone, with `captions`.
-            keep_duplicates: keep images that an earlier row has, pixel for pixel; by default they are left out and
-                listed in `left_out`.
+            keep_duplicates: keep images that an earlier row has, pixel for pixel; else they are only in `left_out`.
             settings: `batch_size`, `skip_bad_rows` and `vision_features` of `RowEncoder`.
 
         Raises:
@@ -178,8 +173,7 @@ class MemoryBank(BankRows):
         check_many(images_or_rows, "images_or_rows")
         rows = images_or_rows
         if captions is not None:
-            pairs = zip(images_or_rows, captions, strict=True)
-            rows = ({image_column: image, caption_column: caption} for image, caption in pairs)
+            rows = ({image_column: image, caption_column: text} for image, text in zip(rows, captions, strict=True))
         settings["seen"] = None if keep_duplicates else self.image_names()
         reader = PairReader(processor.decode_image, image_column, caption_column, self.config.columns)
         encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)
@@ -208,27 +202,17 @@ class MemoryBank(BankRows):
         keep[self.excluded_ids(rows)] = False
         if not keep.any():
             raise ValueError(f"All {len(self)} rows would be removed, but a memory bank needs at least one.")
-        tables = (pa.Table.from_batches([batch]) for batch in self.batches())
-        rows = renumbered(table.filter(pa.array(keep[table["id"].to_numpy()])) for table in tables)
-        return self._keep_facts(self.with_rows(rows), "summary", "license", "language", "parts", "limits")
+        kept = (
+            pa.Table.from_batches([batch.filter(pa.array(keep[batch["id"].to_numpy()]))]) for batch in self.batches()
+        )
+        return self._keep_facts(self.with_rows(renumbered(kept)), "summary", "license", "language", "parts", "limits")
 
     def _keep_facts(self, bank: MemoryBank, *names: str) -> MemoryBank:
-        """Return a bank made of this one with those of its facts that are so named, and the licences of its rows."""
-        facts = json.loads(self.card_facts or "null")
-        if isinstance(facts, dict):
-            facts = {name: facts[name] for name in names if name in facts}
-            if licenses := bank.licenses():
-                facts["license"] = licenses
-            bank.card_facts = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        """Return a bank made of this one with those facts for its card that are so named."""
+        if self.card_facts is not None:
+            facts = json.loads(self.card_facts)
+            bank.card_facts = json.dumps({name: facts[name] for name in names if name in facts}, indent=2)
         return bank
-
-    def licenses(self) -> list[str]:
-        """Return the licences in the column `license`, as the Hub writes them; none unless every row has one."""
-        columns = [name for name in ("license", "licence") if name in self.config.columns]
-        if not columns:
-            return []
-        found = {str(license or "").strip().lower() for license in self.table[columns[0]].unique().to_pylist()}
-        return sorted(found) if "" not in found and len(found) <= MOST_LICENSES else []
 
     def shuffled(self, seed: int = 0) -> MemoryBank:
         """Return the control: the same rows, but every key leads to another row's value and caption."""
@@ -381,9 +365,8 @@ class MemoryBank(BankRows):
             if card is not None:
                 files[CARD_NAME] = str(card).encode()
             kwargs = {"commit_message": "Upload memory bank", **kwargs}
-            make_card = partial(make_bank_card, config=self.config)
-            found = push_files(files, repo_id, "dataset", replaced=SHARDS, make_card=make_card, **kwargs)
-        self.repo_id, commit = found
+            kwargs["make_card"] = partial(make_bank_card, config=self.config)
+            self.repo_id, commit = push_files(files, repo_id, "dataset", replaced=SHARDS, **kwargs)
         self.revision = commit.oid
         return commit
 

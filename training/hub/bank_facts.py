@@ -15,6 +15,8 @@ from ...modeling_tinyalign.memory_bank import MemoryBank
 from .parts import UNKNOWN, describe_part, public_command
 
 DATA = "images and captions"
+# Most licences of rows that a card names; a column with more holds something else.
+MOST_LICENSES = 8
 
 
 def record_bank(
@@ -57,6 +59,15 @@ def with_facts_of_hub(facts: BankFacts) -> BankFacts:
     return replace(facts, parts=parts)
 
 
+def licenses_of_rows(bank: MemoryBank) -> list[str]:
+    """Return the licences in the bank's column `license`, as the Hub writes them; none unless every row has one."""
+    columns = [name for name in ("license", "licence") if name in bank.config.columns]
+    if not columns:
+        return []
+    found = {str(license or "").strip().lower() for license in bank.table[columns[0]].unique().to_pylist()}
+    return sorted(found) if "" not in found and len(found) <= MOST_LICENSES else []
+
+
 def command_of_settings(words: Sequence[str], settings: Any) -> list[str]:
     """Return the command line of these settings, a dataclass of options with `dataset` among them, and `--out`."""
     defaults, options = vars(type(settings)(settings.dataset)), [*words, "--dataset", settings.dataset]
@@ -86,7 +97,7 @@ def _with_sources(
     common = sorted(set().union(*licenses)) if licenses and all(licenses) else None
     facts = replace(
         facts,
-        license=bank.licenses() or common,
+        license=licenses_of_rows(bank) or common,
         parts=[part for place, part in enumerate(parts) if part not in parts[:place]],
         limits=list(dict.fromkeys(limits)),
         command=command,

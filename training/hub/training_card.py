@@ -17,6 +17,7 @@ from ...hub_cards.cards import parts_of_config, write_card
 from ...hub_cards.facts import FACTS_NAME, Evaluation, Example, ModelFacts, Part, read_facts
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..arguments.stage import StageArguments
+from .bank_facts import licenses_of_rows
 from .parts import LOCAL, UNKNOWN, common_license, describe_part, license_of, public_command, public_source
 from .run_facts import (
     CURVES_NAME,
@@ -122,7 +123,7 @@ def _bank_part(config: StageArguments, bank: MemoryBank) -> Part:
         if re.fullmatch(r"(\.\./)*[^/]+", path):  # it names no other folder of this machine
             part.source = path
     if part.license == UNKNOWN:
-        part.license = license_of(bank.licenses())
+        part.license = license_of(licenses_of_rows(bank))
     return part
 
 
