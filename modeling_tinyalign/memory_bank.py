@@ -202,9 +202,7 @@ class MemoryBank(BankRows):
         keep[self.excluded_ids(rows)] = False
         if not keep.any():
             raise ValueError(f"All {len(self)} rows would be removed, but a memory bank needs at least one.")
-        kept = (
-            pa.Table.from_batches([batch.filter(pa.array(keep[batch["id"].to_numpy()]))]) for batch in self.batches()
-        )
+        kept = (pa.Table.from_batches([part.filter(pa.array(keep[part["id"].to_numpy()]))]) for part in self.batches())
         return self._keep_facts(self.with_rows(renumbered(kept)), "summary", "license", "language", "parts", "limits")
 
     def _keep_facts(self, bank: MemoryBank, *names: str) -> MemoryBank:
