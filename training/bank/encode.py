@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from ...modeling_tinyalign.row_encoder import LeftOutRow, RowEncoder
 from ..data.images import StoredImages
+from ..data.progress import SECONDS_BETWEEN_LINES
 from ..disk import save_file
 
 PART_ROWS = 512  # of the data set: what a killed run loses at most
-SECONDS_BETWEEN_LINES = 30  # where there is no terminal for a progress bar
 Chunk = list[tuple[int, dict[str, Any]]]
 
 

@@ -20,11 +20,11 @@ from ...modeling_tinyalign.connectors import pool_grid
 from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import BadRow, BankRow
 from ..data.images import StoredImages
+from ..data.progress import SECONDS_BETWEEN_LINES
 from ..disk import save_file
 
 NUM_IMAGES = 1024  # the rows of a data set that a new value encoder is trained on
 SAVE_STEPS = 50
-SECONDS_BETWEEN_LINES = 30  # where there is no terminal for a progress bar
 
 
 @dataclass

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...processing.images import decode_image, image_path, image_source
+from .progress import ImageProgress
 
 PART_IMAGES = 256  # what a killed process loses at most
 
@@ -172,7 +173,7 @@ def _compute(
         todo = [part for part in range(num_parts) if not written[part]]
         todo = todo[state.process_index :: state.num_processes]
         spans = [range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, len(images))) for part in todo]
-        with tqdm(total=sum(map(len, spans)), desc=desc, unit="image", position=state.process_index) as bar:
+        with ImageProgress(sum(map(len, spans)), desc, state.process_index) as bar:
             for part, span in zip(todo, spans, strict=True):
                 file.seek(header.tell() + span.start * row_bytes)
                 for start, features in _batches(model, processor, images, span, batch_size):

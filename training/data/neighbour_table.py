@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...modeling_tinyalign.bank_arrays import cache_root
@@ -28,6 +27,7 @@ from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ..disk import save_file
 from .features import fingerprint_images, from_main_process, one_run_at_a_time, read_image, undecoded
+from .progress import ImageProgress
 
 PART_IMAGES = 512  # what a killed process loses at most
 
@@ -163,7 +163,7 @@ class NeighbourSearch:
         batches = list(itertools.chain(*spans.values()))
         prepared = iter(DataLoader(PreparedImages(self, batches), batch_size=None, num_workers=self.num_workers))
         position = PartialState().process_index
-        with tqdm(total=sum(map(len, batches)), desc="Neighbours", unit="image", position=position) as bar:
+        with ImageProgress(sum(map(len, batches)), "Neighbours", position) as bar:
             for part, file in files.items():
                 tables = []
                 for batch in spans[part]:

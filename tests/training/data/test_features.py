@@ -201,3 +201,8 @@ def test_features_that_the_disk_has_no_room_for(make_model, processor, images, t
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(OSError, match="The features of 12 images take 0.0 GB, but .* has 0.0 GB left"):
         module.cache_vision_features(make_model(), processor, images, tmp_path / "features")
+
+
+def test_the_number_of_images_is_said_first(model, processor, images, tmp_path, capsys):
+    cache_vision_features(model, processor, images[:4], tmp_path / "features", batch_size=4)
+    assert "Vision features: 4 images." in capsys.readouterr().out
