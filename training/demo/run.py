@@ -191,11 +191,11 @@ def run_without_memory(demo: Demo) -> None:
     results, pictures = demo.results, demo.features
     average = np.broadcast_to(pictures["train"].mean(0, dtype=np.float32), pictures["queries"].shape)
     model = train_system(demo, "baseline", memory_top_k=0)
-    results["no_image"] = dict.fromkeys(BANKS, evaluate_system(demo, "no_image", *model, features=average))
     results["baseline"] = dict.fromkeys(BANKS, evaluate_system(demo, "baseline", *model))
     demo.clock("evaluated")
     if not demo.config.every_row:
         return
+    results["no_image"] = dict.fromkeys(BANKS, evaluate_system(demo, "no_image", *model, features=average))
     model = train_system(demo, "wider_connector")
     results["wider_connector"] = dict.fromkeys(BANKS, evaluate_system(demo, "wider_connector", *model))
     demo.clock("evaluated")
@@ -224,9 +224,10 @@ def run_with_memory(demo: Demo) -> tuple[PreTrainedModel, ProcessorMixin]:
         demo.clock("evaluated")
     model, processor = train_system(demo, "tinyalign", "without")
     results["tinyalign"] = {}
-    for bank in (*BANKS, "half", "other", "random"):
+    for bank in (*BANKS, *(("half", "other", "random") if demo.config.every_row else ())):
         results["tinyalign"][bank] = evaluate_system(demo, f"tinyalign_{bank}", model, processor, bank=bank)
-    results["random_bank"] = {"with": results["tinyalign"]["random"]}
+    if "random" in results["tinyalign"]:
+        results["random_bank"] = {"with": results["tinyalign"]["random"]}
     model.attach_memory_bank(demo.banks["with"], tokenizer=processor.tokenizer)
     demo.clock("evaluated")
     return model, processor

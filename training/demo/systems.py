@@ -24,7 +24,7 @@ from ..stages.trainers import TRAINERS
 from .state import KEYWORDS_PROMPT, PROMPT, TOP_K, Demo, DemoConfig, Result, write_json
 
 ANSWER_TOKENS = 12  # the longest label has 10, and its end
-BATCH_SIZE = 32  # of evaluation
+BATCH_SIZE = 16  # of evaluation
 
 
 def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tuple[PreTrainedModel, ProcessorMixin]:
