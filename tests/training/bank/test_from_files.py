@@ -152,7 +152,7 @@ def test_rows_are_chosen_by_seed(build):
 def test_a_value_encoder_is_trained_once(place, tmp_path, monkeypatch, tinyalign, capsys):
     command = ["build", "--model", place / "model", "--dataset", place / "data.parquet", "--value_encoder_steps", "3"]
     tinyalign(*command, "--out", tmp_path / "a")
-    assert "Training a value encoder on 38 captions" in capsys.readouterr().out
+    assert "Training a value encoder on 38 images" in capsys.readouterr().out
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         stop_after(0, patch)
         tinyalign(*command, "--out", tmp_path / "b")
