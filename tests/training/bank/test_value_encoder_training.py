@@ -68,7 +68,7 @@ def test_training_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
     calls = iter(range(1, 1000))
 
     def interrupted(*arguments):
-        if next(calls) == 2 + 77:  # two for the mean of all pictures
+        if next(calls) == 1 + 77:  # one for the mean of all pictures
             raise KeyboardInterrupt
         return picture_cells(*arguments)
 
