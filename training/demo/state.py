@@ -32,6 +32,7 @@ class DemoConfig:
     stage2_steps: int = 36
     stage2_learning_rate: float = 1e-3  # of adapters
     value_encoder_steps: int = 150
+    memory_dropout: float = 0.0  # the bank lacks 30% of what is trained on
     batch_size: int = 10
     every_row: bool = True  # train more than the baseline and TinyAlign
     seed: int = 0

@@ -91,7 +91,7 @@ def train_system(
     shared = {
         "global_batch_size": config.batch_size,
         "per_device_train_batch_size": config.batch_size,
-        "memory_dropout": 0.0,  # the bank lacks 30% of what is trained on
+        "memory_dropout": config.memory_dropout,
         "seed": config.seed,
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": False,
