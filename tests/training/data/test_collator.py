@@ -175,10 +175,13 @@ def test_similarities_of_other_neighbours_are_refused(processor, scored_rows, ba
 
 def test_dropout_reaches_the_model(make_model, processor, scored_rows, bank, features):
     """Off for all is the model with its memory off."""
-    collator = TrainingCollator(processor, features, bank, dropout=MemoryDropout(1.0, 2))
-    batch = collator(indexed(scored_rows))
-    ids = batch["memory_ids"]
-    assert (ids[(ids < 0).all(1)].numel() > 0) and (ids >= 0).any()
+    for seed in range(20):  # one image in six has all of them off, if any
+        collator = TrainingCollator(processor, features, bank, dropout=MemoryDropout(1.0, 2, seed))
+        batch = collator(indexed(scored_rows))
+        ids = batch["memory_ids"]
+        if (ids < 0).all(1).any():
+            break
+    assert (ids < 0).all(1).any() and (ids >= 0).any()
     assert torch.equal(ids < 0, batch["memory_scores"].isinf())
     assert collator.for_evaluation()(indexed(scored_rows))["memory_ids"].tolist() == [
         row[:2] for row in scored_rows["memory_ids"]
