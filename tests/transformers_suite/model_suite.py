@@ -13,7 +13,7 @@ from tinyalign_vlm import TinyAlignConfig, TinyAlignForConditionalGeneration, Ti
 from tinyalign_vlm.modeling_tinyalign.modeling_tinyalign import TinyAlignPreTrainedModel
 
 IMAGE_TOKEN_ID = 0
-IMAGE_INPUTS = ("pixel_values", "memory_values", "memory_ids")
+IMAGE_INPUTS = ("pixel_values", "memory_input_ids", "memory_values", "memory_scores", "memory_ids")
 
 # The mixin looks classes up by name, to know which have no head and which take labels.
 MODEL_MAPPING_NAMES["tinyalign"] = "TinyAlignModel"
@@ -79,7 +79,7 @@ class TinyAlignModelTester:
             if config.memory_scores:
                 inputs["memory_scores"] = floats_tensor(slots)
             if config.reads_captions:
-                inputs["memory_input_ids"] = prompt_ids([self.batch_size, config.memory_tokens], self.vocab_size)
+                inputs["memory_input_ids"] = prompt_ids([self.batch_size, config.memory_tokens], self.vocab_size - 20)
                 inputs["memory_input_ids"][:, -1] = -1
             if config.reads_latents:
                 inputs["memory_values"] = floats_tensor([*slots, config.memory_tokens, config.latent_dim])
