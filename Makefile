@@ -22,7 +22,7 @@ PACKAGING = setup.cfg pyproject.toml
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
 
-demo: $(VENV)/.demo  ## train, evaluate and report on real images (DEMO_ARGS=--quick: four minutes)
+demo: $(VENV)/.demo  ## train, evaluate and report on real images (DEMO_ARGS=--quick: five minutes)
 	$(VENV)/bin/tinyalign demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## run the tests (PYTEST_ARGS="-x tests/processing" for a part of them)

@@ -14,7 +14,7 @@ training, and write DIR/report.md: about 40 minutes on 2 CPU cores. The weights 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add where the demo goes, and how long it takes."""
     parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a small run of four minutes, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a small run of five minutes, to see that it works")
 
 
 def run(arguments: argparse.Namespace):
