@@ -1,4 +1,4 @@
-"""What a bank's keys find, and how well they know it: the numbers of docs/keys.md, on the emoji.
+"""Measure what the keys of a bank find, and how well they know it: the numbers of docs/keys.md, on the emoji.
 
     python benchmarks/keys.py demo/weights out calibration   # probabilities: fitted on validation concepts
     python benchmarks/keys.py demo/weights out learned       # keys learned from pairs of drawings
