@@ -93,7 +93,7 @@ def test_adapters_on_four_bits(make_model, processor, dataset, bank, features, t
     """On the CPU, which bitsandbytes can do and nobody should: the frozen weights come back as they were."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
     monkeypatch.setattr(TuningArguments, "_check_lora", lambda self: None)
-    settings = {"tune_language_model": "qlora", "max_steps": 6, "learning_rate": 1e-3, "connector_lr": 0.0}
+    settings = {"tune_language_model": "qlora", "max_steps": 12, "learning_rate": 1e-2, "connector_lr": 0.0}
     model = make_model()
     before = weights(model)
     trainer = run(2, model, processor, dataset, bank, tmp_path, features, memory_connector_lr=0.0, **settings)
@@ -103,4 +103,4 @@ def test_adapters_on_four_bits(make_model, processor, dataset, bank, features, t
     assert before.keys() == after.keys() and all(after[name].dtype == tensor.dtype for name, tensor in before.items())
     projection = "model.language_model.layers.0.self_attn.q_proj.weight"
     difference = after[projection] - before[projection]
-    assert 0 < torch.linalg.matrix_rank(difference, rtol=1e-3) <= 16 and difference.abs().max() < 0.1
+    assert 0 < torch.linalg.matrix_rank(difference, rtol=1e-3) <= 16 and difference.abs().max() < 0.5
