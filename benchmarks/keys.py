@@ -17,21 +17,16 @@ import numpy as np
 import torch
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, TinyAlignProcessor
-from tinyalign_vlm.modeling_tinyalign.outputs import probabilities
 from tinyalign_vlm.training.bank.calibration import (
-    auroc,
-    calibration_error,
     fit_calibration,
-    known_and_unknown,
+    measure,
     plot_reliability,
-    share_found,
 )
 from tinyalign_vlm.training.bank.learned_keys import learn_keys
 from tinyalign_vlm.training.data.features import cache_vision_features
 
 EMOJI = Path(__file__).parents[1] / "examples" / "data" / "emoji_pairs.parquet"
 SEEDS, TOP_K, DEPTH = (0, 1, 2), 4, 8
-UNKNOWN = 0.25  # of the test pictures, as in the fit
 
 
 class Emoji:
@@ -97,33 +92,6 @@ def print_row(*cells):
     print(f"| {' | '.join(shown)} |", flush=True)
 
 
-def measure(calibration, scores: np.ndarray, right: np.ndarray) -> tuple[dict[str, float], dict]:
-    """Return how good the probabilities are for these queries, asked of this bank and of it without the right rows."""
-    cases = [torch.from_numpy(part) for part in known_and_unknown(scores, right, TOP_K)]
-    (of_known, none_known), (of_unknown, none_unknown) = (
-        [part.numpy() for part in probabilities(calibration, case)] for case in cases
-    )
-    right = right[:, :TOP_K]
-    has_right, repeats = right.any(axis=1), round((1 - UNKNOWN) / UNKNOWN)
-    neighbours = (
-        np.concatenate([np.tile(of_known, (repeats, 1)), of_unknown]).ravel(),
-        np.concatenate([np.tile(right, (repeats, 1)), np.zeros_like(right)]).ravel(),
-    )
-    none = (
-        np.concatenate([np.tile(none_known, repeats), none_unknown]),
-        np.concatenate([np.tile(~has_right, repeats), np.ones_like(has_right)]),
-    )
-    numbers = {
-        "right: AUROC": auroc(of_known[right], of_known[~right]),
-        "right: AUROC of similarity": auroc(scores[:, :TOP_K][right], scores[:, :TOP_K][~right]),
-        "right: calibration error": calibration_error(*neighbours),
-        "none: AUROC": auroc(none_unknown, none_known[has_right]),
-        "none: calibration error": calibration_error(*none),
-        "none: found at 5% false alarms": share_found(none_known[has_right], none_unknown),
-    }
-    return numbers, {"a neighbour is right": neighbours, "none is right": none}
-
-
 def calibration(emoji: Emoji):
     """Whitened and learned keys: fitted on the validation concepts, tested on the test concepts."""
     for name in ("whitened", "learned"):
@@ -135,7 +103,7 @@ def calibration(emoji: Emoji):
                 bank = learn_keys(bank, *(emoji.features[style][train] for style in ("noto", "twemoji")))
             bank = emoji.add(bank, validation)
             scores, right, _ = emoji.search(bank, validation)
-            fitted = fit_calibration(scores, right, TOP_K, len(bank), UNKNOWN)
+            fitted = fit_calibration(scores, right, TOP_K, len(bank))
             bank = emoji.add(bank, test)
             scores, right, _ = emoji.search(bank, test)
             numbers, curves = measure(fitted, scores, right)
@@ -180,7 +148,7 @@ def growth(emoji: Emoji):
             part = train[: round(share * len(train))]
             bank = emoji.add(emoji.build(part), validation)
             scores, right, _ = emoji.search(bank, validation)
-            fitted = fit_calibration(scores, right, TOP_K, len(bank), UNKNOWN)
+            fitted = fit_calibration(scores, right, TOP_K, len(bank))
             grown = emoji.add(bank, np.concatenate([train[len(part) :], test]))
             scores, right, _ = emoji.search(grown, test)
             numbers, _ = measure(fitted, scores, right)

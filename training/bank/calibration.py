@@ -23,6 +23,7 @@ from ..disk import keeping, save_file
 
 MIN_NEIGHBOURS = 50
 MAX_ROWS = 10_000
+UNKNOWN = 0.25  # share of images that a bank does not know: about as often as life asks for what is not in it
 RIDGE = 1e-6  # of a weight's square, a row: where all is right or wrong the weights stay finite
 
 
@@ -41,7 +42,7 @@ def right_neighbours(
 
 
 def fit_calibration(
-    scores: np.ndarray, right: np.ndarray, top_k: int, num_rows: int, unknown: float = 0.25
+    scores: np.ndarray, right: np.ndarray, top_k: int, num_rows: int, unknown: float = UNKNOWN
 ) -> CalibrationConfig:
     """Fit the two logistic regressions on images whose right rows of the bank are known.
 
@@ -51,8 +52,7 @@ def fit_calibration(
         scores: `(n, m)` similarities of more than `top_k` neighbours, best first; not finite in empty slots.
         right: `(n, m)`, True where a neighbour is right.
         num_rows: of the bank.
-        unknown: weight of the images as the bank would not know them, 0 to 1: about as often as life asks for what is
-            not in the bank.
+        unknown: weight of the images as the bank would not know them, 0 to 1.
 
     Raises:
         ValueError: there are fewer than 50 neighbours, or none or all of them are right.
@@ -94,7 +94,9 @@ def _fit(evidence: np.ndarray, outcomes: np.ndarray, weights: np.ndarray) -> lis
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Return the probability that a positive number is the larger one of a random pair: 0.5 by chance."""
+    """Return the probability that a positive number is the larger one of a random pair: 0.5 by chance, nan for none."""
+    if not len(positive) or not len(negative):
+        return float("nan")
     negative = np.sort(negative)
     smaller = np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")
     return float(smaller.mean() / 2 / len(negative))
@@ -173,23 +175,57 @@ def calibrate_rows(
     return fit_calibration(scores, right, top_k, len(bank)), scores, right
 
 
+def measure(
+    calibration: CalibrationConfig, scores: np.ndarray, right: np.ndarray
+) -> tuple[dict[str, float], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Return how good probabilities are for images that ask a bank, and ask it without the rows that are right.
+
+    Args:
+        scores, right: as `fit_calibration` takes them, of images that it was not fitted on, or was.
+
+    Returns:
+        numbers by their names, and the probabilities and outcomes behind them as `plot_reliability` takes them: three
+        in four of the images as they are, one in four as the bank would not know it.
+    """
+    cases = [torch.from_numpy(part) for part in known_and_unknown(scores, right, calibration.top_k)]
+    (of_known, none_known), (of_unknown, none_unknown) = (
+        [part.numpy() for part in probabilities(calibration, case)] for case in cases
+    )
+    slots, right = np.isfinite(cases[0].numpy()), right[:, : calibration.top_k]
+    has_right, repeats = right.any(axis=1), round((1 - UNKNOWN) / UNKNOWN)
+    of_neighbours = (
+        np.concatenate([np.tile(of_known[slots], repeats), of_unknown[slots]]),
+        np.concatenate([np.tile(right[slots], repeats), np.zeros(slots.sum(), bool)]),
+    )
+    of_none = (
+        np.concatenate([np.tile(none_known, repeats), none_unknown]),
+        np.concatenate([np.tile(~has_right, repeats), np.ones_like(has_right)]),
+    )
+    similarity, outcome = scores[:, : calibration.top_k][slots], right[slots]
+    numbers = {
+        "right: AUROC": auroc(of_known[slots][outcome], of_known[slots][~outcome]),
+        "right: AUROC of similarity": auroc(similarity[outcome], similarity[~outcome]),
+        "right: calibration error": calibration_error(*of_neighbours),
+        "none: AUROC": auroc(none_unknown, none_known[has_right]),
+        "none: calibration error": calibration_error(*of_none),
+        "none: found at 5% false alarms": share_found(none_known[has_right], none_unknown),
+    }
+    return numbers, {"a neighbour is right": of_neighbours, "none is right": of_none}
+
+
 def describe(calibration: CalibrationConfig, scores: np.ndarray, right: np.ndarray) -> str:
     """Return how well the probabilities fit the rows that they were fitted on, in lines."""
-    known, unknown = known_and_unknown(scores, right, calibration.top_k)
+    numbers, _ = measure(calibration, scores, right)
     right = right[:, : calibration.top_k]
-    of_known, none_known = (part.numpy() for part in probabilities(calibration, torch.from_numpy(known)))
-    _, none_unknown = (part.numpy() for part in probabilities(calibration, torch.from_numpy(unknown)))
-    slots, has_right = np.isfinite(known), right.any(axis=1)
-    probability, outcome = of_known[slots], right[slots]
+    share = right[np.isfinite(scores[:, : calibration.top_k])].mean()
     return "\n".join(
         [
-            f"{len(scores)} images, {calibration.top_k} neighbours of each: {outcome.mean():.1%} of them are "
-            f"right, {has_right.mean():.1%} of the images have a right one.",
-            f"Right neighbours told from wrong ones: AUROC {auroc(probability[outcome], probability[~outcome]):.3f}, "
-            f"calibration error {calibration_error(probability, outcome):.3f}",
+            f"{len(scores)} images, {calibration.top_k} neighbours of each: {share:.1%} of them are "
+            f"right, {right.any(axis=1).mean():.1%} of the images have a right one.",
+            f"Right neighbours told from wrong ones: AUROC {numbers['right: AUROC']:.3f}, calibration error "
+            f"{numbers['right: calibration error']:.3f}",
             "Images told from the same ones as a bank without their rows sees them: AUROC "
-            f"{auroc(none_unknown, none_known[has_right]):.3f}, "
-            f"{share_found(none_known[has_right], none_unknown):.1%} found at 5% false alarms",
+            f"{numbers['none: AUROC']:.3f}, {numbers['none: found at 5% false alarms']:.1%} found at 5% false alarms",
         ]
     )
 
