@@ -94,7 +94,7 @@ def _fit(evidence: np.ndarray, outcomes: np.ndarray, weights: np.ndarray) -> lis
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Return the probability that a positive number is the larger one of a random pair: 0.5 by chance, nan for none."""
+    """Return the probability that a positive number is the larger one of a random pair: 0.5 by chance, nan if none."""
     if not len(positive) or not len(negative):
         return float("nan")
     negative = np.sort(negative)

@@ -30,7 +30,7 @@ class Pairs:
     Attributes:
         keywords: words that go with each concept and share no word with its label; some have none.
         group: `(concepts,)`, the same number for concepts that share a drawing, pixel for pixel.
-        train, heldout: rows to train on, and to evaluate on.
+        train, validation, heldout: rows to train on, to fit probabilities on, and to evaluate on.
         known: those of `train` whose Noto drawings are in the bank.
     """
 
@@ -40,6 +40,7 @@ class Pairs:
     group: np.ndarray
     train: np.ndarray
     known: np.ndarray
+    validation: np.ndarray
     heldout: np.ndarray
 
     @property
@@ -53,7 +54,7 @@ def load_pairs(seed: int = 0, concepts: int | None = None, split: str = "test") 
     25% to test. Concepts that share a drawing, pixel for pixel, go to the same side.
 
     Args:
-        split: which concepts are held out, `"validation"` or `"test"`; the others are left out.
+        split: which concepts are held out, `"validation"` or `"test"`; without "test", none are left for `validation`.
 
     Raises `FileNotFoundError` outside a clone of the repository.
     """
@@ -74,11 +75,11 @@ def load_pairs(seed: int = 0, concepts: int | None = None, split: str = "test") 
     group = equal_drawings(noto["image"], twemoji["image"])
     order = rng.permutation(np.unique(group))[::-1]  # the first ones are known from choosing the settings of keys
     first, second = round(len(order) * TEST), round(len(order) * (TEST + VALIDATION))
-    heldout = {"test": order[:first], "validation": order[first:second]}[split]
-    train = order[second:]
-    kept = np.flatnonzero(np.isin(group, [*train, *heldout]))
+    validation, train = order[first:second], order[second:]
+    validation, heldout = {"test": (validation, order[:first]), "validation": ([], validation)}[split]
+    kept = np.flatnonzero(np.isin(group, [*train, *validation, *heldout]))
     noto, twemoji, group = noto.select(kept), twemoji.select(kept), group[kept]
-    parts = train, train[: round(len(train) * KNOWN)], heldout
+    parts = train, train[: round(len(train) * KNOWN)], validation, heldout
     keywords = [keywords_of(*row) for row in zip(noto["label"], noto["tags"], strict=True)]
     return Pairs(noto, twemoji, keywords, group, *(np.flatnonzero(np.isin(group, part)) for part in parts))
 

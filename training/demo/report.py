@@ -4,13 +4,16 @@ import json
 from dataclasses import asdict
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...hub_cards.markdown import table as markdown_table
+from ...modeling_tinyalign.outputs import probabilities
+from ..bank.calibration import measure, plot_reliability, share_found
 from ..evaluation.bootstrap import DRAWS, Interval
 from ..hub.run_facts import hardware, read_records, versions
-from .state import BANKS, KEYWORDS_PROMPT, PROMPT, Demo
+from .state import BANKS, KEYWORDS_PROMPT, PROMPT, TOP_K, Demo
 
 # In the order of the tables.
 SYSTEMS = {
@@ -23,7 +26,7 @@ SYSTEMS = {
     "random_bank": "TinyAlign, random bank",
     "latents": "Latents alone (the paper's way)",
     "tinyalign": "**TinyAlign**",
-    "text_cut": "Text-only RAG, cut at as many tokens",
+    "text_cut": "Text-only RAG, cut at 32 tokens",
     "text_rag": "Text-only RAG, whole",
     "true_name": "Text-only RAG given the true name",
 }
@@ -45,6 +48,7 @@ BANK_TITLES = {
     "with": "all held-out concepts",
     "half": "half of them",
     "without": "none of them",
+    "off": 'memory="off"',
     "other": "none, other pictures: characters of a font",
     "random": "all of them, under wrong keys",
 }
@@ -52,8 +56,9 @@ REPORT = """# TinyAlign demo{quick}
 
 {queries} Twemoji drawings of concepts that were never trained on. Two questions about each: "{prompts[0]}", of
 {asked} of them, whose answer has no word of the name, and "{prompts[1]}", asked by itself. The bank holds Noto
-drawings of {known} of the {train} training concepts with their names and nothing else. "Has it" is that bank with the
-drawings of the held-out concepts added after training, "lacks it" is without them.
+drawings of {known} of the {train} training concepts with their names and nothing else; its keys were learned from the
+others, which it does not have. "Has it" is that bank with the drawings of the held-out concepts added after training,
+"lacks it" is without them.
 
 All trained systems had the same seed ({config.seed}), {config.stage1_steps} steps of stage 1 and {config.stage2_steps}
 of stage 2 (LoRA), {config.batch_size} drawings a step; it is one run each. Brackets are 95% intervals over concepts
@@ -75,6 +80,15 @@ A bank that lacks a concept cannot give its name. Copying the nearest name needs
 ## TinyAlign with other banks
 
 {tables[banks]}
+
+## Does the bank know?
+
+`model.retrieve` says how probably each neighbour is right, and none of them. Fitted on {validation} validation
+concepts, measured on these queries, asked of the bank that has them and of the same bank without the right rows.
+
+{tables[probabilities]}
+
+![How often what has a probability is true](reliability.png)
 
 ## Cost
 
@@ -159,6 +173,25 @@ def cost_table(demo: Demo) -> str:
     return markdown_table(["", "tokens", "s per answer", "s of training"], rows)
 
 
+def probability_table(demo: Demo) -> str:
+    """Return how well the bank knows what it knows, and plot it as reliability.png."""
+    bank, found = demo.banks["with"], demo.found["with"]
+    calibration = bank.config.calibration
+    if calibration is None:
+        return "(none were fitted)"
+    right = demo.is_right(demo.concepts["with"], found, demo.queried)
+    numbers, curves = measure(calibration, found[0], right)
+    plot_reliability(demo.out / "reliability.png", curves)
+    queries = bank.encode_queries(torch.from_numpy(demo.features["other"]))
+    none = [
+        probabilities(calibration, scores)[1].numpy()
+        for scores in (torch.from_numpy(found[0][:, :TOP_K]), bank.search(queries, TOP_K)[0])
+    ]
+    has_right = right[:, :TOP_K].any(axis=1)
+    numbers["pictures of another kind: found at 5% false alarms"] = share_found(none[0][has_right], none[1])
+    return markdown_table(["", ""], [[name, f"{number:.3f}"] for name, number in numbers.items()])
+
+
 def plot_losses(demo: Demo) -> None:
     """Plot the training losses of the systems in both stages, as loss.png."""
     figure = Figure(figsize=(11, 3.6))
@@ -225,6 +258,7 @@ def write_report(demo: Demo, answer: str, label: str) -> None:
         "names": question_table(demo, ("exact_match", "name_loss"), ("exact match", "loss per token")),
         "banks": bank_table(demo),
         "cost": cost_table(demo),
+        "probabilities": probability_table(demo),
     }
     text = REPORT.format(
         quick=" (quick run: too short to compare systems)" if demo.quick else "",
@@ -232,6 +266,7 @@ def write_report(demo: Demo, answer: str, label: str) -> None:
         asked=len(demo.asked),
         known=len(demo.pairs.known),
         train=len(demo.pairs.train),
+        validation=len(demo.pairs.validation),
         prompts=(KEYWORDS_PROMPT, PROMPT),
         draws=DRAWS,
         config=demo.config,

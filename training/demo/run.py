@@ -13,7 +13,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from ...modeling_tinyalign import MemoryBank, TinyAlignConfig
+from ...modeling_tinyalign.bank_format import CONFIG_NAME, CalibrationConfig
 from ...modeling_tinyalign.connectors import CaptionTokenizer
+from ..bank.calibration import fit_calibration
+from ..bank.learned_keys import learn_keys
 from ..bank.value_encoder_training import ValueEncoderTrainingConfig
 from ..data.features import cache_vision_features
 from ..data.neighbours import find_neighbours, source_ids_of
@@ -21,7 +24,7 @@ from .cards import write_demo_cards
 from .controls import run_controls
 from .pairs import character_pictures, load_pairs, options_of
 from .report import write_report
-from .state import BANKS, TOP_K, Clock, Demo, DemoConfig, write_json
+from .state import BANKS, OTHER_BANKS, TOP_K, Clock, Demo, DemoConfig, write_json
 from .systems import compose, evaluate_system, train_system
 from .weights import check_installed, convert_efficientnet_lite0, convert_smollm2
 
@@ -113,13 +116,18 @@ def prepare(demo: Demo) -> None:
     }
     demo.clock("frozen visual features cached")
     train, queries = (features["twemoji"][rows] for rows in (pairs.train, demo.queried))
-    demo.features = {"train": train, "queries": queries, "noto": features["noto"]}
+    demo.features = {"train": train, "queries": queries} | features
     make_banks(demo, model, processor)
     demo.clock("memory banks built")
     own = source_ids_of(pairs.twemoji.select(pairs.train)["image"])
     demo.found = {"train": find_neighbours(demo.banks["without"], model, demo.features["train"], TOP_K, own)}
     for name, bank in demo.banks.items():
         demo.found[name] = find_neighbours(bank, model, demo.features["queries"], min(SEARCHED, len(bank)))
+    scores, ids = demo.found["without"]
+    demo.banks["off"], demo.found["off"] = (
+        demo.banks["without"],
+        (np.full_like(scores, -np.inf), np.full_like(ids, -1)),
+    )
     rng = np.random.default_rng(config.seed)
     near = demo.concepts["without"][demo.found["without"][1]]
     demo.options = [options_of(pairs, *query, rng) for query in zip(demo.queried, near, strict=True)]
@@ -128,22 +136,50 @@ def prepare(demo: Demo) -> None:
 
 
 def make_banks(demo: Demo, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Make the bank without the held-out concepts, others with all and half of them, shuffled, of other pictures."""
-    pairs, seed = demo.pairs, demo.config.seed
+    """Make the bank without the held-out concepts, others with all and half of them, shuffled, of other pictures.
+
+    Keys are learned from the training concepts that the bank does not have, probabilities on the validation concepts.
+    """
+    pairs, features, seed = demo.pairs, demo.features, demo.config.seed
     half = np.random.default_rng(seed).permutation(pairs.heldout)[::2]  # half of the queries, too
     demo.concepts = {"without": pairs.known}
     for name, added in (("with", pairs.heldout), ("half", np.sort(half))):
         demo.concepts[name] = np.concatenate([pairs.known, added])
-    parts, settings = (model, processor, pairs.noto, demo.features["noto"]), key_settings(pairs.known)
-    for name in ("without", "with", "half"):
-        path = demo.out / ("bank_half" if name == "half" else f"bank_{name}_heldout")
-        demo.banks[name] = make_bank(path, *parts, demo.concepts[name], demo.banks.get("without"), **settings)
+    parts = model, processor, pairs.noto, features["noto"]
+    if all((bank_folder(demo, name) / CONFIG_NAME).exists() for name in demo.concepts):
+        demo.banks = {name: MemoryBank.from_pretrained(bank_folder(demo, name)) for name in demo.concepts}
+    else:
+        unknown = np.setdiff1d(pairs.train, pairs.known)
+        begun = make_bank(*parts, pairs.known, **key_settings(pairs.known))
+        begun = learn_keys(begun, features["noto"][unknown], features["twemoji"][unknown], seed)
+        calibration = calibrate(demo, make_bank(*parts, pairs.validation, begun), model)
+        for name, concepts in demo.concepts.items():
+            new = concepts[len(begun) :]
+            bank = make_bank(*parts, new, begun) if len(new) else begun
+            bank.with_calibration(calibration).save_pretrained(bank_folder(demo, name))
+            demo.banks[name] = MemoryBank.from_pretrained(bank_folder(demo, name))
     demo.banks["random"] = demo.banks["with"].shuffled(seed)
-    characters = character_pictures(NUM_CHARACTERS, seed)
-    seen = cache_vision_features(model, processor, characters["image"], demo.out / "features" / "characters")
-    rows = np.arange(len(characters))
-    settings = key_settings(rows)
-    demo.banks["other"] = make_bank(demo.out / "bank_other", model, processor, characters, seen, rows, **settings)
+    others = character_pictures(NUM_CHARACTERS, seed)
+    demo.features["other"] = cache_vision_features(
+        model, processor, others["image"], demo.out / "features" / "characters", desc="characters"
+    )
+    rows = np.arange(len(others))
+    demo.banks["other"] = make_bank(model, processor, others, demo.features["other"], rows, **key_settings(rows))
+
+
+def calibrate(demo: Demo, bank: MemoryBank, model: PreTrainedModel) -> CalibrationConfig | None:
+    """Return what makes probabilities of similarities, fitted on the validation concepts, which `bank` ends with."""
+    pairs = demo.pairs
+    if not len(pairs.validation):
+        return None
+    found = find_neighbours(bank, model, demo.features["twemoji"][pairs.validation], SEARCHED)
+    concepts = np.concatenate([pairs.known, pairs.validation])
+    return fit_calibration(found[0], demo.is_right(concepts, found, pairs.validation), TOP_K, len(bank))
+
+
+def bank_folder(demo: Demo, name: str) -> Path:
+    """Return the folder of a bank of drawings."""
+    return demo.out / ("bank_half" if name == "half" else f"bank_{name}_heldout")
 
 
 def key_settings(rows: np.ndarray) -> dict[str, int]:
@@ -152,19 +188,21 @@ def key_settings(rows: np.ndarray) -> dict[str, int]:
 
 
 def make_latent_banks(demo: Demo) -> None:
-    """Make the banks with values, whose rows and keys are those of the banks with names alone."""
+    """Make the banks with values, whose rows are those of the banks with names alone, and so the neighbours."""
     parts = *compose(demo.weights, demo.config, memory_input="latents"), demo.pairs.noto, demo.features["noto"]
     training = ValueEncoderTrainingConfig(steps=demo.config.value_encoder_steps, seed=demo.config.seed)
     settings = {**key_settings(demo.pairs.known), "value_encoder_training": training}
     for name in reversed(BANKS):
-        path, rows = demo.out / f"bank_latents_{name}", demo.concepts[name]
-        demo.banks[f"latents_{name}"] = make_bank(path, *parts, rows, demo.banks.get("latents_without"), **settings)
-        demo.found[f"latents_{name}"] = demo.found[name]  # the keys are the same
+        path, rows, begun = demo.out / f"bank_latents_{name}", demo.concepts[name], demo.banks.get("latents_without")
+        if not (path / CONFIG_NAME).exists():
+            new = rows if begun is None else rows[len(begun) :]
+            make_bank(*parts, new, begun, **settings).save_pretrained(path)
+        demo.banks[f"latents_{name}"] = MemoryBank.from_pretrained(path)
+        demo.found[f"latents_{name}"] = demo.found[name]
     demo.clock("memory banks built")
 
 
 def make_bank(
-    path: Path,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     drawings: datasets.Dataset,
@@ -173,17 +211,12 @@ def make_bank(
     begun: MemoryBank | None = None,
     **settings,
 ) -> MemoryBank:
-    """Return a bank of drawings with their labels, kept in `path`; `begun` is a bank of the first of them."""
-    if not (path / "bank_config.json").exists():
-        build = {"caption_column": "label", "keep_duplicates": True}  # some concepts share a drawing
-        new = rows if begun is None else rows[len(begun) :]
-        build["vision_features"] = features[new]
-        if begun is None:
-            bank = MemoryBank.build(drawings.select(new), model, processor, **build, **settings)
-        else:
-            bank = begun.add(drawings.select(new), model, processor, **build)
-        bank.save_pretrained(path)
-    return MemoryBank.from_pretrained(path)
+    """Return a bank of these rows of the drawings with their labels, or the bank `begun` with them added."""
+    build = {"caption_column": "label", "keep_duplicates": True}  # some concepts share a drawing
+    build["vision_features"] = features[rows]
+    if begun is None:
+        return MemoryBank.build(drawings.select(rows), model, processor, **build, **settings)
+    return begun.add(drawings.select(rows), model, processor, **build)
 
 
 def run_without_memory(demo: Demo) -> None:
@@ -206,9 +239,13 @@ def run_without_memory(demo: Demo) -> None:
     packer = CaptionTokenizer(model[1].tokenizer, TinyAlignConfig().memory_tokens)
     for bank in BANKS:
         whole = demo.captions(bank)
-        cut = [[packer.tokenizer.decode(packer.pack([packer.tokenize(name) for name in names]))] for names in whole]
+        packed = [packer.pack([packer.tokenize(name) for name in names]) for names in whole]
+        cut = [[packer.tokenizer.decode(tokens).strip()] for tokens in packed]
         results["text_rag"][bank] = evaluate_system(demo, f"text_rag_{bank}", *model, captions=whole)
-        results["text_cut"][bank] = evaluate_system(demo, f"text_cut_{bank}", *model, captions=cut)
+        if cut == [["; ".join(names)] for names in whole]:
+            results["text_cut"][bank] = results["text_rag"][bank]
+        else:
+            results["text_cut"][bank] = evaluate_system(demo, f"text_cut_{bank}", *model, captions=cut)
     demo.clock("evaluated")
 
 
@@ -224,7 +261,7 @@ def run_with_memory(demo: Demo) -> tuple[PreTrainedModel, ProcessorMixin]:
         demo.clock("evaluated")
     model, processor = train_system(demo, "tinyalign", "without")
     results["tinyalign"] = {}
-    for bank in (*BANKS, *(("half", "other", "random") if demo.config.every_row else ())):
+    for bank in (*BANKS, *(OTHER_BANKS if demo.config.every_row else ())):
         results["tinyalign"][bank] = evaluate_system(demo, f"tinyalign_{bank}", model, processor, bank=bank)
     if "random" in results["tinyalign"]:
         results["random_bank"] = {"with": results["tinyalign"]["random"]}

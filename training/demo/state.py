@@ -15,6 +15,7 @@ from ..evaluation.bootstrap import Interval, interval, paired_difference
 from .pairs import NUM_KEYWORDS, Pairs
 
 BANKS = ("with", "without")  # the drawings of the held-out concepts
+OTHER_BANKS = ("off", "half", "other", "random")  # "off" is none: what memory="off" reads
 KEYWORDS_PROMPT = "Which words go with it?"
 PROMPT = "What is this?"
 TOP_K = 4
@@ -107,7 +108,8 @@ class Demo:
     pairs: Pairs
     weights: dict[str, Path]
     clock: Clock
-    features: dict[str, np.ndarray] = field(default_factory=dict)  # of the drawings: "train", "queries" and "noto"
+    # Of the drawings: "train", "queries", all in each style "noto" and "twemoji", and "other" pictures.
+    features: dict[str, np.ndarray] = field(default_factory=dict)
     banks: dict[str, MemoryBank] = field(default_factory=dict)
     concepts: dict[str, np.ndarray] = field(default_factory=dict)  # of a bank's rows: rows of `pairs`
     # Scores and ids of neighbours, (queries, k): of the queries by bank, and of the training drawings, "train",
@@ -153,6 +155,10 @@ class Demo:
         """Return the names of the neighbours that were found for these queries, in the bank of that name."""
         _, ids = self.found[queries]
         return [[row["caption"] for row in rows] for rows in self.banks[bank or queries].rows(ids[:, :TOP_K])]
+
+    def is_right(self, concepts: np.ndarray, found: tuple[np.ndarray, np.ndarray], queried: np.ndarray) -> np.ndarray:
+        """Return which neighbours show the concept that is asked for, `(queries, k)`; `concepts` are the bank's."""
+        return self.pairs.group[concepts[found[1]]] == self.pairs.group[queried][:, None]
 
     def groups(self, metric: str) -> np.ndarray:
         """Return numbers of the concepts that the questions of a metric are about."""

@@ -106,10 +106,12 @@ def _score(
         **{name: outputs[name]},
         use_cache=True,
     )
-    logits = torch.cat([first, outputs.logits], dim=1).float()
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    is_wrong = (logits.argmax(-1) != targets) & (targets >= 0)
-    num_tokens = (targets >= 0).sum(1)
+    is_target = targets >= 0
+    logits = torch.cat([first, outputs.logits], dim=1)[is_target].float()
+    losses, is_wrong = torch.zeros(targets.shape, device=model.device), torch.zeros_like(is_target)
+    losses[is_target] = F.cross_entropy(logits, targets[is_target], reduction="none")
+    is_wrong[is_target] = logits.argmax(-1) != targets[is_target]
+    num_tokens = is_target.sum(1)
     is_end = F.one_hot(num_tokens - 1, targets.shape[1])
     likelihoods = -(losses * (1 - is_end)).sum(1) / (num_tokens - 1)
     columns = losses.sum(1), num_tokens, likelihoods, ~is_wrong.any(1)

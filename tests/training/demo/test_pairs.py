@@ -14,12 +14,14 @@ def pairs():
 
 def test_split_by_concept_and_drawing(pairs):
     assert list(pairs.noto["concept"]) == list(pairs.twemoji["concept"])
-    assert sorted([*pairs.train, *pairs.heldout]) == list(range(len(pairs.noto)))
+    assert sorted([*pairs.train, *pairs.validation, *pairs.heldout]) == list(range(len(pairs.noto)))
     validation = load_pairs(split="validation")
+    assert sorted([*validation.train, *validation.heldout]) == list(range(len(validation.noto)))
     parts = [
         set(np.array(split.noto["concept"])[rows])
-        for split, rows in ((pairs, pairs.train), (validation, validation.heldout), (pairs, pairs.heldout))
+        for split, rows in ((pairs, pairs.train), (pairs, pairs.validation), (pairs, pairs.heldout))
     ]
+    assert parts[1] == set(np.array(validation.noto["concept"])[validation.heldout])
     assert sum(map(len, parts)) == len(set.union(*parts)) == 1911
     assert [len(part) / 1911 for part in parts] == pytest.approx([0.6, 0.15, 0.25], abs=0.01)
     for rows in ("train", "known"):

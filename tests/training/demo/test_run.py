@@ -10,7 +10,7 @@ from tinyalign_cli.main import main
 from tinyalign_vlm.training.demo import run, weights
 from tinyalign_vlm.training.demo.run import DemoConfig, run_demo
 
-TINY = DemoConfig(concepts=60, value_encoder_steps=3, stage1_steps=2, stage2_steps=1, batch_size=4)
+TINY = DemoConfig(concepts=100, value_encoder_steps=3, stage1_steps=2, stage2_steps=1, batch_size=4)
 
 
 def test_demo_runs_and_resumes(tmp_path, checkpoints, monkeypatch, capsys):
@@ -33,9 +33,9 @@ def test_demo_runs_and_resumes(tmp_path, checkpoints, monkeypatch, capsys):
     assert text.count("| **TinyAlign** |") == 3 and text.count("Copy the nearest name") == 1
     for row in ("Latents alone", "Best rule", "wider connector", "true name", "half of them", "characters of a font"):
         assert f"{row}" in text
-    assert {"loss.png", "neighbours.png", "results.json"} <= {path.name for path in out.iterdir()}
+    assert {"loss.png", "neighbours.png", "reliability.png", "results.json"} <= {path.name for path in out.iterdir()}
     summaries = json.loads((out / "results.json").read_text())["summaries"]
-    assert summaries["tinyalign"].keys() == {"with", "without", "half", "other", "random"}
+    assert summaries["tinyalign"].keys() == {"with", "without", "off", "half", "other", "random"}
     assert summaries["copy"]["without"]["exact_match"] == [0.0, 0.0, 0.0]
     folders = ("checkpoint", "bank_with_heldout", "bank_without_heldout")
     cards = {name: (tmp_path / name / "README.md").read_text() for name in folders}
