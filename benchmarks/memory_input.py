@@ -1,92 +1,122 @@
 """
-What a model should read of its neighbours and meet in training: the demo's job, on validation concepts.
+What a model should read of its neighbours and meet in training: the demo's job, on validation concepts, three seeds.
 
-    tinyalign demo && python benchmarks/memory_input.py demo out --seeds 3
+    tinyalign demo && python benchmarks/memory_input.py demo out
 
-Each seed trains, in the demo's steps, the baseline and TinyAlign with captions, with captions and latents, with
-latents alone (the paper's way), and with captions from a bank that knows every training concept, without memory
-dropout and with the default. Every number is of concepts that were never trained on, with a bank that has them, one
-that lacks them, and none ("off"): the mean of the seeds, and from their lowest to their highest. Training goes on
-where it was interrupted; docs/method.md has the table.
+Each seed trains, in the demo's steps: the baseline; TinyAlign ("captions"), text-only RAG ("text"), captions and
+latents ("both") and latents alone, the paper's way ("latents"), all on training concepts of which the bank lacks 30%;
+and captions with training concepts that the bank has, without memory dropout ("known") and with the default one
+("dropout"). Every number is of concepts that were never trained on, with a bank that has them, one that lacks them,
+and none ("off"): the mean of the seeds, and from their lowest to their highest. "mixed" and "weighted" mix the
+probabilities of the answers with and without memory in one model: half and half, and by the probability that a
+neighbour is right. Training goes on where it was interrupted; docs/method.md has the table.
 """
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from transformers.utils import logging
 
-from tinyalign_vlm.training.bank.value_encoder_training import ValueEncoderTrainingConfig
-from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.modeling_tinyalign.outputs import probabilities
+from tinyalign_vlm.training.bank.calibration import fit_calibration
+from tinyalign_vlm.training.data.neighbours import find_neighbours
 from tinyalign_vlm.training.demo import run, systems
 from tinyalign_vlm.training.demo.pairs import load_pairs
-from tinyalign_vlm.training.demo.state import TOP_K, Clock, Demo, DemoConfig
+from tinyalign_vlm.training.demo.state import BANKS, TOP_K, Clock, Demo, DemoConfig, Result
 
 METRICS = ("choice", "keyword_loss", "exact_match", "name_loss")
 DROPOUT = 0.3  # the default of `tinyalign train`
-SYSTEMS = ("baseline", "captions", "known", "known_dropout", "both", "latents")
+SYSTEMS = ("baseline", "captions", "text", "known", "dropout", "both", "latents")
 
 
-def prepare(folder: Path, weights: dict[str, Path], config: DemoConfig) -> Demo:
+def prepare(folder: Path, weights: dict[str, Path], seed: int) -> Demo:
     """Make features, banks and neighbours of one seed."""
-    pairs = load_pairs(config.seed, config.concepts, config.split)
+    config = DemoConfig(split="validation", seed=seed)
+    pairs = load_pairs(seed, split=config.split)
     demo = Demo(folder, False, config, pairs, weights, Clock(folder / "clock.json"))
     run.prepare(demo)
-    scores, ids = demo.found["without"]
-    demo.found["off"], demo.banks["off"] = (
-        (np.full_like(scores, -np.inf), np.full_like(ids, -1)),
-        demo.banks["without"],
-    )
     return demo
 
 
-def add_banks(demo: Demo, values: bool) -> None:
-    """Make a bank of all training concepts, and with `values` banks of the same rows that have them."""
-    memory = {"memory_input": "latents"} if values else {}
-    model, processor = systems.compose(demo.weights, demo.config, memory_top_k=TOP_K, **memory)
-    parts = model, processor, demo.pairs.noto, demo.features["noto"]
-    if values:
-        training = ValueEncoderTrainingConfig(steps=demo.config.value_encoder_steps, seed=demo.config.seed)
-        settings = {**run.key_settings(demo.pairs.known), "value_encoder_training": training}
-        for name in ("without", "with"):
-            path, begun = demo.out / f"bank_values_{name}", demo.banks.get("values_without")
-            demo.banks[f"values_{name}"] = run.make_bank(path, *parts, demo.concepts[name], begun, **settings)
-            demo.found[f"values_{name}"] = demo.found[name]  # the keys are the same
-        return
-    rows = np.concatenate([demo.pairs.known, np.setdiff1d(demo.pairs.train, demo.pairs.known)])
-    demo.banks["known"] = run.make_bank(demo.out / "bank_known", *parts, rows, demo.banks["without"])
-    own = source_ids_of(demo.pairs.twemoji.select(demo.pairs.train)["image"])
-    demo.found["train_known"] = find_neighbours(demo.banks["known"], model, demo.features["train"], 2 * TOP_K, own)
+def of_known_concepts(demo: Demo, dropout: float) -> Demo:
+    """Return the demo with training concepts that the bank has."""
+    pairs, (scores, ids) = demo.pairs, demo.found["train"]
+    rows = np.searchsorted(pairs.train, pairs.known)
+    return replace(
+        demo,
+        config=replace(demo.config, memory_dropout=dropout),
+        pairs=replace(pairs, train=pairs.known),
+        features=demo.features | {"train": demo.features["train"][rows]},
+        found=demo.found | {"train": (scores[rows], ids[rows])},
+    )
 
 
-def run_one(demo: Demo, name: str) -> None:
-    """Train a system, and evaluate it."""
+def run_one(demo: Demo, name: str) -> dict[str, Result]:
+    """Train a system, and return what it answers by bank."""
     if name == "baseline":
-        model = systems.train_system(demo, name, memory_top_k=0)
-        demo.results[name] = {"off": systems.evaluate_system(demo, name, *model)}
-        return
-    memory, banks = {}, {"with": "with", "without": "without", "off": "off"}
+        return {
+            "off": systems.evaluate_system(demo, name, *systems.train_system(demo, name, memory_top_k=0), answer=False)
+        }
+    if name == "text":
+        model = systems.train_system(demo, name, in_text=True, memory_top_k=0)
+        return {
+            bank: systems.evaluate_system(demo, f"text_{bank}", *model, captions=demo.captions(bank), answer=False)
+            for bank in BANKS
+        }
+    banks = {bank: bank for bank in (*BANKS, "off")}
+    memory = {}
     if name in ("both", "latents"):
-        memory["memory_input"] = name
-        banks = {"with": "values_with", "without": "values_without"}
-    bank, config, train = banks["without"], demo.config, demo.found["train"]
-    if name.startswith("known"):
-        bank, demo.found["train"] = "known", demo.found["train_known"]
-        demo.config = replace(config, memory_dropout=DROPOUT if name == "known_dropout" else 0.0)
-    model = systems.train_system(demo, name, bank, **memory)
-    demo.config, demo.found["train"] = config, train
-    demo.results[name] = {
-        key: systems.evaluate_system(demo, f"{name}_{key}", *model, bank=bank) for key, bank in banks.items()
+        run.make_latent_banks(demo)
+        memory = {"memory_input": name}
+        banks = {bank: f"latents_{bank}" for bank in BANKS}
+    if name in ("known", "dropout"):
+        demo = of_known_concepts(demo, DROPOUT if name == "dropout" else 0.0)
+    model = systems.train_system(demo, name, banks["without"], **memory)
+    found = {}
+    for key, bank in banks.items():
+        found[key] = systems.evaluate_system(demo, f"{name}_{key}", *model, bank=bank, answer=False)
+    return found
+
+
+def knows(demo: Demo) -> dict[str, np.ndarray]:
+    """Return the probability that a neighbour is right, by bank; fitted on training concepts, `(queries,)` each."""
+    bank, pairs = demo.banks["without"], demo.pairs
+    model, _ = systems.compose(demo.weights, demo.config, memory_top_k=TOP_K)
+    asked = find_neighbours(bank, model, demo.features["twemoji"][pairs.known], run.SEARCHED)
+    right = demo.is_right(pairs.known, asked, pairs.known)
+    calibration = fit_calibration(asked[0], right, TOP_K, len(bank))
+    return {
+        name: 1 - probabilities(calibration, torch.from_numpy(demo.found[name][0][:, :TOP_K]))[1].numpy()
+        for name in BANKS
     }
+
+
+def mix(demo: Demo, on: Result, off: Result, weight: np.ndarray) -> Result:
+    """Return the losses of answers whose probability is the weighted mean of those with and without memory."""
+    losses = {}
+    for name, share in (("keyword_losses", weight[demo.asked]), ("name_losses", weight)):
+        parts = np.log(share) - vars(on)[name], np.log1p(-share) - vars(off)[name]
+        losses[name] = -np.logaddexp(*parts)
+    return Result(keyword_tokens=on.keyword_tokens, name_tokens=on.name_tokens, **losses)
+
+
+def add_mixtures(demo: Demo, name: str) -> None:
+    """Add the mixtures of a system with and without its memory to the results."""
+    found, known = demo.results[name], knows(demo)
+    for title, weights in (("mixed", {bank: np.full_like(known[bank], 0.5) for bank in BANKS}), ("weighted", known)):
+        mixed = {bank: mix(demo, found[bank], found["off"], weights[bank].clip(0.001, 0.999)) for bank in BANKS}
+        demo.results[f"{name}, {title}"] = mixed
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, help="output folder of `tinyalign demo`, whose weights are used")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -96,24 +126,28 @@ def main():
         "text": arguments.demo / "weights" / "smollm2-135m-instruct",
     }
     found = {}
-    for seed in range(arguments.seeds):
-        config = DemoConfig(split="validation", seed=seed, every_row=False)
-        demo = prepare(arguments.out / f"seed{seed}", weights, config)
-        add_banks(demo, values=False)
-        if {"both", "latents"} & set(arguments.systems):
-            add_banks(demo, values=True)
+    for seed in arguments.seeds:
+        demo = prepare(arguments.out / f"seed{seed}", weights, seed)
         for name in arguments.systems:
-            run_one(demo, name)
-            for bank in demo.results[name]:
-                scores = {metric: demo.score(name, bank, metric).value for metric in METRICS}
+            demo.results[name] = run_one(demo, name)
+            if "off" in demo.results[name] and name != "baseline":
+                add_mixtures(demo, name)
+        for name, banks in demo.results.items():
+            for bank in banks:
+                scores = {metric: demo.score(name, bank, metric) for metric in METRICS}
                 found.setdefault((name, bank), []).append(scores)
-        print(f"\nseeds 0 to {seed}, {asdict(config)}")
-        print("| system | bank | " + " | ".join(METRICS) + " |\n" + "|---" * (2 + len(METRICS)) + "|")
-        for (name, bank), scores in found.items():
-            row = [f"{np.mean([one[metric] for one in scores]):.3f}" for metric in METRICS]
-            span = [f"{np.ptp([one[metric] for one in scores]):.3f}" for metric in METRICS]
-            cells = " | ".join(f"{mean} ± {spread}" for mean, spread in zip(row, span, strict=True))
-            print(f"| {name} | {bank} | {cells} |", flush=True)
+        print_table(found, len(arguments.seeds[: arguments.seeds.index(seed) + 1]))
+
+
+def print_table(found: dict[tuple[str, str], list[dict]], seeds: int) -> None:
+    """Print the mean of each metric over the seeds, and its lowest and highest value."""
+    print(f"\n{seeds} seeds\n| system | bank | " + " | ".join(METRICS) + " |\n" + "|---" * (2 + len(METRICS)) + "|")
+    for (name, bank), scores in found.items():
+        cells = []
+        for metric in METRICS:
+            values = [one[metric].value for one in scores if one[metric] is not None]
+            cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-")
+        print(f"| {name} | {bank} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def evaluate_system(
     bank: str | None = None,
     captions: Sequence[Sequence[str]] | None = None,
     features: np.ndarray | None = None,
+    answer: bool = True,
 ) -> Result:
     """
     Return what a system answers to the queries, kept in a file of this name.
@@ -136,6 +137,7 @@ def evaluate_system(
         bank: name of the bank that the model reads.
         captions: of neighbours, to be written into the question.
         features: those of other pictures in place of the queries'.
+        answer: let it answer some of them, too.
     """
     path = demo.out / "evaluation" / f"{name}.json"
     if path.exists():
@@ -161,10 +163,14 @@ def evaluate_system(
         words = score_answers(model, processor, questions(KEYWORDS_PROMPT, asked), answers, read, **settings)
         rows = questions(PROMPT, range(len(labels)))
         names = score_answers(model, processor, rows, [[label] for label in labels], read, **settings)
-        shown = rows.select(demo.answered)
-        chatted = shown.map(lambda row: {"messages": [*row["messages"], to_messages("-", "-")[1]]})
-        said = evaluate_answers(model, processor, chatted, read, max_new_tokens=ANSWER_TOKENS, **settings)
-    lengths = [len(encode_chat(processor, row, add_generation_prompt=True)[0]) for row in shown["messages"]]
+        said = {}
+        if answer:
+            shown = rows.select(demo.answered)
+            chatted = shown.map(lambda row: {"messages": [*row["messages"], to_messages("-", "-")[1]]})
+            answers = evaluate_answers(model, processor, chatted, read, max_new_tokens=ANSWER_TOKENS, **settings)
+            lengths = [len(encode_chat(processor, row, add_generation_prompt=True)[0]) for row in shown["messages"]]
+            said = {"answers": answers.answers, "seconds": float(answers.seconds.mean())}
+            said["tokens"] = float(np.mean(lengths))
     result = Result(
         choice=(words.likelihoods[:, 1:].argmax(1) == 0).astype(float),
         exact_match=names.is_greedy[:, 0].astype(float),
@@ -172,9 +178,7 @@ def evaluate_system(
         keyword_tokens=words.num_tokens[:, 0],
         name_losses=names.losses[:, 0],
         name_tokens=names.num_tokens[:, 0],
-        answers=said.answers,
-        seconds=float(said.seconds.mean()),
-        tokens=float(np.mean(lengths)),
+        **said,
     )
     write_json(path, asdict(result))
     return result
