@@ -315,7 +315,8 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             hidden_states = hidden_states[supervised]
             kwargs["shift_labels"] = shift_labels[supervised]
         elif isinstance(logits_to_keep, int):
-            hidden_states = hidden_states[:, -logits_to_keep:]
+            # Of a slice with gaps, torch would copy a frozen head once for each row of the batch.
+            hidden_states = hidden_states[:, -logits_to_keep:].contiguous()
         else:
             hidden_states = hidden_states[:, logits_to_keep]
         logits = self.lm_head(hidden_states)
