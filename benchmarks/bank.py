@@ -352,7 +352,8 @@ def report(results: list[dict], num_rows: int, answers: dict | None):
     )
     for size, found in results[0].get("sizes", {}).items():
         times = (f"{found[number][how]:.2f} ms" for number in (1, QUERIES) for how in ("exact", "fast"))
-        print(f"| {size:,} | {' | '.join(times)} | {found['recall']:.3f} | {found['build']:.1f} s |")
+        recall = "-" if found["recall"] is None else f"{found['recall']:.3f}"
+        print(f"| {size:,} | {' | '.join(times)} | {recall} | {found['build']:.1f} s |")
 
 
 def run(arguments: argparse.Namespace, scratch: Path):

@@ -29,8 +29,8 @@ class DemoConfig:
     concepts: int | None = None
     split: str = "test"  # "validation" to choose settings with
     queries: int = 200  # of the held-out concepts
-    stage1_steps: int = 24
-    stage2_steps: int = 72
+    stage1_steps: int = 20
+    stage2_steps: int = 60
     stage2_learning_rate: float = 1e-3  # of adapters
     value_encoder_steps: int = 150
     memory_dropout: float = 0.0  # the bank lacks 30% of what is trained on
