@@ -120,7 +120,7 @@ def prepare(demo: Demo) -> None:
     make_banks(demo, model, processor)
     demo.clock("memory banks built")
     own = source_ids_of(pairs.twemoji.select(pairs.train)["image"])
-    demo.found = {"train": find_neighbours(demo.banks["without"], model, demo.features["train"], TOP_K, own)}
+    demo.found = {"train": find_neighbours(demo.banks["without"], model, demo.features["train"], 2 * TOP_K, own)}
     for name, bank in demo.banks.items():
         demo.found[name] = find_neighbours(bank, model, demo.features["queries"], min(SEARCHED, len(bank)))
     scores, ids = demo.found["without"]
