@@ -5,8 +5,8 @@ What a model should read of its neighbours and meet in training: the demo's job,
 
 Each seed trains, in the demo's steps: the baseline; TinyAlign ("captions"), text-only RAG ("text"), captions and
 latents ("both") and latents alone, the paper's way ("latents"), all on training concepts of which the bank lacks 30%;
-and captions with training concepts that the bank has, without memory dropout ("known") and with the default one
-("dropout"). Every number is of concepts that were never trained on, with a bank that has them, one that lacks them,
+captions without memory dropout ("coverage"); and captions with training concepts that the bank has, with memory
+dropout ("dropout") and without ("known"). Every number is of concepts that were never trained on, with a bank that has them, one that lacks them,
 and none ("off"): the mean of the seeds, and from their lowest to their highest. "mixed" and "weighted" mix the
 probabilities of the answers with and without memory in one model: half and half, and by the probability that a
 neighbour is right. Training goes on where it was interrupted; docs/method.md has the table.
@@ -29,8 +29,7 @@ from tinyalign_vlm.training.demo.pairs import load_pairs
 from tinyalign_vlm.training.demo.state import BANKS, TOP_K, Clock, Demo, DemoConfig, Result
 
 METRICS = ("choice", "keyword_loss", "exact_match", "name_loss")
-DROPOUT = 0.3  # the default of `tinyalign train`
-SYSTEMS = ("baseline", "captions", "text", "known", "dropout", "both", "latents")
+SYSTEMS = ("baseline", "captions", "text", "coverage", "known", "dropout", "both", "latents")
 
 
 def prepare(folder: Path, weights: dict[str, Path], seed: int) -> Demo:
@@ -42,13 +41,12 @@ def prepare(folder: Path, weights: dict[str, Path], seed: int) -> Demo:
     return demo
 
 
-def of_known_concepts(demo: Demo, dropout: float) -> Demo:
+def of_known_concepts(demo: Demo) -> Demo:
     """Return the demo with training concepts that the bank has."""
     pairs, (scores, ids) = demo.pairs, demo.found["train"]
     rows = np.searchsorted(pairs.train, pairs.known)
     return replace(
         demo,
-        config=replace(demo.config, memory_dropout=dropout),
         pairs=replace(pairs, train=pairs.known),
         features=demo.features | {"train": demo.features["train"][rows]},
         found=demo.found | {"train": (scores[rows], ids[rows])},
@@ -74,7 +72,9 @@ def run_one(demo: Demo, name: str) -> dict[str, Result]:
         memory = {"memory_input": name}
         banks = {bank: f"latents_{bank}" for bank in BANKS}
     if name in ("known", "dropout"):
-        demo = of_known_concepts(demo, DROPOUT if name == "dropout" else 0.0)
+        demo = of_known_concepts(demo)
+    if name in ("coverage", "known"):
+        demo = replace(demo, config=replace(demo.config, memory_dropout=0.0))
     model = systems.train_system(demo, name, banks["without"], **memory)
     found = {}
     for key, bank in banks.items():

@@ -33,7 +33,7 @@ class DemoConfig:
     stage2_steps: int = 60
     stage2_learning_rate: float = 1e-3  # of adapters
     value_encoder_steps: int = 150
-    memory_dropout: float = 0.0  # the bank lacks 30% of what is trained on
+    memory_dropout: float = 0.3  # the default of `tinyalign train`; the bank also lacks 30% of what is trained on
     batch_size: int = 5
     every_row: bool = True  # train more than the baseline and TinyAlign
     seed: int = 0

@@ -91,11 +91,12 @@ def train_system(
     shared = {
         "global_batch_size": config.batch_size,
         "per_device_train_batch_size": config.batch_size,
-        "memory_dropout": config.memory_dropout,
         "seed": config.seed,
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": False,
     }
+    if bank is not None:
+        shared["memory_dropout"] = config.memory_dropout
     stage1 = {"max_steps": config.stage1_steps, "save_steps": 50}
     stage2 = {"max_steps": config.stage2_steps, "learning_rate": config.stage2_learning_rate, "save_strategy": "no"}
     # Dropout takes a third of a step on a CPU, and no row is seen twice.
