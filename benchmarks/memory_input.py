@@ -6,10 +6,10 @@ What a model should read of its neighbours and meet in training: the demo's job,
 Each seed trains, in the demo's steps: the baseline; TinyAlign ("captions"), text-only RAG ("text"), captions and
 latents ("both") and latents alone, the paper's way ("latents"), all on training concepts of which the bank lacks 30%;
 captions without memory dropout ("coverage"); and captions with training concepts that the bank has, with memory
-dropout ("dropout") and without ("known"). Every number is of concepts that were never trained on, with a bank that has them, one that lacks them,
-and none ("off"): the mean of the seeds, and from their lowest to their highest. "mixed" and "weighted" mix the
-probabilities of the answers with and without memory in one model: half and half, and by the probability that a
-neighbour is right. Training goes on where it was interrupted; docs/method.md has the table.
+dropout ("dropout") and without ("known"). Every number is of concepts that were never trained on, with a bank that has
+them, one that lacks them, and none ("off"): the mean of the seeds, and from their lowest to their highest.
+"mixed" and "weighted" mix the probabilities of the answers with and without memory in one model: half and half, and by
+the probability that a neighbour is right. Training goes on where it was interrupted; docs/method.md has the table.
 """
 
 import argparse
