@@ -34,6 +34,7 @@ from .outputs import (
     cache_of,
     check_no_placeholders,
     language_model_fields,
+    repeat_queries,
     sources_of,
     take_image_inputs,
     uncached_images,
@@ -179,7 +180,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         mm_encoder_outputs: dict[str, TinyAlignImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TinyAlignModelOutputWithPast:
-        """Take the inputs of [`get_image_features`], or its output as `mm_encoder_outputs["image"]`, as well."""
+        """Take the inputs of [`get_image_features`], with a query a row, or its output in `mm_encoder_outputs`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         kwargs |= kwargs.pop("call_settings", None) or {}
@@ -193,7 +194,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if images_given or images is not None or input_ids is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         if images_given:
-            images = self.get_image_features(**image_inputs, return_dict=True)
+            images = self.get_image_features(**repeat_queries(self.config, image_inputs, mask), return_dict=True)
             if checked:
                 images.pooler_output = uncached_images(self.config, images.pooler_output, mask, cache_of(kwargs))
         if inputs_embeds is None:
@@ -363,7 +364,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             if cache_of(kwargs) is None and "mm_encoder_outputs" not in kwargs:
                 check_no_placeholders(self.config, mask)
             return None, mask
-        images = self.model.get_image_features(**image_inputs, return_dict=True)
+        images = self.model.get_image_features(**repeat_queries(self.config, image_inputs, mask), return_dict=True)
         features = uncached_images(self.config, images.pooler_output, mask, cache_of(kwargs), whole)
         if features:
             kwargs["mm_encoder_outputs"] = {"image": TinyAlignImageFeatures(pooler_output=features)}

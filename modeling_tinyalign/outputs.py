@@ -137,6 +137,15 @@ def take_image_inputs(kwargs: dict) -> dict:
     return inputs
 
 
+def repeat_queries(config: TinyAlignConfig, inputs: dict, mask: torch.Tensor) -> dict:
+    """Return image inputs with the query of each row repeated for its images, whose places are in the `mask`."""
+    queries = [name for name in ("query_input_ids", "query_attention_mask") if inputs[name] is not None]
+    if is_tracing(mask) or not queries or len(inputs[queries[0]]) != len(mask):
+        return inputs
+    counts = mask.sum(1) // config.num_image_tokens
+    return inputs | {name: inputs[name].repeat_interleave(counts.to(inputs[name].device), 0) for name in queries}
+
+
 def check_image_places(config: TinyAlignConfig, mask: torch.Tensor, features: list[torch.Tensor]):
     """Raise ValueError unless each row has its images' placeholders: two wrong rows could cancel out."""
     size = len(features[0])

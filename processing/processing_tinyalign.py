@@ -192,7 +192,7 @@ class TinyAlignProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask`, `pixel_values (images, 3, H, W)`, and with `key_space="language"` and a
-            query `query_input_ids`, `query_attention_mask (images, Q)`.
+            query `query_input_ids`, `query_attention_mask (texts, Q)`.
         """
         settings = taken_settings(kwargs)
         texts = [text] if isinstance(text, str) else text
@@ -207,12 +207,10 @@ class TinyAlignProcessor(ProcessorMixin):
         if "offset_mapping" in inputs:
             inputs["offset_mapping"] = self._offsets_before_expansion(inputs["offset_mapping"], texts)
             inputs.pop("text_replacement_offsets", None)
-        if self.key_space == "language" and query_text is not None and images is not None:
-            queries = [query_text] if isinstance(query_text, str) else query_text
-            if len(queries) != len(texts):
-                raise ValueError(f"Found {len(queries)} query_text for {len(texts)} texts, expected one for each.")
-            counts = [sample.count(self.image_token) for sample in texts]
-            queries = [query for query, count in zip(queries, counts, strict=True) for _ in range(count)]
+        if self.key_space == "language" and query_text is not None:
+            queries, asked = [query_text] if isinstance(query_text, str) else query_text, texts or images or []
+            if len(queries) != len(asked):
+                raise ValueError(f"Found {len(queries)} query_text for {len(asked)} texts, expected one for each.")
             inputs.update(self.query_inputs(queries, kwargs.get("return_tensors")))
         if settings:
             inputs["call_settings"] = settings
@@ -272,6 +270,8 @@ class TinyAlignProcessor(ProcessorMixin):
     def query_inputs(self, queries: list[str], return_tensors: str | None = "pt") -> BatchFeature:
         """Questions as `query_input_ids` and `query_attention_mask` `(n, Q)`, for keys in the language space."""
         inputs = self.tokenizer(self.as_text(queries), padding=True, padding_side="right", add_special_tokens=False)
+        if not any(inputs["input_ids"]):  # without words: a token that does not count
+            inputs = self.tokenizer.pad(inputs, padding="max_length", max_length=1)
         inputs = {f"query_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(inputs, tensor_type=return_tensors)
 

@@ -2,8 +2,11 @@
 
 import pytest
 import transformers
+from clients.conftest import only_say_letters
 from packaging.version import Version
 from transformers import pipeline
+
+from tinyalign_vlm import MemoryBank
 
 QUESTIONS = ("what is it?", "user: a longer question, of another length?")
 
@@ -37,6 +40,28 @@ def test_a_batch_of_chats_with_and_without_images(pipes, images):
     alone = [texts(pipes[1], [chat])[0] for chat in asked]
     for batch_size in (2, 3, 4):
         assert texts(pipes[1], asked, batch_size=batch_size) == alone
+
+
+def test_a_batch_retrieves_with_each_chats_own_question(make_model, make_processor, images):
+    model = make_model(key_space="language", memory_input="captions")
+    processor = make_processor(model)
+    only_say_letters(model, processor)
+    rows = [{"image": image, "caption": f"a {image.getpixel((0, 0))} square"} for image in images]
+    model.attach_memory_bank(MemoryBank.build(rows, model, processor))
+    model.read_captions_with(processor.tokenizer)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    first, second = chats(images)
+    wordless = [{"role": "user", "content": first[0]["content"][:1]}]
+    asked = [first, [{"role": "user", "content": "a red square, at length?"}], second, wordless]
+    found, batched = [], []
+    alone = [texts(pipe, [chat], generate_kwargs={"sources": found})[0] for chat in asked]
+    for batch_size in (2, 3, 4):
+        settings = {"batch_size": batch_size, "generate_kwargs": {"sources": batched}}
+        assert texts(pipe, asked, **settings) == alone
+    scores = [[row["score"] for row in rows] for rows in found]
+    assert [len(row) for row in scores] == [2, 0, 4, 2]
+    for number, rows in enumerate(batched):
+        assert [row["score"] for row in rows] == pytest.approx(scores[number % 4], abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

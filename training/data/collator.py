@@ -111,7 +111,6 @@ class TrainingCollator:
         if "exclude_ids" in inputs and "memory_ids" not in rows[0]:
             if self.processor.key_space == "language":
                 queries = [self.processor.query_text_of(row["messages"]) for row in rows]
-                queries = [text for text, count in zip(queries, counts, strict=True) for _ in range(count)]
                 inputs.update(self.processor.query_inputs(queries))
         elif self.bank is not None and not self.prompt_captions:
             ids, scores = zip(
