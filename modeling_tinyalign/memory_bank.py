@@ -208,7 +208,12 @@ class MemoryBank(BankRows):
     def _keep_facts(self, bank: MemoryBank, *names: str) -> MemoryBank:
         """Return a bank made of this one with those facts for its card that are so named."""
         if self.card_facts is not None:
-            facts = json.loads(self.card_facts)
+            try:
+                facts = dict(json.loads(self.card_facts))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"The bank's {CARD_FACTS_NAME} is no JSON object ({error}): mend or delete it."
+                ) from error
             bank.card_facts = json.dumps({name: facts[name] for name in names if name in facts}, indent=2)
         return bank
 
@@ -319,7 +324,7 @@ class MemoryBank(BankRows):
         bank.index = index
         facts = Path(name_or_path, CARD_FACTS_NAME)
         if bank.repo_id is None and facts.is_file():
-            bank.card_facts = facts.read_text(encoding="utf-8")
+            bank.card_facts = facts.read_text(encoding="utf-8", errors="replace")
         if index is not None:  # one that cannot be made is refused now
             bank.key_index = open_index(bank.key_array, bank.folder, index)
         return bank

@@ -29,7 +29,8 @@ def record_bank(
         data: the data set that it has new rows of.
         old: names of the banks that other rows are from.
     """
-    facts = _with_sources(read_facts(folder), bank, data, old, public_command(command))
+    earlier = [_facts_of_bank(name) for name in old]  # first: a broken one is told of by the name of its own file
+    facts = _with_sources(read_facts(folder), bank, data, earlier, public_command(command))
     write_facts(folder, with_facts_of_hub(facts))
 
 
@@ -83,10 +84,9 @@ def command_of_settings(words: Sequence[str], settings: Any) -> list[str]:
 
 
 def _with_sources(
-    facts: BankFacts, bank: MemoryBank, data: Part | None, old: Sequence[Any], command: str | None
+    facts: BankFacts, bank: MemoryBank, data: Part | None, earlier: Sequence[BankFacts], command: str | None
 ) -> BankFacts:
     """Return a bank's own facts with those of its sources. Two sources have no common summary: a person writes it."""
-    earlier = [_facts_of_bank(name) for name in old]
     parts, limits = list(facts.parts), list(facts.limits)
     for other in earlier:
         parts += [part for part in other.parts if part.role != "vision tower"]

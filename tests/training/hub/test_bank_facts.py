@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from huggingface_hub import HfApi
 
@@ -109,3 +110,23 @@ def test_a_bank_changed_in_python_keeps_the_facts_that_are_still_true(saved, ima
     more = read_facts(tmp_path / "more")
     assert (more.summary, more.license, more.limits) == (None, None, smaller.limits)
     assert more.parts == smaller.parts
+
+
+@pytest.mark.parametrize(
+    ("facts", "problem"),
+    [
+        (b"{", "no JSON object .Expecting property name .*mend or delete it"),
+        (b"\xff\xfe", "no JSON object"),
+        (b"", "no JSON object"),
+        (b"null", "no JSON object"),
+        (b"[]", "/bank/card_facts.json holds a list, expected a JSON object"),
+        (b'{"parts": 3}', "/bank/card_facts.json has no facts of a card: '3', expected an object"),
+    ],
+)
+def test_broken_facts_are_named_when_a_bank_is_changed(saved, images, facts, problem, tmp_path):
+    (saved / "card_facts.json").write_bytes(facts)
+    MemoryBank.from_pretrained(saved).search(np.zeros((1, 16), np.float32), 1)  # which needs no card
+    images[0].save(tmp_path / "first.png")
+    with pytest.raises(ValueError, match=problem) as error:
+        remove_rows(saved, tmp_path / "smaller", images=[str(tmp_path / "first.png")])
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.glob("*smaller*")] == []
