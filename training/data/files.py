@@ -44,6 +44,10 @@ TEXT = datasets.Value("string")
 FOLDER = "__folder__"
 
 
+class SourceError(ValueError):
+    """The rows that are asked for are not there; the message says what is."""
+
+
 def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset:
     """
     Return the rows of `config.dataset` as they are stored, images undecoded and classes by their names. Of text files
@@ -54,7 +58,10 @@ def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDat
     if not config.dataset:
         raise ValueError("No data set: set `dataset` in the YAML file, or pass --dataset FILE_OR_REPOSITORY.")
     try:
-        rows = _open(config)
+        parts = [_open_part(config, part.strip()) for part in config.dataset_split.split("+")]
+        rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    except SourceError:
+        raise
     except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError, zipfile.BadZipFile) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"{config.dataset} has no rows, expected at least one.") from error
@@ -79,20 +86,29 @@ def item_of(feature: Any) -> Any:
     return feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
 
 
-def _open(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset:
-    # "train[:100]" is a part of a split; what has a plus in it is a sum of splits, which `datasets` adds up
-    split, part = re.fullmatch(r"([^[+]+)(\[[^+]*\])?|(?:.*)", config.dataset_split).groups()
-    if not part:
-        return _open_split(config, config.dataset_split)
+def _open_part(config: StageArguments, part: str) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the rows of a split, or of a part of it: "train[:100]"."""
+    split, numbers = re.fullmatch(r"([^[]*)(.*)", part).groups()
+    if not numbers:
+        return _open_split(config, split)
+    streamed = re.fullmatch(r"\[(\d*):(\d*)\]", numbers)
+    if config.streaming and streamed is None:
+        raise SourceError(
+            f"dataset_split is {part!r}, but a stream is not counted: expected numbers of rows from its start, as in "
+            f"{split}[100:200], or no streaming."
+        )
     rows = _open_split(config, split)
-    if isinstance(rows, datasets.Dataset):
-        (chosen,) = datasets.ReadInstruction.from_spec(split + part).to_absolute({split: len(rows)})
-        return rows.select(range(chosen.from_, chosen.to))
-    numbers = re.fullmatch(r"\[(\d*):(\d*)\]", part)
-    if numbers is None:
-        raise ValueError(f"dataset_split is {config.dataset_split!r}, expected numbers of rows as in {split}[:100]")
-    start, end = int(numbers[1] or 0), numbers[2]
-    return rows.skip(start).take(max(int(end) - start, 0)) if end else rows.skip(start)
+    if config.streaming:
+        start, end = int(streamed[1] or 0), streamed[2]
+        return rows.skip(start).take(max(int(end) - start, 0)) if end else rows.skip(start)
+    try:
+        (chosen,) = datasets.ReadInstruction.from_spec(part).to_absolute({split: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise SourceError(
+            f"dataset_split is {part!r}, expected a part of {len(rows)} rows, as in {split}[:100] or {split}[:10%] "
+            f"({readable(str(error))})."
+        ) from error
+    return rows.select(range(chosen.from_, chosen.to))
 
 
 def _open_split(config: StageArguments, split: str) -> datasets.Dataset | datasets.IterableDataset:
@@ -101,7 +117,7 @@ def _open_split(config: StageArguments, split: str) -> datasets.Dataset | datase
         rows = datasets.load_from_disk(name)
         if isinstance(rows, datasets.DatasetDict):
             if split not in rows:
-                raise _no_split(split, rows)
+                raise _no_split(config, split, rows)
             rows = rows[split]
         return rows.to_iterable_dataset() if config.streaming else rows
     files = find_files(config, name, split)
@@ -148,20 +164,20 @@ def find_files(config: StageArguments, name: str, split: str) -> list[str]:
     """
     if os.path.isdir(name):
         found = [file for file in glob("**/*", root_dir=name, recursive=True) if not is_leftover(file)]
-        names = _data_files(found, config, split) or _images_of_split(found, split)
+        names = _data_files(found, config, split) or _images_of_split(found, config, split)
         return [os.path.join(name, file) for file in names]
     files = [name] if os.path.exists(name) else glob(name, recursive=True)
     if not files and kind_of(name) is None and not has_magic(name):
         return _files_of_repository(config, split)
     if not files:
-        raise ValueError(f"{name} does not exist, expected a file, a folder or a dataset repository.")
+        raise SourceError(f"{name} does not exist, expected a file, a folder or a dataset repository.")
     files = sorted(file for file in files if os.path.isfile(file)) or files
     chosen = [file for file in files if kind_of(file)]
     if chosen:
         return _of_one_kind(chosen, config)
     chosen = [file for file in files if is_image(file)]
     if not chosen:
-        raise ValueError(f"{files[0]} is no data set, expected a file ending in {', '.join(SUFFIXES)}.")
+        raise SourceError(f"{files[0]} is no data set, expected a file ending in {', '.join(SUFFIXES)}.")
     return chosen
 
 
@@ -170,7 +186,7 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _images_of_split(names: list[str], split: str) -> list[str]:
+def _images_of_split(names: list[str], config: StageArguments, split: str) -> list[str]:
     """Return a folder's images. Folders in it are classes, also one called test, unless all are called as splits."""
     images = sorted(filter(is_image, names))
     splits = {name: _split_of(name.rpartition("/")[0].partition("/")[0]) for name in images}
@@ -178,7 +194,7 @@ def _images_of_split(names: list[str], split: str) -> list[str]:
         return images
     chosen = [name for name in images if splits[name] in (split, _split_of(split))]
     if not chosen:
-        raise _no_split(split, set(splits.values()))
+        raise _no_split(config, split, set(splits.values()))
     return chosen
 
 
@@ -212,7 +228,7 @@ def _data_files(names: list[str], config: StageArguments, split: str) -> list[st
     if any(splits.values()):
         found = [name for name in found if splits[name] in (split, _split_of(split))]
         if not found:
-            raise _no_split(split, set(splits.values()) - {None})
+            raise _no_split(config, split, set(splits.values()) - {None})
     return _of_one_kind(found, config)
 
 
@@ -222,7 +238,7 @@ def _of_one_kind(files: list[str], config: StageArguments) -> list[str]:
         chosen = [name for name in files if kind_of(name) in suffixes]
         if len(chosen) == len(files) or (chosen and suffixes == TAR_SUFFIXES):
             return chosen
-    raise ValueError(
+    raise SourceError(
         f"{config.dataset} has files of several kinds, {files[0]} and {files[-1]}: expected one kind, name the files "
         f"with a pattern such as {config.dataset}/*{kind_of(files[0])}."
     )
@@ -249,9 +265,9 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _no_split(split: str, splits: Iterable[str]) -> ValueError:
+def _no_split(config: StageArguments, split: str, splits: Iterable[str]) -> SourceError:
     found = ", ".join(sorted(splits))
-    return ValueError(f"there is no split {split!r}, found {found}: set dataset_split, or eval_split")
+    return SourceError(f"{config.dataset} has no split {split!r}, found {found}: set dataset_split, or eval_split.")
 
 
 def _with_class_names(rows: datasets.Dataset | datasets.IterableDataset):

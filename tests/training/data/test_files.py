@@ -268,11 +268,15 @@ def test_a_part_of_a_split(name, place, processor):
     FILES[name](name)
     assert read(name, processor, dataset_split="train[:1]") == PAIRS[:1]
     assert read(name, processor, dataset_split="train[1:]") == PAIRS[1:]
-    assert pairs(check_rows(config(name, dataset_split="train[50%:]"))[0]) == PAIRS[1:]
-    with pytest.raises(ValueError, match=r"expected numbers of rows as in train\[:100\]"):
-        open_rows(config(name, dataset_split="train[50%:]", streaming=True, max_steps=1))
-    with pytest.raises(ValueError, match="Unrecognized instruction format"):
-        check_rows(config(name, dataset_split="train[first]"))
+    assert read(name, processor, dataset_split="train[1:]+train[:1]") == PAIRS[::-1]
+    assert read(name, processor, dataset_split="train + train[:1]") == [*PAIRS, PAIRS[0]]
+    for part in ("train[50%:]", "train[-1:]", "train[:1]+train[50%:]"):
+        assert pairs(check_rows(config(name, dataset_split=part))[0])[-1:] == PAIRS[1:]
+        with pytest.raises(ValueError, match=r"^dataset_split is .* not counted: .* as in train\[100:200\], or no"):
+            open_rows(config(name, dataset_split=part, streaming=True, max_steps=1))
+    for wrong in ("train[first]", "train[", "train[]", "train[1]x"):
+        with pytest.raises(ValueError, match=r"^dataset_split is .*expected a part of 2 rows, as in train\[:100\] or"):
+            check_rows(config(name, dataset_split=wrong))
 
 
 CAPTIONS = [["a red square", "something red"], ["NA", "something blue"]]
