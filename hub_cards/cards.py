@@ -108,7 +108,8 @@ def usage_snippet(facts: ModelFacts) -> str:
     on_hub, image = "/" in facts.repo_id, facts.example.image
     model, prompt = literal(facts.repo_id if on_hub else "."), literal(facts.example.prompt)
     lines = ["from PIL import Image", "from transformers import pipeline", ""]
-    lines.append(f'pipe = pipeline("image-text-to-text", model={model}, trust_remote_code=True)')
+    chosen = ', revision="main"' if on_hub else ""  # without one, transformers warns of each of the Python files
+    lines.append(f'pipe = pipeline("image-text-to-text", model={model}{chosen}, trust_remote_code=True)')
     if facts.bank and facts.bank.hub_type is None:
         lines.append(f"pipe.model.attach_memory_bank({literal(facts.bank.source)})")
     if image is None:

@@ -123,6 +123,26 @@ def test_loading_asks_for_no_bank(hub, pushed, stranger, saved):
     assert hub.requests and not [request for request in hub.requests if "org/bank" in request]
 
 
+def first_download(repo: str) -> list[str]:
+    """What transformers logs when it fetches a model's Python files, as a model's card does."""
+    import logging
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    heard, handler = [], logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    for part in (AutoModelForImageTextToText, AutoProcessor):
+        part.from_pretrained(repo, revision="main", trust_remote_code=True)
+    return heard
+
+
+def test_a_first_download_is_quiet(make_machine, pushed):
+    newcomer = make_machine("newcomer")
+    newcomer.run(without_the_package)
+    assert newcomer.run(first_download, "org/model") == []
+
+
 def test_offline(answered, make_machine, saved, hub):
     offline = make_machine("stranger", HF_HUB_OFFLINE="1")
     offline.run(without_the_package)

@@ -148,7 +148,7 @@ def test_a_model_without_facts_has_a_card_of_its_config(tmp_path):
     assert (card.data.base_model, card.data.datasets, card.data.tags[-1]) == (["org/tower"], ["me/bank"], "x")
     for line in (
         "it looks up the 5 most similar examples in a memory\nbank",
-        'pipeline("image-text-to-text", model="me/model", trust_remote_code=True)',
+        'pipeline("image-text-to-text", model="me/model", revision="main", trust_remote_code=True)',
         "| vision tower | [org/tower](https://huggingface.co/org/tower) | 12ab |",
         "| language model | llm | - |",
         "| memory bank | [me/bank](https://huggingface.co/datasets/me/bank) | 34cd |",
