@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import lzma
 import os
 import re
@@ -13,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from glob import escape, glob, has_magic
 from gzip import BadGzipFile
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import PurePosixPath
-from typing import Any, TextIO
+from typing import Any
 
 import datasets
 import fsspec
@@ -27,6 +26,7 @@ from ...modeling_tinyalign.files import scratch_folder
 from ...modeling_tinyalign.row_encoder import readable
 from ..arguments.names import check_name
 from ..arguments.stage import StageArguments
+from .text_rows import csv_rows, json_rows
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -35,8 +35,6 @@ TAR_SUFFIXES = (".tar", ".tgz")
 SUFFIXES = (*TEXT_SUFFIXES, *ARROW_SUFFIXES, *TAR_SUFFIXES)
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "config.json")
-# Lists of dictionaries in one row, where other objects with one such list hold rows in it.
-ROW_LISTS = {"messages", "conversations", "texts", "images", "prompt", "completion", "sentences"}
 LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 STORED_IMAGE = datasets.Image(decode=False)
 TEXT = datasets.Value("string")
@@ -60,14 +58,17 @@ def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDat
     try:
         parts = [_open_part(config, part.strip()) for part in config.dataset_split.split("+")]
         rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    except SourceError:
-        raise
-    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError, zipfile.BadZipFile) as error:
+    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
+        if isinstance(error, SourceError):
+            raise
+        cause = error.__cause__ or error
+        if isinstance(cause, SourceError):
+            raise SourceError(str(cause)) from error
         if "corresponds to no data" in str(error):
-            raise ValueError(f"{config.dataset} has no rows, expected at least one.") from error
-        raise ValueError(
-            f"{config.dataset} cannot be read ({readable(str(error.__cause__ or error))}), expected JSON, CSV, "
-            "Parquet or WebDataset (.tar) files, a folder, or a dataset repository."
+            raise SourceError(f"{config.dataset} has no rows, expected at least one.") from error
+        raise SourceError(
+            f"{config.dataset} cannot be read ({readable(str(cause))}), expected JSON, CSV, Parquet or WebDataset "
+            "(.tar) files, a folder, or a dataset repository."
         ) from error
     return _with_class_names(undecoded(rows))
 
@@ -133,6 +134,8 @@ def _open_split(config: StageArguments, split: str) -> datasets.Dataset | datase
     source = {"path": name, "name": config.dataset_config, "revision": config.dataset_revision}
     if files:
         source = {"path": kind[1:], "data_files": {split: [escape(name) for name in files]}}
+    if kind == ".parquet":
+        source["batch_size"] = 100  # by default the number of rows of a file's first group, which may be none
     return datasets.load_dataset(**source, split=split, streaming=config.streaming)
 
 
@@ -148,10 +151,13 @@ def unpacked(name: str) -> str:
     version = f"{os.path.abspath(only)} {stat.st_size} {stat.st_mtime_ns}"
     folder = cache_root() / "zip" / hashlib.sha256(version.encode()).hexdigest()[:32]
     if not folder.exists():
-        with scratch_folder(folder.parent, f".{folder.name}-") as fresh, zipfile.ZipFile(only) as archive:
-            archive.extractall(fresh)
-            if not folder.exists():  # another process may have been faster
-                fresh.rename(folder)
+        try:
+            with scratch_folder(folder.parent, f".{folder.name}-") as fresh, zipfile.ZipFile(only) as archive:
+                archive.extractall(fresh)
+                if not folder.exists():  # another process may have been faster
+                    fresh.rename(folder)
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # broken, or with a password
+            raise SourceError(f"{only} cannot be read ({error}), expected a whole .zip without a password.") from error
     return str(folder)
 
 
@@ -164,7 +170,10 @@ def find_files(config: StageArguments, name: str, split: str) -> list[str]:
     """
     if os.path.isdir(name):
         found = [file for file in glob("**/*", root_dir=name, recursive=True) if not is_leftover(file)]
+        found = [file for file in found if is_image(file) or os.path.isfile(os.path.join(name, file))]
         names = _data_files(found, config, split) or _images_of_split(found, config, split)
+        if not names:
+            raise SourceError(f"{name} has no images, rows or .zip in it, expected {', '.join(SUFFIXES)}.")
         return [os.path.join(name, file) for file in names]
     files = [name] if os.path.exists(name) else glob(name, recursive=True)
     if not files and kind_of(name) is None and not has_magic(name):
@@ -258,7 +267,7 @@ def _split_of(name: str) -> str | None:
     if sharded:
         return sharded[1]
     for part in reversed(PurePosixPath(name).parts):
-        words = re.split(r"[-._ 0-9]+", part.lower())
+        words = re.split(r"[-._= 0-9]+", part.lower())
         for split, keywords in SPLIT_KEYWORDS.items():
             if not set(words).isdisjoint(keywords):
                 return str(split)
@@ -311,63 +320,16 @@ def _read_images(classes: bool, files: list[str], versions: list) -> Iterator[di
 def _read_text(files: list[str], versions: list) -> Iterator[dict]:
     """`versions` are of the files: of changed files no copy of the old ones is taken."""
     for name in files:
-        read = _csv_rows if kind_of(name) in (".csv", ".tsv") else _json_rows
+        read = csv_rows if kind_of(name) in (".csv", ".tsv") else json_rows
         try:
             with fsspec.open(name, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
                 for row in read(file):
                     yield {"json": row, FOLDER: os.path.dirname(name)}
-        except (ValueError, EOFError, BadGzipFile, csv.Error, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(
+        except (ValueError, EOFError, BadGzipFile, RecursionError, csv.Error, lzma.LZMAError, zlib.error) as error:
+            raise SourceError(
                 f"{name} cannot be read ({readable(str(error))}), expected a list of rows in JSON, or a row a line, "
                 "in UTF-8."
             ) from error
-
-
-def _json_rows(file: TextIO) -> Iterator[str]:
-    """Yield the text of each row: a line, or an entry of the list or object that is the file."""
-    lines = (line for line in file if line.strip())
-    first, second = next(lines, ""), next(lines, "")
-    if second and _is_object(first):
-        yield from chain([first, second], lines)
-        return
-    rest = list(lines)
-    try:
-        value = json.loads("".join([first, second, *rest]) or "[]")
-    except ValueError:
-        if not _is_object(second):
-            raise
-        yield from [first, second, *rest]
-    else:
-        yield from map(json.dumps, _rows_in(value))
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _rows_in(value: Any) -> list:
-    """Return the rows of a list, of an object that has them under one key, or of COCO's captions; or the one row."""
-    if isinstance(value, list):
-        return value
-    lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
-    if {"images", "annotations"} <= lists.keys():
-        names = {image.get("id"): image.get("file_name") for image in lists["images"]}
-        return [{**row, "image": names.get(row.get("image_id"))} for row in lists["annotations"]]
-    holders = lists.keys() - ROW_LISTS
-    return lists[holders.pop()] if len(holders) == 1 and "image" not in value else [value]
-
-
-def _csv_rows(file: TextIO) -> Iterator[str]:
-    """Yield the rows of a table as JSON; the column names say what stands between columns."""
-    csv.field_size_limit(2**31 - 1)  # a picture in base64 is one field
-    header = file.readline()
-    separator = max("\t,;", key=header.count)
-    for row in csv.DictReader(chain([header], file), delimiter=separator):
-        # the end of a caption with a comma is in the next field: such a row is a list, and bad
-        yield json.dumps(list(row.values()) if None in row else row)
 
 
 def _read_tar(files: list[str], versions: list) -> Iterator[dict]:
@@ -375,19 +337,25 @@ def _read_tar(files: list[str], versions: list) -> Iterator[dict]:
     for name in files:
         try:
             with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file) as tar:
-                yield from _samples(tar)
+                yield from _samples(name, tar)
                 _check_end(tar)
         except (tarfile.TarError, EOFError, BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(f"{name} cannot be read ({readable(str(error))}), expected a whole .tar.") from error
+            reason = readable(str(error).partition(":")[0])
+            raise SourceError(f"{name} cannot be read ({reason}), expected a whole .tar.") from error
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[dict]:
+def _samples(name: str, tar: tarfile.TarFile) -> Iterator[dict]:
     # an image that is in an archive twice is a link the second time
     members = (member for member in tar if (member.isfile() or member.islnk()) and not is_leftover(member.name))
     for key, parts in groupby(members, lambda member: re.match("(.*/)?[^./]*", str(PurePosixPath(member.name)))[0]):
         row, images = {"id": key, "json": "{}", "txt": None}, []
         for member in parts:
             suffix = PurePosixPath(member.name).suffix.lower()
+            if kind_of(member.name) not in (None, ".json"):
+                raise SourceError(
+                    f"{name} has {member.name} in it, a file of rows and no part of a WebDataset: unpack the tar, and "
+                    "name its folder."
+                )
             content = tar.extractfile(member).read()
             if suffix in IMAGE_SUFFIXES:
                 images.append({"bytes": content, "path": None})  # a path would be taken for a file of this folder

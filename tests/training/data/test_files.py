@@ -14,6 +14,9 @@ import zipfile
 from pathlib import Path
 
 import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub
 from huggingface_hub import HfApi
@@ -113,12 +116,18 @@ FILES = {
     "bom.json": lambda name: Path(name).write_text(json.dumps(ROWS), encoding="utf-8-sig"),
     "data.json": lambda name: Path(name).write_text(json.dumps({"version": 1, "data": ROWS}, indent=1)),
     "line.json": lambda name: Path(name).write_text(json.dumps({"rows": ROWS})),
+    "columns.json": lambda name: pd.DataFrame(ROWS).to_json(name),
+    "index.json": lambda name: pd.DataFrame(ROWS, index=["a", "b"]).to_json(name, orient="index"),
     "crlf.jsonl": lambda name: write_lines(name, end="\r\n", encoding="utf-8-sig"),
     "rows.jsonl.gz": lambda name: Path(name).write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
     "rows.json.gz": lambda name: Path(name).write_bytes(gzip.compress(json.dumps(ROWS).encode())),
     "rows.csv": write_table,
     "bom.csv": lambda name: write_table(name, encoding="utf-8-sig"),
     "excel.csv": lambda name: write_table(name, delimiter=";"),
+    "results.csv": lambda name: Path(name).write_text(
+        "image| caption\n" + "".join(map("{image}| {caption}\n".format_map, ROWS))
+    ),
+    "late.csv": lambda name: Path(name).write_text("\n\nimage,caption\nred.png,a red square\nblue.png,NA\n\n"),
     "rows.tsv": lambda name: write_table(name, delimiter="\t", lineterminator="\n"),
     "metadata.csv": lambda name: write_table(
         name, [{"file_name": row["image"], "caption": row["caption"]} for row in ROWS]
@@ -136,6 +145,54 @@ def test_a_file_a_pattern_and_a_folder_are_the_same_rows(name, place, processor)
     assert read(place, processor) == PAIRS
     (place / "README.md").write_text("# rows")
     assert read(".", processor) == PAIRS
+
+
+def test_what_spark_writes(place, processor):
+    """A folder called as a file, with parts of which some are empty, and folders called as splits."""
+    stored = [{"bytes": Path(row["image"]).read_bytes(), "path": None} for row in ROWS]
+    table = pa.table({"image": stored, "caption": list(COLOURS.values())})
+    for part, rows in enumerate((table.slice(0, 0), table)):
+        for folder in ("rows.parquet", "parts/split=train", "parts/split=test"):
+            (place / "spark" / folder).mkdir(parents=True, exist_ok=True)
+            pq.write_table(rows, place / "spark" / folder / f"part-{part}.parquet")
+    assert read("spark/rows.parquet", processor) == read("spark/parts", processor) == PAIRS
+    shutil.rmtree("spark/parts")
+    assert read("spark", processor) == PAIRS
+    Path("spark/rows.parquet/part-1.parquet").unlink()
+    with pytest.raises(ValueError, match="^spark has no rows, expected at least one"):
+        check_rows(config("spark"))
+
+
+def test_a_tar_that_is_no_web_dataset(place, processor):
+    write_lines("metadata.jsonl", [{"file_name": row["image"], "caption": row["caption"]} for row in ROWS])
+    for kind in ("tar", "gztar", "xztar"):
+        name = shutil.make_archive(str(place / "all"), kind, place)
+        message = r"^\S*all.tar\S* has ./metadata.jsonl in it, .*: unpack the tar, and name its folder.$"
+        for streaming in ({}, {"streaming": True, "max_steps": 1}):
+            with pytest.raises(ValueError, match=message):
+                training_data(config(name, **streaming), processor)
+        Path(name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.zip", b"", r"rows.zip cannot be read \(File is not a zip file\)"),
+        ("rows.tar", b"", r"rows.tar cannot be read \(file could not be opened successfully\)"),
+        ("rows.json", b"[" * 100_000, r"rows.json cannot be read \(maximum recursion depth"),
+        ("rows.json", b"5", r"rows.json cannot be read \(it holds the int 5\)"),
+        ("rows.csv", b"image\n\xff", r"rows.csv cannot be read \('utf-8' .* in UTF-8"),
+        ("empty/.hidden", b"", "^empty has no images, rows or .zip in it, expected .json"),
+    ],
+)
+def test_what_cannot_be_read_is_said_once_in_a_line(name, content, message, place, processor):
+    (place / "empty").mkdir()
+    Path(name).write_bytes(content)
+    name = name.removesuffix("/.hidden")
+    for streaming in ({}, {"streaming": True, "max_steps": 1}):
+        with pytest.raises(ValueError, match=message) as error:
+            training_data(config(name, **streaming), processor)
+        assert str(error.value).count("expected") == 1 and len(str(error.value).splitlines()) == 1
 
 
 def test_a_packed_table(place, processor):
