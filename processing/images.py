@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import fsspec
 import numpy as np
 from huggingface_hub import get_session
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from transformers import BaseImageProcessor
 from transformers.utils import is_torch_tensor, is_torchvision_available
 
@@ -86,7 +86,7 @@ def decode_image(image: Any, formats: Sequence[str] | None = None) -> Image.Imag
     Metadata that cannot be read is left out.
 
     Args:
-        image: a PIL image, an open file, or any form that `image_source` reads.
+        image: a PIL image, an array of bytes, an open file, or any form that `image_source` reads.
         formats: PIL's formats that a file may have. By default all of them.
 
     Raises:
@@ -95,13 +95,16 @@ def decode_image(image: Any, formats: Sequence[str] | None = None) -> Image.Imag
             `MAX_RATIO` times as long as wide.
     """
     source = image_source(image)
-    if source is None:
-        raise MissingImage("there is no image, expected a PIL image, bytes or a path")
+    if source is None or isinstance(source, (int, float, list, tuple)):
+        found = "there is no image" if source is None else f"the image is {source!r:.50}"
+        raise MissingImage(f"{found}, expected a PIL image, bytes or a path")
     if isinstance(source, str):
         source = _local_file(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata; that of too many pixels is an error in _loaded
+            if isinstance(source, np.ndarray):
+                source = Image.fromarray(source)
             if isinstance(source, Image.Image):
                 rgb = _upright_rgb(_loaded(source))
             else:
@@ -114,9 +117,10 @@ def decode_image(image: Any, formats: Sequence[str] | None = None) -> Image.Imag
     # PIL and its codecs raise OSError, SyntaxError, struct.error and others on broken files
     except Exception as error:
         reason = re.sub(r" <_io[^>]*>", "", f"{type(error).__name__}: {error}")
-        raise ValueError(
-            f"the image cannot be read ({reason}), expected an intact image of a mode such as RGB, L or P"
-        ) from error
+        kind = "of a mode such as RGB, L or P"
+        if isinstance(error, UnidentifiedImageError):
+            kind = "such as JPEG, PNG or WebP: convert HEIC and SVG, and download pages or pointers of Git LFS again"
+        raise ValueError(f"the image cannot be read ({reason}), expected an intact image {kind}") from error
     check_proportions(rgb.size)
     rgb.thumbnail((MAX_SIDE, MAX_SIDE))
     return rgb

@@ -1,5 +1,6 @@
 """A row of any format, to what both stages train on: checked, with its features and neighbours."""
 
+import ast
 import json
 import os
 import re
@@ -28,6 +29,9 @@ IMAGE_COLUMNS = ("images", "image", *(suffix[1:] for suffix in IMAGE_SUFFIXES), 
 
 # Parts of a chat's content that are an image, as transformers and as OpenAI's clients call them.
 IMAGE_PARTS = ("image", "image_url", "input_image")
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+CAPTION_FIELDS = ("raw", "caption", "text", "answer")
 
 # What every format becomes. Rows that are bad have no messages but a `problem`, whose first words are `kind`.
 FEATURES = datasets.Features(
@@ -201,15 +205,30 @@ def find_image(name: str, folders: Sequence[str]) -> str:
 
 
 def first_caption(value: Any) -> Any:
-    """Return the first of several captions, of a list, as text (Flickr30k's table) or of `{"raw": ...}`."""
-    if isinstance(value, str) and value.startswith('["'):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
+    """Return the first of several captions, of a list, as text (Flickr30k's table, pandas) or of `{"raw": ...}`.
+
+    Raises `BadRow` for the text of a list that is not one of Python or JSON.
+    """
+    if isinstance(value, str) and value.startswith(('["', "['")) and value.endswith("]"):
+        value = _list_in(value)
     if isinstance(value, list):
         return first_caption(next((item for item in value if item), None))
-    return value.get("raw") if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return next((value[name] for name in CAPTION_FIELDS if value.get(name)), value)
+    return value
+
+
+def _list_in(text: str) -> list:
+    try:
+        return json.loads(text)
+    except ValueError:  # Python's own way of writing it
+        pass
+    try:
+        if re.search(r"""['"]\s+['"]""", text):  # of numpy, which Python would read as one text
+            raise ValueError("no commas in it")
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise BadRow("no caption", f"the caption is {shown(text)} ({error}), expected text or a JSON list") from error
 
 
 def _parse(text: str) -> dict:
@@ -270,7 +289,7 @@ def read_turns(turns: list[dict]) -> list[dict]:
 
 def _split(part: dict, places: bool) -> list[dict]:
     """A part, or, with `places`, the text and images in it; the line break after `<image>` is the chat template's."""
-    if not isinstance(part, dict) or part.get("type") not in (*IMAGE_PARTS, "text"):
+    if not isinstance(part, dict) or part.get("type") not in IMAGE_PARTS + TEXT_PARTS:
         raise BadRow("no chat", f"a turn has {shown(part)}, expected text or an image in its content")
     if part["type"] in IMAGE_PARTS:
         return [{"type": "image", "text": None}]

@@ -351,6 +351,34 @@ def test_the_first_of_several_captions(captions, place, processor):
     assert read("rows.parquet", processor) == PAIRS
     write_table("flickr.csv", [{**row, "caption": json.dumps(text)} for row, text in zip(ROWS, CAPTIONS, strict=True)])
     assert read("flickr.csv", processor) == PAIRS
+    write_table("pandas.csv", [{**row, "caption": str(text)} for row, text in zip(ROWS, CAPTIONS, strict=True)])
+    assert read("pandas.csv", processor) == PAIRS
+    write_table(
+        "numpy.csv", [{**row, "caption": str(text).replace(",", "")} for row, text in zip(ROWS, CAPTIONS, strict=True)]
+    )
+    problem = check_rows(config("numpy.csv"))[1].problems[0]
+    assert problem.startswith("no caption: the caption is \"['a red square' 'something red']\" (no commas in it)")
+
+
+@pytest.mark.parametrize("name", ["raw", "caption", "text", "answer", "en"])
+def test_captions_in_dictionaries(name, place, processor):
+    write_lines("rows.jsonl", [{**row, "caption": [{"id": 1, name: row["caption"]}]} for row in ROWS])
+    if name == "en":
+        assert (
+            check_rows(config("rows.jsonl"))[1].problems[1].startswith("no chat: the answer is {'en': 'NA', 'id': 1}")
+        )
+    else:
+        assert read("rows.jsonl", processor) == PAIRS
+
+
+def test_parts_of_openais_responses(place, processor):
+    def chat(name: str, caption: str) -> list[dict]:
+        asked = [{"type": "input_image", "image_url": f"{name}.png"}, {"type": "input_text", "text": "what?"}]
+        answer = [{"type": "output_text", "text": caption}]
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+    write_lines("rows.jsonl", [{"messages": chat(*pair)} for pair in PAIRS])
+    assert read("rows.jsonl", processor, answer_column=None, prompt=None) == PAIRS
 
 
 def test_texts_of_user_and_assistant(place, processor):
