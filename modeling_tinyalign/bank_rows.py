@@ -184,6 +184,8 @@ class BankRows:
 
     def ids_of(self, source_id: str) -> np.ndarray:
         """Return the ids, int64 and ascending, of the rows made from the image with this `source_id`."""
+        if not isinstance(source_id, str):
+            raise TypeError(f"source_id is {source_id!r:.50}, expected a text of 32 hex digits.")
         names, order = self.source_order
         wanted = np.bytes_(source_id.encode())
         return order[np.searchsorted(names, wanted, "left") : np.searchsorted(names, wanted, "right")]

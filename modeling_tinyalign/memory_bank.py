@@ -24,6 +24,7 @@ from .bank_folder import lay_out_folder, open_folder, read_value_encoder, write_
 from .bank_format import BATCH_ROWS, CARD_FACTS_NAME, LEFT_OUT_NAME, BankConfig, CalibrationConfig
 from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
+from .connectors import check_tensor
 from .files import CARD_NAME, SHARDS, make_bank_card, push_files, replace_folder, scratch_folder
 from .key_encoder import KeyEncoder, evaluating
 from .row_encoder import LeftOutRow, PairReader, RowEncoder, check_many, finished, stored_images
@@ -265,6 +266,7 @@ class MemoryBank(BankRows):
         Returns:
             `(n, key_dim)` float32, unit length, on the features' device.
         """
+        check_tensor("vision_features", vision_features, "(images, tokens, width)")
         if self.any_tower:
             vision_features = F.pad(vision_features, (0, self.key_encoder.feature_dim - vision_features.shape[-1]))
         return self.key_encoder.to(vision_features.device)(vision_features, query_input_ids, query_attention_mask)

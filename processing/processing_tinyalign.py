@@ -196,7 +196,8 @@ class TinyAlignProcessor(ProcessorMixin):
         """
         settings = taken_settings(kwargs)
         texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple, type(None))) or not all(isinstance(item, str) for item in texts or ()):
+        many = isinstance(texts, (list, tuple)) and len(texts) > 0 and all(isinstance(item, str) for item in texts)
+        if texts is not None and not many:
             raise TypeError(f"text is {text!r:.100}, expected a text or a list of texts.")
         if texts is not None:
             texts = [re.sub(r"\s?<rag>", "", sample) for sample in texts]
@@ -362,6 +363,8 @@ def read_chat(messages: Sequence[Any], name: str = "") -> list[dict]:
     """
     chat = [_as_dict(message) for message in messages]
     for number, message in enumerate(chat):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"{name}messages[{number}]: found no role, expected user, assistant or system.")
         content = message.get("content", "")
         if isinstance(content, (list, tuple)):
             message["content"] = [_read_part(part, f"{name}messages[{number}]") for part in content]

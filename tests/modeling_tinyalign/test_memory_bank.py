@@ -307,8 +307,16 @@ def test_building_needs_the_package(dataset, model, processor, value_encoder, mo
         lambda bank, model, processor: bank.search("red", 2),
         lambda bank, model, processor: bank.search(None, 2),
         lambda bank, model, processor: bank.gather(None),
+        lambda bank, model, processor: bank.ids_of(3),
+        lambda bank, model, processor: bank.ids_of(None),
     ],
 )
 def test_the_wrong_kind_of_thing(call, bank, model, processor):
     with pytest.raises(TypeError, match=r"^\w.* (is|are) .*expected"):
         call(bank, model, processor)
+
+
+@pytest.mark.parametrize("wrong", [None, "red", [1.0], Image.new("RGB", (8, 8)), torch.zeros(3)])
+def test_things_that_are_no_features(wrong, bank):
+    with pytest.raises(ValueError, match=r"vision_features is .*, expected a tensor \(images, tokens, width\)"):
+        bank.encode_queries(wrong)

@@ -229,13 +229,13 @@ class TestBadInput:
             TinyAlignProcessor.from_vision_text_pretrained(checkpoints["siglip"], checkpoints["llama"], config)
 
 
-@pytest.mark.parametrize("wrong", [None, [], "hello", {"role": "user", "content": "hello"}, ["hello"], [3]])
+@pytest.mark.parametrize("wrong", [None, [], "hello", {"role": "user", "content": "hello"}, ["hello"], [3], [{}]])
 def test_things_that_are_no_chat(wrong, processor):
     with pytest.raises(ValueError, match="expected"):
         processor.apply_chat_template(wrong)
 
 
-@pytest.mark.parametrize("wrong", [3, [3], {"text": "hello"}])
+@pytest.mark.parametrize("wrong", [3, [3], [], {"text": "hello"}])
 def test_things_that_are_no_text(wrong, processor):
     with pytest.raises(TypeError, match="text is .*expected a text or a list of texts"):
         processor(text=wrong)
