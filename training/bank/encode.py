@@ -142,7 +142,8 @@ def count_kinds(left_out: Sequence[LeftOutRow]) -> str:
 
 
 def no_usable_row(name: str, left_out: Sequence[LeftOutRow]) -> ValueError:
-    """Return the error of a data set none of whose rows can be in a bank, with the first reasons."""
-    reasons = [f"row {row.row}: {row.reason}" for row in left_out[:5]]
+    """Return the error of a data set none of whose rows can be in a bank, with the first reason of each kind."""
+    first = {row.reason.partition(":")[0]: row for row in reversed(left_out)}
+    reasons = [f"row {row.row}: {row.reason}" for row in list(first.values())[:5]]
     text = "\n  ".join([f"{count_kinds(left_out)}:", *reasons])
     return ValueError(f"{name} has no usable row, a memory bank needs at least one image with a caption. {text}")

@@ -59,9 +59,7 @@ def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDat
         parts = [_open_part(config, part.strip()) for part in config.dataset_split.split("+")]
         rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
-        if isinstance(error, SourceError):
-            raise
-        cause = error.__cause__ or error
+        cause = error if isinstance(error, SourceError) else error.__cause__ or error
         if isinstance(cause, SourceError):
             raise SourceError(str(cause)) from error
         if "corresponds to no data" in str(error):
@@ -105,10 +103,8 @@ def _open_part(config: StageArguments, part: str) -> datasets.Dataset | datasets
     try:
         (chosen,) = datasets.ReadInstruction.from_spec(part).to_absolute({split: len(rows)})
     except (ValueError, AssertionError) as error:
-        raise SourceError(
-            f"dataset_split is {part!r}, expected a part of {len(rows)} rows, as in {split}[:100] or {split}[:10%] "
-            f"({readable(str(error))})."
-        ) from error
+        expected = f"a part of {len(rows)} rows, as in {split}[:100] or {split}[:10%]"
+        raise SourceError(f"dataset_split is {part!r}, expected {expected} ({readable(str(error))}).") from error
     return rows.select(range(chosen.from_, chosen.to))
 
 

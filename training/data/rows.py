@@ -154,8 +154,6 @@ class RowReader:
 
     def check_image(self, image: Any) -> str | None:
         """Decode the image; its name if that is wanted."""
-        if isinstance(image, (int, float, list)):
-            raise BadRow("missing image", f"the image is {shown(image)}, expected a path, or a list of paths")
         path = image_path(image)
         if path is not None and "://" not in path and not os.path.isfile(path):
             raise BadRow(
@@ -205,10 +203,7 @@ def find_image(name: str, folders: Sequence[str]) -> str:
 
 
 def first_caption(value: Any) -> Any:
-    """Return the first of several captions, of a list, as text (Flickr30k's table, pandas) or of `{"raw": ...}`.
-
-    Raises `BadRow` for the text of a list that is not one of Python or JSON.
-    """
+    """Return the first of several captions, of a list, as text (Flickr30k's table, pandas) or of `{"raw": ...}`."""
     if isinstance(value, str) and value.startswith(('["', "['")) and value.endswith("]"):
         value = _list_in(value)
     if isinstance(value, list):
@@ -221,9 +216,9 @@ def first_caption(value: Any) -> Any:
 def _list_in(text: str) -> list:
     try:
         return json.loads(text)
-    except ValueError:  # Python's own way of writing it
+    except ValueError:
         pass
-    try:
+    try:  # as Python writes it
         if re.search(r"""['"]\s+['"]""", text):  # of numpy, which Python would read as one text
             raise ValueError("no commas in it")
         return ast.literal_eval(text)

@@ -60,3 +60,4 @@ def test_words():
     assert count_kinds(left_out) == "3 left out (2 duplicate, 1 broken image)" and count_kinds([]) == "0 left out"
     text = str(no_usable_row("pairs.json", left_out))
     assert text.startswith("pairs.json has no usable row") and "row 3: broken image: cut" in text
+    assert "row 4: duplicate: x" in text and "row 5" not in text  # one of each kind
