@@ -1,85 +1,62 @@
 """Settings that choose the rows to train and to evaluate on, and how they are read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from .settings import setting
 
 
 @dataclass
 class DataArguments:
     """The data of a run, see docs/training.md for the forms that are read."""
 
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON, JSON lines, CSV, TSV, Parquet or WebDataset (.tar) files, a pattern of them "
-            '("shards/*.tar"), a folder, or a Hub dataset.'
-        },
+    dataset: str | None = setting(
+        None,
+        'JSON, JSON lines, CSV, TSV, Parquet or WebDataset (.tar) files, a pattern of them ("shards/*.tar"), a '
+        "folder, or a Hub dataset.",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a folder or Hub dataset to train on."})
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read rows as they are needed, without a copy on disk. Needs max_steps. Rows are checked as they "
-            "come, neighbours looked up in every step."
-        },
+    dataset_config: str | None = setting(None, "Configuration of a Hub dataset.")
+    dataset_revision: str | None = setting(None, "Revision of a Hub dataset.")
+    dataset_split: str = setting("train", "Split of a folder or Hub dataset to train on.")
+    streaming: bool = setting(
+        False,
+        "Read rows as they are needed, without a copy on disk. Needs max_steps. Rows are checked as they come, "
+        "neighbours looked up in every step.",
     )
-    image_folder: str | None = field(
-        default=None,
-        metadata={"help": "What paths of images in `dataset` are relative to, by default the folder of the file."},
+    image_folder: str | None = setting(
+        None, "What paths of images in `dataset` are relative to, by default the folder of the file."
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column with images or their paths, by default image or images."}
+    image_column: str | None = setting(None, "Column with images or their paths, by default image or images.")
+    messages_column: str | None = setting(
+        None, "Column with chats, by default messages, conversations, or prompt and completion."
     )
-    messages_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with chats, by default messages, conversations, or prompt and completion."},
+    answer_column: str | None = setting(
+        None, "Without chats: column with labels or captions, of several the first, that answer `prompt`."
     )
-    answer_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Without chats: column with labels or captions, of several the first, that answer `prompt`."
-        },
+    prompt: str | None = setting(None, "Without chats: the question about every image.")
+    max_length: int | None = setting(
+        None,
+        "Tokens that a row may have, those of its images included, by default the language model's context. Longer"
+        " rows are skipped, or cut (truncation).",
     )
-    prompt: str | None = field(default=None, metadata={"help": "Without chats: the question about every image."})
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens that a row may have, those of its images included, by default the language model's "
-            "context. Longer rows are skipped, or cut (truncation)."
-        },
+    truncation: bool = setting(
+        False,
+        "Cut the tokens at the end of longer rows, but never one of an image, nor all that is to be learnt, "
+        "instead of skipping these rows.",
     )
-    truncation: bool = field(
-        default=False,
-        metadata={
-            "help": "Cut the tokens at the end of longer rows, but never one of an image, nor all that is to be "
-            "learnt, instead of skipping these rows."
-        },
+    strict: bool = setting(False, "Stop when a row is bad, instead of skipping it.")
+    num_proc: int | None = setting(None, "Processes that read and check the rows.")
+    cache_features: bool = setting(
+        False,
+        "Compute the visual features of the frozen tower once, and keep them under HF_HOME for other runs. Not "
+        "with streaming.",
     )
-    strict: bool = field(default=False, metadata={"help": "Stop when a row is bad, instead of skipping it."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that read and check the rows."})
-    cache_features: bool = field(
-        default=False,
-        metadata={
-            "help": "Compute the visual features of the frozen tower once, and keep them under HF_HOME for other "
-            "runs. Not with streaming."
-        },
+    eval_dataset: str | None = setting(
+        None, "Rows to evaluate on, as `dataset`; ten times, unless eval_strategy says otherwise."
     )
-    eval_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Rows to evaluate on, as `dataset`; ten times, unless eval_strategy says otherwise."},
-    )
-    eval_image_folder: str | None = field(
-        default=None,
-        metadata={"help": "The same of `eval_dataset`, which may lie elsewhere."},
-    )
-    eval_split: str = field(
-        default="validation", metadata={"help": "Split of a folder or Hub dataset to evaluate on."}
-    )
-    eval_samples: int = field(
-        default=4,
-        metadata={
-            "help": "Evaluation rows that the model answers at each evaluation: on the console, in samples.jsonl in "
-            "output_dir, and as a table in W&B and trackio."
-        },
+    eval_image_folder: str | None = setting(None, "The same of `eval_dataset`, which may lie elsewhere.")
+    eval_split: str = setting("validation", "Split of a folder or Hub dataset to evaluate on.")
+    eval_samples: int = setting(
+        4,
+        "Evaluation rows that the model answers at each evaluation: on the console, in samples.jsonl in "
+        "output_dir, and as a table in W&B and trackio.",
     )

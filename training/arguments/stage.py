@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from .data import DataArguments
-from .inherited import refuse_harmful_settings
 from .model import ModelArguments
+from .refused import refuse_harmful_settings
 from .settings import setting
 from .tuning import TuningArguments
 

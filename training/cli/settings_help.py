@@ -41,7 +41,7 @@ def settings_help(config_class: type, files: list[str], everything: bool) -> str
 
 def groups_of_settings(config_class: type, everything: bool) -> dict[str, list[dataclasses.Field]]:
     """Return fields by the title of their group: this package's, and then the inherited ones if all are asked for."""
-    from tinyalign_vlm.training.arguments.inherited import ALLOWED
+    from tinyalign_vlm.training.arguments.refused import ALLOWED
 
     hidden = {*FIXED, *(name for name, (values, _) in ALLOWED.items() if len(values) == 1)}
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.name not in hidden}

@@ -1,4 +1,4 @@
-"""Connector weights as files, and which checkpoint a run goes on from."""
+"""Trained weights as files, and which checkpoint a run goes on from."""
 
 import json
 import os
@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
@@ -21,7 +19,6 @@ from ..data.training_rows import content_hash
 from ..disk import save_file as write_file
 from ..hub.run_facts import RUN_NAME
 
-CONNECTORS_NAME = "connectors.safetensors"
 TRAINED_NAME = "trained.safetensors"
 # What decides the trajectory: with another value, checkpoints are of another run.
 TRAJECTORY = (
@@ -38,65 +35,33 @@ MODEL_TRAJECTORY = (
 ).split()
 
 
-def connectors_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The connector and, in a model with memory, the memory connector."""
-    connectors = {"connector": model.base_model.connector}
-    if model.config.memory_top_k > 0:
-        connectors["memory_connector"] = model.base_model.memory_connector
-    return connectors
-
-
-def save_connectors(model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None):
-    """Write the connectors, and nothing else, from the gathered `state_dict` of a model that is divided."""
-    state_dict = model.state_dict() if state_dict is None else state_dict
-    prefix = f"{model.base_model_prefix}."
-    parts = tuple(f"{prefix}{part}." for part in connectors_of(model))
-    write_tensors({name[len(prefix) :]: state_dict[name] for name in state_dict if name.startswith(parts)}, folder)
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], folder: str | os.PathLike, name: str = CONNECTORS_NAME):
-    """Write tensors to a file in `folder`, which is made."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, Path(folder, name), metadata={"format": "pt"})
-    apply_umask(folder)
-
-
-def load_connectors(model: PreTrainedModel, folder: str | os.PathLike):
-    """
-    Read what [`save_connectors`] wrote.
-
-    Raises `RuntimeError` naming the tensors that do not fit the model.
-    """
-    tensors = load_file(Path(folder, CONNECTORS_NAME))
-    nn.ModuleDict(connectors_of(model)).load_state_dict(tensors)
-
-
 def save_trained(
     model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None, loadable: bool = True
 ):
     """
-    Write the connectors as [`save_connectors`], and all else that trains, if it does, to `trained.safetensors`. Where
-    nothing else does, and the other parts are known checkpoints, `from_pretrained` loads the folder (`loadable`).
+    Write the connectors, and all else that trains, to `trained.safetensors`: of a model that is divided, from its
+    gathered `state_dict`. Where nothing else trains, and the other parts are known checkpoints, the folder loads with
+    `from_pretrained` (`loadable`).
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
-    save_connectors(model, folder, state_dict)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    others = {name: state_dict[name] for name in trained if "connector" not in part_of(name)}
-    if others:
-        write_tensors(others, folder, TRAINED_NAME)
-    if loadable and not others and None not in (model.config.vision_model, model.config.language_model):
+    tensors, only_connectors = {}, True
+    for name, parameter in model.named_parameters():
+        is_connector = "connector" in part_of(name)
+        if is_connector or parameter.requires_grad:
+            tensors[name] = state_dict[name].detach().cpu().contiguous()
+            only_connectors &= is_connector
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder, TRAINED_NAME), metadata={"format": "pt"})
+    apply_umask(folder)
+    if loadable and only_connectors and None not in (model.config.vision_model, model.config.language_model):
         model.save_pretrained(folder, connectors_only=True, state_dict=state_dict)
     else:
         model.config.save_pretrained(folder)  # with which `from_pretrained` says what loads
 
 
 def load_trained(model: PreTrainedModel, folder: str | os.PathLike):
-    """Read what [`save_trained`] wrote; raises `RuntimeError` as [`load_connectors`]."""
-    load_connectors(model, folder)
-    path = Path(folder, TRAINED_NAME)
-    if path.is_file():
-        model.load_state_dict(load_file(path), strict=False)
+    """Read what [`save_trained`] wrote."""
+    model.load_state_dict(load_file(Path(folder, TRAINED_NAME)), strict=False)
 
 
 def trajectory_settings(

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..arguments.tuning import PARTS, TuningArguments, part_of
-from .checkpoints import connectors_of
 
 logger = logging.get_logger(__name__)
 
@@ -34,8 +33,9 @@ def set_trainable(config: TuningArguments, model: PreTrainedModel):
                 "The vision tower trains: keys and values of the memory bank are of the tower as it was before. Build "
                 "the bank anew with the trained model, which will refuse this one."
             )
-    for part, connector in connectors_of(model).items():
-        connector.requires_grad_(config.policy(part) == "full")
+    base.connector.requires_grad_(config.tune_connector == "full")
+    if model.config.memory_top_k > 0:
+        base.memory_connector.requires_grad_(config.tune_memory_connector == "full")
     if config.tune_language_model == "full":
         base.language_model.requires_grad_(True)
         model.get_output_embeddings().requires_grad_(True)

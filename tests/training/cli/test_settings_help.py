@@ -8,7 +8,7 @@ import pytest
 from tinyalign_cli.main import main
 from tinyalign_cli.settings_help import FIXED, settings_help
 from tinyalign_vlm.training.arguments.files import STAGE_CONFIGS
-from tinyalign_vlm.training.arguments.inherited import ALLOWED
+from tinyalign_vlm.training.arguments.refused import ALLOWED
 
 
 @pytest.mark.parametrize("stage", STAGE_CONFIGS)

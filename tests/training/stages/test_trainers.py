@@ -15,7 +15,7 @@ from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
 from tinyalign_vlm.training.evaluation.answers import evaluate_answers
-from tinyalign_vlm.training.stages.checkpoints import load_connectors, save_connectors
+from tinyalign_vlm.training.stages.checkpoints import load_trained, save_trained
 from tinyalign_vlm.training.stages.trainers import AlignmentTrainer
 
 from .short_runs import changed_parts, losses, make_trainer, run, weights
@@ -135,7 +135,7 @@ def test_killed_while_a_checkpoint_is_written_again(
         pass
 
     def kill(self, folder):
-        Path(folder, "connectors.safetensors").write_bytes(b"half")
+        Path(folder, "trained.safetensors").write_bytes(b"half")
         raise Killed
 
     chosen = {**settings, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
@@ -258,11 +258,9 @@ def test_learning_rates_of_the_parts(make_model, processor, dataset, bank, featu
 def test_connectors_alone_are_saved_and_loaded(make_model, tmp_path):
     trained, other = make_model(), make_model()
     torch.nn.init.ones_(trained.model.connector.linear_1.weight)
-    save_connectors(trained, tmp_path)
-    load_connectors(other, tmp_path)
+    save_trained(trained, tmp_path)
+    load_trained(other, tmp_path)
     assert not changed_parts(weights(trained), weights(other))
-    with pytest.raises(RuntimeError, match="memory_connector"):
-        load_connectors(make_model(memory_top_k=0), tmp_path)
 
 
 def test_a_random_bank_trains_as_well_and_differently(
