@@ -361,6 +361,7 @@ def read_messages(messages: list, allowed_hosts: Collection[str]) -> list[dict]:
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text" and isinstance(part.get("text"), str):
+                part["text"].encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
                 checked[-1]["content"].append({"type": "text", "text": part["text"]})
             elif kind == "image_url" and isinstance(part.get("image_url"), dict):
                 if len(sizes) == MAX_IMAGES:

@@ -189,6 +189,11 @@ def test_bad_requests(change, message, server):
     assert error.value.status_code in (400, 422)
 
 
+def test_half_a_character_is_refused():
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        serve.read_messages([{"role": "user", "content": "a\ud800"}], ())
+
+
 def test_fields_that_ask_for_nothing(server, saved, images):
     nothing = {"n": 1, "logprobs": False, "presence_penalty": 0, "stop": None, "user": "u", "seed": None}
     nothing["response_format"] = {"type": "text"}
