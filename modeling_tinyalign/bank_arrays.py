@@ -103,12 +103,9 @@ def lay_out(
 
     Args:
         batches: the rows, in order, with the columns of `config_schema(config)`.
-        config: sizes, columns and `quantized`; its number of rows and sha256 are not read.
+        config: sizes, columns and `quantized`; returned with the number of rows and the sha256 found.
         name: the source of the rows, for errors.
         expected: sha256 that keys, values and rows must have.
-
-    Returns:
-        `config` with the number of rows and the sha256 found.
 
     Raises:
         ValueError: a row, a type or a sha256 is refused, or there is no row.
@@ -210,15 +207,17 @@ def update_hashes(hashes: dict, keys: np.ndarray, values: np.ndarray, rows: pa.R
         hashes["rows"].update(json.dumps(row, sort_keys=True, default=str).encode())
 
 
+def damaged(path: Path, found: object) -> ValueError:
+    """Return the error of a local file that does not hold what was written to it."""
+    return ValueError(f"The local file {path} is damaged ({found}). Delete {path.parent} and load the bank again.")
+
+
 def map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """Return a memory-mapped array; ValueError, naming the file, unless it is as large."""
     expected = math.prod(shape) * np.dtype(dtype).itemsize
     found = path.stat().st_size if path.is_file() else "no file"
     if found != expected:
-        raise ValueError(
-            f"The local file {path} is damaged (found {found}, expected {expected} bytes). Delete {path.parent} and "
-            "load the bank again."
-        )
+        raise damaged(path, f"found {found}, expected {expected} bytes")
     return np.asarray(np.memmap(path, dtype, "r", shape=shape))
 
 
@@ -227,9 +226,7 @@ def map_table(path: Path) -> pa.Table:
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"The local file {path} is damaged ({error}). Delete {path.parent} and load the bank again."
-        ) from error
+        raise damaged(path, error) from error
 
 
 class Values:

@@ -214,7 +214,7 @@ class BankConfig:
         """
         content = read_json(path)
         try:
-            config = _parsed(cls, {"calibration": None, **content})  # older banks do not have it
+            config = _parsed(cls, content)
             hashes = dict(vars(config.sha256))
             if config.value_encoder is None:
                 hashes.pop("value_encoder")

@@ -44,15 +44,12 @@ class TinyAlignConfig(PreTrainedConfig):
         Any vision tower `AutoModel` can build. Of a dual tower (SigLIP, CLIP) the vision half is taken.
     text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama):
         Any causal language model `AutoModel` can build.
-    lm_head_bias (`bool`, *optional*, defaults to `False`):
-        Whether the language model's head has a bias, as Phi's has.
+    lm_head_bias (`bool`, *optional*, defaults to `False`): Whether the language model's head has a bias, as Phi's has.
 
     > What an image becomes
 
-    image_token_id (`int`, *optional*, defaults to 32000):
-        Id of the placeholder `<image>`.
-    image_seq_length (`int`, *optional*, defaults to 196):
-        Visual tokens of one image (P), after pooling.
+    image_token_id (`int`, *optional*, defaults to 32000): Id of the placeholder `<image>`.
+    image_seq_length (`int`, *optional*, defaults to 196): Visual tokens of one image (P), after pooling.
     vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
         Hidden states of the vision tower to read; several are concatenated. A convolutional tower is always read at
         its last layer.
@@ -63,10 +60,9 @@ class TinyAlignConfig(PreTrainedConfig):
         be given for a tower that has no `hidden_size`.
     vision_pool_size (`int`, *optional*):
         Average-pools the square grid of visual tokens to this many rows and columns. `None` keeps all tokens.
-    projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
-        Activation of both connectors.
-    connector_size (`int`, *optional*):
-        Hidden width of the connector. Defaults to the language model's hidden size.
+    projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of both connectors.
+    connector_size, memory_connector_size (`int`, *optional*):
+        Hidden width of the two connectors. Defaults to the language model's hidden size.
 
     > The memory
 
@@ -81,23 +77,18 @@ class TinyAlignConfig(PreTrainedConfig):
         `memory_tokens`). `"both"`: the two added up.
     latent_dim (`int`, *optional*, defaults to 96):
         Width of a latent of the values (D), for a model that reads them.
-    memory_connector_size (`int`, *optional*):
-        Hidden width of the MLP that reads them. Defaults to the language model's hidden size.
     key_space (`str`, *optional*, defaults to `"vision"`):
         Space of the bank's keys: the vision tower's, or (the paper's) the language model's, with the text mixed in.
-    query_alpha (`float`, *optional*, defaults to 0.4):
-        Weight of the image in a key of the language space (paper, equation 4).
+    query_alpha (`float`, *optional*, defaults to 0.4): Weight of the image in a key of the language space (eq. 4).
     retrieval_threshold (`float`, *optional*):
         Similarity (the inner product of unit keys, -1 to 1) below which a neighbour is not used: its slot gets the
         learned "nothing retrieved". `None` uses all neighbours. `tinyalign bank calibrate` chooses one.
-    memory_scores (`bool`, *optional*, defaults to `True`):
-        Whether the memory connector is told the similarity of each neighbour.
+    memory_scores (`bool`, *optional*, defaults to `True`): Whether the memory connector is told their similarities.
     prompt_captions (`int`, *optional*, defaults to 0):
         Neighbours whose captions are written into the prompt. More than 0, with `memory_top_k=0`, is text-only RAG.
     vision_model, vision_model_revision, language_model, language_model_revision (`str`, *optional*):
         The checkpoints that a model was composed of, at their commits, as long as they are not trained any further.
-    connectors_only (`bool`, *optional*, defaults to `False`):
-        Set in a checkpoint without the weights of these.
+    connectors_only (`bool`, *optional*, defaults to `False`): Set in a checkpoint without the weights of these.
     memory_bank, memory_bank_revision (`str`, *optional*):
         Hub repository and revision of the bank, loaded at the first retrieval.
     """

@@ -105,7 +105,9 @@ class MemoryBank(BankRows):
         """
         try:
             from tinyalign_vlm.training.bank.build import build_bank
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            if error.name != "tinyalign_vlm":
+                raise
             raise ImportError("Building a memory bank needs the package: pip install tinyalign-vlm.") from error
         return build_bank(dataset, model, processor, value_encoder, **settings)
 

@@ -33,14 +33,10 @@ IMAGE_INPUTS = (
 @dataclass
 class TinyAlignImageFeatures(BaseModelOutputWithPooling):
     r"""
-    last_hidden_state (`torch.Tensor` of shape `(n, T, C)`):
-        Features of the vision tower, not pooled.
-    pooler_output (`list[torch.Tensor]`):
-        One tensor `(P + M, hidden_size)` an image: visual tokens, then memory tokens.
-    memory_ids (`torch.Tensor` of shape `(n, top_k)`, *optional*):
-        Rows of the memory bank that were used, -1 for an empty slot.
-    memory_scores (`torch.Tensor` of shape `(n, top_k)`, *optional*):
-        Their inner products with the query, when they were searched for.
+    last_hidden_state (`torch.Tensor` of shape `(n, T, C)`): Features of the vision tower, not pooled.
+    pooler_output (`list[torch.Tensor]`): `(P + M, hidden_size)` an image: visual tokens, then memory tokens.
+    memory_ids, memory_scores (`torch.Tensor` of shape `(n, top_k)`, *optional*):
+        Rows of the memory bank that were used, -1 for an empty slot, and their inner products with the query.
     """
 
     memory_ids: torch.LongTensor | None = None
@@ -50,8 +46,7 @@ class TinyAlignImageFeatures(BaseModelOutputWithPooling):
 @dataclass
 class TinyAlignModelOutputWithPast(BaseModelOutputWithPast):
     r"""
-    image_outputs (`TinyAlignImageFeatures`, *optional*):
-        Features, visual and memory tokens, and neighbours of all images of the batch.
+    image_outputs (`TinyAlignImageFeatures`, *optional*): Features, tokens and neighbours of all images of the batch.
     """
 
     image_outputs: TinyAlignImageFeatures | None = None
@@ -62,8 +57,7 @@ class TinyAlignCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Or `(supervised positions, vocab_size)` with `supervised_logits_only=True`.
-    image_outputs (`TinyAlignImageFeatures`, *optional*):
-        Features, visual and memory tokens, and neighbours of all images of the batch.
+    image_outputs (`TinyAlignImageFeatures`, *optional*): As in `TinyAlignModelOutputWithPast`.
     """
 
     image_outputs: TinyAlignImageFeatures | None = None
