@@ -78,6 +78,32 @@ def _load_trained(config: StageArguments) -> PreTrainedModel:
     return model
 
 
+def load_to_answer(
+    name: str, revision: str = "main", memory_bank: str | None = None, memory: str = "on", device: str = "auto"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    Return a model with its bank, and its processor, by the classes of this package: no code of the checkpoint is run.
+
+    Args:
+        memory_bank: a folder or repository. None: the bank that the config names.
+        memory: `"off"`: no bank is needed.
+
+    Raises:
+        ValueError: the model has a memory, but no bank is named here or in its config.
+    """
+    model = TinyAlignForConditionalGeneration.from_pretrained(name, revision=revision, dtype="auto", device_map=device)
+    processor = TinyAlignProcessor.from_pretrained(name, revision=revision)
+    if memory == "on" and model.config.num_neighbours > 0:
+        if memory_bank is not None:
+            model.attach_memory_bank(memory_bank, tokenizer=processor.tokenizer)
+        if model.memory_bank is None:
+            raise ValueError(
+                f"{name} retrieves {model.config.num_neighbours} neighbours an image, but its config names no memory "
+                "bank: pass --memory_bank FOLDER_OR_REPOSITORY, or --memory off to answer without."
+            )
+    return model, processor
+
+
 def model_fields(config: StageArguments) -> dict:
     """The fields of [`TinyAlignConfig`] to set in a run's model: `model_kwargs`, and what its baseline changes."""
     fields = dict(config.model_kwargs or {})

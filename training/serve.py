@@ -15,9 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.import_utils import is_serve_available
 
-from ..modeling_tinyalign import TinyAlignForConditionalGeneration
-from ..processing import TinyAlignProcessor
-from .models import context_length
+from .models import context_length, load_to_answer
 from .request_images import load_request_image
 
 if not is_serve_available():
@@ -145,25 +143,8 @@ def serve(
     Raises:
         ValueError: The model has a memory, but no bank is named here or in its config.
     """
-    loaded = load(model, revision, memory_bank, memory, device)
+    loaded = load_to_answer(model, revision, memory_bank, memory, device)
     uvicorn.run(build_app(model, *loaded, memory, allow_image_host, max_tokens), host=host, port=port)
-
-
-def load(
-    name: str, revision: str, memory_bank: str | None, memory: str, device: str
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model with its bank, and its processor, by the classes of this package: no code of the checkpoint is run."""
-    model = TinyAlignForConditionalGeneration.from_pretrained(name, revision=revision, dtype="auto", device_map=device)
-    processor = TinyAlignProcessor.from_pretrained(name, revision=revision)
-    if memory == "on" and model.config.memory_top_k > 0:
-        if memory_bank is not None:
-            model.attach_memory_bank(memory_bank)
-        if model.memory_bank is None:
-            raise ValueError(
-                f"{name} retrieves {model.config.memory_top_k} neighbours an image, but its config names no memory "
-                "bank: pass --memory_bank FOLDER_OR_REPOSITORY, or --memory off to answer without."
-            )
-    return model, processor
 
 
 def build_app(

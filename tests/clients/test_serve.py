@@ -44,7 +44,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(saved):
-    model, processor = serve.load(saved.folder, "main", saved.bank_folder, "on", "cpu")
+    model, processor = serve.load_to_answer(saved.folder, "main", saved.bank_folder, "on", "cpu")
     server = Server(serve.build_app(NAME, model, processor, max_tokens=8))
     yield server
     server.stop()
@@ -233,8 +233,8 @@ def test_what_is_no_request(server, monkeypatch):
 def test_without_a_bank(saved, images):
     """What is missing is said before the server starts; `--memory off` does without, with the same checkpoint."""
     with pytest.raises(ValueError, match="retrieves 2 neighbours an image, but its config names no memory bank: pass"):
-        serve.load(saved.folder, "main", None, "on", "cpu")
-    server = Server(serve.build_app(NAME, *serve.load(saved.folder, "main", None, "off", "cpu"), "off"))
+        serve.load_to_answer(saved.folder, "main", None, "on", "cpu")
+    server = Server(serve.build_app(NAME, *serve.load_to_answer(saved.folder, "main", None, "off", "cpu"), "off"))
     assert server.chat(data_url(images[0])).choices[0].message.content == answer(saved, images[0], memory="off")
     with pytest.raises(openai.BadRequestError, match="memory is 'on', but this server answers without"):
         server.chat(data_url(images[0]), extra_body={"memory": "on"})

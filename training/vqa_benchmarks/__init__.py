@@ -1,0 +1,1 @@
+"""Benchmarks of visual question answering: lmms-eval asks and scores, this answers and compares."""

@@ -1,0 +1,79 @@
+"""Answers to chats with images, in batches, generated as a benchmark asks for."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..data.chats import with_captions
+
+MAX_NEW_TOKENS = 128  # where a benchmark does not say
+SETTINGS = ("max_new_tokens", "num_beams", "temperature", "top_p", "top_k")
+
+
+class Answer(NamedTuple):
+    """A text, and the neighbours that it rests on as `generate` returns them."""
+
+    text: str
+    neighbours: list[dict[str, Any]]
+
+
+def generation_settings(asked: dict) -> dict:
+    """Return arguments of `generate`: greedy and 128 tokens unless a benchmark asks for something else."""
+    settings = {"max_new_tokens": MAX_NEW_TOKENS} | {name: asked[name] for name in SETTINGS if name in asked}
+    settings["do_sample"] = bool(asked.get("do_sample"))
+    if not settings["do_sample"]:
+        settings |= dict.fromkeys(("temperature", "top_p", "top_k"))  # of a model that samples by default
+    return settings | {"stop_strings": stops_of(asked) or None}
+
+
+def stops_of(asked: dict) -> list[str]:
+    """Return the texts before which an answer ends."""
+    stops = asked.get("until") or []
+    return [stops] if isinstance(stops, str) else list(stops)
+
+
+@torch.no_grad()
+def answer_chats(
+    model: PreTrainedModel, processor: ProcessorMixin, chats: Sequence[list[dict]], asked: dict, memory: str = "on"
+) -> list[Answer]:
+    """
+    Answer a batch of chats, each as it would be answered alone.
+
+    Args:
+        chats: messages with their images, as the processor's chat template takes them.
+        asked: how to generate, in lmms-eval's words: `max_new_tokens`, `until`, `do_sample`, `temperature`, ...
+        memory: `"off"` answers without retrieval.
+    """
+    if model.config.prompt_captions and memory == "on":
+        chats = [_with_captions(model, processor, chat) for chat in chats]
+    inputs = processor.apply_chat_template(
+        list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    ).to(model.device)
+    sources = []
+    if model.config.memory_top_k > 0:
+        inputs |= {"memory": memory, "sources": sources}
+    output = model.generate(**inputs, **generation_settings(asked), tokenizer=processor.tokenizer)
+    texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for stop in stops_of(asked):
+        texts = [text.partition(stop)[0] for text in texts]
+    return list(map(Answer, texts, sources or [[] for _ in texts]))
+
+
+def _with_captions(model: PreTrainedModel, processor: ProcessorMixin, chat: list[dict]) -> list[dict]:
+    """Return the chat as text-only retrieval asks it: its images' neighbours in words."""
+    images = [part["image"] for turn in chat for part in turn["content"] if part["type"] == "image"]
+    if not images:
+        return chat
+    return with_captions(processor, model.memory_bank, chat, model.retrieve(images).ids.tolist())
+
+
+def batches(lengths: Sequence[int], asked: Sequence[dict], batch_size: int) -> Iterator[list[int]]:
+    """Yield numbers of questions to answer together: of the same settings and about the same length."""
+    groups = {}
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        groups.setdefault(str(asked[number]), []).append(number)
+    for numbers in groups.values():
+        for start in range(0, len(numbers), batch_size):
+            yield numbers[start : start + batch_size]
