@@ -1,6 +1,6 @@
 """Intervals of results and of their differences, by drawing the concepts that were asked for again and again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,11 +43,47 @@ def interval(
             f"Found {len(values)} values, {len(weights)} weights and {len(groups)} groups, expected as many of each, "
             "at least one."
         )
-    names, group = np.unique(groups, return_inverse=True)
-    sums, totals = np.bincount(group, values), np.bincount(group, weights)
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    low, high = np.percentile((drawn @ sums) / (drawn @ totals), [2.5, 97.5])
-    return Interval(float(sums.sum() / totals.sum()), float(low), float(high))
+    sums = np.stack([values, weights], axis=1)
+    return interval_of(resampled(sums, groups, lambda drawn: drawn[:, 0] / drawn[:, 1], draws=draws, seed=seed))
+
+
+def resampled(
+    sums: np.ndarray,
+    groups: Sequence,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    strata: Sequence | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> np.ndarray:
+    """
+    Return a statistic of all questions, and then of `draws` samples: `(1 + draws,)`.
+
+    Whole groups are drawn with replacement; the same groups and seed give the same samples, whatever is summed.
+
+    Args:
+        sums: `(questions, columns)`, what the statistic needs, summed over the questions of a sample.
+        groups: `(questions,)`, as of [`interval`].
+        statistic: takes the sums of n samples, `(n, columns)`, and returns `(n,)`.
+        strata: `(questions,)`, the same within a group. As many groups of each stratum are drawn as there are.
+    """
+    names, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    totals = np.stack([np.bincount(group, column) for column in np.transpose(sums)], axis=1)
+    stratum = np.zeros(len(names)) if strata is None else np.asarray(strata)[first]
+    members = [np.flatnonzero(stratum == name) for name in np.unique(stratum)]
+    generator = np.random.default_rng(seed)
+    drawn = [np.sum(sums, axis=0)]
+    for _ in range(draws):
+        counts = np.zeros(len(names))
+        for those in members:
+            counts[those] = generator.multinomial(len(those), np.full(len(those), 1 / len(those)))
+        drawn.append(counts @ totals)
+    return statistic(np.stack(drawn))
+
+
+def interval_of(values: np.ndarray) -> Interval:
+    """Return the first of what [`resampled`] returned, with its 95% interval by the others."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return Interval(float(values[0]), float(low), float(high))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], *args, **kwargs) -> Interval:
