@@ -20,6 +20,7 @@ from . import (
     bank_view,
     data_check,
     demo,
+    evaluate,
     neighbours,
     push,
     serve,
@@ -45,6 +46,7 @@ COMMANDS = {
     "bank calibrate": bank_calibrate,
     "push": push,
     "serve": serve,
+    "evaluate": evaluate,
 }
 # The first word of a command of two words: its line in the list of commands, and its own description.
 GROUPS = {
@@ -57,10 +59,10 @@ GROUPS = {
 # These take YAML files first, and then any field of the settings of the files.
 FILE_COMMANDS = (train, neighbours, data_check, bank_calibrate)
 # Options that name a folder or a repository, and the kind of repository.
-REPOSITORIES = {"model": "model", "vision_model": "model", "language_model": "model"}
+REPOSITORIES = dict.fromkeys(("model", "vision_model", "language_model", "against"), "model")
 REPOSITORIES |= dict.fromkeys(("bank", "banks", "like", "value_encoder", "memory_bank"), "dataset")
 # Started again, these go on from where they were stopped.
-RESUMABLE_COMMANDS = (train, neighbours, demo, bank_build, bank_add)
+RESUMABLE_COMMANDS = (train, neighbours, demo, bank_build, bank_add, evaluate)
 
 
 def main(argv: list[str] | None = None):
@@ -92,7 +94,7 @@ def check_names(options: dict):
     """Tell of a model or bank that is nowhere, before anything is loaded."""
     for option, repo_type in REPOSITORIES.items():
         values = options.get(option)
-        for name in values if option == "banks" and values else [values]:
+        for name in values if option in ("banks", "against") and values else [values]:
             if isinstance(name, str) and not Path(name).expanduser().exists():
                 from tinyalign_vlm.training.arguments.names import check_name
 

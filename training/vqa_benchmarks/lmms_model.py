@@ -1,9 +1,8 @@
-"""TinyAlign as a model of lmms-eval, found by its entry point `lmms_eval.models`: `lmms-eval --model tinyalign`."""
+"""TinyAlign as a model of lmms-eval: `lmms-eval --model tinyalign`."""
 
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm.auto import tqdm
 
@@ -79,6 +78,3 @@ class TinyAlignLmms(lmms):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("tinyalign answers tasks that generate; this one asks for likelihoods.")
-
-
-manifest = ModelManifest("tinyalign", chat_class_path=f"{__name__}.{TinyAlignLmms.__name__}")

@@ -43,6 +43,11 @@ class BenchmarkMetric(evaluate.Metric):
         """Return the benchmark's own value of each sample."""
         return next(iter(cls.values(sums).values()))
 
+    @classmethod
+    def category_value(cls, questions: pd.DataFrame) -> float:
+        """Return the value of the questions of one category."""
+        return float(cls.main_value(cls.sums(questions).sum(0, keepdims=True))[0])
+
 
 class VqaAccuracy(BenchmarkMetric):
     """Mean score of the questions, times 100: exact match, soft accuracy of VQA, or a judge's."""
@@ -80,6 +85,10 @@ class MmeScore(BenchmarkMetric):
     @classmethod
     def values(cls, sums: np.ndarray) -> dict[str, np.ndarray]:
         return {"perception": sums[:, 0], "cognition": sums[:, 1]}
+
+    @classmethod
+    def category_value(cls, questions: pd.DataFrame) -> float:
+        return float(cls.sums(questions).sum())
 
 
 class PopeF1(BenchmarkMetric):

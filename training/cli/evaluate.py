@@ -1,0 +1,61 @@
+"""`tinyalign evaluate`."""
+
+import argparse
+
+SUMMARY = "answer the paper's eight benchmarks, and compare with and without memory"
+HELP = """
+Answer the paper's benchmarks with a checkpoint: with its bank, with others, without, and beside another checkpoint.
+lmms-eval asks and scores; DIR/report.md has the numbers, their intervals, and which differences are more than noise.
+
+  tinyalign evaluate out/stage2 --memory off --shuffled          # three variants: its bank, none, and a random one
+  tinyalign evaluate out/stage2 --bank bank --bank bank-300k --tasks gqa pope mme
+  tinyalign evaluate out/stage2 --against out/baseline --limit 8    # eight images of each: to see that it works
+  tinyalign evaluate --compare runs/a runs/b                     # what is on disk; no model is loaded
+  torchrun --nproc_per_node 8 -m tinyalign_cli evaluate out/stage2  # 8 GPUs
+
+A variant whose answers are in DIR already is not asked again: the same command goes on from where it was stopped.
+The default is all but MM-Vet (mmvet), which needs --judge, and VQAv2 (vqav2_val, vqav2_testdev). Install it with
+pip install tinyalign-vlm[eval] and then pip install --no-deps lmms-eval==0.7.3. docs/evaluation.md says what it costs.
+"""
+TASKS = ("gqa", "pope", "mme", "scienceqa", "textvqa", "textvqa_without_ocr", "mmmu")
+OTHER_TASKS = ("mmvet", "vqav2_val", "vqav2_testdev")
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the checkpoint, its variants, the benchmarks, and where answers go."""
+    several = {"action": "append", "default": []}
+    parser.add_argument("model", nargs="?", metavar="CHECKPOINT", help="folder or repository")
+    parser.add_argument("--bank", dest="banks", metavar="BANK", **several, help="a memory bank; may be repeated")
+    parser.add_argument("--memory", choices=("on", "off"), default="on", help="off: also answer without retrieval")
+    parser.add_argument("--shuffled", action="store_true", help="also answer with the bank's keys shuffled")
+    parser.add_argument("--against", metavar="CHECKPOINT", **several, help="also ask this one; may be repeated")
+    names = {"choices": (*TASKS, *OTHER_TASKS), "default": TASKS, "metavar": "NAME"}
+    parser.add_argument("--tasks", nargs="+", **names, help=f"of {', '.join(names['choices'])}")
+    parser.add_argument("--data", metavar="FOLDER", help="NAME.parquet files (default: lmms-lab-encoder's on the Hub)")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask about N images of each, drawn with a fixed seed")
+    parser.add_argument("--images", metavar="FILE", help="ids of images, one a line: ask vqav2_val about these alone")
+    parser.add_argument("--judge", metavar="MODEL", help="of mmvet, asked at OPENAI_BASE_URL with OPENAI_API_KEY")
+    parser.add_argument("--exclude", action="store_true", help="leave out questions about an image that a bank has")
+    parser.add_argument("--card", action="store_true", help="write the results into the checkpoint's model card")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--output", default="evaluation", metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--compare", nargs="+", metavar="DIR", help="report on folders of answers; no model is loaded")
+
+
+def run(arguments: argparse.Namespace):
+    """Answer what is not answered yet, and write the report."""
+    from pathlib import Path
+
+    if (arguments.model is None) == (arguments.compare is None):
+        raise ValueError("evaluate needs a checkpoint, or --compare with folders of answers: one of them.")
+    try:
+        from tinyalign_vlm.training.vqa_benchmarks.command import compare_folders, evaluate_checkpoint
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"evaluate needs lmms-eval and what it imports ({error}): pip install tinyalign-vlm[eval], and then "
+            "pip install --no-deps lmms-eval==0.7.3."
+        ) from error
+    if arguments.compare:
+        compare_folders(list(map(Path, arguments.compare)), Path(arguments.output), arguments.exclude)
+    else:
+        evaluate_checkpoint(**vars(arguments))

@@ -1,0 +1,60 @@
+"""Answers on disk: a Parquet file for each variant and benchmark, with what it is of in its metadata."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..disk import save_file
+
+FACTS = b"tinyalign"  # key of the metadata
+NEIGHBOUR = pa.struct(
+    [("image", pa.int64()), ("source_id", pa.string()), ("caption", pa.string()), ("score", pa.float64())]
+)
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("question_id", pa.string()),
+        ("unit", pa.string()),
+        ("categories", pa.list_(pa.string())),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("target", pa.string()),
+        ("score", pa.float64()),
+        ("images", pa.list_(pa.string())),  # their source_id
+        ("in_bank", pa.bool_()),  # the bank has one of the images, pixel for pixel
+        ("neighbours", pa.list_(NEIGHBOUR)),
+    ]
+)
+
+
+def samples_path(output: Path, variant: str, benchmark: str) -> Path:
+    """Return the file of a variant's answers to a benchmark."""
+    return output / "samples" / file_name(variant) / f"{benchmark}.parquet"
+
+
+def file_name(variant: str) -> str:
+    """Return a variant's name as one of a file."""
+    return re.sub(r"[^\w.-]+", "-", variant)
+
+
+def save_samples(path: Path, samples: list[dict], facts: dict):
+    """Write the samples of a variant's answers to a benchmark, whole or not at all."""
+    table = pa.Table.from_pylist(samples, SCHEMA).replace_schema_metadata({FACTS: json.dumps(facts)})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(path, buffer.getvalue())
+
+
+def read_facts(path: Path) -> dict:
+    """Return what the samples in a file are of."""
+    return json.loads(pq.read_schema(path).metadata[FACTS])
+
+
+def is_complete(path: Path, facts: dict) -> bool:
+    """Return whether a file has the answers of these weights with this bank to these questions."""
+    keys = ("weights", "bank_rows", "memory", "questions")
+    return path.exists() and all(read_facts(path)[key] == facts[key] for key in keys)

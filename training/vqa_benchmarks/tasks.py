@@ -1,0 +1,138 @@
+"""Questions of a benchmark, asked and scored by the task of lmms-eval, but where the paper's protocol differs."""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import lmms_eval.api.metrics  # registers exact_match
+import numpy as np
+from huggingface_hub import HfApi
+from lmms_eval.api.task import ConfigurableMessagesTask
+from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import load_yaml_config
+
+from .benchmarks import ALIASES, BENCHMARKS
+from .judge import judge_answer
+
+TASKS = Path(lmms_eval.api.metrics.__file__).parents[1] / "tasks"
+
+
+class LocalTask(ConfigurableMessagesTask):
+    """A task of lmms-eval on rows that are here already: nothing is downloaded, and nothing tried again."""
+
+    def __init__(self, config: dict, rows: datasets.Dataset):
+        self._rows = rows
+        super().__init__(config=config, model_name="tinyalign")
+
+    def download(self, dataset_kwargs: dict | None = None):
+        self.dataset = self.dataset_no_image = {self.config.test_split: self._rows}
+
+
+class Questions:
+    """
+    The questions of a benchmark that are asked.
+
+    Args:
+        folder: Parquet files in the benchmark's schema: `NAME.parquet`, or a folder `NAME` of them. None: the Hub.
+        limit: ask about so many images, drawn with a fixed seed; all their questions.
+        images: VQAv2's: ask only about the images with these ids.
+        judge: MM-Vet's model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path | None = None,
+        limit: int | None = None,
+        images: set[int] | None = None,
+        judge: str | None = None,
+    ):
+        self.name, self.benchmark, self.judge = name, BENCHMARKS[name], judge
+        config = load_yaml_config(TASKS / self.benchmark.file, mode="simple" if name == "mmvet" else "full")
+        config |= self.benchmark.settings
+        config["lmms_eval_specific_kwargs"]["default"] |= self.benchmark.prompt
+        self.source, self.split = config["dataset_path"], config["test_split"]
+        self.version, self.rows = _load(ALIASES.get(name, name), folder, config, config.get("dataset_name"))
+        self.task = LocalTask(config, self.rows)
+        self.images = None
+        if name == "gqa" and "image" not in self.rows.column_names:
+            _, self.images = _load("gqa_images", folder, config, "testdev_balanced_images")
+        unit = self.benchmark.unit
+        self.units = list(map(str, range(len(self.rows)) if unit is None else self.rows[unit]))
+        asked = sorted(set(self.units))
+        if images is not None:
+            asked = [unit for unit in asked if int(unit) in images]
+        if limit is not None:
+            asked = np.random.default_rng(0).permutation(asked)[:limit]
+        asked = set(asked)
+        self.numbers = [number for number, unit in enumerate(self.units) if unit in asked]
+        if not self.numbers:
+            raise ValueError(f"{self.benchmark.title} has no question about the images that were asked for.")
+        pictures = [column for column, kind in self.rows.features.items() if isinstance(kind, datasets.Image)]
+        texts = self.rows.remove_columns(pictures)
+        self.prompts = {number: self.task.doc_to_text(texts[number]) for number in self.numbers}
+
+    @property
+    def generation(self) -> dict:
+        """How to generate, in lmms-eval's words."""
+        return self.task.config.generation_kwargs
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that is asked and of how it is scored."""
+        content = [self.name, self.version, self.prompts, self.generation, self.judge]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _image_rows(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.images["id"])}
+
+    def row(self, number: int) -> dict:
+        """Return a row with its image."""
+        row = self.rows[number]
+        if self.images is not None:
+            row["image"] = self.images[self._image_rows[row["imageId"]]]["image"]
+        return row
+
+    def chat(self, row: dict) -> list[dict]:
+        """Return the chat that asks a row's question."""
+        return ChatMessages(messages=self.task.doc_to_messages(row)).to_hf_messages()
+
+    def score(self, row: dict, answer: str) -> float:
+        """Return the score of an answer, NaN where others keep the truth."""
+        if self.name == "mmvet":
+            return judge_answer(self.judge, row["question"], row["answer"], answer)
+        random.seed(row.get("id"))  # an answer that MMMU cannot read becomes a letter by chance: each row's own
+        # without the tries again that hide an error
+        results = LocalTask.process_results.__wrapped__(self.task, row, [answer])
+        found = next(iter(results.values()))
+        if self.name == "mmmu":
+            from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
+
+            found = evaluate_mmmu([found])[1]["acc"]
+        return float(found.get("score", "nan") if isinstance(found, dict) else found)
+
+    def target(self, row: dict) -> str:
+        """Return the right answer, the most frequent one of several."""
+        answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in row.get("answers") or []]
+        return Counter(answers).most_common(1)[0][0] if answers else str(self.task.doc_to_target(row))
+
+
+def _load(name: str, folder: Path | None, config: dict, subset: str | None) -> tuple[str, datasets.Dataset]:
+    """Return the rows of a benchmark, and what they are: the commit of a repository, or the sha256 of files."""
+    if folder is None:
+        repository = config["dataset_path"]
+        try:
+            commit = HfApi().dataset_info(repository).sha
+        except Exception as error:  # whatever HTTP libraries make of it
+            raise OSError(f"The Hub has no {repository}, or is not reached ({error}): pass --data FOLDER.") from error
+        return commit, datasets.load_dataset(repository, subset, split=config["test_split"], revision=commit)
+    files = sorted([*folder.glob(f"{name}.parquet"), *folder.glob(f"{name}/*.parquet")])
+    if not files:
+        raise ValueError(f"{folder} has neither {name}.parquet nor a folder {name} of Parquet files, expected one.")
+    content = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+    return content.hexdigest(), datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
