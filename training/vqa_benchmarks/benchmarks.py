@@ -56,7 +56,7 @@ BENCHMARKS = {
         lambda row: row["capability"].split(","),
         settings={
             "doc_to_visual": lambda row: [row["image"].convert("RGB")],
-            "doc_to_text": lambda row: row["question"],  # the shipped one asks for reasoning first
+            "doc_to_text": "question",  # the shipped one asks for reasoning first
             "process_results": lambda row, results: {},  # `Questions.score` asks the judge
             "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
         },

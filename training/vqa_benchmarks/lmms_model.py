@@ -1,5 +1,6 @@
 """TinyAlign as a model of lmms-eval: `lmms-eval --model tinyalign`."""
 
+import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
@@ -35,7 +36,7 @@ class TinyAlignLmms(lmms):
         max_batch_size: int | None = None,
     ):
         super().__init__()
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = device or self.accelerator.device
         self.model, self.processor = load_to_answer(pretrained, revision, memory_bank, memory, str(self.device))
         self.memory, self.batch_size = memory, int(batch_size)

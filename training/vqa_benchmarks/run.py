@@ -63,10 +63,9 @@ def variants_of(
             variants.append(Variant(f"{name}, memory off", checkpoint, memory="off"))
     for other in against:
         variants += variants_of(other)
-    if len({variant.name for variant in variants}) < len(variants):
-        raise ValueError(
-            f"Two variants have the same name: {[variant.name for variant in variants]}. Rename a folder."
-        )
+    names = [variant.name for variant in variants]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Variants are called {names}, expected names that differ: rename a folder.")
     return variants
 
 
@@ -76,7 +75,7 @@ def run_benchmarks(variants: Sequence[Variant], asked: Sequence[Questions], outp
 
     A file of answers counts if weights, bank, prompts and settings are those of now. Several processes share the work.
     """
-    checkpoint, model, state = None, None, PartialState()
+    checkpoint, model, state = None, None, PartialState(cpu=not torch.cuda.is_available())
     for variant in variants:
         if variant.checkpoint != checkpoint:
             model = None  # two may not fit

@@ -1,0 +1,230 @@
+"""Tests that import lmms-eval, which changes the process: test_tasks.py runs them in one of their own."""
+
+import json
+import random
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pandas as pd
+import pytest
+from vqa_rows import write
+
+from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.training.models import load_to_answer
+from tinyalign_vlm.training.vqa_benchmarks.benchmarks import BENCHMARKS
+from tinyalign_vlm.training.vqa_benchmarks.metrics import StrictPopeF1
+from tinyalign_vlm.training.vqa_benchmarks.run import answer_questions, variants_of
+from tinyalign_vlm.training.vqa_benchmarks.tasks import LocalTask, Questions
+
+SCORED = [name for name in BENCHMARKS if name not in ("mmvet", "vqav2_testdev")]
+SUFFIX = "\nAnswer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+PROMPTS = {
+    "gqa": "What is 0?" + SUFFIX,
+    "pope": "Is there a 0 in the image?" + SUFFIX,
+    "mme": "Is it Yes 0?" + SUFFIX,
+    "scienceqa": f"Which is 0?\nA. one\nB. two\n{LETTER}",
+    "textvqa": "What does sign 0 say?\nReference OCR token: STOP, 0" + SUFFIX,
+    "textvqa_without_ocr": "What does sign 0 say?" + SUFFIX,
+    "mmmu": f"What is <image 1> in 0?\nA. blue\nB. red\nC. green\n\n{LETTER}",
+    "mmvet": "What is x in 0?",
+    "vqav2_val": "How many are 0?" + SUFFIX,
+    "vqav2_testdev": "How many are 0?" + SUFFIX,
+}
+TOKENS = {"pope": 128, "mmmu": 128, "textvqa": None, "textvqa_without_ocr": None, "mmvet": 1024}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(data, monkeypatch_module):
+    monkeypatch_module.setenv("OPENAI_API_KEY", "none")
+    return {name: Questions(name, data, judge="judge") for name in BENCHMARKS}
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def sampled(questions: Questions, answer) -> pd.DataFrame:
+    """Return the samples of a model: `answer` takes a row and its target."""
+    samples = []
+    for number in questions.numbers:
+        row = questions.row(number)
+        target = questions.target(row)
+        text = answer(row, target)
+        (category, *_) = [*questions.benchmark.categories(row), ""]
+        sample = {"answer": text, "target": target, "category": category, "unit": questions.units[number]}
+        samples.append({**sample, "score": questions.score(questions.row(number), text)})
+    return pd.DataFrame(samples)
+
+
+def values(questions: Questions, answer, metric=None) -> dict[str, float]:
+    metric, frame = metric or questions.benchmark.metric, sampled(questions, answer)
+    return metric().compute(**{column: frame[column].tolist() for column in metric.columns})
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_the_truth_has_all_points(questions, name):
+    found = values(questions[name], lambda row, target: target)
+    if name == "mme":
+        assert found == pytest.approx({"perception": 2000, "cognition": 800})
+    else:
+        assert next(iter(found.values())) == 100
+
+
+def test_constant_answers(questions):
+    found = values(questions["pope"], lambda row, target: "Yes")
+    assert (found["accuracy"], round(found["F1"], 1), found["yes answers"]) == (50, 66.7, 100)
+    assert values(questions["pope"], lambda row, target: "No")["F1"] == 0
+    assert values(questions["pope"], lambda row, target: "Yes.")["accuracy"] == 50
+    assert values(questions["pope"], lambda row, target: "Yes.", StrictPopeF1)["accuracy"] == 0
+    for said in ("Yes", "No", "Yes."):
+        found = values(questions["mme"], lambda row, target, said=said: said)
+        assert found == pytest.approx({"perception": 500, "cognition": 200})
+    assert values(questions["mmmu"], lambda row, target: "A") == {"accuracy": 50}  # 6 of 12 rows
+    letters = np.random.default_rng(0)
+    said = [values(questions["scienceqa"], lambda row, target: letters.choice(list("ABCD")[: len(row["choices"])]))]
+    said += [values(questions["scienceqa"], lambda row, target: letters.choice(list("ABCD")[: len(row["choices"])]))]
+    expected = 100 * np.mean([1 / (2 + number % 3) for number in range(12)])
+    assert abs(np.mean([found["accuracy"] for found in said]) - expected) < 35
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_metrics_equal_the_aggregates_of_lmms_eval(questions, name):
+    """With answers that are right, wrong and odd; MMMU rounds to five digits."""
+    asked, generator = questions[name], np.random.default_rng(3)
+    said, results = [], {}
+    for number in asked.numbers:
+        row = asked.row(number)
+        odd = generator.choice(["yes", "No", "Yes.", "A", "stop sign", "2", "B. two"])
+        text = asked.target(row) if generator.random() < 0.4 else str(odd)
+        said.append(text)
+        random.seed(row.get("id"))  # as `score` does
+        for key, value in LocalTask.process_results.__wrapped__(asked.task, row, [text]).items():
+            results.setdefault(key, []).append(value)
+    theirs = {
+        key: 100 * aggregate(results[key])
+        for key, aggregate in asked.task.aggregation().items()
+        if key in results and key != "submission"
+    }
+    texts = iter(said)
+    metric = asked.benchmark.shipped or asked.benchmark.metric
+    ours = values(asked, lambda row, target: next(texts), metric)
+    if name == "pope":
+        theirs = {key.removeprefix("pope_").replace("f1_score", "F1"): value for key, value in theirs.items()}
+        assert {key: ours[key] for key in ("accuracy", "precision", "F1")} == pytest.approx(
+            {key: theirs[key] for key in ("accuracy", "precision", "F1")}, rel=1e-14
+        )
+    elif name == "mme":
+        assert [ours["perception"], ours["cognition"]] == pytest.approx(
+            [theirs["mme_perception_score"] / 100, theirs["mme_cognition_score"] / 100], rel=1e-14
+        )
+    else:
+        (expected,) = theirs.values()
+        assert ours["accuracy"] == pytest.approx(expected, rel=1e-14, abs=5e-4 if name == "mmmu" else 0)
+
+
+def test_an_answer_that_mmmu_cannot_read_scores_the_same_whatever_came_before(questions):
+    asked = questions["mmmu"]
+    scores = [asked.score(asked.row(number), "I do not know") for number in asked.numbers]
+    again = [asked.score(asked.row(number), "I do not know") for number in reversed(asked.numbers)]
+    assert scores == again[::-1] and 0 < sum(scores) < len(scores)
+
+
+def test_prompts_and_settings(questions):
+    assert {name: asked.prompts[0] for name, asked in questions.items()} == PROMPTS
+    tokens = {name: asked.generation.get("max_new_tokens") for name, asked in questions.items()}
+    assert tokens == {name: TOKENS.get(name, 16) for name in questions}
+    chat = questions["mmmu"].chat(questions["mmmu"].row(1))
+    assert [part["type"] for part in chat[0]["content"]] == ["text", "image", "text", "image", "text"]
+    assert questions["gqa"].row(4)["image"].size == (24, 24)
+
+
+def test_a_limit_takes_whole_images(data):
+    for name, each in {"mme": 2, "pope": 18, "gqa": 3, "scienceqa": 1}.items():
+        asked = Questions(name, data, limit=2)
+        assert set(Counter(asked.units[number] for number in asked.numbers).values()) == {each}
+        assert len(asked.numbers) == 2 * each
+    assert {Questions("vqav2_val", data, images={1, 3}).units[n] for n in (2, 6)} == {"1", "3"}
+    with pytest.raises(ValueError, match="VQAv2 val has no question about the images that were asked for"):
+        Questions("vqav2_val", data, images={77})
+    with pytest.raises(ValueError, match="has neither gqa.parquet nor a folder gqa of Parquet files"):
+        Questions("gqa", data / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def judge(monkeypatch_module):
+    """A judge on this machine that says what `judge.says` is."""
+
+    class Judge(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self.server.prompts.append(asked["messages"][0]["content"])
+            message = {"role": "assistant", "content": self.server.says}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            body = {"id": "1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [choice]}
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Judge)
+    server.prompts, server.says = [], "0.5"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch_module.setenv("OPENAI_API_KEY", "none")
+    monkeypatch_module.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    yield server
+    server.shutdown()
+
+
+def test_a_judge_says_a_number_or_it_is_an_error(questions, judge, monkeypatch):
+    judge.says = "0.5"
+    assert values(questions["mmvet"], lambda row, target: "x = -1") == {"accuracy": 50}
+    assert judge.prompts[-1].endswith("\nWhat is x in 3? | -1 <AND> -5 | x = -1 |")
+    assert "\nQuestion | Ground truth | Prediction" in judge.prompts[-1]
+    for says in ("1.7", "I would say so", "-0.5", ""):
+        judge.says = says
+        with pytest.raises(ValueError, match="expected a number from 0 to 1"):
+            values(questions["mmvet"], lambda row, target: "x = -1")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(ValueError, match="The judge judge cannot be asked"):
+        values(questions["mmvet"], lambda row, target: "x = -1")
+
+
+def test_batches_and_banks_do_not_change_answers(saved, data):
+    asked = Questions("mmmu", data)
+    model, processor = load_to_answer(saved["model"], memory="off", device="cpu")
+    bank = MemoryBank.from_pretrained(saved["bank"])
+
+    def answers(batch_size: int, bank: MemoryBank | None) -> list[str]:
+        if bank is not None:
+            model.attach_memory_bank(bank, tokenizer=processor.tokenizer)
+        memory = "off" if bank is None else "on"
+        samples = answer_questions(model, processor, asked, memory, bank, batch_size, "test")
+        assert all(bool(sample["neighbours"]) == (bank is not None) for sample in samples)
+        return [sample["answer"] for sample in samples]
+
+    first = answers(8, bank)
+    off, again = answers(8, None), answers(1, bank)
+    assert again == first != off
+    assert answers(8, bank.shuffled()) != first
+
+
+def test_names_of_variants(saved):
+    names = [variant.name for variant in variants_of(saved["model"], [saved["bank"]], True, True)]
+    assert names == ["model, bank", "model, bank, shuffled", "model, memory off"]
+    with pytest.raises(ValueError, match="Variants are called .* expected names that differ"):
+        variants_of(saved["model"], against=[saved["model"]])

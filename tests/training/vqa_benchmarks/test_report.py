@@ -1,0 +1,106 @@
+"""Reports on samples that are on disk, for which neither a model nor lmms-eval is needed."""
+
+import json
+
+import numpy as np
+import pytest
+from vqa_rows import mme_rows, pope_rows
+
+from tinyalign_vlm.training.vqa_benchmarks.published import PUBLISHED, published
+from tinyalign_vlm.training.vqa_benchmarks.report import mean_score, read_samples, write_report
+from tinyalign_vlm.training.vqa_benchmarks.samples import samples_path, save_samples
+
+FACTS = {"source": "made up", "split": "test", "weights": "0" * 64, "bank_rows": None, "versions": {"torch": "2"}}
+POPE, MME = pope_rows(20), mme_rows(5)
+
+
+def save(folder, variant: str, benchmark: str, answers: list[str], **more) -> tuple[str, object]:
+    """Write samples with these answers; of `more`, values by row: in_bank, neighbours."""
+    samples, unit = [], {"pope": "image_source", "mme": "question_id"}.get(benchmark)
+    rows = {"pope": POPE, "mme": MME}.get(benchmark) or [{"question": str(n)} for n in range(len(answers))]
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        target = row.get("answer", "")
+        sample = {"row": number, "question_id": str(number), "unit": row[unit] if unit else str(number // 2)}
+        sample |= {"categories": [row["category"]] if unit else [], "prompt": row["question"], "answer": answer}
+        score = float("nan") if benchmark == "vqav2_testdev" else float(answer.lower() == target.lower())
+        sample |= {"target": target, "score": score, "images": [], "in_bank": False, "neighbours": []}
+        samples.append(sample | {name: values[number] for name, values in more.items()})
+    path = samples_path(folder, variant, benchmark)
+    save_samples(path, samples, {**FACTS, "name": variant, "benchmark": benchmark})
+    return "", path
+
+
+def answers_of(rows: list[dict], right: float, seed: int) -> list[str]:
+    generator = np.random.default_rng(seed)
+    other = {"yes": "no", "no": "yes", "Yes": "No", "No": "Yes"}
+    return [row["answer"] if generator.random() < right else other[row["answer"]] for row in rows]
+
+
+def test_differences_are_paired(tmp_path):
+    """A variant that is wrong in one more answer in fifty is worse, though the intervals of both overlap."""
+    good = answers_of(POPE, 0.8, 0)
+    worse = ["no" if n % 25 == 0 else text for n, text in enumerate(good)]
+    paths = [save(tmp_path, name, "pope", said) for name, said in (("good", good), ("worse", worse), ("same", good))]
+    found = write_report(paths, tmp_path)["pope"]["variants"]
+    assert found["good"]["difference"] == found["same"]["difference"] == [0, 0, 0]
+    assert found["same"]["answers_that_differ"] == 0 < found["worse"]["answers_that_differ"] < 4
+    difference, low, high = found["worse"]["difference"]
+    assert low < difference < high < 0
+    assert difference == pytest.approx(found["worse"]["value"][0] - found["good"]["value"][0])
+    assert found["worse"]["value"][2] > found["good"]["value"][1]
+    assert high - low < found["good"]["value"][2] - found["good"]["value"][1]
+    assert list(found["good"]["categories"]) == ["adversarial", "popular", "random"]
+    assert {"F1", "precision", "recall", "accuracy", "yes answers"} == found["good"]["lmms_eval"].keys()
+
+
+def test_report_and_results(tmp_path):
+    paths = [
+        save(tmp_path, "own", "pope", answers_of(POPE, 0.8, 0)),
+        save(tmp_path, "own", "mme", answers_of(MME, 0.9, 0)),
+    ]
+    paths.append(save(tmp_path, "own", "vqav2_testdev", ["2", "two"]))
+    results = write_report(paths, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["benchmarks"] == results and content["variants"]["own"]["weights"] == "0" * 64
+    pope, mme = (results[name]["variants"]["own"]["value"][0] for name in ("pope", "mme"))
+    assert mean_score(results, "own") == (pytest.approx((pope + mme / 20) / 2), 2)
+    assert f"{(pope + mme / 20) / 2:.1f} (mean of 2)" in report and "to submit to EvalAI" in report
+    assert "seven of the eight" in report and "| 1412.0 |" in report
+    evalai = json.loads((tmp_path / "evalai-own.json").read_text())
+    assert evalai == [{"question_id": 0, "answer": "2"}, {"question_id": 1, "answer": "two"}]
+    categories = results["mme"]["variants"]["own"]["categories"]
+    assert sum(categories.values()) == pytest.approx(sum(results["mme"]["variants"]["own"]["values"].values()))
+    assert len(categories) == 14
+
+
+def test_images_of_a_bank_are_listed_and_left_out(tmp_path):
+    """Those that any variant's bank has are left out of all variants; near copies are only listed."""
+    in_bank = [row["image_source"] == "COCO_3" for row in POPE]
+    near = [
+        [{"image": 0, "source_id": "a", "caption": "b", "score": 0.995 if n == 7 else 0.9}] for n in range(len(POPE))
+    ]
+    said = [row["answer"] if row["image_source"] == "COCO_3" else "no" for row in POPE]
+    paths = [
+        save(tmp_path, "off", "pope", said),
+        save(tmp_path, "bank", "pope", said, in_bank=in_bank, neighbours=near),
+    ]
+    rows = [number for number, row in enumerate(POPE) if row["image_source"] == "COCO_3"]
+    for exclude in (False, True):
+        found = write_report(paths, tmp_path, exclude)["pope"]
+        assert (found["in_bank"], found["near_copies"]) == (rows, [7])
+        assert all((entry["value"][0] == 0) == exclude for entry in found["variants"].values())
+    assert "18 questions are about an image of a bank, left out here; 1 have" in (tmp_path / "report.md").read_text()
+
+
+def test_other_questions_are_refused(tmp_path):
+    paths = [save(tmp_path, "a", "vqav2_val", ["1", "2"]), save(tmp_path, "b", "vqav2_val", ["1", "2", "3"])]
+    with pytest.raises(ValueError, match="were asked different questions of vqav2_val, expected the same"):
+        read_samples(paths)
+
+
+def test_published_numbers():
+    assert published("mme") == [1105, 1364, 1412, 1153.0, 1256.5, 1462.4, 1438.7]
+    assert published("vqav2_val") == [None] * len(PUBLISHED)
+    paper, factory = PUBLISHED["paper: Phi-2 TinyAlign"], PUBLISHED["Factory: Phi-2"]
+    assert sum(theirs > ours for theirs, ours in zip(factory, paper, strict=True)) == 7

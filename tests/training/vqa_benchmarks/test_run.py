@@ -1,0 +1,66 @@
+"""`tinyalign evaluate`, each time in a process of its own."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from vqa_rows import write
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write(folder, "pope", "mmmu")
+    return str(folder)
+
+
+def evaluate(*arguments: str, start: tuple[str, ...] = ("-m", "tinyalign_cli"), **environment: str) -> str:
+    command = [sys.executable, *start, "evaluate", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=280)
+    return f"{done.returncode} {done.stdout}{done.stderr}"
+
+
+def test_variants_are_answered_once_and_compared(saved, data, tmp_path):
+    output = tmp_path / "out"
+    command = [saved["model"], "--bank", saved["bank"], "--memory", "off", "--data", data, "--tasks", "mmmu"]
+    command += ["--output", str(output), "--card"]
+    assert evaluate(*command) == f"0 {output / 'report.md'} has the results.\n"
+    results = json.loads((output / "results.json").read_text())["benchmarks"]["mmmu"]["variants"]
+    assert list(results) == ["model, bank", "model, memory off"]
+    assert results["model, memory off"]["answers_that_differ"] > 0
+    files = {path: path.stat().st_mtime_ns for path in output.glob("samples/*/*.parquet")}
+    assert len(files) == 2
+    evaluate(*command, "--exclude")
+    assert files == {path: path.stat().st_mtime_ns for path in output.glob("samples/*/*.parquet")}
+    printed = evaluate("--compare", str(output), str(output), "--output", str(tmp_path / "both"))
+    assert printed.startswith("0 ")
+    compared = json.loads((tmp_path / "both/results.json").read_text())["benchmarks"]["mmmu"]["variants"]
+    assert list(compared) == [f"out ({n}): {name}" for n in (1, 2) for name in results]
+    assert compared["out (2): model, bank"]["difference"] == [0, 0, 0]
+    card = open(f"{saved['model']}/README.md").read()
+    assert "model-index:" in card and "MMMU val" in card
+
+    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tinyalign_cli"]
+    done = evaluate(*command[:-2], str(tmp_path / "two"), start=tuple(two))
+    assert done.startswith("0 "), done
+    assert json.loads((tmp_path / "two/results.json").read_text())["benchmarks"]["mmmu"]["variants"] == results
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "mmvet"], "mmvet is scored by a judge: pass --judge MODEL"),
+        (["--tasks", "vqav2_val"], "vqav2_val has images of the usual training data: pass --images FILE"),
+        (["--tasks", "gqa"], "has neither gqa.parquet nor a folder gqa of Parquet files, expected one."),
+        (["--compare", "nowhere"], "evaluate needs a checkpoint, or --compare with folders of answers: one of them."),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(saved, data, arguments, message, tmp_path):
+    printed = evaluate(saved["model"], "--memory", "off", "--data", data, "--output", str(tmp_path), *arguments)
+    assert printed.startswith("1 ") and message in printed and "Traceback" not in printed
+    assert printed.count("\n") == 1
