@@ -267,7 +267,7 @@ def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
         for metric, score in evaluation.systems[system].items():
             result = EvalResult(
                 task_type=TASK,
-                dataset_type=evaluation.dataset,
+                dataset_type=evaluation.datasets.get(metric, evaluation.dataset),
                 dataset_name=evaluation.dataset_name,
                 dataset_split=evaluation.split,
                 metric_type=metric,

@@ -1,6 +1,7 @@
 """`tinyalign evaluate`."""
 
 import argparse
+import os
 
 SUMMARY = "answer the paper's eight benchmarks, and compare with and without memory"
 HELP = """
@@ -46,16 +47,35 @@ def run(arguments: argparse.Namespace):
     """Answer what is not answered yet, and write the report."""
     from pathlib import Path
 
-    if (arguments.model is None) == (arguments.compare is None):
-        raise ValueError("evaluate needs a checkpoint, or --compare with folders of answers: one of them.")
+    check(arguments)
+    if arguments.compare:
+        from tinyalign_vlm.training.vqa_benchmarks.report import compare_folders
+
+        compare_folders(list(map(Path, arguments.compare)), Path(arguments.output), arguments.exclude)
+        return
     try:
-        from tinyalign_vlm.training.vqa_benchmarks.command import compare_folders, evaluate_checkpoint
+        from tinyalign_vlm.training.vqa_benchmarks.run import run_command
     except ModuleNotFoundError as error:
         raise ImportError(
             f"evaluate needs lmms-eval and what it imports ({error}): pip install tinyalign-vlm[eval], and then "
             "pip install --no-deps lmms-eval==0.7.3."
         ) from error
-    if arguments.compare:
-        compare_folders(list(map(Path, arguments.compare)), Path(arguments.output), arguments.exclude)
-    else:
-        evaluate_checkpoint(**vars(arguments))
+    run_command(arguments)
+
+
+def check(arguments: argparse.Namespace):
+    """Refuse what cannot be done before anything is loaded."""
+    model, tasks = arguments.model, arguments.tasks
+    if (model is None) == (arguments.compare is None):
+        raise ValueError("evaluate needs a checkpoint, or --compare with folders of answers: one of them.")
+    if "mmvet" in tasks and not (arguments.judge and os.environ.get("OPENAI_API_KEY")):
+        raise ValueError("mmvet is scored by a judge: pass --judge MODEL, and set OPENAI_API_KEY and OPENAI_BASE_URL.")
+    if "vqav2_val" in tasks and arguments.images is None:
+        raise ValueError(
+            "vqav2_val has images of the usual training data: pass --images FILE with the ids of those to ask about, "
+            "of COCO's val2017 say, one a line."
+        )
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"limit is {arguments.limit}, expected 1 image or more.")
+    if arguments.card and (arguments.limit is not None or not os.path.isdir(model or "")):
+        raise ValueError("card is for whole benchmarks and a checkpoint's folder: leave it out, or --limit.")

@@ -46,12 +46,12 @@ def answer_chats(
         asked: how to generate, in lmms-eval's words: `max_new_tokens`, `until`, `do_sample`, `temperature`, ...
         memory: `"off"` answers without retrieval.
     """
+    sources = []
     if model.config.prompt_captions and memory == "on":
-        chats = [_with_captions(model, processor, chat) for chat in chats]
+        chats, sources = zip(*(_with_captions(model, processor, chat) for chat in chats), strict=True)
     inputs = processor.apply_chat_template(
         list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
     ).to(model.device)
-    sources = []
     if model.config.memory_top_k > 0:
         inputs |= {"memory": memory, "sources": sources}
     output = model.generate(**inputs, **generation_settings(asked), tokenizer=processor.tokenizer)
@@ -61,12 +61,18 @@ def answer_chats(
     return list(map(Answer, texts, sources or [[] for _ in texts]))
 
 
-def _with_captions(model: PreTrainedModel, processor: ProcessorMixin, chat: list[dict]) -> list[dict]:
-    """Return the chat as text-only retrieval asks it: its images' neighbours in words."""
+def _with_captions(
+    model: PreTrainedModel, processor: ProcessorMixin, chat: list[dict]
+) -> tuple[list[dict], list[dict[str, Any]]]:
+    """Return the chat as text-only retrieval asks it, with its images' neighbours in words, and the neighbours."""
     images = [part["image"] for turn in chat for part in turn["content"] if part["type"] == "image"]
     if not images:
-        return chat
-    return with_captions(processor, model.memory_bank, chat, model.retrieve(images).ids.tolist())
+        return chat, []
+    found, neighbours = model.retrieve(images), []
+    for image, rows in enumerate(model.memory_bank.rows(found.ids)):
+        scored = zip(rows, found.scores[image].tolist(), strict=True)
+        neighbours += [{"image": image, "score": score, **row} for row, score in scored if row is not None]
+    return with_captions(processor, model.memory_bank, chat, found.ids.tolist()), neighbours
 
 
 def batches(lengths: Sequence[int], asked: Sequence[dict], batch_size: int) -> Iterator[list[int]]:

@@ -1,22 +1,20 @@
-"""Comparison of variants that answered the same questions: intervals, differences, and report.md and results.json."""
+"""report.md and results.json of answers on disk, and the results in a checkpoint's card."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import pyarrow.parquet as pq
-
+from ...hub_cards.cards import write_card
+from ...hub_cards.facts import Evaluation, read_facts
 from ...hub_cards.markdown import table, text
 from ..disk import save_file
-from ..evaluation.bootstrap import interval_of, resampled
 from .benchmarks import BENCHMARKS
+from .comparison import NEAR, compare, mean_score, read_samples, value_in
 from .published import BENCHMARKS as PAPER
 from .published import NOTE, PUBLISHED, published
-from .samples import file_name, read_facts
+from .samples import file_name
 
-NEAR = 0.99  # a neighbour as similar as this may be the image itself, stored anew
 RESULTS, REPORT = "results.json", "report.md"
 INTRODUCTION = """
 Numbers are of 0 to 100, MME's of 0 to 2000, with 95% intervals of 2,000 draws of images, the same for all variants:
@@ -24,180 +22,117 @@ the questions about an image are drawn together. A difference is one to the firs
 its interval holds 0, it is noise. TinyAlign answers; lmms-eval asks and scores. POPE is read as LLaVA reads it, the
 mean F1 of the splits, and TextVQA's prompt has the OCR tokens, as in LLaVA's; other readings stand below.
 """.strip()
+SCORE = """
+The mean is of the benchmarks that were run, each as much as another, MME divided by 20. The paper's "Score" cannot be
+computed from its own tables, and is another number.
+""".strip()
 
 
-def read_samples(paths: Sequence[tuple[str, Path]]) -> dict[str, dict[str, tuple[dict, pd.DataFrame]]]:
-    """
-    Return the facts and samples in files, by benchmark and variant.
-
-    Args:
-        paths: what the names of a file's variants begin with, and the file.
-
-    Raises:
-        ValueError: variants of a benchmark were not asked the same questions.
-    """
-    found = {}
-    for prefix, path in paths:
-        facts = read_facts(path)
-        found.setdefault(facts["benchmark"], {})[prefix + facts["name"]] = facts, pq.read_table(path).to_pandas()
-    for benchmark, variants in found.items():
-        asked = {tuple(zip(frame["row"], frame["prompt"], strict=True)) for _, frame in variants.values()}
-        if len(asked) > 1:
-            raise ValueError(
-                f"The variants {list(variants)} were asked different questions of {benchmark}, expected the same: run "
-                "them on the same data with the same --limit."
-            )
-    return {name: found[name] for name in BENCHMARKS if name in found}
-
-
-def compare(benchmark: str, variants: dict[str, tuple[dict, pd.DataFrame]], exclude: bool = False) -> dict:
-    """
-    Return the results of variants in a benchmark: values, differences to the first variant, and tables by category.
-
-    Args:
-        exclude: leave out questions about an image that the bank of any variant has.
-    """
-    metric, shipped = BENCHMARKS[benchmark].metric, BENCHMARKS[benchmark].shipped
-    frames = {name: frame.assign(category=frame["categories"].str[0]) for name, (_, frame) in variants.items()}
-    in_bank = np.any([frame["in_bank"] for frame in frames.values()], axis=0)
-    near = np.any([frame["neighbours"].map(_best).to_numpy() > NEAR for frame in frames.values()], axis=0) & ~in_bank
-    first = next(iter(frames.values()))
-    result = {
-        "questions": len(first),
-        "images": int(first["unit"].nunique()),
-        "in_bank": first["row"][in_bank].tolist(),
-        "near_copies": first["row"][near].tolist(),
-        "excluded": exclude,
-        "variants": {},
-    }
-    if exclude:
-        frames = {name: frame[~in_bank] for name, frame in frames.items()}
-    base = None
-    for name, frame in frames.items():
-        sums = metric.sums(frame)
-        if np.isnan(sums).any():
-            result["variants"][name] = {"to_submit": True}
-            continue
-        strata = metric.stratum and frame[metric.stratum]
-        drawn = resampled(sums, frame["unit"], metric.main_value, strata)
-        base = (drawn, frame) if base is None else base
-        values = {key: float(value[0]) for key, value in metric.values(sums.sum(0, keepdims=True)).items()}
-        entry = {"value": list(interval_of(drawn)), "values": values}
-        if shipped is not None:
-            sums = shipped.sums(frame).sum(0, keepdims=True)
-            entry["lmms_eval"] = {key: float(value[0]) for key, value in shipped.values(sums).items()}
-        entry["difference"] = list(interval_of(drawn - base[0]))
-        entry["answers_that_differ"] = 100 * float(np.mean(frame["answer"].to_numpy() != base[1]["answer"].to_numpy()))
-        entry["categories"] = {
-            category: metric.category_value(rows)
-            for category, rows in frame.explode("categories").groupby("categories")
-        }
-        result["variants"][name] = entry
-    return result
-
-
-def _best(neighbours: Sequence[dict]) -> float:
-    return max((found["score"] or 0.0 for found in neighbours), default=0.0)
-
-
-def mean_score(results: dict[str, dict], variant: str) -> tuple[float | None, int]:
-    """Return the mean of a variant's numbers in the paper's benchmarks, MME's divided by 20, and how many they are."""
-    entries = {name: results[name]["variants"].get(variant, {}) for name in PAPER if name in results}
-    values = [entry["value"][0] / (20 if name == "mme" else 1) for name, entry in entries.items() if "value" in entry]
-    return (float(np.mean(values)) if values else None), len(values)
+def compare_folders(folders: Sequence[Path], output: Path, exclude: bool = False):
+    """Report on all variants that folders have, compared with the first one of the first folder."""
+    names = [folder.name for folder in folders]
+    paths = []
+    for number, folder in enumerate(folders, 1):
+        found = sorted(folder.glob("samples/*/*.parquet"), key=lambda path: path.stat().st_mtime_ns)
+        if not found:
+            raise ValueError(f"{folder} has no samples/VARIANT/BENCHMARK.parquet, expected a folder of results.")
+        label = folder.name if names.count(folder.name) == 1 else f"{folder.name} ({number})"
+        paths += [(f"{label}: ", path) for path in found]
+    write_report(paths, output, exclude)
 
 
 def write_report(paths: Sequence[tuple[str, Path]], output: Path, exclude: bool = False) -> dict[str, dict]:
-    """Write report.md and results.json of files of samples, and EvalAI's files; return the results by benchmark."""
+    """
+    Write report.md and results.json of files of answers, and EvalAI's files; return the results by benchmark.
+
+    Arguments and errors as of [`read_samples`] and [`compare`].
+    """
     samples = read_samples(paths)
-    output.mkdir(parents=True, exist_ok=True)
     results = {benchmark: compare(benchmark, variants, exclude) for benchmark, variants in samples.items()}
     facts = {name: facts for variants in samples.values() for name, (facts, _) in variants.items()}
+    output.mkdir(parents=True, exist_ok=True)
     for name, (_, frame) in samples.get("vqav2_testdev", {}).items():
         answers = frame[["question_id", "answer"]].astype({"question_id": int}).to_dict("records")
         save_file(output / f"evalai-{file_name(name)}.json", json.dumps(answers).encode())
-    content = {"variants": facts, "benchmarks": results}
-    save_file(output / RESULTS, json.dumps(content, indent=2).encode())
+    save_file(output / RESULTS, json.dumps({"variants": facts, "benchmarks": results}, indent=2).encode())
     save_file(output / REPORT, _report(results, facts).encode())
+    print(f"{output / REPORT} has the results.")
     return results
 
 
 def _report(results: dict[str, dict], facts: dict[str, dict]) -> str:
-    variants = list(facts)
-    lines = ["# Benchmarks", "", INTRODUCTION, "", "## Results", ""]
-    rows = []
-    for benchmark, result in results.items():
-        for name, entry in result["variants"].items():
-            title = f"{BENCHMARKS[benchmark].title} ({result['questions']} questions, {result['images']} images)"
-            rows.append([text(title), text(name), *_cells(entry)])
-    lines += [table(["benchmark", "variant", "value", "difference to the first", "answers that differ"], rows), ""]
-    lines += ["## The paper's Table 1", "", NOTE, ""]
-    rows = []
-    for benchmark, result in results.items():
-        own = [_number(result["variants"].get(name, {}).get("value", [None])[0]) for name in variants]
-        rows.append([text(BENCHMARKS[benchmark].title), *own, *map(_number, published(benchmark))])
-    lines += [
-        table(["benchmark", *map(text, variants), *map(text, PUBLISHED)], rows),
-        "",
-        "## The paper's Table 2",
-        "",
-    ]
-    lines += ["The mean is of the benchmarks that were run, each as much as another, MME divided by 20. The paper's"]
-    lines += ['"Score" cannot be computed from its own tables, and is another number.', ""]
+    titles = {name: text(BENCHMARKS[name].title) for name in results}
     paper = [name for name in PAPER if name in results]
-    rows = []
-    for name in variants:
+    table1, table2, origins = [], [], []
+    for benchmark, title in titles.items():
+        own = [value_in(results, benchmark, name) for name in facts]
+        table1.append([title, *map(_number, [*own, *published(benchmark)])])
+    for name, fact in facts.items():
         mean, count = mean_score(results, name)
-        numbers = [results[benchmark]["variants"].get(name, {}).get("value", [None])[0] for benchmark in paper]
-        rows.append([text(name), *map(_number, numbers), f"{_number(mean)} (mean of {count})"])
-    lines += [table(["variant", *(text(BENCHMARKS[name].title) for name in paper), "Score"], rows), ""]
-    lines += _details(results)
-    lines += ["## Where it comes from", "", table(["variant", "weights", "bank", "versions"], _origins(facts)), ""]
-    return "\n".join(lines)
+        numbers = [_number(value_in(results, benchmark, name)) for benchmark in paper]
+        table2.append([text(name), *numbers, f"{_number(mean)} (mean of {count})"])
+        versions = ", ".join(f"{package} {version}" for package, version in fact["versions"].items())
+        origins.append([text(name), fact["weights"][:12], text(fact["bank_rows"] or "none")[:17], text(versions)])
+    sections = {
+        "Results": _values(results, titles),
+        "The paper's Table 1": f"{NOTE}\n\n{table(['benchmark', *map(text, [*facts, *PUBLISHED])], table1)}",
+        "The paper's Table 2": f"{SCORE}\n\n{table(['variant', *map(titles.get, paper), 'Score'], table2)}",
+        "Images that a bank has": _images(results, titles),
+        "Other readings of the same answers": _readings(results, titles),
+        "By category": _categories(results, titles),
+        "Where it comes from": table(["variant", "weights", "bank", "versions"], origins),
+    }
+    return "\n\n".join(
+        ["# Benchmarks", INTRODUCTION, *(f"## {name}\n\n{body}" for name, body in sections.items()), ""]
+    )
 
 
-def _details(results: dict[str, dict]) -> list[str]:
-    """Return the sections on images in banks, on other readings of the answers, and by category."""
-    lines = ["## Images that a bank has", ""]
+def _values(results: dict[str, dict], titles: dict[str, str]) -> str:
+    rows = []
+    for benchmark, result in results.items():
+        asked = f"{titles[benchmark]} ({result['questions']} questions, {result['images']} images)"
+        for name, entry in result["variants"].items():
+            cells = ["to submit to EvalAI", "", ""]
+            if "value" in entry:
+                cells = [_interval(entry["value"], ""), _interval(entry["difference"], "+")]
+                cells.append(f"{entry['answers_that_differ']:.1f} %")
+            rows.append([asked, text(name), *cells])
+    return table(["benchmark", "variant", "value", "difference to the first", "answers that differ"], rows)
+
+
+def _images(results: dict[str, dict], titles: dict[str, str]) -> str:
+    lines = []
     for benchmark, result in results.items():
         exact, near = result["in_bank"], result["near_copies"]
         left = "left out here" if result["excluded"] else "not left out (--exclude)"
         lines.append(
-            f"- {text(BENCHMARKS[benchmark].title)}: {len(exact)} questions are about an image of a bank, {left}; "
-            f"{len(near)} have a neighbour as similar as {NEAR}. Rows: {text(exact[:20])}, {text(near[:20])}."
+            f"- {titles[benchmark]}: {len(exact)} questions are about an image of a bank, {left}; {len(near)} have a "
+            f"neighbour as similar as {NEAR}. Rows: {text(exact[:20])}, {text(near[:20])}."
         )
-    lines += ["", "## Other readings of the same answers", ""]
+    return "\n".join(lines)
+
+
+def _readings(results: dict[str, dict], titles: dict[str, str]) -> str:
+    lines = []
     for benchmark, result in results.items():
         for name, entry in result["variants"].items():
-            readings = {"": entry.get("values", {}), ", as lmms-eval reads": entry.get("lmms_eval", {})}
-            for reading, values in readings.items():
-                numbers = ", ".join(f"{key} {_number(value)}" for key, value in values.items())
-                if len(values) > 1:
-                    lines.append(f"- {text(BENCHMARKS[benchmark].title)}, {text(name)}{reading}: {numbers}")
-    lines += ["", "## By category", ""]
+            for source, reading in (("values", "as above"), ("lmms_eval", "as lmms-eval reads them")):
+                numbers = ", ".join(f"{key} {_number(value)}" for key, value in (entry.get(source) or {}).items())
+                if "," in numbers:
+                    lines.append(f"- {titles[benchmark]}, {text(name)}, {reading}: {numbers}")
+    return "\n".join(lines)
+
+
+def _categories(results: dict[str, dict], titles: dict[str, str]) -> str:
+    tables = []
     for benchmark, result in results.items():
         columns = {name: entry["categories"] for name, entry in result["variants"].items() if entry.get("categories")}
-        if columns:
-            categories = sorted(set().union(*columns.values()))
-            rows = [[text(key), *(_number(column.get(key)) for column in columns.values())] for key in categories]
-            lines += [table([text(BENCHMARKS[benchmark].title), *map(text, columns)], rows), ""]
-    return lines
-
-
-def _origins(facts: dict[str, dict]) -> list[list[str]]:
-    rows = []
-    for name, fact in facts.items():
-        versions = ", ".join(f"{package} {version}" for package, version in fact["versions"].items())
-        bank = "none" if fact["bank_rows"] is None else fact["bank_rows"][:17]
-        rows.append([text(name), fact["weights"][:12], bank, text(versions)])
-    return rows
-
-
-def _cells(entry: dict) -> list[str]:
-    if "value" not in entry:
-        return ["to submit to EvalAI", "", ""]
-    changed = f"{entry['answers_that_differ']:.1f} %"
-    return [_interval(entry["value"], ""), _interval(entry["difference"], "+"), changed]
+        rows = []
+        for category in sorted(set().union(*columns.values())):
+            rows.append([text(category), *(_number(column.get(category)) for column in columns.values())])
+        if rows:
+            tables.append(table([titles[benchmark], *map(text, columns)], rows))
+    return "\n\n".join(tables)
 
 
 def _interval(value: Sequence[float], sign: str) -> str:
@@ -207,3 +142,22 @@ def _interval(value: Sequence[float], sign: str) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
+
+
+def write_results_card(checkpoint: Path, results: dict[str, dict], own: str):
+    """Write the results into the checkpoint's card: a table of all variants, and those of `own` as its model-index."""
+    scored = {name: result for name, result in results.items() if value_in(results, name, own) is not None}
+    systems = {}
+    for benchmark, result in scored.items():
+        for name, entry in result["variants"].items():
+            systems.setdefault(name, {})[benchmark] = entry["value"]
+    evaluation = Evaluation(
+        dataset="lmms-eval",
+        datasets={name: result["source"] for name, result in scored.items()},
+        dataset_name="benchmarks of visual question answering",
+        split=", ".join(sorted({result["split"] for result in scored.values()})),
+        metrics={name: BENCHMARKS[name].title for name in scored},
+        systems=systems,
+        this_model=[own],
+    )
+    write_card(checkpoint, replace(read_facts(checkpoint), evaluation=evaluation))

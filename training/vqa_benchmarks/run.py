@@ -1,8 +1,10 @@
 """Runs of the benchmarks: a checkpoint answers, with one bank, another or none; what is on disk is not asked again."""
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from loguru import logger
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -17,6 +20,7 @@ from ...modeling_tinyalign import MemoryBank, TinyAlignConfig
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ..models import load_to_answer
 from .answering import answer_chats, batches
+from .report import write_report, write_results_card
 from .samples import NEIGHBOUR, is_complete, samples_path, save_samples
 from .tasks import Questions
 
@@ -38,6 +42,25 @@ class Variant:
     bank: str | None = None
     memory: str = "on"
     shuffled: bool = False
+
+
+def run_command(options: argparse.Namespace):
+    """Answer what `tinyalign evaluate` asks for with these options, and report."""
+    logger.remove()  # lmms-eval's, which tells of each task at length
+    logger.add(sys.stderr, level="WARNING")
+    variants = variants_of(options.model, options.banks, options.memory == "off", options.shuffled, options.against)
+    asked = []
+    for name in options.tasks:
+        images = set(map(int, Path(options.images).read_text().split())) if name == "vqav2_val" else None
+        folder = options.data and Path(options.data)
+        asked.append(Questions(name, folder, options.limit, images, options.judge if name == "mmvet" else None))
+    output = Path(options.output)
+    run_benchmarks(variants, asked, output, options.batch_size)
+    if PartialState().is_main_process:
+        paths = [("", samples_path(output, variant.name, name)) for variant in variants for name in options.tasks]
+        results = write_report(paths, output, options.exclude)
+        if options.card:
+            write_results_card(Path(options.model), results, variants[0].name)
 
 
 def variants_of(

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 from vqa_rows import mme_rows, pope_rows
 
+from tinyalign_vlm.training.vqa_benchmarks.comparison import mean_score, read_samples
 from tinyalign_vlm.training.vqa_benchmarks.published import PUBLISHED, published
-from tinyalign_vlm.training.vqa_benchmarks.report import mean_score, read_samples, write_report
+from tinyalign_vlm.training.vqa_benchmarks.report import write_report
 from tinyalign_vlm.training.vqa_benchmarks.samples import samples_path, save_samples
 
-FACTS = {"source": "made up", "split": "test", "weights": "0" * 64, "bank_rows": None, "versions": {"torch": "2"}}
+FACTS = {
+    "source": "made up",
+    "split": "test",
+    "data_version": "1",
+    "weights": "0" * 64,
+    "bank_rows": None,
+    "versions": {"torch": "2"},
+}
 POPE, MME = pope_rows(20), mme_rows(5)
 
 

@@ -51,16 +51,8 @@ def test_variants_are_answered_once_and_compared(saved, data, tmp_path):
     assert json.loads((tmp_path / "two/results.json").read_text())["benchmarks"]["mmmu"]["variants"] == results
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks", "mmvet"], "mmvet is scored by a judge: pass --judge MODEL"),
-        (["--tasks", "vqav2_val"], "vqav2_val has images of the usual training data: pass --images FILE"),
-        (["--tasks", "gqa"], "has neither gqa.parquet nor a folder gqa of Parquet files, expected one."),
-        (["--compare", "nowhere"], "evaluate needs a checkpoint, or --compare with folders of answers: one of them."),
-    ],
-)
-def test_what_is_wrong_is_said_in_a_line(saved, data, arguments, message, tmp_path):
-    printed = evaluate(saved["model"], "--memory", "off", "--data", data, "--output", str(tmp_path), *arguments)
-    assert printed.startswith("1 ") and message in printed and "Traceback" not in printed
-    assert printed.count("\n") == 1
+def test_what_fails_exits_1(saved, data, tmp_path):
+    arguments = ["--data", data, "--output", str(tmp_path), "--tasks", "gqa", "--bank", saved["bank"]]
+    printed = evaluate(saved["model"], *arguments)
+    assert printed.startswith("1 tinyalign: ") and "has neither gqa.parquet nor a folder gqa of Parq" in printed
+    assert "Traceback" not in printed

@@ -1,0 +1,106 @@
+"""Comparison of variants that answered the same questions: values and differences with their intervals."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from ..evaluation.bootstrap import interval_of, resampled
+from .benchmarks import BENCHMARKS
+from .metrics import BenchmarkMetric
+from .published import BENCHMARKS as PAPER
+from .samples import read_facts
+
+NEAR = 0.99  # a neighbour as similar as this may be the image itself, stored anew
+Samples = dict[str, tuple[dict, pd.DataFrame]]  # facts and answers by variant
+
+
+def read_samples(paths: Sequence[tuple[str, Path]]) -> dict[str, Samples]:
+    """
+    Return the facts and answers in files, by benchmark and variant.
+
+    Args:
+        paths: what the names of a file's variants begin with, and the file.
+
+    Raises:
+        ValueError: variants of a benchmark were not asked the same questions.
+    """
+    found = {}
+    for prefix, path in paths:
+        facts = read_facts(path)
+        found.setdefault(facts["benchmark"], {})[prefix + facts["name"]] = facts, pq.read_table(path).to_pandas()
+    for benchmark, variants in found.items():
+        asked = {tuple(zip(frame["row"], frame["prompt"], strict=True)) for _, frame in variants.values()}
+        if len(asked) > 1:
+            raise ValueError(
+                f"The variants {list(variants)} were asked different questions of {benchmark}, expected the same: run "
+                "them on the same data with the same --limit."
+            )
+    return {name: found[name] for name in BENCHMARKS if name in found}
+
+
+def compare(benchmark: str, variants: Samples, exclude: bool = False) -> dict:
+    """
+    Return the results of variants in a benchmark: values, differences to the first variant, and values by category.
+
+    Args:
+        exclude: leave out questions about an image that the bank of any variant has.
+
+    Raises:
+        ValueError: no question is left.
+    """
+    (facts, first), *_ = variants.values()
+    in_bank = np.any([frame["in_bank"] for _, frame in variants.values()], axis=0)
+    near = np.any([frame["neighbours"].map(_is_near) for _, frame in variants.values()], axis=0) & ~in_bank
+    if exclude and in_bank.all():
+        raise ValueError(f"The bank has all images of {benchmark}: leave out --exclude.")
+    result = {name: facts[name] for name in ("source", "split", "data_version")}
+    result |= {"questions": len(first), "images": int(first["unit"].nunique()), "excluded": exclude}
+    result |= {"in_bank": first["row"][in_bank].tolist(), "near_copies": first["row"][near].tolist(), "variants": {}}
+    metric, shipped = BENCHMARKS[benchmark].metric, BENCHMARKS[benchmark].shipped
+    base = None
+    for name, (_, frame) in variants.items():
+        frame = frame.assign(category=frame["categories"].str[0])
+        frame = frame[~in_bank] if exclude else frame
+        if frame["score"].isna().any():
+            result["variants"][name] = {"to_submit": True}
+            continue
+        strata = metric.stratum and frame[metric.stratum]
+        drawn = resampled(metric.sums(frame), frame["unit"], metric.main_value, strata)
+        base = (drawn, frame["answer"]) if base is None else base
+        result["variants"][name] = {
+            "value": list(interval_of(drawn)),
+            "difference": list(interval_of(drawn - base[0])),
+            "answers_that_differ": 100 * float((frame["answer"] != base[1]).mean()),
+            "values": values_of(metric, frame),
+            "lmms_eval": shipped and values_of(shipped, frame),
+            "categories": {
+                category: metric.category_value(rows)
+                for category, rows in frame.explode("categories").groupby("categories")
+            },
+        }
+    return result
+
+
+def values_of(metric: type[BenchmarkMetric], frame: pd.DataFrame) -> dict[str, float]:
+    """Return the values of a metric."""
+    values = metric.values(metric.sums(frame).sum(0, keepdims=True))
+    return {name: float(value[0]) for name, value in values.items()}
+
+
+def _is_near(neighbours: Sequence[dict]) -> bool:
+    return any((found["score"] or 0) > NEAR for found in neighbours)
+
+
+def value_in(results: dict[str, dict], benchmark: str, variant: str) -> float | None:
+    """Return a variant's number in a benchmark, None where there is none."""
+    return results[benchmark]["variants"].get(variant, {}).get("value", [None])[0]
+
+
+def mean_score(results: dict[str, dict], variant: str) -> tuple[float | None, int]:
+    """Return the mean of a variant's numbers in the paper's benchmarks, MME's divided by 20, and how many they are."""
+    values = {name: value_in(results, name, variant) for name in PAPER if name in results}
+    known = [value / (20 if name == "mme" else 1) for name, value in values.items() if value is not None]
+    return (float(np.mean(known)) if known else None), len(known)
