@@ -78,7 +78,7 @@ class Questions:
 
     @property
     def generation(self) -> dict:
-        """How to generate, in lmms-eval's words."""
+        """Settings of generation, in lmms-eval's words."""
         return self.task.config.generation_kwargs
 
     @property
