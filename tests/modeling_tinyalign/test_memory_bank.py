@@ -291,7 +291,13 @@ def test_adding_what_is_there(bank, dataset, model, processor):
 
 
 def test_building_needs_the_package(dataset, model, processor, value_encoder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tinyalign_vlm.training.bank.build", None)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tinyalign_vlm.training.bank.build", None)
+        with pytest.raises(ImportError, match="import of tinyalign_vlm.training.bank.build halted"):  # another cause
+            MemoryBank.build(dataset, model, processor, value_encoder)
+    for name in [name for name in sys.modules if name.startswith("tinyalign_vlm.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tinyalign_vlm", None)
     with pytest.raises(ImportError, match="Building a memory bank needs the package: pip install tinyalign-vlm"):
         MemoryBank.build(dataset, model, processor, value_encoder)
 

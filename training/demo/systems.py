@@ -121,6 +121,17 @@ def train_system(
     return model, processor
 
 
+def questions(
+    demo: Demo, prompt: str, rows: Sequence[int], bank: str | None, captions: Sequence[Sequence[str]] | None
+) -> datasets.Dataset:
+    """Return a question for each of these queries, for `score_answers`; bank and captions as for `evaluate_system`."""
+    messages = [to_messages(prompt, "-")[:1] for _ in rows]
+    if captions is not None:
+        messages = [add_captions(turn, captions[row]) for turn, row in zip(messages, rows, strict=True)]
+    asked = datasets.Dataset.from_dict({"messages": messages, "feature_index": list(map(int, rows))})
+    return asked if bank is None else with_neighbours(asked, [part[rows, :TOP_K] for part in demo.found[bank]])
+
+
 def evaluate_system(
     demo: Demo,
     name: str,
@@ -149,20 +160,14 @@ def evaluate_system(
     if read is not None:
         model.attach_memory_bank(read, tokenizer=processor.tokenizer)
 
-    def questions(prompt: str, rows: Sequence[int]) -> datasets.Dataset:
-        messages = [to_messages(prompt, "-")[:1] for _ in rows]
-        if captions is not None:
-            messages = [add_captions(turn, captions[row]) for turn, row in zip(messages, rows, strict=True)]
-        asked = datasets.Dataset.from_dict({"messages": messages, "feature_index": list(map(int, rows))})
-        return asked if bank is None else with_neighbours(asked, [part[rows, :TOP_K] for part in demo.found[bank]])
-
     labels, asked = demo.labels(demo.queried), demo.asked
     keywords = demo.keywords(demo.queried[asked])
     answers = [[text, *demo.options[row]] for text, row in zip(keywords, asked, strict=True)]
     settings = {"vision_features": features, "batch_size": BATCH_SIZE, "desc": name}
     with bfloat16_language_model(model, enabled=bfloat16_is_fast(use_cpu=not torch.cuda.is_available())):
-        words = score_answers(model, processor, questions(KEYWORDS_PROMPT, asked), answers, read, **settings)
-        rows = questions(PROMPT, range(len(labels)))
+        rows = questions(demo, KEYWORDS_PROMPT, asked, bank, captions)
+        words = score_answers(model, processor, rows, answers, read, **settings)
+        rows = questions(demo, PROMPT, range(len(labels)), bank, captions)
         names = score_answers(model, processor, rows, [[label] for label in labels], read, **settings)
         said = {}
         if answer:
