@@ -42,7 +42,7 @@ def nothing_left(folder: Path, *names: str) -> Iterator[None]:
 
 
 @contextmanager
-def keeping(folder: str | os.PathLike, what: str) -> Iterator[None]:
+def full_disk_advice(folder: str | os.PathLike, what: str) -> Iterator[None]:
     """Report a full disk with what to do about it: `what` of the work is kept in `folder`.
 
     Raises `OSError` for whatever a full disk makes of Python, safetensors, tokenizers, PyTorch and `datasets`.

@@ -19,7 +19,7 @@ from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.outputs import evidence, probabilities
 from ..arguments.files import read_config
 from ..data.preparation import prepare
-from ..disk import keeping, save_file
+from ..disk import full_disk_advice, save_file
 
 MIN_NEIGHBOURS = 50
 MAX_ROWS = 10_000
@@ -248,7 +248,7 @@ def calibrate_from_files(
             "calibrate takes the folder of a bank of this tower, as the result is written there, and rows that are "
             "not streamed. Download the bank of a repository first."
         )
-    with keeping(cache_root(), "what was computed"):
+    with full_disk_advice(cache_root(), "what was computed"):
         run = prepare(config)
     if run.model.config.num_neighbours == 0:
         raise ValueError(f"memory_top_k is {run.model.config.memory_top_k}: there are no neighbours to calibrate.")

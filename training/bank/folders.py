@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from ...hub_cards.cards import is_hub_id
 from ...modeling_tinyalign.bank_format import CONFIG_NAME, KEY_ENCODER_NAME
 from ...modeling_tinyalign.files import SHARDS, fetch
-from ..disk import keeping, nothing_left, save_file
+from ..disk import full_disk_advice, nothing_left, save_file
 
 SETTINGS_NAME, LOCK_NAME = "settings.json", "lock"
 
@@ -61,7 +61,7 @@ class WorkFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def write_settings(self, settings: dict) -> None:
-        with keeping(self.path, "what was encoded"):
+        with full_disk_advice(self.path, "what was encoded"):
             save_file(self.path / SETTINGS_NAME, json.dumps(settings, indent=1).encode())
 
     def clear(self) -> None:

@@ -19,7 +19,7 @@ from ...modeling_tinyalign.row_encoder import DUPLICATE, RowEncoder, check_row_s
 from ..arguments.alignment import AlignmentConfig
 from ..data.images import CaptionedImages, fingerprint_files
 from ..data.rows import batch_size_of
-from ..disk import keeping
+from ..disk import full_disk_advice
 from ..hub.bank_facts import DATA, command_of_settings, record_bank
 from ..hub.parts import describe_part
 from ..models import load_model
@@ -151,7 +151,7 @@ def _write_bank(
         if build is None:
             print(f"{out} is complete: there is nothing to do.")
             return
-        with keeping(work.path, "what was encoded"):
+        with full_disk_advice(work.path, "what was encoded"):
             encoder = build.row_encoder(old)
             if with_old_rows:
                 encoder.next_id = len(old)

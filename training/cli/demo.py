@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace):
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log is told of each step by one line
     from tinyalign_vlm.training.demo.run import run_demo
-    from tinyalign_vlm.training.disk import keeping
+    from tinyalign_vlm.training.disk import full_disk_advice
 
-    with keeping(arguments.output, "the steps that are done"):
+    with full_disk_advice(arguments.output, "the steps that are done"):
         run_demo(arguments.output, arguments.quick)

@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace):
             f"push has {' '.join(arguments.model) or 'nothing to push'}, expected the checkpoint's folder and its "
             "repository, or --bank with the bank's folder and its repository, or both."
         )
-    from tinyalign_vlm.training.disk import keeping
+    from tinyalign_vlm.training.disk import full_disk_advice
     from tinyalign_vlm.training.hub.push import push as push_to_hub
 
     folders = " and ".join([*arguments.model[:1], *(arguments.bank or [])[:1]])
-    with keeping(folders, "what is pushed"):
+    with full_disk_advice(folders, "what is pushed"):
         push_to_hub(arguments.model or None, arguments.bank, arguments.private, arguments.revision, arguments.space)

@@ -18,7 +18,7 @@ from ...processing.images import image_path
 from ..arguments.alignment import AlignmentConfig
 from ..arguments.files import NO_OUTPUT_DIR, parse_settings, read_config
 from ..arguments.stage import StageArguments
-from ..disk import keeping, save_file
+from ..disk import full_disk_advice, save_file
 from ..models import context_length, load_model
 from .chats import images_of
 from .files import STORED_IMAGE, item_of, open_rows, unpacked
@@ -232,7 +232,7 @@ def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
             f"max_length is {config.max_length}, but no model says what a token is: add --model, or "
             "--vision_model and --language_model."
         )
-    with keeping(cache_root(), "what was read"):
+    with full_disk_advice(cache_root(), "what was read"):
         check = check_rows(config, processor)[1]
     if check.problems and config.output_dir not in NO_OUTPUT_DIR:
         check.save(config.output_dir)

@@ -16,7 +16,7 @@ from ...modeling_tinyalign.bank_arrays import cache_root
 from ...modeling_tinyalign.composition import check_origins
 from ..arguments.files import read_config
 from ..arguments.stage import StageArguments
-from ..disk import keeping
+from ..disk import full_disk_advice
 from ..models import attach_bank, context_length, load_model, neighbours_of_baseline, read_bank
 from .check import training_data
 from .features import cache_vision_features
@@ -151,7 +151,7 @@ def find_neighbours_from_files(paths: Sequence[str | os.PathLike], fields: list[
     config = read_config(paths, [*fields, "--cache_features", "False"])
     if config.streaming:
         raise ValueError("streaming is true: neighbours of streamed rows are looked up in every step.")
-    with keeping(cache_root(), "what was computed"):
+    with full_disk_advice(cache_root(), "what was computed"):
         bank = prepare(config).bank
     if bank is None:
         raise ValueError("The model has no memory (memory_top_k: 0): there is nothing to look up.")

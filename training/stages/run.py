@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ..arguments.files import CONFIGS, read_config, read_settings
 from ..data.preparation import prepare
-from ..disk import keeping, nothing_left
+from ..disk import full_disk_advice, nothing_left
 from ..evaluation.baselines import with_static_captions
 from ..hub.run_facts import RUN_NAME
 from ..hub.training_card import write_training_card
@@ -32,7 +32,7 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
     out = Path(config.output_dir).absolute()
     with (
         nothing_left(out, RUN_NAME),
-        keeping(config.output_dir, "the checkpoints so far"),
+        full_disk_advice(config.output_dir, "the checkpoints so far"),
         interrupt_naming_steps(config.output_dir) as started,
     ):
         run = prepare(config)
