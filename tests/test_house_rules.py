@@ -15,7 +15,7 @@ TREES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in FILES}
 # A room may import those below it, and itself.
 LEVELS = [
     {"cli"},
-    {"demo", "serve", "vqa_benchmarks"},
+    {"demo", "inference", "vqa_benchmarks"},
     {"stages"},
     {"bank"},
     {"evaluation"},
@@ -23,7 +23,7 @@ LEVELS = [
     {"models", "composition", "hub"},
     {"arguments"},
 ]
-BELOW_ALL = {"modeling_tinyalign", "processing", "hub_cards", "disk", "request_images", ""}
+BELOW_ALL = {"modeling_tinyalign", "processing", "hub_cards", "disk", ""}
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 MOST_TRAVELLING_FILES = 18
 # They may only go down: 13,500 and 4,400 are the goals.

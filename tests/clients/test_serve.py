@@ -12,7 +12,7 @@ import uvicorn
 from PIL import Image
 
 from tinyalign_cli.main import main
-from tinyalign_vlm.training import serve
+from tinyalign_vlm.training.inference import serve
 from tinyalign_vlm.training.data.chats import encode_chat
 
 from .conftest import answer, chat, data_url, openai_chat
@@ -252,7 +252,7 @@ def test_the_command_line(saved, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["serve", "--help"])
     assert "20 seconds, 32 MiB" in capsys.readouterr().out
-    monkeypatch.delitem(sys.modules, "tinyalign_vlm.training.serve")
+    monkeypatch.delitem(sys.modules, "tinyalign_vlm.training.inference.serve")
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     with pytest.raises(SystemExit, match=r"tinyalign: .*pip install tinyalign-vlm\[serve\]"):
         main(["serve", saved.folder])

@@ -43,6 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(arguments: argparse.Namespace):
     """Serve until it is stopped."""
-    from tinyalign_vlm.training.serve import serve
+    from tinyalign_vlm.training.inference.serve import serve
 
     serve(**vars(arguments))

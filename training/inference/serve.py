@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.import_utils import is_serve_available
 
-from .models import context_length, load_to_answer
+from ..models import context_length, load_to_answer
 from .request_images import load_request_image
 
 if not is_serve_available():

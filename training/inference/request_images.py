@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from PIL import Image
 
-from ..processing.images import MAX_SECONDS, collect, decode_image
+from ...processing.images import MAX_SECONDS, collect, decode_image
 
 CHUNK_BYTES = 2**16
 # Where the public addresses of IPv6 are, but for those of 6to4, which hold an address of IPv4.

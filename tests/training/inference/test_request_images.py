@@ -14,8 +14,8 @@ from PIL import Image
 
 from tinyalign_vlm.processing import images
 from tinyalign_vlm.processing.images import load_image
-from tinyalign_vlm.training import request_images
-from tinyalign_vlm.training.request_images import load_request_image
+from tinyalign_vlm.training.inference import request_images
+from tinyalign_vlm.training.inference.request_images import load_request_image
 
 PUBLIC = "93.184.215.14"
 HOSTS = ["images.example"]
