@@ -12,8 +12,8 @@ import uvicorn
 from PIL import Image
 
 from tinyalign_cli.main import main
-from tinyalign_vlm.training.inference import serve
 from tinyalign_vlm.training.data.chats import encode_chat
+from tinyalign_vlm.training.inference import serve
 
 from .conftest import answer, chat, data_url, openai_chat
 
