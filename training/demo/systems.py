@@ -17,7 +17,7 @@ from ..arguments.stage import bfloat16_is_fast
 from ..data.chats import add_captions, encode_chat, to_messages
 from ..evaluation.answers import evaluate_answers
 from ..evaluation.choices import score_answers
-from ..hub.run_facts import RECORD_NAME, stage_record, write_records
+from ..hub.run_facts import RECORD_NAME, StageRecord, stage_record, write_records
 from ..models import widen_connector
 from ..stages.precision import bfloat16_language_model
 from ..stages.trainers import TRAINERS
@@ -25,6 +25,7 @@ from .state import KEYWORDS_PROMPT, PROMPT, TOP_K, Demo, DemoConfig, Result, wri
 
 ANSWER_TOKENS = 12  # the longest label has 10, and its end
 BATCH_SIZE = 16  # of evaluation
+STAGES = {1: "Stage 1: alignment", 2: "Stage 2: instruction"}
 
 
 def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -88,37 +89,47 @@ def train_system(
         model.attach_memory_bank(demo.banks[bank], tokenizer=processor.tokenizer)
         rows = with_neighbours(rows, demo.found["train"])
         parts["memory_bank"] = demo.banks[bank]
-    shared = {
-        "global_batch_size": config.batch_size,
-        "per_device_train_batch_size": config.batch_size,
-        "seed": config.seed,
-        "use_cpu": not torch.cuda.is_available(),
-        "disable_tqdm": False,
-    }
-    if bank is not None:
-        shared["memory_dropout"] = config.memory_dropout
-    stage1 = {"max_steps": config.stage1_steps, "save_steps": 50}
-    stage2 = {"max_steps": config.stage2_steps, "learning_rate": config.stage2_learning_rate, "save_strategy": "no"}
-    # Dropout takes a third of a step on a CPU, and no row is seen twice.
-    stage2 |= {"tune_language_model": "lora", "lora_r": 16, "lora_dropout": 0.0}
-    records = []
-    for stage, title, own in ((1, "Stage 1: alignment", stage1), (2, "Stage 2: instruction", stage2)):
-        print(f"Training {name}, stage {stage} of 2, {own['max_steps']} steps", flush=True)
-        own |= {
-            "output_dir": final.with_name(f"stage{stage}"),
-            "logging_steps": max(1, min(5, own["max_steps"] // 10)),
-        }
-        fields = [text for field, value in {**shared, **own}.items() for text in (f"--{field}", str(value))]
-        trainer = TRAINERS[stage](
-            model, read_config([CONFIGS / f"stage{stage}.yaml"], fields), train_dataset=rows, **parts
-        )
-        trainer.train()
-        records.append(stage_record(title, trainer))
+    memory = {} if bank is None else {"memory_dropout": config.memory_dropout}
+    stages = {1: {"max_steps": config.stage1_steps, "save_steps": 50}, 2: stage2_settings(config)}
+    records = [
+        train_stage(demo, name, stage, model, rows, settings | memory, **parts) for stage, settings in stages.items()
+    ]
     model.save_pretrained(final)
     processor.save_pretrained(final)
     write_records(final, records)
     demo.clock(f"{name} trained")
     return model, processor
+
+
+def stage2_settings(config: DemoConfig) -> dict[str, str | int | float]:
+    """Return the settings of the second stage: adapters on the language model."""
+    settings = {"max_steps": config.stage2_steps, "learning_rate": config.stage2_learning_rate, "save_strategy": "no"}
+    # Dropout takes a third of a step on a CPU, and no row is seen twice.
+    return settings | {"tune_language_model": "lora", "lora_r": 16, "lora_dropout": 0.0}
+
+
+def train_stage(
+    demo: Demo, name: str, stage: int, model: PreTrainedModel, rows: datasets.Dataset, settings: dict, **parts
+) -> StageRecord:
+    """Train a stage of a system as its file in training/configs/ says, with these settings, and return its record."""
+    steps, batch_size = settings["max_steps"], demo.config.batch_size
+    print(f"Training {name}, stage {stage} of 2, {steps} steps", flush=True)
+    settings = {
+        "output_dir": demo.out / name / f"stage{stage}",
+        "logging_steps": max(1, min(5, steps // 10)),
+        "global_batch_size": batch_size,
+        "per_device_train_batch_size": batch_size,
+        "seed": demo.config.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": False,
+        **settings,
+    }
+    fields = [text for field, value in settings.items() for text in (f"--{field}", str(value))]
+    trainer = TRAINERS[stage](
+        model, read_config([CONFIGS / f"stage{stage}.yaml"], fields), train_dataset=rows, **parts
+    )
+    trainer.train()
+    return stage_record(STAGES[stage], trainer)
 
 
 def questions(
