@@ -64,7 +64,12 @@ def with_neighbours(rows: datasets.Dataset, found: tuple[np.ndarray, np.ndarray]
 
 
 def train_system(
-    demo: Demo, name: str, bank: str | None = None, in_text: bool = False, **model_config
+    demo: Demo,
+    name: str,
+    bank: str | None = None,
+    in_text: bool = False,
+    rows: datasets.Dataset | None = None,
+    **model_config,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     Train a system in both stages as training/configs/ has them, in fewer and smaller steps, the second with adapters.
@@ -74,6 +79,7 @@ def train_system(
     Args:
         bank: name of the bank that it reads in training; None for one without memory tokens.
         in_text: write the names of the neighbours into the question.
+        rows: chats about the training drawings, one each, in place of the demo's.
     """
     config, train, final = demo.config, demo.pairs.train, demo.out / name / "model"
     model, processor = compose(demo.weights, config, **model_config)
@@ -83,7 +89,8 @@ def train_system(
     if (final / RECORD_NAME).exists():
         return TinyAlignForConditionalGeneration.from_pretrained(final).eval(), processor
     captions = demo.captions("train", "without") if in_text else None
-    rows = chats(demo.labels(train), demo.keywords(train), captions)
+    if rows is None:
+        rows = chats(demo.labels(train), demo.keywords(train), captions)
     parts = {"processing_class": processor, "vision_features": demo.features["train"]}
     if bank is not None:
         model.attach_memory_bank(demo.banks[bank], tokenizer=processor.tokenizer)
