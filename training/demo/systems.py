@@ -99,7 +99,9 @@ def train_system(
     memory = {} if bank is None else {"memory_dropout": config.memory_dropout}
     stages = {1: {"max_steps": config.stage1_steps, "save_steps": 50}, 2: stage2_settings(config)}
     records = [
-        train_stage(demo, name, stage, model, rows, settings | memory, **parts) for stage, settings in stages.items()
+        train_stage(demo, name, stage, model, rows, settings | memory, **parts)
+        for stage, settings in stages.items()
+        if settings["max_steps"]
     ]
     model.save_pretrained(final)
     processor.save_pretrained(final)
