@@ -6,6 +6,7 @@ VENV_NEWEST ?= .venv-newest
 FRESH ?= .venv-fresh
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+EVIDENCE_ARGS ?=
 PYTEST_ARGS ?= -n 2
 # The line of README.md, as it is printed there: what a user with a checkpoint installs.
 README_PIP = $(shell sed -n 's/^.*`pip install \(transformers .*\)`.*$$/\1/p' README.md)
@@ -19,13 +20,16 @@ NOT_ON_OLDEST = tests/security tests/training/demo tests/training/bank/test_ray.
 PACKAGING = setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-recipes test-oldest test-newest test-transformers test-fresh bench-bank lint clean
+.PHONY: help demo evidence test test-recipes test-oldest test-newest test-transformers test-fresh bench-bank lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
 
 demo: $(VENV)/.demo  ## train, evaluate and report on real images (DEMO_ARGS=--quick: five minutes)
 	$(VENV)/bin/tinyalign demo $(DEMO_ARGS)
+
+evidence: demo  ## run every claim of the paper again: hours (EVIDENCE_ARGS="--only bank": a part of it)
+	$(VENV)/bin/python benchmarks/evidence evidence $(EVIDENCE_ARGS)
 
 test: $(VENV)/.dev  ## run the tests (PYTEST_ARGS="-x tests/processing" for a part of them)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) --ignore=$(RECIPES)

@@ -29,9 +29,9 @@ REPORT = """# Evidence
 Emoji in two styles of drawing, as in [the demo](demo/report.md): concepts that were never trained on, a bank that has
 other drawings of them with their names. Each seed asks two questions about {config.queries} pictures. SmolLM2-135M
 and EfficientNet-Lite0, {config.stage1_steps} + {config.stage2_steps} steps of {config.batch_size} rows, {top_k}
-neighbours: it is the *kind* of claim that is tested, not the paper's benchmarks and models. Brackets are 95% intervals of
-{draws} bootstrap draws of concepts, over all seeds of a table; differences are paired. Seeds: {seeds}; the sections
-data_efficiency, causes, stages, cost and one_picture train on seed 0 alone.
+neighbours: it is the *kind* of claim that is tested, not the paper's benchmarks and models. Brackets are 95%
+intervals of {draws} bootstrap draws of concepts, over all seeds of a table; differences are paired.
+Seeds: {seeds}; the sections data_efficiency, causes, stages, cost and one_picture train on seed 0 alone.
 
 | claim | verdict |
 |---|---|
