@@ -32,12 +32,12 @@ METRICS = ("choice", "keyword_loss", "exact_match", "name_loss")
 SYSTEMS = ("baseline", "captions", "text", "coverage", "known", "dropout", "both", "latents")
 
 
-def prepare(folder: Path, weights: dict[str, Path], seed: int) -> Demo:
+def prepare_demo(folder: Path, weights: dict[str, Path], seed: int) -> Demo:
     """Make features, banks and neighbours of one seed."""
     config = DemoConfig(split="validation", seed=seed)
     pairs = load_pairs(seed, split=config.split)
     demo = Demo(folder, False, config, pairs, weights, Clock(folder / "clock.json"))
-    run.prepare(demo)
+    run.prepare_demo(demo)
     return demo
 
 
@@ -85,7 +85,7 @@ def run_one(demo: Demo, name: str) -> dict[str, Result]:
 def knows(demo: Demo) -> dict[str, np.ndarray]:
     """Return the probability that a neighbour is right, by bank; fitted on training concepts, `(queries,)` each."""
     bank, pairs = demo.banks["without"], demo.pairs
-    model, _ = systems.compose(demo.weights, demo.config, memory_top_k=TOP_K)
+    model, _ = systems.compose_demo(demo.weights, demo.config, memory_top_k=TOP_K)
     asked = find_neighbours(bank, model, demo.features["twemoji"][pairs.known], run.SEARCHED)
     right = demo.is_right(pairs.known, asked, pairs.known)
     calibration = fit_calibration(asked[0], right, TOP_K, len(bank))
@@ -127,7 +127,7 @@ def main():
     }
     found = {}
     for seed in arguments.seeds:
-        demo = prepare(arguments.out / f"seed{seed}", weights, seed)
+        demo = prepare_demo(arguments.out / f"seed{seed}", weights, seed)
         for name in arguments.systems:
             demo.results[name] = run_one(demo, name)
             if "off" in demo.results[name] and name != "baseline":

@@ -39,7 +39,7 @@ from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
 from tinyalign_vlm.training.demo.pairs import load_pairs
 from tinyalign_vlm.training.demo.state import TOP_K, DemoConfig
-from tinyalign_vlm.training.demo.systems import chats, compose, with_neighbours
+from tinyalign_vlm.training.demo.systems import add_neighbours, chats, compose_demo
 from tinyalign_vlm.training.stages.checkpoints import connectors_of
 from tinyalign_vlm.training.stages.precision import bfloat16_language_model
 
@@ -75,7 +75,7 @@ class PlainBank:
 def demo_parts(demo: Path, folder: Path) -> tuple:
     """The demo's model, processor and bank."""
     weights = {"vision": demo / "weights/efficientnet-lite0", "text": demo / "weights/smollm2-135m-instruct"}
-    model, processor = compose(weights, DemoConfig(), memory_top_k=TOP_K)
+    model, processor = compose_demo(weights, DemoConfig(), memory_top_k=TOP_K)
     bank = MemoryBank.from_pretrained(demo / "bank_without_heldout")
     return model, processor, bank
 
@@ -107,7 +107,7 @@ def measure(model, processor, bank, arguments, folder):
     features = cache_vision_features(model, processor, images["image"], Path(folder, "features"))
     names = source_ids_of(images["image"])
     rows = chats(images["label"]).add_column("image", list(images["image"]))
-    rows = with_neighbours(rows, find_neighbours(bank, model, features, top_k, names))
+    rows = add_neighbours(rows, find_neighbours(bank, model, features, top_k, names))
     rows = rows.add_column("feature_index", list(range(len(rows)))).add_column("name", names)
     from_images, from_cache = TrainingCollator(processor, None, bank), TrainingCollator(processor, features, bank)
     search = PlainBank(bank, top_k)

@@ -125,7 +125,7 @@ class BankFacts(Facts):
 
 
 # Facts within facts, by the names of their fields.
-NESTED = {"parts": Part, "bank": Part, "example": Example, "evaluation": Evaluation}
+NESTED_FACTS = {"parts": Part, "bank": Part, "example": Example, "evaluation": Evaluation}
 
 
 def facts_of_bank_config(repo_id: str, config: dict[str, Any]) -> BankFacts:
@@ -166,11 +166,11 @@ def read_facts(folder: str | os.PathLike) -> ModelFacts | BankFacts:
     content = {"repo_id": folder.name, **(_read_object(path) if path.is_file() else {})}
     try:
         if not config_path.is_file():
-            return _parse(ModelFacts, content)
+            return _parse_facts(ModelFacts, content)
         size = sum(file.stat().st_size for file in (folder / "data").glob("*.parquet"))
         known = {"config": _read_object(config_path), "size_mb": size / 1e6}
         if path.is_file():
-            return _parse(BankFacts, content | known)
+            return _parse_facts(BankFacts, content | known)
         return replace(facts_of_bank_config(folder.name, known["config"]), size_mb=known["size_mb"])
     except (StrictDataclassError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:500]
@@ -211,12 +211,14 @@ def _read_object(path: Path) -> dict:
     return content
 
 
-def _parse(kind: type, content: Any) -> Any:
+def _parse_facts(kind: type, content: Any) -> Any:
     """Make the facts `kind`, and those within them, of a JSON object."""
     if not isinstance(content, dict):
         raise TypeError(f"{str(content)[:50]!r}, expected an object with the fields of {kind.__name__}")
     values = {name: value for name, value in content.items() if value is not None}
-    for name in NESTED.keys() & values.keys():
-        value, nested = values[name], NESTED[name]
-        values[name] = [_parse(nested, item) for item in value] if isinstance(value, list) else _parse(nested, value)
+    for name in NESTED_FACTS.keys() & values.keys():
+        value, nested = values[name], NESTED_FACTS[name]
+        values[name] = (
+            [_parse_facts(nested, item) for item in value] if isinstance(value, list) else _parse_facts(nested, value)
+        )
     return kind(**values)

@@ -142,7 +142,7 @@ def read_shards(paths: Sequence[Path], config: BankConfig) -> Iterator[pa.Record
     schema = config_schema(config)
     count = size = 0
     for path in paths:
-        with _readable(path), pq.ParquetFile(path) as shard:
+        with _readable_shard(path), pq.ParquetFile(path) as shard:
             check_schema(shard.schema_arrow, schema, str(path))
             size += unpacked_size(shard.metadata, schema, path)
             count += shard.metadata.num_rows
@@ -156,13 +156,13 @@ def read_shards(paths: Sequence[Path], config: BankConfig) -> Iterator[pa.Record
     row_bytes = size // count + 4 * (config.key_dim + config.value_size)
     batch_size = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
     for path in paths:
-        with _readable(path), pq.ParquetFile(path, read_dictionary=text) as shard:
+        with _readable_shard(path), pq.ParquetFile(path, read_dictionary=text) as shard:
             for batch in shard.iter_batches(batch_size=batch_size):
                 yield pa.record_batch([_plain(column, path) for column in batch.columns], names=batch.schema.names)
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable_shard(path: Path) -> Iterator[None]:
     try:
         yield
     # pyarrow raises the last three on footers that were tampered with

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 NUM_PROBES = 4
 MIN_PROBE_COSINE = 0.99
 MAX_PROBE_DIFFERENCE = 1e-3
-MAX_SIDE = 4096  # of a picture made for the tower: a bank's settings may be anybody's
+TOWER_SIDE = 4096  # of a picture made for the tower: a bank's settings may be anybody's
 MAX_FEATURES = 2**26  # of one image
 
 
@@ -319,9 +319,9 @@ def query_pixels(preprocessing: dict, images: Any) -> torch.Tensor:
     name = str(preprocessing.get("image_processor_type")).removesuffix("Pil")
     # without torchvision the other class warns and gives this one
     image_processor = get_image_processor_class_from_name(f"{name}Pil") or get_image_processor_class_from_name(name)
-    if image_processor is None or max(map(int, sides), default=0) > MAX_SIDE:
+    if image_processor is None or max(map(int, sides), default=0) > TOWER_SIDE:
         raise ValueError(
-            f"The bank's preprocessing names no image processor of transformers with sides up to {MAX_SIDE}: pass "
+            f"The bank's preprocessing names no image processor of transformers with sides up to {TOWER_SIDE}: pass "
             "pixel_values that the model's processor made."
         )
     images = [read_query_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]

@@ -37,8 +37,8 @@ logger = logging.get_logger(__name__)
 CONNECTORS = r"^(model\.)?(memory_)?connector\."
 
 # What a broken config.json or broken weights make transformers raise, beside ValueError and OSError.
-BROKEN = (SafetensorError, StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError)
-BROKEN += (RecursionError, TypeError)
+BROKEN_MODEL = (SafetensorError, StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError)
+BROKEN_MODEL += (RecursionError, TypeError)
 
 
 class TinyAlignPreTrainedModel(PreTrainedModel):
@@ -112,7 +112,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
                     "which loads, into the folder above it."
                 ) from error
             raise
-        except BROKEN as error:
+        except BROKEN_MODEL as error:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds no TinyAlign model: its config.json or its weights are "
                 f"broken, or an argument is wrong ({type(error).__name__}: {error})."

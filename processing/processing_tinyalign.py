@@ -19,7 +19,7 @@ MAX_IMAGE_TOKENS = 2**20
 # never been there. Unicode keeps the number free of characters.
 CUT = "\ufdd0"
 # What broken settings make transformers raise, beside ValueError and OSError.
-BROKEN = StrictDataclassError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError
+BAD_FILE = StrictDataclassError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError
 
 # What a pipeline passes to the processor, because it does not know it, and `generate` takes.
 RETRIEVAL_SETTINGS = {"memory", "exclude_ids", "memory_top_k", "retrieval_threshold"}
@@ -130,7 +130,7 @@ class TinyAlignProcessor(ProcessorMixin):
         try:
             processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
             check_output(processor.image_processor)
-        except BROKEN as error:
+        except BAD_FILE as error:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: processor_config.json does not describe a processor "
                 f"({type(error).__name__}: {error}). Save or download it again."

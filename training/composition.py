@@ -41,7 +41,7 @@ def compose(
     Raises:
         ValueError: `config_kwargs` has a name that is none of its fields.
     """
-    _check_names(config_kwargs)
+    _check_part_names(config_kwargs)
     settings = {} if dtype is None else {"dtype": dtype}
     vision_kwargs, text_kwargs = {**settings, **(vision_kwargs or {})}, {**settings, **(text_kwargs or {})}
     vision_tower, vision_info = load_vision_tower(vision_name_or_path, vision_kwargs)
@@ -56,7 +56,7 @@ def compose(
             "lm_head_bias": language_model.get_output_embeddings().bias is not None,
             **_origin("vision_model", vision_name_or_path, vision_kwargs),
             **_origin("language_model", text_name_or_path, text_kwargs),
-            **_measure(vision_tower, config_kwargs),
+            **_measured_tokens(vision_tower, config_kwargs),
             **config_kwargs,
         }
     )
@@ -92,7 +92,7 @@ def _put_together(
     return model
 
 
-def _check_names(config: dict):
+def _check_part_names(config: dict):
     """A config keeps whatever it is given: a mistyped field would be the default, unnoticed. Raises `ValueError`."""
     known = [field.name for field in fields(TinyAlignConfig)] + ["top_k", "attn_implementation"]
     for name in config:
@@ -142,7 +142,7 @@ def _missing(name_or_path: str, info: dict) -> str:
     return f", {len(keys)} weights that {name_or_path} lacks ({', '.join(keys)}; random)" if keys else ""
 
 
-def _measure(vision_tower: PreTrainedModel, config: dict) -> dict:
+def _measured_tokens(vision_tower: PreTrainedModel, config: dict) -> dict:
     """Number and width of the visual features, by running the tower once on zeros."""
     image_size = vision_tower.config.to_dict().get("image_size")
     if image_size is None:

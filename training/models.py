@@ -18,7 +18,7 @@ def load_model(config: StageArguments) -> tuple[PreTrainedModel, ProcessorMixin]
         if vars(config)[name] is not None:
             check_name(name, vars(config)[name])
     if config.model is not None:
-        model = _load_trained(config)
+        model = _load_checkpoint(config)
         padding = {"image_aspect_ratio": "pad"} if config.image_aspect_ratio == "pad" else {}
         processor = TinyAlignProcessor.from_pretrained(config.model, **padding)
         # model_kwargs or a baseline may have changed them
@@ -54,7 +54,7 @@ def load_model(config: StageArguments) -> tuple[PreTrainedModel, ProcessorMixin]
     return model, processor
 
 
-def _load_trained(config: StageArguments) -> PreTrainedModel:
+def _load_checkpoint(config: StageArguments) -> PreTrainedModel:
     fields = model_fields(config)
     try:
         model = TinyAlignForConditionalGeneration.from_pretrained(config.model, **fields)

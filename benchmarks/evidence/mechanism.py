@@ -16,7 +16,7 @@ def with_more_data(demo: Demo) -> Demo:
     """Return a view that trains on the bank's drawings, too, as many steps more as there are more rows."""
     known, train = demo.pairs.known, demo.pairs.train
     features = demo.features["noto"][known]
-    model, _ = systems.compose(demo.weights, demo.config, memory_top_k=TOP_K)
+    model, _ = systems.compose_demo(demo.weights, demo.config, memory_top_k=TOP_K)
     own = source_ids_of(demo.pairs.noto.select(known)["image"])
     found = find_neighbours(demo.banks["without"], model, features, 2 * TOP_K, own)
     share = 1 + len(known) / len(train)

@@ -45,7 +45,7 @@ def bank_sizes(demo: Demo) -> dict[str, float]:
 def with_distractors(demo: Demo):
     """Return the bank with the validation concepts added, which no query asks for, and its rows' concepts."""
     concepts = demo.pairs.validation
-    parts = systems.compose(demo.weights, demo.config, memory_top_k=TOP_K)
+    parts = systems.compose_demo(demo.weights, demo.config, memory_top_k=TOP_K)
     rows, features = demo.pairs.noto.select(concepts), demo.features["noto"][concepts]
     bank = demo.banks["with"].add(rows, *parts, caption_column="label", keep_duplicates=True, vision_features=features)
     return bank, np.concatenate([demo.concepts["with"], concepts])

@@ -37,7 +37,7 @@ FINE_TUNED = {
 
 def fine_tuned(demo: Demo, name: str, full: bool, negatives: bool) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return the baseline after training on the bank's drawings of the concepts that are asked about."""
-    _, processor = systems.compose(demo.weights, demo.config, memory_top_k=0)
+    _, processor = systems.compose_demo(demo.weights, demo.config, memory_top_k=0)
     final = demo.out / f"fine_tuned_{name}" / "model"
     if (final / RECORD_NAME).exists():
         return TinyAlignForConditionalGeneration.from_pretrained(final).eval(), processor
@@ -133,7 +133,7 @@ def mixed_with_neighbours(demo: Demo, baseline: Result, bank: str) -> Result:
 
 def seconds_of_bank(demo: Demo) -> dict[str, float]:
     """Return the seconds to teach a bank 100 pictures, tower included, and to forget one row."""
-    model, processor = systems.compose(demo.weights, demo.config, memory_top_k=TOP_K)
+    model, processor = systems.compose_demo(demo.weights, demo.config, memory_top_k=TOP_K)
     rows = demo.pairs.noto.select(demo.pairs.heldout[:TAUGHT])
     bank = demo.banks["without"]
     started = time.perf_counter()

@@ -17,7 +17,7 @@ from pooling import Pick, is_less, is_more, result_of, score
 from study import Study
 
 from tinyalign_vlm.hub_cards.markdown import table
-from tinyalign_vlm.training.demo.report import METRICS, cell
+from tinyalign_vlm.training.demo.report import METRICS, interval_cell
 from tinyalign_vlm.training.demo.state import Demo, Result
 from tinyalign_vlm.training.evaluation.bootstrap import Interval, interval
 
@@ -47,10 +47,10 @@ def scores_table(demos: Sequence[Demo], rows: dict[str, Pick], against: Pick | N
         header += [f"minus the first row: {title}" for title in METRICS.values()]
     lines = []
     for name, pick in rows.items():
-        line = [name, *(cell(score(demos, pick, metric)) for metric in METRICS)]
+        line = [name, *(interval_cell(score(demos, pick, metric)) for metric in METRICS)]
         if against is not None:
             differences = (score(demos, pick, metric, minus=against) for metric in METRICS)
-            line += [""] * len(METRICS) if pick is against else [cell(found, "+") for found in differences]
+            line += [""] * len(METRICS) if pick is against else [interval_cell(found, "+") for found in differences]
         lines.append(line)
     return table(header, lines)
 
@@ -145,7 +145,9 @@ def data_efficiency(study: Study, folder: Path) -> Section:
     lines, verdicts = [], {}
     for (plan, share, system), name in names.items():
         pick = result_of(name, "with")
-        lines.append([plan, f"{share:.0%}", system, *(cell(score(demos, pick, metric)) for metric in METRICS)])
+        lines.append(
+            [plan, f"{share:.0%}", system, *(interval_cell(score(demos, pick, metric)) for metric in METRICS)]
+        )
     for plan in ("epoch", "steps"):
         ours, whole = (
             result_of(names[plan, share, system], "with") for share, system in ((0.4, "tinyalign"), (1.0, "baseline"))
@@ -222,7 +224,7 @@ def bank(study: Study, folder: Path) -> Section:
     lines = []
     for name in banks:
         found = np.mean([recalls[seed][name] for seed in retrieval.SEEDS])
-        scores = (cell(score(demos, result_of("tinyalign", name), metric)) for metric in METRICS)
+        scores = (interval_cell(score(demos, result_of("tinyalign", name), metric)) for metric in METRICS)
         lines.append([titles.get(name, name.removeprefix("size_")), f"{found:.2f}", *scores])
     whole, tenth = result_of("tinyalign", "with"), result_of("tinyalign", banks[0])
     more, less = better(demos, whole, tenth), better(demos, tenth, whole)
@@ -356,12 +358,12 @@ def alternatives(study: Study, folder: Path) -> Section:
         line = [title]
         for bank_name in ("with", "without"):
             line += [
-                cell(score(demos, pick(system, bank_name), metric))
+                interval_cell(score(demos, pick(system, bank_name), metric))
                 for metric in ("exact_match", "name_loss", "choice")
             ]
         shares = [triggered[seed].get(system) for seed in triggered]
         line.append("-" if None in shares else f"{np.mean(shares):.2f}")
-        line.append(cell(others_loss(found, system)))
+        line.append(interval_cell(others_loss(found, system)))
         line += seconds[system]
         lines.append(line)
         if system not in ("tinyalign", "baseline"):

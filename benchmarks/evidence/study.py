@@ -62,7 +62,7 @@ class Study:
             "text": self.finished / "weights" / "smollm2-135m-instruct",
         }
         demo = Demo(folder, False, config, load_pairs(seed), weights, Clock(folder / "clock.json"))
-        run.prepare(demo)
+        run.prepare_demo(demo)
         return demo
 
 
@@ -99,7 +99,7 @@ def asking_about(demo: Demo, concepts: np.ndarray, name: str) -> Demo:
 
 def add_bank(demo: Demo, name: str, bank: MemoryBank, concepts: np.ndarray, top_k: int = run.SEARCHED) -> None:
     """Let a demo's queries be answered with another bank; `concepts` are its rows' (-1: of no emoji)."""
-    model, _ = systems.compose(demo.weights, demo.config, memory_top_k=TOP_K)
+    model, _ = systems.compose_demo(demo.weights, demo.config, memory_top_k=TOP_K)
     demo.banks[name], demo.concepts[name] = bank, concepts
     demo.found[name] = find_neighbours(bank, model, demo.features["queries"], min(top_k, len(bank)))
 

@@ -95,7 +95,7 @@ def read_lesson(demo: Demo, folder: Path) -> Lesson:
     """Read a lesson and look at its pictures."""
     content = json.loads((folder / "lesson.json").read_text())
     pictures = sorted({*content["concepts"].values(), *(question["picture"] for question in content["questions"])})
-    model, processor = systems.compose(demo.weights, demo.config, memory_top_k=0)
+    model, processor = systems.compose_demo(demo.weights, demo.config, memory_top_k=0)
     paths = [str(folder / picture) for picture in pictures]
     features = cache_vision_features(model, processor, paths, demo.out / "features" / "lesson", desc="lesson")
     return Lesson(**content, features=dict(zip(pictures, features, strict=True)), folder=folder)
@@ -122,7 +122,7 @@ def two_questions(claim: str, label: str) -> list[dict]:
 
 def taught_bank(demo: Demo, lesson: Lesson) -> tuple[MemoryBank, dict[str, float]]:
     """Return the demo's bank with one picture of each concept added, and the seconds to teach and to forget one."""
-    parts = systems.compose(demo.weights, demo.config, memory_top_k=TOP_K)
+    parts = systems.compose_demo(demo.weights, demo.config, memory_top_k=TOP_K)
     bank = demo.banks["without"]
     images = [Image.open(lesson.folder / picture) for picture in lesson.concepts.values()]
     taught = bank.add(images, *parts, captions=lesson.names, keep_duplicates=True)
@@ -150,7 +150,7 @@ def forgetting_changes(demo: Demo, forgotten: MemoryBank) -> float:
 
 def fine_tuned(demo: Demo, lesson: Lesson) -> tuple[tuple[PreTrainedModel, ProcessorMixin], float]:
     """Return the baseline after training on the same pictures, and the seconds a concept."""
-    _, processor = systems.compose(demo.weights, demo.config, memory_top_k=0)
+    _, processor = systems.compose_demo(demo.weights, demo.config, memory_top_k=0)
     final = demo.out / "teacher_lora" / "model"
     if (final / RECORD_NAME).exists():
         seconds = read_records(final)[0].seconds
@@ -190,7 +190,7 @@ def likelihoods(
         rows = datasets.Dataset.from_dict({"messages": messages})
         if bank is not None:
             model[0].attach_memory_bank(bank, tokenizer=model[1].tokenizer)
-            rows = systems.with_neighbours(rows, find_neighbours(bank, model[0], features, TOP_K))
+            rows = systems.add_neighbours(rows, find_neighbours(bank, model[0], features, TOP_K))
         options = [question["options"] for question in asked]
         scores = score_answers(*model, rows, options, bank, features, EVALUATION_BATCH, desc=f"{system}, {count}")
         for index, row in zip(chosen, scores.likelihoods, strict=True):

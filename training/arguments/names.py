@@ -8,7 +8,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-SECONDS = 10  # to wait for the Hub
+HUB_SECONDS = 10  # to wait for the Hub
 
 
 def check_name(setting: str, name: str | os.PathLike, repo_type: str = "model") -> None:
@@ -35,7 +35,7 @@ def check_name(setting: str, name: str | os.PathLike, repo_type: str = "model") 
         unreachable = "is not asked (HF_HUB_OFFLINE)"
     else:
         try:
-            HfApi().repo_info(repo_id, repo_type=repo_type, timeout=SECONDS)
+            HfApi().repo_info(repo_id, repo_type=repo_type, timeout=HUB_SECONDS)
             return
         except RepositoryNotFoundError as error:
             raise OSError(

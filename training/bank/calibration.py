@@ -23,7 +23,7 @@ from ..disk import full_disk_advice, save_file
 
 MIN_NEIGHBOURS = 50
 MAX_ROWS = 10_000
-UNKNOWN = 0.25  # share of images that a bank does not know: about as often as life asks for what is not in it
+UNKNOWN_SHARE = 0.25  # share of images that a bank does not know: about as often as life asks for what is not in it
 RIDGE = 1e-6  # of a weight's square, a row: where all is right or wrong the weights stay finite
 
 
@@ -42,7 +42,7 @@ def right_neighbours(
 
 
 def fit_calibration(
-    scores: np.ndarray, right: np.ndarray, top_k: int, num_rows: int, unknown: float = UNKNOWN
+    scores: np.ndarray, right: np.ndarray, top_k: int, num_rows: int, unknown: float = UNKNOWN_SHARE
 ) -> CalibrationConfig:
     """Fit the two logistic regressions on images whose right rows of the bank are known.
 
@@ -192,7 +192,7 @@ def measure(
         [part.numpy() for part in probabilities(calibration, case)] for case in cases
     )
     slots, right = np.isfinite(cases[0].numpy()), right[:, : calibration.top_k]
-    has_right, repeats = right.any(axis=1), round((1 - UNKNOWN) / UNKNOWN)
+    has_right, repeats = right.any(axis=1), round((1 - UNKNOWN_SHARE) / UNKNOWN_SHARE)
     of_neighbours = (
         np.concatenate([np.tile(of_known[slots], repeats), of_unknown[slots]]),
         np.concatenate([np.tile(right[slots], repeats), np.zeros(slots.sum(), bool)]),

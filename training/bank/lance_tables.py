@@ -22,7 +22,7 @@ except ImportError:
 # there is no bank.
 ROWS, FILES = "rows", "bank"
 # float32 products of unit vectors are this exact, and 1 - product, which Lance returns.
-ROUNDING = 2e-6
+LANCE_ROUNDING = 2e-6
 # How many keys are read at once to be compared.
 COMPARED_ROWS = 16_384
 CACHE_BYTES = 2**29
@@ -138,7 +138,7 @@ class LanceIndex(KeyIndex):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
         """Find at least the best `fetch` rows, roughly; see `KeyIndex.candidates`."""
         compared = max(fetch, round(self.k_factor * wanted))
-        error = ROUNDING * np.linalg.norm(queries, axis=1)
+        error = LANCE_ROUNDING * np.linalg.norm(queries, axis=1)
         if self.name == EXACT or compared > MAX_CANDIDATES or compared >= len(self.keys):
             return *self._nearest(queries, fetch, None), error, True
         scores, rows = self._nearest(queries, compared, self.nprobes)

@@ -32,7 +32,7 @@ from ...modeling_tinyalign.bank_format import (
 )
 from .folders import folder_of_bank
 
-SEARCHED = 32  # rows that must find themselves
+NUM_TESTED = 32  # rows that must find themselves
 
 
 def bank_problems(name: str | os.PathLike, model: PreTrainedModel | None = None) -> Iterator[str]:
@@ -164,7 +164,7 @@ def copy_problems(bank: MemoryBank, paths: Sequence[Path]) -> Iterator[str]:
 
 def search_problems(bank: MemoryBank, paths: Sequence[Path]) -> Iterator[str]:
     """Name rows, of a sample, that the index does not find by their own key."""
-    chosen = np.sort(np.random.default_rng(0).permutation(len(bank))[:SEARCHED])
+    chosen = np.sort(np.random.default_rng(0).permutation(len(bank))[:NUM_TESTED])
     batches = (batch for path in paths for batch in read_shard(path, bank.config))
     keys = np.concatenate([matrix(batch, "key")[np.isin(batch["id"].to_numpy(), chosen)] for batch in batches])
     scores, found = bank.search(keys, 1)

@@ -57,7 +57,7 @@ def cache_vision_features(
     """
     if isinstance(images, datasets.Column):
         refuse_transforms(images.source)
-    images = undecoded(images)
+    images = undecoded_images(images)
     if len(images) == 0:
         raise ValueError("There are no images, expected at least one.")
     path = Path(path)
@@ -104,7 +104,7 @@ def refuse_transforms(dataset: datasets.Dataset):
         )
 
 
-def undecoded(images: Sequence[Any]) -> Sequence[Any]:
+def undecoded_images(images: Sequence[Any]) -> Sequence[Any]:
     """Return a dataset's image column as the bytes and paths it holds; any other sequence as it is."""
     if isinstance(images, datasets.Column) and isinstance(images.features, datasets.Image):
         return images.source.cast_column(images.column_name, datasets.Image(decode=False))[images.column_name]

@@ -26,10 +26,10 @@ from ...modeling_tinyalign.bank_format import list_column
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ..disk import save_file
-from .features import fingerprint_images, from_main_process, one_run_at_a_time, read_image, undecoded
+from .features import fingerprint_images, from_main_process, one_run_at_a_time, read_image, undecoded_images
 from .progress import ImageProgress
 
-PART_IMAGES = 512  # what a killed process loses at most
+PART_ROWS = 512  # what a killed process loses at most
 
 
 def neighbour_table(
@@ -73,7 +73,7 @@ def neighbour_table(
         ValueError: the bank is of another tower, an image cannot be read (its number is named), there is none, or the
             lengths differ.
     """
-    images, depth = undecoded(images), min(depth, len(bank))
+    images, depth = undecoded_images(images), min(depth, len(bank))
     rows = range(len(images)) if rows is None else rows
     settings = (queries, vision_features, depth, batch_size, num_workers)
     search = NeighbourSearch(bank, model.base_model, processor, images, rows, *settings)
@@ -147,7 +147,7 @@ class NeighbourSearch:
         """Write what is missing of the parts, with all processes of this run, and join them to `path`."""
         state, parts = PartialState(), path.with_suffix(".parts")
         parts.mkdir(exist_ok=True)
-        every = [parts / f"{part:06d}.parquet" for part in range(-(-len(self.images) // PART_IMAGES))]
+        every = [parts / f"{part:06d}.parquet" for part in range(-(-len(self.images) // PART_ROWS))]
         todo = [part for part, file in enumerate(every) if not file.is_file()]
         state.wait_for_everyone()  # all know what is to do before one of them starts to do it
         self.write_parts({part: every[part] for part in todo[state.process_index :: state.num_processes]})
@@ -158,7 +158,7 @@ class NeighbourSearch:
 
     @torch.no_grad()
     def write_parts(self, files: dict[int, Path]):
-        """Write parts: part i holds the images from `i * PART_IMAGES` on, in the same batches whoever does it."""
+        """Write parts: part i holds the images from `i * PART_ROWS` on, in the same batches whoever does it."""
         spans = {part: self._batches_of(part) for part in files}
         batches = list(itertools.chain(*spans.values()))
         prepared = iter(DataLoader(PreparedImages(self, batches), batch_size=None, num_workers=self.num_workers))
@@ -172,8 +172,8 @@ class NeighbourSearch:
                 write_parquet(pa.concat_tables(tables), file)
 
     def _batches_of(self, part: int) -> list[range]:
-        stop = min((part + 1) * PART_IMAGES, len(self.images))
-        starts = range(part * PART_IMAGES, stop, self.batch_size)
+        stop = min((part + 1) * PART_ROWS, len(self.images))
+        starts = range(part * PART_ROWS, stop, self.batch_size)
         return [range(start, min(start + self.batch_size, stop)) for start in starts]
 
     def _search(

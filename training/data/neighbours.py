@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.row_encoder import image_source_id
-from .features import read_image, undecoded
+from .features import read_image, undecoded_images
 
 
 @torch.no_grad()
@@ -52,5 +52,5 @@ def find_neighbours(
 
 def source_ids_of(images: Sequence[Any], desc: str = "Naming images") -> list[str]:
     """Return the `source_id` of each image: a hash of its decoded pixels, as in the bank."""
-    images = undecoded(images)
+    images = undecoded_images(images)
     return [image_source_id(read_image(images, index)) for index in tqdm(range(len(images)), desc, unit="image")]

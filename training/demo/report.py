@@ -120,7 +120,7 @@ A new process without the package answered "{answer}" to the first query above, 
 """
 
 
-def cell(found: Interval | None, sign: str = "") -> str:
+def interval_cell(found: Interval | None, sign: str = "") -> str:
     """Return an interval as a cell of a table, a dash for what was not measured."""
     if found is None:
         return "-"
@@ -141,11 +141,13 @@ def question_table(demo: Demo, metrics: tuple[str, str], titles: tuple[str, str]
             continue
         row = [name]
         for metric in metrics:
-            row += [cell(demo.score(system, bank, metric)) for bank in (has_it, lacks_it)]
+            row += [interval_cell(demo.score(system, bank, metric)) for bank in (has_it, lacks_it)]
         if system == "tinyalign":
             row += ["", ""]
         else:
-            row += [cell(demo.difference("tinyalign", has_it, metric, minus=system), "+") for metric in metrics]
+            row += [
+                interval_cell(demo.difference("tinyalign", has_it, metric, minus=system), "+") for metric in metrics
+            ]
         rows.append(row)
     return markdown_table(header, rows)
 
@@ -156,7 +158,7 @@ def bank_table(demo: Demo) -> str:
     for bank, title in BANK_TITLES.items():
         if bank not in demo.results["tinyalign"]:
             continue
-        rows.append([title, *(cell(demo.score("tinyalign", bank, metric)) for metric in METRICS)])
+        rows.append([title, *(interval_cell(demo.score("tinyalign", bank, metric)) for metric in METRICS)])
     return markdown_table(["the bank has", *METRICS.values()], rows)
 
 
@@ -237,7 +239,7 @@ def plot_neighbours(demo: Demo) -> None:
     figure.savefig(demo.out / "neighbours.png", dpi=110)
 
 
-def write_report(demo: Demo, answer: str, label: str) -> None:
+def write_demo_report(demo: Demo, answer: str, label: str) -> None:
     """Write `report.md`, `results.json`, `loss.png` and `neighbours.png`.
 
     Args:

@@ -23,9 +23,9 @@ from ..data.neighbours import find_neighbours, source_ids_of
 from .cards import write_demo_cards
 from .controls import run_controls
 from .pairs import character_pictures, load_pairs, options_of
-from .report import write_report
+from .report import write_demo_report
 from .state import BANKS, OTHER_BANKS, TOP_K, Clock, Demo, DemoConfig, write_json
-from .systems import compose, evaluate_system, train_system
+from .systems import compose_demo, evaluate_system, train_system
 from .weights import check_installed, convert_efficientnet_lite0, convert_smollm2
 
 QUICK = DemoConfig(concepts=320, queries=60, stage1_steps=16, stage2_steps=36, every_row=False)
@@ -75,7 +75,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False, config: DemoCon
     }
     clock("weights converted", f"{len(pairs.train)} concepts to train on, {len(pairs.heldout)} held out")
     demo = Demo(out, quick, config, pairs, weights, clock)
-    prepare(demo)
+    prepare_demo(demo)
     run_without_memory(demo)
     model, processor = run_with_memory(demo)
 
@@ -86,7 +86,7 @@ def run_demo(output_dir: str | os.PathLike, quick: bool = False, config: DemoCon
     print("A new process without the package loads the checkpoint (10 seconds or so)", flush=True)
     answer = write_demo_cards(demo)
     clock("answered in a process without the package", f'"{answer}" for {example["label"]!r}; cards written')
-    write_report(demo, answer, example["label"])
+    write_demo_report(demo, answer, example["label"])
     clock("report written")
     link_results(folder, quick)
     print_next_commands(out)
@@ -106,10 +106,10 @@ def print_next_commands(out: Path) -> None:
     )
 
 
-def prepare(demo: Demo) -> None:
+def prepare_demo(demo: Demo) -> None:
     """Make features and banks, look up the neighbours of all query drawings, and choose what is asked."""
     pairs, config, out = demo.pairs, demo.config, demo.out
-    model, processor = compose(demo.weights, config, memory_top_k=TOP_K)
+    model, processor = compose_demo(demo.weights, config, memory_top_k=TOP_K)
     features = {
         style: cache_vision_features(model, processor, rows["image"], out / "features" / style, desc=style)
         for style, rows in (("noto", pairs.noto), ("twemoji", pairs.twemoji))
@@ -189,7 +189,7 @@ def key_settings(rows: np.ndarray) -> dict[str, int]:
 
 def make_latent_banks(demo: Demo) -> None:
     """Make the banks with values, whose rows are those of the banks with names alone, and so the neighbours."""
-    parts = *compose(demo.weights, demo.config, memory_input="latents"), demo.pairs.noto, demo.features["noto"]
+    parts = *compose_demo(demo.weights, demo.config, memory_input="latents"), demo.pairs.noto, demo.features["noto"]
     training = ValueEncoderTrainingConfig(steps=demo.config.value_encoder_steps, seed=demo.config.seed)
     settings = {**key_settings(demo.pairs.known), "value_encoder_training": training}
     for name in reversed(BANKS):

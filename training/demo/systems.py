@@ -25,10 +25,12 @@ from .state import KEYWORDS_PROMPT, PROMPT, TOP_K, Demo, DemoConfig, Result, wri
 
 ANSWER_TOKENS = 12  # the longest label has 10, and its end
 BATCH_SIZE = 16  # of evaluation
-STAGES = {1: "Stage 1: alignment", 2: "Stage 2: instruction"}
+STAGE_TITLES = {1: "Stage 1: alignment", 2: "Stage 2: instruction"}
 
 
-def compose(weights: dict[str, Path], config: DemoConfig, **model_config) -> tuple[PreTrainedModel, ProcessorMixin]:
+def compose_demo(
+    weights: dict[str, Path], config: DemoConfig, **model_config
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return a new model of the two checkpoints and its processor; the same seed gives the same connectors."""
     set_seed(config.seed)
     vision, text = str(weights["vision"]), str(weights["text"])
@@ -57,7 +59,7 @@ def chats(
     return datasets.Dataset.from_dict({"messages": rows})
 
 
-def with_neighbours(rows: datasets.Dataset, found: tuple[np.ndarray, np.ndarray]) -> datasets.Dataset:
+def add_neighbours(rows: datasets.Dataset, found: tuple[np.ndarray, np.ndarray]) -> datasets.Dataset:
     """Return the rows with what `find_neighbours` found for them."""
     scores, ids = found
     return rows.add_column("memory_ids", ids.tolist()).add_column("memory_scores", scores.tolist())
@@ -82,7 +84,7 @@ def train_system(
         rows: chats about the training drawings, one each, in place of the demo's.
     """
     config, train, final = demo.config, demo.pairs.train, demo.out / name / "model"
-    model, processor = compose(demo.weights, config, **model_config)
+    model, processor = compose_demo(demo.weights, config, **model_config)
     if name == "wider_connector":
         widen_connector(model)
         processor.num_image_tokens = model.config.num_image_tokens
@@ -94,7 +96,7 @@ def train_system(
     parts = {"processing_class": processor, "vision_features": demo.features["train"]}
     if bank is not None:
         model.attach_memory_bank(demo.banks[bank], tokenizer=processor.tokenizer)
-        rows = with_neighbours(rows, demo.found["train"])
+        rows = add_neighbours(rows, demo.found["train"])
         parts["memory_bank"] = demo.banks[bank]
     memory = {} if bank is None else {"memory_dropout": config.memory_dropout}
     stages = {1: {"max_steps": config.stage1_steps, "save_steps": 50}, 2: stage2_settings(config)}
@@ -138,7 +140,7 @@ def train_stage(
         model, read_config([CONFIGS / f"stage{stage}.yaml"], fields), train_dataset=rows, **parts
     )
     trainer.train()
-    return stage_record(STAGES[stage], trainer)
+    return stage_record(STAGE_TITLES[stage], trainer)
 
 
 def questions(
@@ -149,7 +151,7 @@ def questions(
     if captions is not None:
         messages = [add_captions(turn, captions[row]) for turn, row in zip(messages, rows, strict=True)]
     asked = datasets.Dataset.from_dict({"messages": messages, "feature_index": list(map(int, rows))})
-    return asked if bank is None else with_neighbours(asked, [part[rows, :TOP_K] for part in demo.found[bank]])
+    return asked if bank is None else add_neighbours(asked, [part[rows, :TOP_K] for part in demo.found[bank]])
 
 
 def evaluate_system(

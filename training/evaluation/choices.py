@@ -69,7 +69,7 @@ def score_answers(
         for row, texts in zip(batch, answers[start : start + batch_size], strict=True):
             prompts.append(encode_chat(processor, row["messages"], add_generation_prompt=True)[0])
             endings += [_ending(processor, row["messages"], text) for text in texts]
-        parts.append(_score(model, processor, prompts, endings, send_to_device(images, model.device)))
+        parts.append(_score_batch(model, processor, prompts, endings, send_to_device(images, model.device)))
     return AnswerScores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -81,7 +81,7 @@ def _ending(processor: ProcessorMixin, messages: list[dict], answer: str) -> tor
     return torch.tensor([token for token, spoken in zip(ids, is_spoken, strict=True) if spoken])
 
 
-def _score(
+def _score_batch(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     prompts: list[list[int]],

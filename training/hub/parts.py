@@ -12,7 +12,7 @@ from ...hub_cards.facts import FACTS_NAME, Part, read_facts
 
 UNKNOWN = "unknown"  # an id of the Hub's list of licences, too
 LOCAL = "local, without a revision"
-SECONDS = 10  # to wait for the Hub's answer
+HUB_SECONDS = 10  # to wait for the Hub's answer
 
 
 def describe_part(role: str, name: str, hub_type: str, revision: str | None = None) -> Part:
@@ -78,7 +78,7 @@ def _license_of_folder(path: Path) -> str:
 def _ask_hub(name: str, hub_type: str, revision: str | None) -> tuple[str, str]:
     """Return commit and licence, `UNKNOWN` where the Hub has none, or cannot be reached and the cache has none."""
     try:
-        info = HfApi().repo_info(name, repo_type=hub_type, revision=revision, timeout=SECONDS)
+        info = HfApi().repo_info(name, repo_type=hub_type, revision=revision, timeout=HUB_SECONDS)
     except Exception:  # of huggingface_hub, and of an HTTP library that changes from version to version
         return _ask_cache(name, hub_type, revision)
     return info.sha, license_of(info.card_data and info.card_data.get("license"))

@@ -20,7 +20,7 @@ AUTO_CLASSES = {
     "processor_config.json": ("AutoProcessor",),
 }
 # Of a checkpoint's folder; optimizer states, pickles and subfolders stay here.
-SUFFIXES = {".json", ".safetensors", ".py", ".jinja", ".png", ".txt", ".model"}
+WEIGHT_SUFFIXES = {".json", ".safetensors", ".py", ".jinja", ".png", ".txt", ".model"}
 # Facts of a bank that nothing but a person knows.
 EXAMPLES = {"summary": "Photographs of North American birds with their names.", "license": ["cc-by-4.0"]}
 
@@ -77,7 +77,7 @@ def push_checkpoint(
     folder: Path, repo_id: str, config: TinyAlignConfig, facts: ModelFacts | None, **options
 ) -> CommitInfo:
     """Push the files of a checkpoint with this config; its card is of the facts, or else that in the folder."""
-    files = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES}
+    files = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHT_SUFFIXES}
     files["config.json"] = config.to_json_string().encode()
     if facts is not None:
         files |= {FACTS_NAME: facts_json(facts).encode(), CARD_NAME: str(model_card(facts)).encode()}

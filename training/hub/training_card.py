@@ -67,12 +67,12 @@ def _facts(
 ) -> ModelFacts:
     parts = earlier.parts if earlier is not None and earlier.parts else _composed_of(model)
     license = earlier.license if earlier is not None and earlier.parts else common_license(parts)
-    data = _training_data(config)
+    data = _data_parts(config)
     again = [part for part in parts if (part.source, part.revision) == (data.source, data.revision)]
     evaluation = _evaluation(config, records[-1], data)
     return ModelFacts(
         repo_id=Path(config.output_dir).resolve().name,
-        summary=_summary(parts, data, bank),
+        summary=_card_summary(parts, data, bank),
         license=license,
         language=earlier and earlier.language,
         parts=[*parts, *([] if again else [data])],
@@ -103,7 +103,7 @@ def _composed_of(model: PreTrainedModel) -> list[Part]:
     return parts
 
 
-def _training_data(config: StageArguments) -> Part:
+def _data_parts(config: StageArguments) -> Part:
     part, run = describe_part("training data", config.dataset, "dataset", config.dataset_revision), {}
     path = Path(config.output_dir, RUN_NAME)
     if path.is_file():
@@ -137,7 +137,7 @@ def _folder_with(model: str, file: str) -> Path:
         return Path(model)
 
 
-def _summary(parts: list[Part], data: Part, bank: MemoryBank | None) -> str:
+def _card_summary(parts: list[Part], data: Part, bank: MemoryBank | None) -> str:
     names = {part.role: part.source.split("/")[-1] for part in parts}
     models = " and ".join(names[role] for role in ("vision tower", "language model") if role in names)
     memory = "" if bank is None else f", with a memory bank of {len(bank):,} rows"

@@ -119,10 +119,10 @@ def last_checkpoint(
 
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[str]:
     """Return the folders of the checkpoints that were written to their end, the last one last."""
-    return [path for path in sort_checkpoints(str(output_dir)) if _is_complete(Path(path))]
+    return [path for path in sort_checkpoints(str(output_dir)) if _is_whole(Path(path))]
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _is_whole(checkpoint: Path) -> bool:
     """Return True if the last file, the trainer's state, is there and whole: the disk may have been full."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())

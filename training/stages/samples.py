@@ -18,7 +18,7 @@ from ..evaluation.generation import greedy_answers, reference_of
 
 logger = logging.get_logger(__name__)
 SAMPLES_NAME = "samples.jsonl"
-MAX_NEW_TOKENS = 64
+SAMPLE_TOKENS = 64
 TRACKERS = ("wandb", "trackio")  # both have `log` and `Table`
 
 
@@ -53,7 +53,7 @@ class SampleAnswers(TrainerCallback):
         for number, row in enumerate(islice(trainer.eval_dataset, trainer.args.eval_samples)):
             inputs = send_to_device(collator([row]), model.device)
             chat = collator.messages(row)
-            (answer,), ids, scores = greedy_answers(model, collator.processor, [chat[:-1]], inputs, MAX_NEW_TOKENS)
+            (answer,), ids, scores = greedy_answers(model, collator.processor, [chat[:-1]], inputs, SAMPLE_TOKENS)
             neighbours = []
             if ids is not None and count_images(chat):
                 scores = [None] * ids.numel() if scores is None else scores.flatten().tolist()

@@ -20,7 +20,7 @@ from tinyalign_vlm.training.data.neighbours import source_ids_of
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(module, "PART_IMAGES", 5)
+    monkeypatch.setattr(module, "PART_ROWS", 5)
 
 
 def columns(path) -> dict[str, np.ndarray]:
