@@ -5,9 +5,11 @@ What a model should read of its neighbours and meet in training: the demo's job,
 
 Each seed trains, in the demo's steps: the baseline; TinyAlign ("captions"), text-only RAG ("text"), captions and
 latents ("both") and latents alone, the paper's way ("latents"), all on training concepts of which the bank lacks 30%;
-captions without memory dropout ("coverage"); and captions with training concepts that the bank has, with memory
-dropout ("dropout") and without ("known"). Every number is of concepts that were never trained on, with a bank that has
-them, one that lacks them, and none ("off"): the mean of the seeds, and from their lowest to their highest.
+captions without memory dropout ("coverage"); captions with training concepts that the bank has, with memory dropout
+("dropout") and without ("known"); captions whose dropout always takes all neighbours ("all_off"), and the baseline on
+as few rows as are then trained without memory ("baseline_120"), and by default ("baseline_20"). Every number is of
+concepts that were never trained on, with a bank that has them, one that lacks them, and none ("off"): the mean of the
+seeds, and from their lowest to their highest.
 "mixed" and "weighted" mix the probabilities of the answers with and without memory in one model: half and half, and by
 the probability that a neighbour is right. Training goes on where it was interrupted; docs/method.md has the table.
 """
@@ -23,13 +25,16 @@ from transformers.utils import logging
 
 from tinyalign_vlm.modeling_tinyalign.outputs import probabilities
 from tinyalign_vlm.training.bank.calibration import fit_calibration
+from tinyalign_vlm.training.data import memory_dropout
+from tinyalign_vlm.training.data.memory_dropout import OFF_SHARE
 from tinyalign_vlm.training.data.neighbours import find_neighbours
 from tinyalign_vlm.training.demo import run, systems
 from tinyalign_vlm.training.demo.pairs import load_pairs
 from tinyalign_vlm.training.demo.state import BANKS, TOP_K, Clock, Demo, DemoConfig, Result
 
 METRICS = ("choice", "keyword_loss", "exact_match", "name_loss")
-SYSTEMS = ("baseline", "captions", "text", "coverage", "known", "dropout", "both", "latents")
+SYSTEMS = ("baseline", "captions", "text", "coverage", "known", "dropout", "all_off", "both", "latents")
+FEWER_ROWS = {"baseline_20": 20, "baseline_120": 120}
 
 
 def prepare_demo(folder: Path, weights: dict[str, Path], seed: int) -> Demo:
@@ -55,10 +60,14 @@ def of_known_concepts(demo: Demo) -> Demo:
 
 def run_one(demo: Demo, name: str) -> dict[str, Result]:
     """Train a system, and return what it answers by bank."""
-    if name == "baseline":
+    if name in FEWER_ROWS:
+        steps = FEWER_ROWS[name] // demo.config.batch_size
+        demo = replace(demo, config=replace(demo.config, stage1_steps=steps // 4, stage2_steps=steps - steps // 4))
+    if name == "baseline" or name in FEWER_ROWS:
         return {
             "off": systems.evaluate_system(demo, name, *systems.train_system(demo, name, memory_top_k=0), answer=False)
         }
+    memory_dropout.OFF_SHARE = 1 if name == "all_off" else OFF_SHARE
     if name == "text":
         model = systems.train_system(demo, name, in_text=True, memory_top_k=0)
         return {
@@ -117,7 +126,7 @@ def main():
     parser.add_argument("demo", type=Path, help="output folder of `tinyalign demo`, whose weights are used")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=(*SYSTEMS, *FEWER_ROWS))
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -130,7 +139,7 @@ def main():
         demo = prepare_demo(arguments.out / f"seed{seed}", weights, seed)
         for name in arguments.systems:
             demo.results[name] = run_one(demo, name)
-            if "off" in demo.results[name] and name != "baseline":
+            if "off" in demo.results[name] and len(demo.results[name]) > 1:
                 add_mixtures(demo, name)
         for name, banks in demo.results.items():
             for bank in banks:
