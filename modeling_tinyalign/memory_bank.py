@@ -183,7 +183,7 @@ class MemoryBank(BankRows):
         with evaluating(model, *encoder.value_encoders):
             added = finished(encoder.batches(enumerate(stored_images(rows, image_column))), self.key_encoder)
             bank = self.with_rows(itertools.chain(self.batches(), added), encoder.left_out)
-        return self._keep_facts(bank, "parts", "limits")
+        return self.keep_facts(bank, "parts", "limits")
 
     def remove(self, rows: int | str | Sequence[int | str]) -> MemoryBank:
         """Return a bank without some rows, the others numbered anew.
@@ -206,9 +206,9 @@ class MemoryBank(BankRows):
         if not keep.any():
             raise ValueError(f"All {len(self)} rows would be removed, but a memory bank needs at least one.")
         kept = (pa.Table.from_batches([part.filter(pa.array(keep[part["id"].to_numpy()]))]) for part in self.batches())
-        return self._keep_facts(self.with_rows(renumbered(kept)), "summary", "license", "language", "parts", "limits")
+        return self.keep_facts(self.with_rows(renumbered(kept)), "summary", "license", "language", "parts", "limits")
 
-    def _keep_facts(self, bank: MemoryBank, *names: str) -> MemoryBank:
+    def keep_facts(self, bank: MemoryBank, *names: str) -> MemoryBank:
         """Return a bank made of this one with those facts for its card that are so named."""
         if self.card_facts is not None:
             try:

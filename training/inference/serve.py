@@ -3,19 +3,16 @@
 import asyncio
 import copy
 import json
-import queue
-import threading
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
 
-import torch
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils.import_utils import is_serve_available
 
 from ..models import context_length, load_to_answer
+from .answers import Answer
+from .pictures import Pictures
 from .request_images import load_request_image
 
 if not is_serve_available():
@@ -38,92 +35,6 @@ FIELDS |= {"top_p", "seed", "stop", "memory", "sources", "user", "metadata", "sa
 # Fields of OpenAI's that are not supported, and the values that ask for nothing.
 UNSUPPORTED = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "presence_penalty": 0, "store": False}
 UNSUPPORTED |= {"frequency_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "modalities": ["text"]}
-LOCK = threading.Lock()  # one answer at a time
-
-
-class TokenQueue(BaseStreamer):
-    """The tokens of an answer for another thread, as they are generated."""
-
-    def __init__(self):
-        self.tokens, self.in_prompt = queue.Queue(), True
-
-    def put(self, value: torch.Tensor):
-        if not self.in_prompt:
-            self.tokens.put(value.tolist())
-        self.in_prompt = False
-
-    def end(self):
-        self.tokens.put(None)
-
-
-@dataclass
-class Answer:
-    """An answer that is generated: its text, and what is known at its end."""
-
-    model: PreTrainedModel
-    processor: ProcessorMixin
-    inputs: dict
-    config: GenerationConfig
-    memory: str | None
-    seed: int | None
-    tokens: list[int] = field(default_factory=list)
-    sources: list = field(default_factory=list)
-    finish_reason: str = "stop"
-    error: Exception | None = None
-
-    def pieces(self) -> Iterator[str]:
-        """Yield the text as it comes, up to a stop string."""
-        stops, stopped, streamer = self.config.stop_strings or [], threading.Event(), TokenQueue()
-        thread = threading.Thread(target=self._generate, args=(streamer, stopped))
-        thread.start()
-        text, sent, held = "", 0, max(map(len, stops), default=1) - 1
-        try:
-            for tokens in iter(streamer.tokens.get, None):
-                self.tokens += tokens
-                text = self.processor.decode(self.tokens, skip_special_tokens=True)
-                ends = [text.find(stop) for stop in stops if stop in text]
-                if ends:
-                    text = text[: min(ends)]
-                    break
-                ready = len(text.rstrip("\ufffd")) - held  # half a character, and what may begin a stop string
-                if ready > sent:
-                    yield text[sent:ready]
-                    sent = ready
-            else:
-                ended = set(self.tokens[-1:]) & set(torch.tensor(self.config.eos_token_id or []).reshape(-1).tolist())
-                if len(self.tokens) >= self.config.max_new_tokens and not ended:
-                    self.finish_reason = "length"
-        finally:  # also when nobody listens any more
-            stopped.set()
-            thread.join()
-        if self.error is not None:
-            raise self.error
-        if text[sent:]:
-            yield text[sent:]
-
-    def _generate(self, streamer: TokenQueue, stopped: threading.Event):
-        try:
-            with LOCK:
-                if self.seed is not None:
-                    torch.manual_seed(self.seed)
-                self.model.generate(
-                    **self.inputs,
-                    generation_config=self.config,
-                    tokenizer=self.processor.tokenizer,
-                    memory=self.memory,
-                    sources=self.sources,
-                    streamer=streamer,
-                    stopping_criteria=[lambda ids, scores: torch.full((len(ids),), stopped.is_set())],
-                )
-        except Exception as error:  # for the thread that waits
-            self.error = error
-        finally:
-            streamer.end()
-
-    @property
-    def usage(self) -> dict[str, int]:
-        prompt, answer = self.inputs["input_ids"].shape[1], len(self.tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
 def serve(
@@ -157,6 +68,7 @@ def build_app(
 ) -> FastAPI:
     """The server: chat completions with images, streamed or not, for this model alone."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    pictures = Pictures(model)
     entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinyalign"}
 
     @app.exception_handler(AnyHTTPException)
@@ -178,7 +90,8 @@ def build_app(
             return error_response(f"model is {body['model']!r}, expected {name!r}", 404, "model_not_found")
         try:
             # in a thread, for fetching and decoding take their time
-            answer = await asyncio.to_thread(read_request, body, model, processor, memory, allowed_hosts, max_tokens)
+            settings = pictures, memory, allowed_hosts, max_tokens
+            answer = await asyncio.to_thread(read_request, body, model, processor, *settings)
             if body.get("stream"):
                 return StreamingResponse(events(answer, body, name), media_type="text/event-stream")
             return JSONResponse(await asyncio.to_thread(completion, answer, body, name))
@@ -201,7 +114,7 @@ def completion(answer: Answer, body: dict, name: str) -> dict:
     message = {"role": "assistant", "content": "".join(answer.pieces())}
     choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
     found = {**_envelope("chat.completion", name), "choices": [choice], "usage": answer.usage}
-    return found | ({"sources": answer.sources[0]} if body.get("sources") else {})
+    return found | ({"sources": answer.inputs["sources"][0]} if body.get("sources") else {})
 
 
 def events(answer: Answer, body: dict, name: str) -> Iterator[str]:
@@ -216,7 +129,7 @@ def events(answer: Answer, body: dict, name: str) -> Iterator[str]:
     try:
         for piece in answer.pieces():
             yield event({"content": piece})
-        sources = {"sources": answer.sources[0]} if body.get("sources") else {}
+        sources = {"sources": answer.inputs["sources"][0]} if body.get("sources") else {}
         yield event({}, answer.finish_reason, **sources)
         if (body.get("stream_options") or {}).get("include_usage"):
             yield event({}, choices=[], usage=answer.usage)
@@ -237,6 +150,7 @@ def read_request(
     body: dict,
     model: PreTrainedModel,
     processor: ProcessorMixin,
+    pictures: Pictures,
     memory: str,
     allowed_hosts: Collection[str],
     max_tokens: int,
@@ -261,7 +175,8 @@ def read_request(
         raise ContextError(f"the prompt has {length} tokens, expected fewer than the model's context of {context}")
     if context is not None:
         config.max_new_tokens = min(config.max_new_tokens, context - length)
-    return Answer(model, processor, inputs, config, memory, body.get("seed"))
+    inputs = {**inputs, "memory": memory, "sources": []}
+    return Answer(model, processor, inputs, config, pictures.looked_up, body.get("seed"))
 
 
 def sampling_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> GenerationConfig:

@@ -1,0 +1,165 @@
+"""A conversation answers as `model.generate` does, and touches nothing that visitors share."""
+
+import copy
+import threading
+
+import pytest
+from PIL import Image
+
+from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
+from tinyalign_vlm.training.inference.conversation import Conversation
+from tinyalign_vlm.training.inference.lessons import Lessons
+from tinyalign_vlm.training.inference.pictures import Pictures
+
+from .conftest import QUESTION, generated
+
+
+def conversation(parts, lessons=None, **settings) -> Conversation:
+    return Conversation(parts.model, parts.processor, lessons, max_new_tokens=6, **settings)
+
+
+def answer(chat, *args, **settings) -> str:
+    return "".join(chat.ask(*args, **settings))
+
+
+@pytest.fixture(scope="module")
+def taught(parts, images, captions) -> dict:
+    """The bank alone, and with lessons in place of four more rows: the lessons by the bank that answers the same."""
+    lessons = Lessons(parts.model, parts.processor)
+    for image, caption in zip(images[8:], captions[8:], strict=True):
+        lessons.teach(image, caption)
+    bank = parts.bank.add(images[8:], parts.model, parts.processor, captions=captions[8:])
+    return {parts.bank: Lessons(parts.model, parts.processor), bank: lessons}
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_generate"),
+    [
+        ({}, {}),
+        ({"memory": "off"}, {"memory": "off"}),
+        ({"top_k": 1}, {"memory_top_k": 1}),
+        ({"top_k": 0}, {"memory_top_k": 0}),
+        ({"retrieval_threshold": 0.9}, {"retrieval_threshold": 0.9}),
+        ({"exclude": [0, 9]}, {"exclude_ids": [[0, 9]]}),
+    ],
+)
+def test_answers_are_those_of_generate(parts, images, taught, settings, of_generate):
+    for bank, lessons in taught.items():
+        if "exclude" in settings and len(bank) < 10:  # generate takes ids of the bank alone
+            continue
+        for image in (images[0], images[9]):
+            found = answer(conversation(parts, lessons), QUESTION, image, **settings)
+            assert found == generated(parts, image, bank, QUESTION, **of_generate)
+
+
+def test_several_turns_look_at_the_picture_once(parts, images, tower_calls):
+    chat = conversation(parts)
+    first = answer(chat, QUESTION, images[0])
+    second = answer(chat, "and its colour?")
+    assert len(tower_calls) == 1 and chat.turns == [(QUESTION, first), ("and its colour?", second)]
+    assert second == generated(parts, images[0], parts.bank, QUESTION, first, "and its colour?")
+    del tower_calls[:]
+    assert answer(conversation(parts, pictures=chat.pictures), QUESTION, images[0].copy()) == first
+    assert answer(chat, "again?", images[0]) and len(chat.turns) == 3  # the same picture
+    assert tower_calls == []
+    other = answer(chat, QUESTION, images[1])
+    assert len(chat.turns) == 1 and len(tower_calls) == 1
+    assert other == generated(parts, images[1], parts.bank, QUESTION)
+
+
+def test_sources(parts, images, captions):
+    lessons = Lessons(parts.model, parts.processor)
+    lessons.teach(images[9], "a zorblax")
+    chat = conversation(parts, lessons)
+    answer(chat, QUESTION, images[9], retrieval_threshold=0.999)
+    first, second = chat.sources
+    assert (first.caption, first.id, first.lesson, first.used, second.used) == ("a zorblax", 8, True, True, False)
+    assert first.similarity == pytest.approx(1, abs=1e-4) and first.thumbnail.size == (5, 6)
+    assert second.caption == captions[second.id] and second.thumbnail and first.probability is None
+    answer(chat, QUESTION, exclude=[first.source_id])
+    assert second.id in [source.id for source in chat.sources] and not any(source.lesson for source in chat.sources)
+    answer(chat, QUESTION, memory="off")
+    assert chat.sources == [] and chat.none_right is None
+
+
+def test_calibrated_probabilities(parts, images):
+    calibration = CalibrationConfig(top_k=4, right=[0, 2, 0, 0], none=[2, -4, 0, 0], num_rows=8)
+    bank = parts.bank.with_calibration(calibration)
+    lessons = Lessons(parts.model, parts.processor, bank)
+    chat = conversation(parts, lessons)
+    answer(chat, QUESTION, images[9])
+    before = chat.none_right
+    parts.model.attach_memory_bank(bank)
+    expected = parts.model.retrieve(images[9])
+    parts.model.attach_memory_bank(parts.bank)
+    assert before == pytest.approx(float(expected.none_probability[0]), abs=1e-5)
+    probabilities = [source.probability for source in chat.sources]
+    assert probabilities == pytest.approx(expected.probabilities[0].tolist(), abs=1e-5)
+    chat.teach(images[9], "a zorblax")
+    answer(chat, QUESTION)
+    assert chat.none_right < before and chat.sources[0].probability > probabilities[0]
+
+
+def test_two_visitors_at_once(parts, images):
+    """One teaches and forgets while the other asks: what the other hears never changes."""
+    pictures = Pictures(parts.model)
+    visitors = [Lessons(parts.model, parts.processor, pictures=pictures) for _ in range(2)]
+    state = copy.copy(parts.model.base_model.__dict__)
+    plain = generated(parts, images[9], parts.bank, QUESTION)
+    heard = []
+
+    def teach_and_forget():
+        for _ in range(3):
+            visitors[0].teach(images[9], "a zorblax")
+            answer(conversation(parts, visitors[0]), QUESTION, images[9])
+            visitors[0].forget()
+
+    def ask():
+        chat = conversation(parts, visitors[1])
+        for _ in range(6):
+            chat.clear()
+            heard.append((answer(chat, QUESTION, images[9]), any(source.lesson for source in chat.sources)))
+
+    threads = [threading.Thread(target=work) for work in (teach_and_forget, ask)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heard == [(plain, False)] * 6
+    assert state == parts.model.base_model.__dict__ and parts.model.memory_bank is parts.bank
+
+
+def test_errors_are_in_words_and_it_goes_on(parts, images, tmp_path):
+    chat = conversation(parts)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    for image, message in [
+        (tmp_path / "broken.png", "the image cannot be read"),
+        (tmp_path / "none.png", "is no file, expected a file"),
+        ("https://example.org/x.png", "found the URL"),
+        (Image.new("RGB", (4000, 2)), "expected a long side of at most 100 times"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            answer(chat, QUESTION, image)
+    with pytest.raises(ValueError, match="memory_top_k is 5, expected 0 to the model's 2"):
+        answer(chat, QUESTION, images[0], top_k=5)
+    with pytest.raises(ValueError, match="The question has .* tokens with its picture, expected fewer than 512"):
+        answer(chat, "x y " * 600, images[0])
+    assert chat.turns == [] and answer(chat, QUESTION) and answer(chat, "and?")
+
+
+def test_a_long_conversation_loses_its_first_turns(parts, images):
+    chat = conversation(parts)
+    for number in range(8):
+        answer(chat, f"what is this, and number {number}? " * 6, images[0])
+    assert len(chat.turns) == 8 and answer(chat, QUESTION)
+
+
+def test_without_a_picture_and_without_a_bank(parts, images, make_model):
+    assert answer(conversation(parts), "who are you?")
+    model = make_model()
+    chat = Conversation(model, parts.processor, max_new_tokens=2)
+    assert answer(chat, QUESTION, images[0], memory="off")
+    with pytest.raises(ValueError, match="no memory bank is attached"):
+        answer(chat, QUESTION)
+    with pytest.raises(ValueError, match="There is no memory bank, and teaching needs one"):
+        chat.teach(images[0], "a cat")

@@ -1,0 +1,99 @@
+"""Answers that are generated in a thread of their own, one at a time, and streamed as text."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers.generation.streamers import BaseStreamer
+
+LOCK = threading.Lock()  # held by whatever uses the model: one answer at a time
+
+
+class TokenQueue(BaseStreamer):
+    """The tokens of an answer for another thread, as they are generated."""
+
+    def __init__(self):
+        self.tokens, self.in_prompt = queue.Queue(), True
+
+    def put(self, value: torch.Tensor):
+        if not self.in_prompt:
+            self.tokens.put(value.tolist())
+        self.in_prompt = False
+
+    def end(self):
+        self.tokens.put(None)
+
+
+@dataclass
+class Answer:
+    """An answer that is generated: its text, and what is known at its end.
+
+    Attributes:
+        inputs: the prompt, as the processor made it.
+        look_up: returns the inputs of `generate` for these; called where nothing else uses the model.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    inputs: dict
+    config: GenerationConfig
+    look_up: Callable[[dict], dict] = dict
+    seed: int | None = None
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = "stop"
+    error: Exception | None = None
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text as it comes, up to a stop string."""
+        stops, stopped, streamer = self.config.stop_strings or [], threading.Event(), TokenQueue()
+        thread = threading.Thread(target=self._generate, args=(streamer, stopped))
+        thread.start()
+        text, sent, held = "", 0, max(map(len, stops), default=1) - 1
+        try:
+            for tokens in iter(streamer.tokens.get, None):
+                self.tokens += tokens
+                text = self.processor.decode(self.tokens, skip_special_tokens=True)
+                ends = [text.find(stop) for stop in stops if stop in text]
+                if ends:
+                    text = text[: min(ends)]
+                    break
+                ready = len(text.rstrip("\ufffd")) - held  # half a character, and what may begin a stop string
+                if ready > sent:
+                    yield text[sent:ready]
+                    sent = ready
+            else:
+                ended = set(self.tokens[-1:]) & set(torch.tensor(self.config.eos_token_id or []).reshape(-1).tolist())
+                if len(self.tokens) >= self.config.max_new_tokens and not ended:
+                    self.finish_reason = "length"
+        finally:  # also when nobody listens any more
+            stopped.set()
+            thread.join()
+        if self.error is not None:
+            raise self.error
+        if text[sent:]:
+            yield text[sent:]
+
+    def _generate(self, streamer: TokenQueue, stopped: threading.Event):
+        try:
+            with LOCK, torch.no_grad():
+                if self.seed is not None:
+                    torch.manual_seed(self.seed)
+                self.model.generate(
+                    **self.look_up(self.inputs),
+                    generation_config=self.config,
+                    tokenizer=self.processor.tokenizer,
+                    streamer=streamer,
+                    stopping_criteria=[lambda ids, scores: torch.full((len(ids),), stopped.is_set())],
+                )
+        except Exception as error:  # for the thread that waits
+            self.error = error
+        finally:
+            streamer.end()
+
+    @property
+    def usage(self) -> dict[str, int]:
+        prompt, answer = self.inputs["input_ids"].shape[1], len(self.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}

@@ -1,0 +1,196 @@
+"""One visitor's conversation about a picture, over a model that visitors share."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ...modeling_tinyalign.connectors import check_retrieval
+from ...modeling_tinyalign.outputs import probabilities
+from ...modeling_tinyalign.row_encoder import image_source_id
+from ..models import context_length
+from .answers import Answer
+from .lessons import Lessons, Neighbour
+from .pictures import Pictures
+
+QUERY = ("query_input_ids", "query_attention_mask")
+
+
+class Conversation:
+    """Questions about one picture, and their answers. The model is shared: nothing is attached to it.
+
+    Answers of several conversations are generated one after another, under `answers.LOCK`.
+
+    Args:
+        lessons: those of the visitor, with the bank they are over. By default none, over the model's bank.
+        pictures: shared by all visitors of a model.
+
+    Attributes:
+        image: the picture, RGB, or None.
+        turns: questions and answers so far.
+        sources: the neighbours of the picture that were found for the last question, best first.
+        none_right: the probability that none of them is right; None unless the bank was calibrated.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        lessons: Lessons | None = None,
+        pictures: Pictures | None = None,
+        max_new_tokens: int = 256,
+    ):
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.lessons = Lessons(model, processor, pictures=pictures) if lessons is None else lessons
+        self.pictures = self.lessons.pictures
+        self.image: Image.Image | None = None
+        self.clear()
+
+    def clear(self):
+        """Forget questions and answers, not the picture."""
+        self.turns: list[tuple[str, str]] = []
+        self.sources: list[Neighbour] = []
+        self.none_right: float | None = None
+
+    def show(self, image: Any):
+        """Talk about this picture (PIL, bytes, path) from now on. Another one than before starts anew.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        image = self.processor.decode_image(image)
+        if self.image is None or image_source_id(image) != image_source_id(self.image):
+            self.clear()
+        self.image = image
+
+    def teach(self, image: Any, caption: str) -> dict:
+        """Teach a lesson, as [`Lessons.teach`], and start anew: an earlier answer would be given again."""
+        row = self.lessons.teach(image, caption)
+        self.clear()
+        return row
+
+    def forget(self, source_id: str | None = None) -> int:
+        """Forget lessons, as [`Lessons.forget`], and what was answered with them."""
+        self.clear()
+        return self.lessons.forget(source_id)
+
+    def ask(
+        self,
+        question: str,
+        image: Any = None,
+        memory: Literal["on", "off"] = "on",
+        top_k: int | None = None,
+        retrieval_threshold: float | None = None,
+        exclude: Sequence[int | str] = (),
+    ) -> Iterator[str]:
+        """Yield the answer as it is generated; `sources` are known with its first piece.
+
+        Args:
+            image: see `show`; without one the picture stays.
+            memory, top_k, retrieval_threshold: as of `model.generate`, whose `memory_top_k` it is.
+            exclude: ids and source_ids of rows and lessons to leave out.
+
+        Raises:
+            ValueError: a setting, the picture or the length of the question is wrong.
+        """
+        check_retrieval(self.model.config, memory, top_k, retrieval_threshold)
+        if image is not None:
+            self.show(image)
+        config = copy.deepcopy(self.model.generation_config)
+        inputs = self._prompt(question)
+        config.max_new_tokens = self._room(inputs)
+        settings = {"memory": memory, "top_k": top_k, "threshold": retrieval_threshold, "exclude": exclude}
+        text = ""
+        for piece in Answer(self.model, self.processor, inputs, config, partial(self._look_up, **settings)).pieces():
+            text += piece
+            yield piece
+        self.turns.append((question, text))
+
+    def _prompt(self, question: str) -> dict:
+        """Return the processor's inputs for this question, behind as many of the turns before it as fit."""
+        for start in range(len(self.turns) + 1):
+            messages = []
+            for asked, answered in [*self.turns[start:], (question, None)]:
+                messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
+                if answered is not None:
+                    messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
+            if self.image is not None:
+                messages[0]["content"].insert(0, {"type": "image", "image": self.image})
+            settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            inputs = self.processor.apply_chat_template(messages, **settings).to(self.model.device)
+            if self._room(inputs) == self.max_new_tokens:
+                break
+        if self._room(inputs) < 1:
+            length, context = inputs["input_ids"].shape[1], context_length(self.model)
+            raise ValueError(f"The question has {length} tokens with its picture, expected fewer than {context}.")
+        return inputs
+
+    def _room(self, inputs: dict) -> int:
+        """Return how many tokens an answer to this prompt may have."""
+        context = context_length(self.model)
+        if context is None:
+            return self.max_new_tokens
+        return min(self.max_new_tokens, context - inputs["input_ids"].shape[1])
+
+    def _look_up(
+        self, inputs: dict, memory: str, top_k: int | None, threshold: float | None, exclude: Sequence[int | str]
+    ) -> dict:
+        """Return the inputs of `generate`: features in place of pixels, and all that the model reads of neighbours."""
+        self.sources, self.none_right = [], None
+        inputs, config = dict(inputs), self.model.config
+        if len(inputs["pixel_values"]) == 0:
+            return inputs
+        picture = self.pictures.look_at(inputs.pop("pixel_values")[0])
+        inputs["vision_features"] = picture.features
+        query = {name: inputs.pop(name) for name in QUERY if name in inputs}
+        if config.memory_top_k == 0:
+            return inputs
+        top_k = config.memory_top_k if top_k is None else top_k
+        if memory == "off" or top_k == 0:
+            return {**inputs, "memory": "off"}
+        if self.lessons.bank is None:
+            self.model.require_bank()  # which says what to do
+        threshold = config.retrieval_threshold if threshold is None else threshold
+        search = partial(self.lessons.neighbours, picture, query=query, exclude=exclude)
+        self.sources = search(top_k)
+        for source in self.sources:
+            source.used = threshold is None or source.similarity >= threshold
+        self._calibrate(search)
+        return inputs | self._memory() | {"retrieval_threshold": threshold}
+
+    def _calibrate(self, search: partial):
+        """Set the probabilities of the sources, and that none is right, if the bank was calibrated."""
+        bank = self.lessons.bank
+        calibration = None if bank.any_tower else bank.config.calibration
+        if calibration is None:
+            return
+        found = search(max(len(self.sources), calibration.top_k))
+        if not found:
+            return
+        right, none = probabilities(calibration, torch.tensor([[neighbour.similarity for neighbour in found]]))
+        self.none_right = float(none[0])
+        for source, probability in zip(self.sources, right[0].tolist(), strict=False):  # fewer than found
+            source.probability = probability
+
+    def _memory(self) -> dict[str, torch.Tensor]:
+        """Return what the model reads of the sources that are used."""
+        config, lessons = self.model.config, self.lessons
+        slots, sources = config.memory_top_k, self.sources
+        ids, scores = torch.full((1, slots), -1), torch.full((1, slots), -torch.inf)
+        values = torch.zeros(1, slots, config.memory_tokens, config.latent_dim)
+        for slot, source in enumerate(sources):
+            scores[0, slot] = source.similarity
+            if source.used:
+                ids[0, slot] = source.id
+                if config.reads_latents:
+                    values[0, slot] = lessons.value(source.id)
+        memory = {"memory_ids": ids, "memory_scores": scores}
+        if config.reads_latents:
+            memory["memory_values"] = values
+        if config.reads_captions:
+            memory["memory_input_ids"] = self.model.caption_tokenizer([[s.caption for s in sources if s.used]])
+        return memory

@@ -1,0 +1,218 @@
+"""Lessons: pictures with a line each that one visitor has taught, beside a memory bank that visitors share."""
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from huggingface_hub import CommitInfo
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ...modeling_tinyalign import MemoryBank
+from ...modeling_tinyalign.bank_arrays import cache_root, quantize
+from ...modeling_tinyalign.bank_format import matrix
+from ...modeling_tinyalign.bank_rows import renumbered
+from ...modeling_tinyalign.key_encoder import evaluating
+from ...modeling_tinyalign.row_encoder import PairReader, RowEncoder, finished, read_thumbnail
+from .answers import LOCK
+from .pictures import Picture, Pictures
+
+
+@dataclass
+class Lesson:
+    """A row that was taught: what a bank would hold of it, and nowhere but in memory.
+
+    Attributes:
+        row: its source_id, caption, thumbnail (PIL, or None) and other columns.
+        picture: its name in `Pictures`.
+    """
+
+    row: dict[str, Any]
+    batch: pa.RecordBatch
+    key: torch.Tensor
+    value: torch.Tensor | None
+    picture: str
+
+
+@dataclass
+class Neighbour:
+    """A row that was found, of the shared bank or taught.
+
+    Attributes:
+        id: in the bank; lessons are numbered behind its rows, as in a bank that they are saved to.
+        similarity: of its key and the picture's.
+        caption, source_id, thumbnail: as of a bank's row; a PIL image, or None in a bank without thumbnails.
+        lesson: True if it was taught.
+        used: False below the threshold: nothing of it was read.
+        probability: that it is right, None unless the bank was calibrated.
+    """
+
+    id: int
+    similarity: float
+    caption: str
+    source_id: str
+    thumbnail: Image.Image | None
+    lesson: bool
+    used: bool = True
+    probability: float | None = None
+
+
+class Lessons:
+    """What one visitor has taught. It is in memory alone, found beside the rows of a bank, and can be forgotten.
+
+    Args:
+        bank: the shared bank, whose encoders make the keys; never copied. By default the model's. Without one an
+            answer can be had, but nothing taught.
+        pictures: shared by all visitors of a model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        bank: MemoryBank | None = None,
+        pictures: Pictures | None = None,
+    ):
+        self.model, self.processor = model, processor
+        self.bank = model.memory_bank if bank is None else bank
+        self.pictures = Pictures(model) if pictures is None else pictures
+        self._lessons: list[Lesson] = []
+
+    def __len__(self) -> int:
+        return len(self._lessons)
+
+    @property
+    def rows(self) -> list[dict]:
+        """The source_id, caption and thumbnail of each, in the order they were taught."""
+        return [lesson.row for lesson in self._lessons]
+
+    @cached_property
+    def _encoder(self) -> RowEncoder:
+        bank = self._bank_to_teach()
+        settings = {"keep_columns": bank.config.columns, "thumbnail_size": bank.config.thumbnail_size}
+        reader = PairReader(self.processor.decode_image, keep_columns=bank.config.columns)
+        return RowEncoder(
+            self.model, self.processor, bank.value_encoder, bank.key_encoder, reader, **settings, seen=None
+        )
+
+    def _bank_to_teach(self) -> MemoryBank:
+        if self.model.config.memory_top_k == 0:
+            raise ValueError("This model has no memory, so it cannot be taught: use one whose memory_top_k is not 0.")
+        if self.bank is None:
+            raise ValueError(
+                "There is no memory bank, and teaching needs one, whose encoders make the keys: pass --memory_bank."
+            )
+        return self.bank
+
+    def teach(self, image: Any, caption: str) -> dict:
+        """Remember a picture (PIL, bytes, path) by a line, in place of what was taught of it before; return its row.
+
+        Raises:
+            ValueError: the picture or the line cannot be used, or there is no bank (it is said why).
+        """
+        columns = dict.fromkeys(self._bank_to_teach().config.columns)
+        with LOCK, evaluating(self.model, *self._encoder.value_encoders):
+            row = self._encoder.read_row(0, {**columns, "image": image, "caption": caption})
+            pixels = self.processor.image_processor(images=[row.image], return_tensors="pt")["pixel_values"][0]
+            picture = self.pictures.look_at(pixels.to(self.model.device))
+            self._encoder.vision_features = picture.features
+            (batch,) = finished([self._encoder.encode([row])], self.bank.key_encoder)
+            lesson = self._lesson(batch, picture.name)
+            self._lessons = [other for other in self._lessons if other.row["source_id"] != row.source_id]
+            self._lessons.append(lesson)
+        return lesson.row
+
+    def _lesson(self, batch: pa.RecordBatch, picture: str) -> Lesson:
+        """Return a lesson, with key and value rounded as the bank's are."""
+        config, value = self.bank.config, None
+        key = matrix(batch, "key")[0]
+        if config.quantized:
+            key = key.astype(np.float16).astype(np.float32)
+        if config.value_size:
+            value = matrix(batch, "value").reshape(1, *config.value_shape)
+            value = torch.tensor(quantize(value)[2] if config.quantized else value)[0].float()
+        names = [name for name in batch.schema.names if name not in ("id", "key", "value")]
+        (row,) = batch.select(names).to_pylist()
+        row["thumbnail"] = read_thumbnail(row["thumbnail"]["bytes"]) if "thumbnail" in names else None
+        return Lesson(row, batch, torch.tensor(key), value, picture)
+
+    def forget(self, source_id: str | None = None) -> int:
+        """Forget what was taught of a picture, or all of it; return how many lessons that were."""
+        with LOCK:
+            gone = [lesson for lesson in self._lessons if source_id in (None, lesson.row["source_id"])]
+            self._lessons = [lesson for lesson in self._lessons if lesson not in gone]
+            for lesson in gone:
+                self.pictures.forget(lesson.picture)
+                if self.model.config.reads_captions:
+                    self.model.caption_tokenizer.captions.pop(lesson.row["caption"], None)
+        return len(gone)
+
+    # ------------------------------------------------------------------ reading them
+
+    def neighbours(
+        self, picture: Picture, top_k: int, query: dict[str, torch.Tensor], exclude: Sequence[int | str] = ()
+    ) -> list[Neighbour]:
+        """Return the nearest rows of the bank and lessons, best first.
+
+        Args:
+            query: `query_input_ids` and `query_attention_mask`, for language-space keys.
+            exclude: ids and source_ids to leave out.
+        """
+        size = len(self.bank)
+        shared = [item for item in exclude if isinstance(item, str) or item < size]
+        scores, ids = picture.neighbours(self.bank, min(top_k, size), query, shared)
+        found = [item for item in zip(scores[0].tolist(), ids[0].tolist(), strict=True) if item[1] >= 0]
+        key = picture.key(self.bank, query)[0].cpu()
+        for number, lesson in enumerate(self._lessons, start=size):
+            if number not in exclude and lesson.row["source_id"] not in exclude:
+                found.append((float(lesson.key @ key), number))
+        found.sort(key=lambda item: (-item[0], item[1]))
+        return [self._neighbour(score, number) for score, number in found[:top_k]]
+
+    def _neighbour(self, score: float, number: int) -> Neighbour:
+        is_lesson = number >= len(self.bank)
+        if is_lesson:
+            row = self._lessons[number - len(self.bank)].row
+        else:
+            row = {**self.bank.rows([number])[0], "thumbnail": self.bank.thumbnail(number)}
+        return Neighbour(number, score, row["caption"], row["source_id"], row["thumbnail"], is_lesson)
+
+    def value(self, number: int) -> torch.Tensor:
+        """Return the value `(num_latents, latent_dim)`, float32, of a row of the bank or a lesson."""
+        if number < len(self.bank):
+            return self.bank.gather([number])[0]
+        return self._lessons[number - len(self.bank)].value
+
+    # ------------------------------------------------------------------ keeping them
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write a new bank: the shared one's rows and the lessons."""
+        with self._as_bank() as bank:
+            bank.save_pretrained(folder)
+
+    def push(self, repo_id: str, **kwargs) -> CommitInfo:
+        """Upload the same; arguments as of `MemoryBank.push_to_hub`."""
+        with self._as_bank() as bank:
+            return bank.push_to_hub(repo_id, **kwargs)
+
+    @contextlib.contextmanager
+    def _as_bank(self) -> Iterator[MemoryBank]:
+        """Give a bank with the lessons behind its rows, of which no local files stay."""
+        bank = self._bank_to_teach()
+        lessons = [lesson.batch for lesson in self._lessons]
+        tables = (pa.Table.from_batches([batch]) for batch in itertools.chain(bank.batches(), lessons))
+        before = set(cache_root().glob("bank-*"))
+        bank = bank.keep_facts(bank.with_rows(renumbered(tables)), "parts", "limits")
+        try:
+            yield bank
+        finally:
+            if bank.folder not in before:
+                shutil.rmtree(bank.folder, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""Pictures that were looked at lately: a second question about one needs no vision tower."""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from ...modeling_tinyalign import MemoryBank
+
+
+class Picture:
+    """The vision features `(1, tokens, width)` of a picture, and its neighbours in the banks that were searched."""
+
+    def __init__(self, name: str, features: torch.Tensor):
+        self.name, self.features = name, features
+        self._found = WeakKeyDictionary()  # a bank is immutable, and one that was replaced is not kept alive
+
+    def key(self, bank: MemoryBank, query: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the key `(1, key_dim)` to search a bank with; `query` is the question, for language-space keys."""
+        if query:
+            return bank.encode_queries(self.features, **query)
+        found = self._found.setdefault(bank, {})
+        if "key" not in found:
+            found["key"] = bank.encode_queries(self.features)
+        return found["key"]
+
+    def neighbours(
+        self, bank: MemoryBank, top_k: int, query: dict[str, torch.Tensor], exclude: Sequence[int | str] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and ids `(1, top_k)` as `bank.search`; kept unless they depend on more than the picture."""
+        if query or exclude:
+            return bank.search(self.key(bank, query), top_k, [list(exclude) or None])
+        found = self._found.setdefault(bank, {})
+        if top_k not in found:
+            found[top_k] = bank.search(self.key(bank, query), top_k)
+        return found[top_k]
+
+
+class Pictures:
+    """The last pictures that a model has looked at, by their pixels. Threads may share it.
+
+    Args:
+        size: pictures that are kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, size: int = 32):
+        self.model, self.size = model, size
+        self._kept: OrderedDict[str, Picture] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @torch.no_grad()
+    def look_at(self, pixels: torch.Tensor) -> Picture:
+        """Return the picture of `(3, height, width)` pixels, as the processor makes them; the tower sees it once."""
+        content = pixels.detach().cpu().contiguous()
+        name = hashlib.sha256(f"{content.shape}{content.dtype}".encode() + content.view(torch.uint8).numpy().tobytes())
+        name = name.hexdigest()
+        with self._lock:
+            if name not in self._kept:
+                self._kept[name] = Picture(name, self.model.get_vision_features(pixels[None]))
+            self._kept.move_to_end(name)
+            if len(self._kept) > self.size:
+                self._kept.popitem(last=False)
+            return self._kept[name]
+
+    def forget(self, name: str):
+        """Drop a picture, if it is there."""
+        with self._lock:
+            self._kept.pop(name, None)
+
+    def looked_up(self, inputs: dict) -> dict:
+        """Return inputs of `generate` with features and neighbours in the attached bank in place of the pixels."""
+        pixels = inputs.get("pixel_values")
+        if pixels is None or len(pixels) == 0:
+            return dict(inputs)
+        pictures = [self.look_at(image) for image in pixels]
+        inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        inputs["vision_features"] = torch.cat([picture.features for picture in pictures])
+        config = self.model.config
+        if config.memory_top_k and config.key_space == "vision" and inputs.get("memory") != "off":
+            bank = self.model.require_bank()
+            found = [picture.neighbours(bank, config.memory_top_k, {}) for picture in pictures]
+            inputs["memory_scores"], inputs["memory_ids"] = map(torch.cat, zip(*found, strict=True))
+        return inputs
