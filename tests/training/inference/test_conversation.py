@@ -83,7 +83,7 @@ def test_sources(parts, images, captions):
 
 
 def test_calibrated_probabilities(parts, images):
-    calibration = CalibrationConfig(top_k=4, right=[0, 2, 0, 0], none=[2, -4, 0, 0], num_rows=8)
+    calibration = CalibrationConfig(top_k=4, right=[0.0, 2.0, 0.0, 0.0], none=[2.0, -4.0, 0.0, 0.0], num_rows=8)
     bank = parts.bank.with_calibration(calibration)
     lessons = Lessons(parts.model, parts.processor, bank)
     chat = conversation(parts, lessons)
