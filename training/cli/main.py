@@ -18,6 +18,7 @@ from . import (
     bank_remove,
     bank_verify,
     bank_view,
+    chat,
     data_check,
     demo,
     evaluate,
@@ -45,6 +46,7 @@ COMMANDS = {
     "bank lance": bank_lance,
     "bank calibrate": bank_calibrate,
     "push": push,
+    "chat": chat,
     "serve": serve,
     "evaluate": evaluate,
 }
@@ -71,6 +73,8 @@ def main(argv: list[str] | None = None):
     arguments, rest = build_parser().parse_known_args(argv)
     command, parser = arguments.command_module, arguments.command_parser
     del arguments.command_module, arguments.command_parser
+    if command is chat and arguments.question is None and rest and not rest[0].startswith("-"):
+        arguments.question = rest.pop(0)  # argparse takes it only right behind the model
     if command in FILE_COMMANDS:
         arguments.files = list(takewhile(lambda argument: not argument.startswith("-"), rest))
         arguments.fields = rest[len(arguments.files) :]

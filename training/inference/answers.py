@@ -1,4 +1,4 @@
-"""Answers that are generated in a thread of their own, one at a time, and streamed as text."""
+"""Answers, generated one at a time in a thread of their own, and streamed as text."""
 
 import queue
 import threading

@@ -66,7 +66,7 @@ class Neighbour:
 
 
 class Lessons:
-    """What one visitor has taught. It is in memory alone, found beside the rows of a bank, and can be forgotten.
+    """Lessons of one visitor: in memory alone, found beside the rows of a bank, and forgotten without a trace.
 
     Args:
         bank: the shared bank, whose encoders make the keys; never copied. By default the model's. Without one an

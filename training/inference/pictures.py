@@ -1,4 +1,4 @@
-"""Pictures that were looked at lately: a second question about one needs no vision tower."""
+"""Pictures, looked at once: a second question about one needs no vision tower."""
 
 import hashlib
 import threading
