@@ -60,3 +60,9 @@ class DataArguments:
         "Evaluation rows that the model answers at each evaluation: on the console, in samples.jsonl in "
         "output_dir, and as a table in W&B and trackio.",
     )
+    eval_benchmark: str | None = setting(
+        None,
+        "gqa, pope, mme, ...: `eval_dataset` is the folder of this benchmark's Parquet files; its metric is logged at "
+        "each evaluation, see docs/evaluation.md.",
+    )
+    eval_benchmark_images: int = setting(100, "Images of it that are asked about, drawn with a fixed seed.")

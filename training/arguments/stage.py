@@ -95,7 +95,13 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
     def _check_run(self):
         """Raise `ValueError` for values that would fail later, with less to go by."""
         least = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "num_proc": 1}
-        least |= {"eval_samples": 0, "eval_steps": 0, "weight_decay": 0, "dataloader_num_workers": 0}
+        least |= {
+            "eval_benchmark_images": 1,
+            "eval_samples": 0,
+            "eval_steps": 0,
+            "weight_decay": 0,
+            "dataloader_num_workers": 0,
+        }
         for name, minimum in least.items():
             value = vars(self)[name]
             if value is not None and value < minimum:

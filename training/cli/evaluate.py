@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--tasks", nargs="+", **names, help=f"of {', '.join(names['choices'])}")
     parser.add_argument("--data", metavar="FOLDER", help="NAME.parquet files (default: lmms-lab-encoder's on the Hub)")
     parser.add_argument("--limit", type=int, metavar="N", help="ask about N images of each, drawn with a fixed seed")
-    parser.add_argument("--images", metavar="FILE", help="ids of images, one a line: ask vqav2_val about these alone")
+    parser.add_argument("--images", metavar="FILE", help="ids or file names of images, one a line: vqav2_val's")
     parser.add_argument("--judge", metavar="MODEL", help="of mmvet, asked at OPENAI_BASE_URL with OPENAI_API_KEY")
     parser.add_argument("--exclude", action="store_true", help="leave out questions about an image that a bank has")
     parser.add_argument("--card", action="store_true", help="write the results into the checkpoint's model card")
@@ -72,8 +72,8 @@ def check(arguments: argparse.Namespace):
         raise ValueError("mmvet is scored by a judge: pass --judge MODEL, and set OPENAI_API_KEY and OPENAI_BASE_URL.")
     if "vqav2_val" in tasks and arguments.images is None:
         raise ValueError(
-            "vqav2_val has images of the usual training data: pass --images FILE with the ids of those to ask about, "
-            "of COCO's val2017 say, one a line."
+            "vqav2_val has images that the usual training data have, too: pass --images FILE with those to ask about. "
+            "Those of COCO's val2017 are in none: ls val2017 > FILE."
         )
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"limit is {arguments.limit}, expected 1 image or more.")

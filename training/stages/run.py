@@ -35,6 +35,11 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
         full_disk_advice(config.output_dir, "the checkpoints so far"),
         interrupt_naming_steps(config.output_dir) as started,
     ):
+        answers = []
+        if config.eval_benchmark is not None:
+            from ..vqa_benchmarks.in_training import BenchmarkAnswers, benchmark_as_chats
+
+            answers.append(BenchmarkAnswers(benchmark_as_chats(config)))
         run = prepare(config)
         if isinstance(run.rows, datasets.Dataset):
             config.fit_to_data(len(run.rows), given_settings(paths, fields))
@@ -52,7 +57,10 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
             processing_class=run.processor,
             memory_bank=bank,
             vision_features=run.features,
+            callbacks=answers,
         )
+        for callback in answers:
+            callback.trainer = trainer
         started.append(trainer)
         with stop_between_steps(trainer):
             trainer.train()

@@ -57,8 +57,11 @@ def compare(benchmark: str, variants: Samples, exclude: bool = False) -> dict:
     if exclude and in_bank.all():
         raise ValueError(f"The bank has all images of {benchmark}: leave out --exclude.")
     result = {name: facts[name] for name in ("source", "split", "data_version")}
-    result |= {"questions": len(first), "images": int(first["unit"].nunique()), "excluded": exclude}
-    result |= {"in_bank": first["row"][in_bank].tolist(), "near_copies": first["row"][near].tolist(), "variants": {}}
+    result |= {"prompts_sha256": facts["questions"], "judge": facts["judge"], "excluded": exclude}
+    result |= {"questions": len(first), "images": int(first["unit"].nunique())}
+    for name, rows in (("in_bank", in_bank), ("near_copies", near)):
+        result[name] = {"rows": first["row"][rows].tolist(), "images": sorted(set(first["unit"][rows]))}
+    result["variants"] = {}
     metric, shipped = BENCHMARKS[benchmark].metric, BENCHMARKS[benchmark].shipped
     base = None
     for name, (_, frame) in variants.items():

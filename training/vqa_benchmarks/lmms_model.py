@@ -1,5 +1,6 @@
 """TinyAlign as a model of lmms-eval: `lmms-eval --model tinyalign`."""
 
+import lmms_eval.evaluator
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
@@ -9,6 +10,9 @@ from tqdm.auto import tqdm
 
 from ..models import load_to_answer
 from .answering import answer_chats, batches
+
+# lmms-eval 0.7.3 patches a part of filelock that version 4 does not have, and then fails whatever the model.
+vars(lmms_eval.evaluator)["_enable_reentrant_filelocks"] = lambda: None
 
 
 class TinyAlignLmms(lmms):

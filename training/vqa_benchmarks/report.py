@@ -19,8 +19,8 @@ RESULTS, REPORT = "results.json", "report.md"
 INTRODUCTION = """
 Numbers are of 0 to 100, MME's of 0 to 2000, with 95% intervals of 2,000 draws of images, the same for all variants:
 the questions about an image are drawn together. A difference is one to the first variant, computed draw by draw: where
-its interval holds 0, it is noise. TinyAlign answers; lmms-eval asks and scores. POPE is read as LLaVA reads it, the
-mean F1 of the splits, and TextVQA's prompt has the OCR tokens, as in LLaVA's; other readings stand below.
+its interval holds 0, it is noise, and marked so. TinyAlign answers; lmms-eval asks and scores. POPE is read as LLaVA
+reads it, the mean F1 of the splits, and TextVQA's prompt has the OCR tokens, as in LLaVA's; other readings are below.
 """.strip()
 SCORE = """
 The mean is of the benchmarks that were run, each as much as another, MME divided by 20. The paper's "Score" cannot be
@@ -33,12 +33,20 @@ def compare_folders(folders: Sequence[Path], output: Path, exclude: bool = False
     names = [folder.name for folder in folders]
     paths = []
     for number, folder in enumerate(folders, 1):
-        found = sorted(folder.glob("samples/*/*.parquet"), key=lambda path: path.stat().st_mtime_ns)
+        found = _in_order(folder)
         if not found:
             raise ValueError(f"{folder} has no samples/VARIANT/BENCHMARK.parquet, expected a folder of results.")
         label = folder.name if names.count(folder.name) == 1 else f"{folder.name} ({number})"
         paths += [(f"{label}: ", path) for path in found]
     write_report(paths, output, exclude)
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """Return the files of answers in a folder, the variants in the order of its last report."""
+    results = folder / RESULTS
+    names = list(json.loads(results.read_text())["variants"]) if results.exists() else []
+    folders = [*map(file_name, names), *sorted(path.name for path in folder.glob("samples/*"))]
+    return [path for name in dict.fromkeys(folders) for path in sorted(folder.glob(f"samples/{name}/*.parquet"))]
 
 
 def write_report(paths: Sequence[tuple[str, Path]], output: Path, exclude: bool = False) -> dict[str, dict]:
@@ -94,7 +102,7 @@ def _values(results: dict[str, dict], titles: dict[str, str]) -> str:
         for name, entry in result["variants"].items():
             cells = ["to submit to EvalAI", "", ""]
             if "value" in entry:
-                cells = [_interval(entry["value"], ""), _interval(entry["difference"], "+")]
+                cells = [_interval(entry["value"], ""), _difference(entry["difference"])]
                 cells.append(f"{entry['answers_that_differ']:.1f} %")
             rows.append([asked, text(name), *cells])
     return table(["benchmark", "variant", "value", "difference to the first", "answers that differ"], rows)
@@ -106,10 +114,16 @@ def _images(results: dict[str, dict], titles: dict[str, str]) -> str:
         exact, near = result["in_bank"], result["near_copies"]
         left = "left out here" if result["excluded"] else "not left out (--exclude)"
         lines.append(
-            f"- {titles[benchmark]}: {len(exact)} questions are about an image of a bank, {left}; {len(near)} have a "
-            f"neighbour as similar as {NEAR}. Rows: {text(exact[:20])}, {text(near[:20])}."
+            f"- {titles[benchmark]}: {len(exact['rows'])} questions are about an image that a bank has, pixel for "
+            f"pixel, {left}{_some(exact['images'])}; {len(near['rows'])} others are about one with a neighbour more "
+            f"similar than {NEAR}, which may be a copy{_some(near['images'])}."
         )
     return "\n".join(lines)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names of images; results.json has all."""
+    return text(f": {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}") if names else ""
 
 
 def _readings(results: dict[str, dict], titles: dict[str, str]) -> str:
@@ -138,6 +152,12 @@ def _categories(results: dict[str, dict], titles: dict[str, str]) -> str:
 def _interval(value: Sequence[float], sign: str) -> str:
     middle, low, high = (f"{number:{sign}.1f}" for number in value)
     return f"{middle} [{low}, {high}]"
+
+
+def _difference(value: Sequence[float]) -> str:
+    _, low, high = value
+    noise = " noise" if low <= 0 <= high and (low, high) != (0, 0) else ""
+    return _interval(value, "+") + noise
 
 
 def _number(value: float | None) -> str:

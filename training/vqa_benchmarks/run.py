@@ -4,26 +4,28 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from loguru import logger
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...modeling_tinyalign import MemoryBank, TinyAlignConfig
 from ...modeling_tinyalign.row_encoder import image_source_id
+from ...processing.images import decode_image
+from ..disk import save_file
 from ..models import load_to_answer
 from .answering import answer_chats, batches
 from .report import write_report, write_results_card
-from .samples import NEIGHBOUR, is_complete, samples_path, save_samples
+from .samples import NEIGHBOUR, file_name, is_complete, samples_path, save_samples
 from .tasks import Questions
 
+REVISIONS = "revisions.json"  # commits of the data, by repository: the first run writes it, later ones obey
 PACKAGES = ("tinyalign-vlm", "lmms-eval", "transformers", "torch", "datasets")
 
 
@@ -46,21 +48,31 @@ class Variant:
 
 def run_command(options: argparse.Namespace):
     """Answer what `tinyalign evaluate` asks for with these options, and report."""
-    logger.remove()  # lmms-eval's, which tells of each task at length
-    logger.add(sys.stderr, level="WARNING")
     variants = variants_of(options.model, options.banks, options.memory == "off", options.shuffled, options.against)
-    asked = []
+    output, asked = Path(options.output), []
+    pinned = output / REVISIONS
+    revisions = json.loads(pinned.read_text()) if pinned.exists() else {}
     for name in options.tasks:
-        images = set(map(int, Path(options.images).read_text().split())) if name == "vqav2_val" else None
-        folder = options.data and Path(options.data)
-        asked.append(Questions(name, folder, options.limit, images, options.judge if name == "mmvet" else None))
-    output = Path(options.output)
+        images = image_ids(Path(options.images)) if name == "vqav2_val" else None
+        folder, judge = options.data and Path(options.data), options.judge if name == "mmvet" else None
+        asked.append(Questions(name, folder, options.limit, images, judge, revisions))
+    if revisions and PartialState().is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        save_file(pinned, json.dumps(revisions, indent=2).encode())
     run_benchmarks(variants, asked, output, options.batch_size)
     if PartialState().is_main_process:
         paths = [("", samples_path(output, variant.name, name)) for variant in variants for name in options.tasks]
         results = write_report(paths, output, options.exclude)
         if options.card:
             write_results_card(Path(options.model), results, variants[0].name)
+
+
+def image_ids(path: Path) -> set[int]:
+    """Return COCO's ids of the images in a list, one a line: `139`, or `val2017/000000000139.jpg`."""
+    found = [re.search(r"(\d+)\D*$", line) for line in path.read_text().splitlines()]
+    if not found or None in found:
+        raise ValueError(f"{path} has {len(found)} lines, expected one or more, each the id or file name of an image.")
+    return {int(number[1]) for number in found}
 
 
 def variants_of(
@@ -70,26 +82,51 @@ def variants_of(
     shuffled: bool = False,
     against: Sequence[str] = (),
 ) -> list[Variant]:
-    """Return the variants that a command asks for, the one that the others are compared with first."""
-    name = Path(checkpoint).name
-    if TinyAlignConfig.from_pretrained(checkpoint).num_neighbours == 0:
-        if banks or memory_off or shuffled:
+    """
+    Return the variants that a command asks for, the one that the others are compared with first.
+
+    Args:
+        against: other checkpoints. Those with memory read the first of the banks, or without one their own.
+
+    Raises:
+        ValueError: a model has no memory, or no bank; or two variants are the same.
+    """
+    config = TinyAlignConfig.from_pretrained(checkpoint)
+    if config.num_neighbours == 0:
+        if memory_off or shuffled or (banks and not against):
             raise ValueError(f"{checkpoint} is a model without memory: leave out --bank, --memory and --shuffled.")
-        variants = [Variant(name, checkpoint)]
+        settings = [{}]
+    elif banks or config.memory_bank is not None:
+        settings = [{"bank": bank} for bank in banks or [None]]
+        settings += [{"bank": banks[0] if banks else None, "shuffled": True}] * shuffled
+        settings += [{"memory": "off"}] * memory_off
+    elif memory_off:
+        settings = [{"memory": "off"}]
     else:
-        variants = [Variant(f"{name}, {Path(bank).name}", checkpoint, bank) for bank in banks]
-        variants = variants or [Variant(name, checkpoint)]
-        if shuffled:
-            first = variants[0]
-            variants.append(Variant(f"{first.name}, shuffled", checkpoint, first.bank, shuffled=True))
-        if memory_off:
-            variants.append(Variant(f"{name}, memory off", checkpoint, memory="off"))
+        raise ValueError(f"{checkpoint} retrieves neighbours, but its config names no bank: pass --bank.")
+    variants = [Variant(variant_name(checkpoint, **own), checkpoint, **own) for own in settings]
     for other in against:
-        variants += variants_of(other)
+        has_memory = TinyAlignConfig.from_pretrained(other).num_neighbours > 0
+        variants += variants_of(other, banks[:1] if has_memory else ())
+    if len({file_name(variant.name) for variant in variants}) < len(variants):  # a/stage2 and b/stage2, say
+        in_full = [variant_name(**{**asdict(variant), "name": str}) for variant in variants]
+        variants = [replace(variant, name=name) for variant, name in zip(variants, in_full, strict=True)]
     names = [variant.name for variant in variants]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Variants are called {names}, expected names that differ: rename a folder.")
+    if len(set(map(file_name, names))) < len(names):
+        raise ValueError(f"Variants are called {names}, expected names that differ: name each model and bank once.")
     return variants
+
+
+def variant_name(
+    checkpoint: str,
+    bank: str | None = None,
+    memory: str = "on",
+    shuffled: bool = False,
+    name: Callable[[str], str] = lambda path: Path(path).resolve().name,
+) -> str:
+    """Return what a variant is called; `name` makes a name of a folder or repository."""
+    words = [name(checkpoint), *([name(bank)] if bank else []), *["shuffled"] * shuffled]
+    return ", ".join([*words, *["memory off"] * (memory == "off")])
 
 
 def run_benchmarks(variants: Sequence[Variant], asked: Sequence[Questions], output: Path, batch_size: int = 8):
@@ -104,7 +141,7 @@ def run_benchmarks(variants: Sequence[Variant], asked: Sequence[Questions], outp
             model = None  # two may not fit
             checkpoint, device = variant.checkpoint, "auto" if state.num_processes == 1 else str(state.device)
             model, processor = load_to_answer(checkpoint, memory="off", device=device)
-            weights = weights_sha256(model)
+            weights = weights_sha256(model, processor)
         bank = _attach(model, processor, variant)
         for questions in asked:
             facts = {
@@ -134,8 +171,6 @@ def _attach(model: PreTrainedModel, processor: ProcessorMixin, variant: Variant)
     if variant.memory == "off" or model.config.num_neighbours == 0:
         return None
     bank = model.memory_bank if variant.bank is None else MemoryBank.from_pretrained(variant.bank)
-    if bank is None:
-        raise ValueError(f"{variant.checkpoint} retrieves neighbours, but its config names no bank: pass --bank.")
     bank = bank.shuffled() if variant.shuffled else bank
     model.attach_memory_bank(bank, tokenizer=processor.tokenizer)
     return bank
@@ -160,7 +195,8 @@ def answer_questions(
         chats = [questions.chat(row) for row in rows]
         answers = answer_chats(model, processor, chats, questions.generation, memory)
         for place, row, chat, answer in zip(batch, rows, chats, answers, strict=True):
-            images = [image_source_id(part["image"]) for part in chat[0]["content"] if part["type"] == "image"]
+            pictures = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
+            images = [image_source_id(decode_image(picture)) for picture in pictures]
             sample = {
                 "row": numbers[place],
                 "question_id": str(row.get("question_id", row.get("id"))),
@@ -178,12 +214,14 @@ def answer_questions(
     return sorted(gather_object(samples), key=lambda sample: sample["row"])
 
 
-def weights_sha256(model: PreTrainedModel) -> str:
-    """Return a hash of a model's weights and settings, but not of where they are."""
-    config = model.config.to_dict()
+def weights_sha256(model: PreTrainedModel, processor: ProcessorMixin) -> str:
+    """Return a hash of a model's weights and of all settings that change its answers, but not of where they are."""
+    config, generation = model.config.to_dict(), model.generation_config.to_dict()
     for name in ("_name_or_path", "memory_bank", "memory_bank_revision", "transformers_version"):
         config.pop(name, None)
-    content = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        generation.pop(name, None)
+    settings = [config, generation, processor.to_dict(), processor.chat_template]
+    content = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         content.update(name.encode())
         content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

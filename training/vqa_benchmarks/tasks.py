@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import sys
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,13 @@ from huggingface_hub import HfApi
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import load_yaml_config
+from loguru import logger
 
 from .benchmarks import ALIASES, BENCHMARKS
 from .judge import judge_answer
 
+logger.remove()  # lmms-eval's, which tells of each task at length
+logger.add(sys.stderr, level="WARNING")
 TASKS = Path(lmms_eval.api.metrics.__file__).parents[1] / "tasks"
 
 
@@ -41,6 +45,11 @@ class Questions:
         limit: ask about so many images, drawn with a fixed seed; all their questions.
         images: VQAv2's: ask only about the images with these ids.
         judge: MM-Vet's model.
+        revisions: commits of the Hub's repositories; those that are asked for and missing are added.
+
+    Raises:
+        OSError: the Hub is not reached.
+        ValueError: there are no such data, or they are not in the benchmark's schema, or no image is asked about.
     """
 
     def __init__(
@@ -50,18 +59,24 @@ class Questions:
         limit: int | None = None,
         images: set[int] | None = None,
         judge: str | None = None,
+        revisions: dict[str, str] | None = None,
     ):
         self.name, self.benchmark, self.judge = name, BENCHMARKS[name], judge
         config = load_yaml_config(TASKS / self.benchmark.file, mode="simple" if name == "mmvet" else "full")
         config |= self.benchmark.settings
         config["lmms_eval_specific_kwargs"]["default"] |= self.benchmark.prompt
         self.source, self.split = config["dataset_path"], config["test_split"]
-        self.version, self.rows = _load(ALIASES.get(name, name), folder, config, config.get("dataset_name"))
+        revisions = {} if revisions is None else revisions
+        subset = config.get("dataset_name")
+        self.version, self.rows = _load(ALIASES.get(name, name), folder, config, subset, revisions)
         self.task = LocalTask(config, self.rows)
         self.images = None
         if name == "gqa" and "image" not in self.rows.column_names:
-            _, self.images = _load("gqa_images", folder, config, "testdev_balanced_images")
+            version, self.images = _load("gqa_images", folder, config, "testdev_balanced_images", revisions)
+            self.version += "" if version == self.version else f", images {version}"
         unit = self.benchmark.unit
+        if unit is not None and unit not in self.rows.column_names:
+            raise self._wrong_schema(unit)
         self.units = list(map(str, range(len(self.rows)) if unit is None else self.rows[unit]))
         asked = sorted(set(self.units))
         if images is not None:
@@ -74,7 +89,18 @@ class Questions:
             raise ValueError(f"{self.benchmark.title} has no question about the images that were asked for.")
         pictures = [column for column, kind in self.rows.features.items() if isinstance(kind, datasets.Image)]
         texts = self.rows.remove_columns(pictures)
-        self.prompts = {number: self.task.doc_to_text(texts[number]) for number in self.numbers}
+        try:
+            self.prompts = {number: self.task.doc_to_text(texts[number]) for number in self.numbers}
+            row = self.row(self.numbers[0])
+            self.chat(row), self.target(row), self.benchmark.categories(row)
+        except KeyError as error:
+            raise self._wrong_schema(error.args[0]) from error
+
+    def _wrong_schema(self, column: str) -> ValueError:
+        return ValueError(
+            f"The data of {self.name} have no {column!r}, their columns are {self.rows.column_names}, expected those "
+            f"of {self.source}."
+        )
 
     @property
     def generation(self) -> dict:
@@ -106,6 +132,7 @@ class Questions:
         """Return the score of an answer, NaN where others keep the truth."""
         if self.name == "mmvet":
             return judge_answer(self.judge, row["question"], row["answer"], answer)
+        before = random.getstate()
         random.seed(row.get("id"))  # an answer that MMMU cannot read becomes a letter by chance: each row's own
         # without the tries again that hide an error
         results = LocalTask.process_results.__wrapped__(self.task, row, [answer])
@@ -114,6 +141,7 @@ class Questions:
             from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
 
             found = evaluate_mmmu([found])[1]["acc"]
+        random.setstate(before)
         return float(found.get("score", "nan") if isinstance(found, dict) else found)
 
     def target(self, row: dict) -> str:
@@ -122,15 +150,20 @@ class Questions:
         return Counter(answers).most_common(1)[0][0] if answers else str(self.task.doc_to_target(row))
 
 
-def _load(name: str, folder: Path | None, config: dict, subset: str | None) -> tuple[str, datasets.Dataset]:
+def _load(
+    name: str, folder: Path | None, config: dict, subset: str | None, revisions: dict[str, str]
+) -> tuple[str, datasets.Dataset]:
     """Return the rows of a benchmark, and what they are: the commit of a repository, or the sha256 of files."""
     if folder is None:
         repository = config["dataset_path"]
         try:
-            commit = HfApi().dataset_info(repository).sha
+            if repository not in revisions:
+                revisions[repository] = HfApi().dataset_info(repository).sha
+            settings = {"split": config["test_split"], "revision": revisions[repository]}
+            return revisions[repository], datasets.load_dataset(repository, subset, **settings)
         except Exception as error:  # whatever HTTP libraries make of it
-            raise OSError(f"The Hub has no {repository}, or is not reached ({error}): pass --data FOLDER.") from error
-        return commit, datasets.load_dataset(repository, subset, split=config["test_split"], revision=commit)
+            at = f" at {revisions[repository]}" if repository in revisions else ""
+            raise OSError(f"{repository}{at} cannot be read from the Hub ({error}): pass --data FOLDER.") from error
     files = sorted([*folder.glob(f"{name}.parquet"), *folder.glob(f"{name}/*.parquet")])
     if not files:
         raise ValueError(f"{folder} has neither {name}.parquet nor a folder {name} of Parquet files, expected one.")

@@ -9,13 +9,17 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pandas as pd
 import pytest
-from vqa_rows import write
+from PIL import Image
+from vqa_rows import save, scienceqa_rows, write
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.models import load_to_answer
+from tinyalign_vlm.training.vqa_benchmarks import run
 from tinyalign_vlm.training.vqa_benchmarks.benchmarks import BENCHMARKS
+from tinyalign_vlm.training.vqa_benchmarks.comparison import compare, read_samples
 from tinyalign_vlm.training.vqa_benchmarks.metrics import StrictPopeF1
-from tinyalign_vlm.training.vqa_benchmarks.run import answer_questions, variants_of
+from tinyalign_vlm.training.vqa_benchmarks.run import answer_questions, image_ids, variants_of, weights_sha256
+from tinyalign_vlm.training.vqa_benchmarks.samples import samples_path
 from tinyalign_vlm.training.vqa_benchmarks.tasks import LocalTask, Questions
 
 SCORED = [name for name in BENCHMARKS if name not in ("mmvet", "vqav2_testdev")]
@@ -193,9 +197,11 @@ def judge(monkeypatch_module):
 def test_a_judge_says_a_number_or_it_is_an_error(questions, judge, monkeypatch):
     judge.says = "0.5"
     assert values(questions["mmvet"], lambda row, target: "x = -1") == {"accuracy": 50}
+    judge.says = " 0.5.\nIt has one of two."
+    assert values(questions["mmvet"], lambda row, target: "x = -1") == {"accuracy": 50}
     assert judge.prompts[-1].endswith("\nWhat is x in 3? | -1 <AND> -5 | x = -1 |")
     assert "\nQuestion | Ground truth | Prediction" in judge.prompts[-1]
-    for says in ("1.7", "I would say so", "-0.5", ""):
+    for says in ("1.7", "I would say so", "-0.5", "", "0,5", "1/5", "0.5x", "10"):
         judge.says = says
         with pytest.raises(ValueError, match="expected a number from 0 to 1"):
             values(questions["mmvet"], lambda row, target: "x = -1")
@@ -223,8 +229,80 @@ def test_batches_and_banks_do_not_change_answers(saved, data):
     assert answers(8, bank.shuffled()) != first
 
 
-def test_names_of_variants(saved):
+def test_names_of_variants(saved, make_model, tmp_path, monkeypatch):
     names = [variant.name for variant in variants_of(saved["model"], [saved["bank"]], True, True)]
     assert names == ["model, bank", "model, bank, shuffled", "model, memory off"]
+    assert [variant.name for variant in variants_of(saved["model"], memory_off=True)] == ["model, memory off"]
     with pytest.raises(ValueError, match="Variants are called .* expected names that differ"):
-        variants_of(saved["model"], against=[saved["model"]])
+        variants_of(saved["model"], [saved["bank"]], against=[saved["model"]])
+    with pytest.raises(ValueError, match="model retrieves neighbours, but its config names no bank: pass --bank"):
+        variants_of(saved["model"])
+    make_model(memory_top_k=0).save_pretrained(tmp_path / "a/model")
+    make_model().save_pretrained(tmp_path / "b/model")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="a/model is a model without memory: leave out --bank"):
+        variants_of("a/model", [saved["bank"]])
+    found = variants_of("b/model", ["bank"], against=["a/model", "./b/model"])
+    assert [variant.name for variant in found] == ["b/model, bank", "a/model", "./b/model, bank"]
+    assert [variant.bank for variant in found] == ["bank", None, "bank"]
+
+
+def test_images_of_a_list(tmp_path):
+    (tmp_path / "ids").write_text("139\n000000000285.jpg\nval2017/000000000632.jpg\n")
+    assert image_ids(tmp_path / "ids") == {139, 285, 632}
+    for text in ("", "139\nnone\n"):
+        (tmp_path / "ids").write_text(text)
+        with pytest.raises(ValueError, match="ids has . lines, expected one or more, each the id or file name"):
+            image_ids(tmp_path / "ids")
+
+
+def test_data_of_another_schema_are_refused(data, tmp_path):
+    for name, rows in (("scienceqa", scienceqa_rows()), ("mmvet", [{"question": "what?"}])):
+        rows = [{column: value for column, value in row.items() if column != "subject"} for row in rows]
+        save(rows, tmp_path / f"{name}.parquet")
+        with pytest.raises(
+            ValueError, match=f"The data of {name} have no '(subject|image|answer)', their columns are"
+        ):
+            Questions(name, tmp_path)
+
+
+def test_images_of_the_bank_and_near_copies(saved, tmp_path):
+    """In a bank of noise: its first image, the second one stored anew, and one that it does not have."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)  # those of `saved`
+    images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1] ^ 1), Image.new("RGB", (24, 24), "red")]
+    rows = [row | {"image": image} for row, image in zip(scienceqa_rows(3), images, strict=True)]
+    save(rows, tmp_path / "scienceqa.parquet")
+    asked = [Questions("scienceqa", tmp_path)]
+    variants = variants_of(saved["model"], [saved["bank"]], True)
+    run.run_benchmarks(variants, asked, tmp_path)
+    paths = [("", samples_path(tmp_path, variant.name, "scienceqa")) for variant in variants]
+    for exclude in (False, True):
+        found = compare("scienceqa", read_samples(paths)["scienceqa"], exclude)
+        assert (found["in_bank"]["rows"], found["near_copies"]["rows"]) == ([0], [1])
+
+
+def test_an_interrupted_command_goes_on(saved, data, tmp_path, monkeypatch):
+    """What is complete is not asked again, until the weights or the settings of generation are others."""
+    asked = [Questions("scienceqa", data, limit=2), Questions("gqa", data, limit=1)]
+    variants, calls, answer = variants_of(saved["model"], [saved["bank"]], True), [], run.answer_questions
+
+    def count(model, processor, questions, memory, *arguments):
+        calls.append((questions.name, memory))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(model, processor, questions, memory, *arguments)
+
+    monkeypatch.setattr(run, "answer_questions", count)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_benchmarks(variants, asked, tmp_path)
+    assert calls == [("scienceqa", "on"), ("gqa", "on"), ("scienceqa", "off")]
+    run.run_benchmarks(variants, asked, tmp_path)
+    assert calls[3:] == [("scienceqa", "off"), ("gqa", "off")]
+    run.run_benchmarks(variants, asked, tmp_path)
+    assert len(calls) == 5
+    model, processor = load_to_answer(saved["model"], memory="off", device="cpu")
+    first = weights_sha256(model, processor)
+    model.generation_config.repetition_penalty = 1.2
+    second = weights_sha256(model, processor)
+    processor.chat_template += " "
+    assert len({first, second, weights_sha256(model, processor)}) == 3

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,17 @@ dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {data}/pope.parquet}}}}
 generation_kwargs: {{max_new_tokens: 20}}
 """
-# The command of lmms-eval 0.7.3 patches filelock before version 4; nothing else of it needs that.
 COMMAND = """
-import lmms_eval.evaluator
+import importlib.util
+import sys
+from unittest.mock import MagicMock
+
+for name in ("dotenv", "pytablewriter"):  # for .env files and printed tables
+    if importlib.util.find_spec(name) is None:
+        sys.modules[name] = MagicMock()
+import tinyalign_vlm.training.vqa_benchmarks.lmms_model  # mends lmms-eval for other models, too
 from lmms_eval.__main__ import cli_evaluate
 
-lmms_eval.evaluator._enable_reentrant_filelocks = lambda: None
 cli_evaluate()
 """
 ROUNDS = """
@@ -67,28 +74,54 @@ def samples_of(folder: Path) -> list[str]:
     return [sample["filtered_resps"] for sample in samples]
 
 
-def test_answers_are_those_of_generate_alone(saved, tmp_path):
-    """The command, in batches of 8, gives each row what `generate` says of it."""
-    pytest.importorskip("pytablewriter", reason="lmms-eval's command prints its tables with it")
+@pytest.fixture
+def answers(tmp_path):
+    """`answers(model, arguments)`: what the command of lmms-eval has of a model to twelve questions."""
     write(tmp_path / "data", "pope")
     tasks = Path(importlib.util.find_spec("lmms_eval").origin).with_name("tasks")
     (tmp_path / "little_pope.yaml").write_text(TASK.format(tasks=tasks, data=tmp_path / "data"))
-    command = ["--model", "tinyalign", "--model_args", f"pretrained={saved['model']},memory_bank={saved['bank']}"]
-    command += ["--tasks", "little_pope", "--include_path", str(tmp_path), "--batch_size", "8", "--log_samples"]
-    command += ["--limit", "12", "--output_path", str(tmp_path / "out")]
-    run(sys.executable, "-c", COMMAND, *command)
+
+    def answers(model: str, arguments: str, *start: str) -> list[str]:
+        command = ["--model", model, "--model_args", arguments, "--tasks", "little_pope", "--batch_size", "8"]
+        command += ["--include_path", str(tmp_path), "--limit", "12", "--log_samples"]
+        output = tmp_path / f"{model}{len(start)}"
+        (tmp_path / "command.py").write_text(COMMAND)
+        run(sys.executable, *start, str(tmp_path / "command.py"), *command, "--output_path", str(output))
+        return samples_of(output)
+
+    return answers
+
+
+@pytest.fixture
+def server(saved, tmp_path):
+    """The address of `tinyalign serve`."""
+    command = ["-m", "tinyalign_cli", "serve", saved["model"], "--memory_bank", saved["bank"], "--device", "cpu"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, *command, "--port", "0"], stdout=log, stderr=log)
+    while not (url := re.search(r"running on (http://\S+:\d+)", (tmp_path / "log").read_text())):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+    yield url[1]
+    process.terminate()
+    process.wait()
+
+
+def test_answers_are_those_of_generate_and_of_serve(saved, answers, server):
+    """The command, in batches of 8, gives each row what `generate` says of it alone, and what the server says."""
+    found = answers("tinyalign", f"pretrained={saved['model']},memory_bank={saved['bank']}")
     model, processor = load_to_answer(saved["model"], memory_bank=saved["bank"], device="cpu")
-    answers = []
+    texts = []
     for row in pope_rows()[:12]:
         prompt = row["question"] + "\nAnswer the question using a single word or phrase."
         content = [{"type": "image", "image": row["image"]}, {"type": "text", "text": prompt}]
         settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = processor.apply_chat_template([{"role": "user", "content": content}], **settings)
         ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-        text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers.append(text.partition("\n\n")[0])
-    assert samples_of(tmp_path / "out") == answers
-    assert len(set(answers)) > 1
+        texts.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert found == [text.partition("\n\n")[0] for text in texts]
+    assert len(set(found)) > 1
+    asked = f"model={saved['model']},base_url={server}/v1,api_key=none,num_concurrent=2,timeout=200"
+    assert answers("openai", asked) == texts  # which does not cut at `until`
 
 
 def test_rounds_and_likelihoods(saved):

@@ -1,6 +1,7 @@
 """Reports on samples that are on disk, for which neither a model nor lmms-eval is needed."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,13 +9,15 @@ from vqa_rows import mme_rows, pope_rows
 
 from tinyalign_vlm.training.vqa_benchmarks.comparison import mean_score, read_samples
 from tinyalign_vlm.training.vqa_benchmarks.published import PUBLISHED, published
-from tinyalign_vlm.training.vqa_benchmarks.report import write_report
+from tinyalign_vlm.training.vqa_benchmarks.report import compare_folders, write_report
 from tinyalign_vlm.training.vqa_benchmarks.samples import samples_path, save_samples
 
 FACTS = {
     "source": "made up",
     "split": "test",
     "data_version": "1",
+    "questions": "1" * 64,
+    "judge": None,
     "weights": "0" * 64,
     "bank_rows": None,
     "versions": {"torch": "2"},
@@ -57,8 +60,28 @@ def test_differences_are_paired(tmp_path):
     assert difference == pytest.approx(found["worse"]["value"][0] - found["good"]["value"][0])
     assert found["worse"]["value"][2] > found["good"]["value"][1]
     assert high - low < found["good"]["value"][2] - found["good"]["value"][1]
+    assert " noise " not in (tmp_path / "report.md").read_text().partition("## The paper")[0].partition("##")[2]
     assert list(found["good"]["categories"]) == ["adversarial", "popular", "random"]
     assert {"F1", "precision", "recall", "accuracy", "yes answers"} == found["good"]["lmms_eval"].keys()
+
+
+def test_a_difference_that_may_be_chance_is_called_noise(tmp_path):
+    truth = [row["answer"] for row in POPE]
+    said = {str(wrong): ["no" if n == wrong else text for n, text in enumerate(truth)] for wrong in (0, 60)}
+    paths = [save(tmp_path, name, "pope", answers) for name, answers in said.items()]
+    low, high = write_report(paths, tmp_path)["pope"]["variants"]["60"]["difference"][1:]
+    assert low < 0 < high and f"{high:+.1f}] noise |" in (tmp_path / "report.md").read_text()
+
+
+def test_folders_are_compared_with_the_first_variant_of_the_command(tmp_path):
+    """Also where its answers are the newer ones, or a copy has lost the times of the files."""
+    paths = [save(tmp_path / "a", name, "pope", answers_of(POPE, 0.8, 0)) for name in ("own", "baseline")]
+    write_report(paths, tmp_path / "a")
+    save(tmp_path / "a", "earlier", "pope", answers_of(POPE, 0.7, 1))
+    os.utime(paths[0][1])
+    compare_folders([tmp_path / "a"], tmp_path / "b")
+    variants = json.loads((tmp_path / "b/results.json").read_text())["benchmarks"]["pope"]["variants"]
+    assert list(variants) == ["a: own", "a: baseline", "a: earlier"]
 
 
 def test_report_and_results(tmp_path):
@@ -75,6 +98,7 @@ def test_report_and_results(tmp_path):
     assert mean_score(results, "own") == (pytest.approx((pope + mme / 20) / 2), 2)
     assert f"{(pope + mme / 20) / 2:.1f} (mean of 2)" in report and "to submit to EvalAI" in report
     assert "seven of the eight" in report and "| 1412.0 |" in report
+    assert results["pope"]["prompts_sha256"] == "1" * 64
     evalai = json.loads((tmp_path / "evalai-own.json").read_text())
     assert evalai == [{"question_id": 0, "answer": "2"}, {"question_id": 1, "answer": "two"}]
     categories = results["mme"]["variants"]["own"]["categories"]
@@ -94,11 +118,13 @@ def test_images_of_a_bank_are_listed_and_left_out(tmp_path):
         save(tmp_path, "bank", "pope", said, in_bank=in_bank, neighbours=near),
     ]
     rows = [number for number, row in enumerate(POPE) if row["image_source"] == "COCO_3"]
+    exact, copies = {"rows": rows, "images": ["COCO_3"]}, {"rows": [7], "images": ["COCO_1"]}
     for exclude in (False, True):
         found = write_report(paths, tmp_path, exclude)["pope"]
-        assert (found["in_bank"], found["near_copies"]) == (rows, [7])
+        assert (found["in_bank"], found["near_copies"]) == (exact, copies)
         assert all((entry["value"][0] == 0) == exclude for entry in found["variants"].values())
-    assert "18 questions are about an image of a bank, left out here; 1 have" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "18 questions are about an image that a bank has" in report and "left out here: COCO_3; 1 others" in report
 
 
 def test_other_questions_are_refused(tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import HfApi
 from vqa_rows import write
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
@@ -56,3 +57,32 @@ def test_what_fails_exits_1(saved, data, tmp_path):
     printed = evaluate(saved["model"], *arguments)
     assert printed.startswith("1 tinyalign: ") and "has neither gqa.parquet nor a folder gqa of Parq" in printed
     assert "Traceback" not in printed
+
+
+GQA_CARD = """---
+configs:
+- config_name: testdev_balanced_instructions
+  data_files: [{split: testdev, path: gqa.parquet}]
+- config_name: testdev_balanced_images
+  data_files: [{split: testdev, path: gqa_images.parquet}]
+---
+"""
+
+
+def test_data_of_the_hub_stay_at_the_commit_of_the_first_run(hub, saved, tmp_path):
+    api, name = HfApi(hub.url, token="hf_owner"), "lmms-lab-encoder/GQA"
+    write(tmp_path / "rows", "gqa")
+    (tmp_path / "rows/README.md").write_text(GQA_CARD)
+    api.create_repo(name, repo_type="dataset")
+    first = api.upload_folder(folder_path=tmp_path / "rows", repo_id=name, repo_type="dataset").oid
+    arguments = [saved["model"], "--bank", saved["bank"], "--tasks", "gqa", "--limit", "1", "--output", str(tmp_path)]
+    environment = hub.environment(tmp_path / "hf")
+    assert evaluate(*arguments, **environment).startswith("0 ")
+    assert json.loads((tmp_path / "revisions.json").read_text()) == {name: first}
+    api.upload_file(path_or_fileobj=b"", path_in_repo="gqa.parquet", repo_id=name, repo_type="dataset")
+    assert evaluate(*arguments, "--memory", "off", **environment).startswith("0 ")
+    results = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["gqa"]
+    assert results["data_version"] == first and len(results["variants"]) == 2
+    (tmp_path / "revisions.json").write_text(json.dumps({name: "0" * 40}))
+    printed = evaluate(*arguments, **environment)
+    assert printed.startswith("1 tinyalign: ") and f"{name} at {'0' * 40} cannot be read from the Hub" in printed
