@@ -20,7 +20,7 @@ NOT_ON_OLDEST = tests/security tests/training/demo tests/training/bank/test_ray.
 PACKAGING = setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence test test-recipes test-oldest test-newest test-transformers test-fresh bench-bank lint clean
+.PHONY: help demo evidence test test-recipes test-oldest test-newest test-transformers test-fresh bench-bank lint docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
@@ -61,8 +61,11 @@ lint: $(VENV)/.dev  ## check style and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+docs: $(VENV)/.docs  ## build the documents as a site, site/index.html, and check its links
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
+
 clean:  ## remove all environments and what tools left behind
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(FRESH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(FRESH) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
 
 # A stamp file inside the environment says that its installation is complete.
 $(VENV)/.demo: constraints.txt $(PACKAGING)
@@ -76,6 +79,10 @@ $(VENV)/.demo: constraints.txt $(PACKAGING)
 $(VENV)/.dev: $(VENV)/.demo
 	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev,demo]"
 	$(VENV)/bin/python -m pip install --no-deps -c constraints.txt $(LMMS_EVAL)
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[docs]"
 	touch $@
 
 $(VENV_OLDEST)/.dev: constraints-oldest.txt $(PACKAGING)
