@@ -154,7 +154,7 @@ class MemoryBank(BankRows):
         images_or_rows: Iterable[Any],
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        captions: Sequence[str] | None = None,
+        captions: Sequence[str] | str | None = None,
         *,
         image_column: str = "image",
         caption_column: str = "caption",
@@ -166,17 +166,20 @@ class MemoryBank(BankRows):
         Keys and values are made with this bank's own encoders, as they were fitted: nothing is retrained.
 
         Args:
-            images_or_rows: dicts with an image (PIL, bytes, path) and a caption, or images alone, with `captions`.
+            images_or_rows: dicts with an image (PIL, bytes, path) and a caption; or an image or many, with `captions`.
             keep_duplicates: keep images that an earlier row has, pixel for pixel; else they are only in `left_out`.
             settings: `batch_size`, `skip_bad_rows` and `vision_features` of `RowEncoder`.
 
         Raises:
             ValueError: a row is bad (its number is named), or the model has another vision tower.
         """
-        check_many(images_or_rows, "images_or_rows")
-        rows = images_or_rows
+        rows, blank = images_or_rows, dict.fromkeys(self.config.columns)
+        if isinstance(captions, str):
+            rows, captions = [rows], [captions]
+        check_many(rows, "images_or_rows")
         if captions is not None:
-            rows = ({image_column: image, caption_column: text} for image, text in zip(rows, captions, strict=True))
+            pairs = zip(rows, captions, strict=True)
+            rows = ({**blank, image_column: image, caption_column: text} for image, text in pairs)
         settings["seen"] = None if keep_duplicates else self.image_names()
         reader = PairReader(processor.decode_image, image_column, caption_column, self.config.columns)
         encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)

@@ -323,30 +323,29 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         logits = self.lm_head(hidden_states)
         if labels is None:
             return logits, None
-        vocab_size = self.config.text_config.vocab_size
-        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return logits, self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args, sources: list | None = None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *args, sources: list | bool | None = None, **kwargs):
         """
-        Generate like [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`]. Images
-        are encoded and neighbours retrieved once, before the first token. With `return_dict_in_generate=True` the
-        output has `memory_ids` and `memory_scores` `(images, top_k)` as well. A chat goes on from a cache: whole, with
-        all its images, or only with what is new.
+        Generate like [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`], which are
+        encoded once. With `return_dict_in_generate=True` the output has `memory_ids` and `memory_scores` `(images,
+        top_k)` as well. A chat goes on from a cache: whole, with all its images, or only with what is new.
 
         Args:
-            sources: A list to be filled, because a pipeline passes it in `generate_kwargs` but returns text alone. It
-                gets a list for each row: the neighbours that were read, rows of [`MemoryBank.rows`] with their `score`
-                and the number of their `image` in the row.
+            sources: `True` returns `(outputs, sources)`: for each row the neighbours that were read, rows of
+                [`MemoryBank.rows`] with their `score` and the number of their `image` in it. A list is filled with the
+                same: a pipeline takes it in `generate_kwargs`, and returns text alone.
         """
         kwargs |= merged_settings(kwargs.pop("call_settings", None))
         images, mask = self._encode_images(inputs, kwargs)
-        if sources is not None and mask is not None:
-            sources += sources_of(self.memory_bank, images, mask)
+        found = [] if sources is True else sources
+        if found is not None and mask is not None:
+            found += sources_of(self.memory_bank, images, mask)
         outputs = super().generate(inputs, *args, **kwargs)
         if images is not None and not torch.is_tensor(outputs):
             outputs["memory_ids"], outputs["memory_scores"] = images.memory_ids, images.memory_scores
-        return outputs
+        return (outputs, found) if sources is True else outputs
 
     def _encode_images(
         self, inputs: torch.Tensor | None, kwargs: dict

@@ -219,8 +219,7 @@ def sources_of(bank: Any, images: TinyAlignImageFeatures | None, mask: torch.Ten
     sources = [[] for _ in mask]
     if images is None or images.memory_ids is None or bank is None:
         return sources
-    none = [None] * len(images.memory_ids)
-    scores, right = none, none
+    scores = right = [None] * len(images.memory_ids)
     if images.memory_scores is not None:
         scores = images.memory_scores.tolist()
         right = source_probabilities(bank, images.memory_scores)

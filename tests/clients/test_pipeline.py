@@ -1,8 +1,9 @@
 """transformers' pipeline: what steers retrieval and generation passes through it, and sources come back."""
 
 import pytest
+import torch
 import transformers
-from clients.conftest import only_say_letters
+from clients.conftest import only_say_letters, prompt
 from packaging.version import Version
 from transformers import pipeline
 
@@ -105,6 +106,19 @@ def test_sources(pipes, images, batch_size):
             "a (255, 0, 0) square" not in {caption for row in without_red for _, caption in row}
             and len(without_red[0]) == 2
         )
+
+
+def test_an_answer_with_its_sources(saved, pipes, images):
+    found = []
+    pipes[1](text=chats(images)[0], max_new_tokens=4, generate_kwargs={"sources": found})
+    inputs = prompt(saved, images[0], text=QUESTIONS[0])
+    answer, sources = saved.model.generate(**inputs, max_new_tokens=4, sources=True)
+    assert sources == found and torch.equal(answer, saved.model.generate(**inputs, max_new_tokens=4))
+    details, sources = saved.model.generate(
+        **inputs, max_new_tokens=4, sources=True, return_dict_in_generate=True, exclude_ids=found[0][0]["source_id"]
+    )
+    assert details.memory_ids[0].tolist() == [row["id"] for row in sources[0]]
+    assert sources[0][0]["caption"] == found[0][1]["caption"]
 
 
 def test_an_item_for_each_image(pipes, images):

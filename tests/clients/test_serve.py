@@ -116,6 +116,32 @@ def test_memory_and_sources(server, saved, images):
     assert server.chat(extra_body={"sources": True}).sources == []
 
 
+def test_a_picture_is_looked_at_once(saved, images, monkeypatch):
+    calls, look = [], saved.model.base_model._read_vision_tower
+    server = Server(serve.build_app(NAME, saved.model, saved.processor))
+    try:
+        red, others = data_url(images[0]), [data_url(image) for image in images[1:3]]
+        expected = [answer(saved, images[0], text=text) for text in ("what?", "and why?")]
+        pair, smaller = answer(saved, *images[:2]), saved.bank.remove(0)
+        monkeypatch.setattr(
+            saved.model.base_model,
+            "_read_vision_tower",
+            lambda pixels, **kwargs: calls.append(len(pixels)) or look(pixels, **kwargs),
+        )
+        asked = [server.chat(messages=openai_chat(red, text=text)) for text in ("what?", "and why?")]
+        assert [found.choices[0].message.content for found in asked] == expected and calls == [1]
+        assert server.chat(red, others[0]).choices[0].message.content == pair and calls == [1, 1]
+        assert server.chat(red, extra_body={"memory": "off"}).choices and calls == [1, 1]
+        saved.model.attach_memory_bank(smaller)
+        changed = server.chat(red, extra_body={"sources": True}).sources
+        assert changed[0]["caption"] != f"a {images[0].getpixel((0, 0))} square"
+        del calls[:]  # attaching looks at pictures of its own
+        assert server.chat(red, extra_body={"sources": True}).sources == changed and calls == []
+    finally:
+        saved.model.attach_memory_bank(saved.bank)
+        server.stop()
+
+
 def test_a_prompt_longer_than_the_context(server, saved, images):
     context = saved.model.config.text_config.max_position_embeddings
     for stream in (False, True):

@@ -147,6 +147,14 @@ def test_add(bank, model, processor, saved):
     torch.testing.assert_close(bigger.gather([[NUM_ROWS - 1]]), bank.gather([[NUM_ROWS - 1]]))
 
 
+def test_add_one(bank, model, processor, tmp_path):
+    noise(100).save(tmp_path / "new.png")
+    for image in (noise(100), str(tmp_path / "new.png")):
+        bigger = bank.add(image, model, processor, captions="a new one")
+        assert bigger.captions == [*bank.captions, "a new one"]
+        assert bigger.rows([NUM_ROWS])[0]["licence"] is None  # a column that the bank keeps
+
+
 def test_from_dataset_deletes_rows(bank, saved, tmp_path):
     table = datasets.load_dataset(str(saved), split="train", cache_dir=str(tmp_path))
     smaller = MemoryBank.from_dataset(table.filter(lambda row: row["id"] != 4), like=saved)
