@@ -1,9 +1,11 @@
-"""README.md's ten lines and docs/clients.md's Python run as printed, with a tiny model in the place of the demo's."""
+"""README.md's six lines and docs/clients.md's Python run as printed, with a tiny model in the place of the demo's."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from .conftest import answer
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,10 +26,35 @@ def demo(saved, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_ten_lines(demo, capsys):
-    exec(snippet("README.md", "pipeline("), {})
-    answer, captions = capsys.readouterr().out.strip().splitlines()
-    assert answer and captions.count("square") == 3
+def test_six_lines(demo, saved, images, capsys):
+    code = snippet("README.md", "pipeline(")
+    assert len(code.splitlines()) == 6
+    space = {}
+    exec(code, space)
+    shown = capsys.readouterr().out
+    assert shown.startswith(answer(saved, images[0], text="What is this?", max_new_tokens=16) + " ['a (255, 0, 0)")
+    images[1].save("photo.png")
+    (one_line,) = re.findall(r"`(pipe.model.attach_memory_bank\(pipe.*)`", (ROOT / "README.md").read_text())
+    exec(one_line, space)
+    assert space["pipe"].model.memory_bank.captions[-1] == "a new word"
+
+
+def test_many_questions(demo, saved, images, capsys):
+    space = {}
+    code = snippet("docs/clients.md", "get_image_features(")
+    before, loop = code.split("for question")
+    exec(before, space)
+    tower, space["model"].base_model.vision_tower = space["model"].base_model.vision_tower, None  # not asked again
+    exec(f"for question{loop}", space)
+    expected = [
+        answer(saved, images[0], text=question, max_new_tokens=16)
+        for question in ("What is this?", "Which words go with it?")
+    ]
+    assert capsys.readouterr().out.splitlines() == expected
+    space["model"].base_model.vision_tower = tower
+    exec(snippet("docs/clients.md", "Conversation("), space)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{expected[0]}a (255, 0, 0) square") and second.endswith(" a zorblax")
 
 
 def test_peft(demo):

@@ -98,7 +98,7 @@ def print_next_commands(out: Path) -> None:
     program = "tinyalign" if shutil.which("tinyalign") else os.path.relpath(installed)
     print(
         f"\n{place}/report.md has the results, {place}/checkpoint the model, {place}/bank_with_heldout its memory "
-        "bank. README.md asks the model in ten lines of Python. Look at the bank, or push both to the Hub:\n\n"
+        "bank. README.md asks the model in six lines of Python. Look at the bank, or push both to the Hub:\n\n"
         f"  {program} bank info {place}/bank_with_heldout\n"
         f"  {program} bank view {place}/bank_with_heldout -o bank.html --image {place}/query.png "
         f"--model {place}/checkpoint\n"
