@@ -12,6 +12,7 @@ import datasets
 import lmms_eval.api.metrics  # registers exact_match
 import numpy as np
 from huggingface_hub import HfApi
+from jinja2.exceptions import UndefinedError
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import load_yaml_config
@@ -69,15 +70,21 @@ class Questions:
         revisions = {} if revisions is None else revisions
         subset = config.get("dataset_name")
         self.version, self.rows = _load(ALIASES.get(name, name), folder, config, subset, revisions)
-        self.task = LocalTask(config, self.rows)
         self.images = None
         if name == "gqa" and "image" not in self.rows.column_names:
             version, self.images = _load("gqa_images", folder, config, "testdev_balanced_images", revisions)
             self.version += "" if version == self.version else f", images {version}"
         unit = self.benchmark.unit
-        if unit is not None and unit not in self.rows.column_names:
-            raise self._wrong_schema(unit)
-        self.units = list(map(str, range(len(self.rows)) if unit is None else self.rows[unit]))
+        try:
+            self.task = LocalTask(config, self.rows)
+            self.units = list(map(str, range(len(self.rows)) if unit is None else self.rows[unit]))
+            row = self.row(0)
+            self.chat(row), self.target(row), self.benchmark.categories(row)
+        except (KeyError, UndefinedError) as error:
+            raise ValueError(
+                f"The data of {name} lack a column ({error}), found {self.rows.column_names}, expected those of "
+                f"{self.source}."
+            ) from error
         asked = sorted(set(self.units))
         if images is not None:
             asked = [unit for unit in asked if int(unit) in images]
@@ -89,18 +96,7 @@ class Questions:
             raise ValueError(f"{self.benchmark.title} has no question about the images that were asked for.")
         pictures = [column for column, kind in self.rows.features.items() if isinstance(kind, datasets.Image)]
         texts = self.rows.remove_columns(pictures)
-        try:
-            self.prompts = {number: self.task.doc_to_text(texts[number]) for number in self.numbers}
-            row = self.row(self.numbers[0])
-            self.chat(row), self.target(row), self.benchmark.categories(row)
-        except KeyError as error:
-            raise self._wrong_schema(error.args[0]) from error
-
-    def _wrong_schema(self, column: str) -> ValueError:
-        return ValueError(
-            f"The data of {self.name} have no {column!r}, their columns are {self.rows.column_names}, expected those "
-            f"of {self.source}."
-        )
+        self.prompts = {number: self.task.doc_to_text(texts[number]) for number in self.numbers}
 
     @property
     def generation(self) -> dict:

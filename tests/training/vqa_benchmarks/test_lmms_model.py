@@ -3,15 +3,17 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import uvicorn
 from vqa_rows import pope_rows, write
 
+from tinyalign_vlm.training.inference import serve
 from tinyalign_vlm.training.models import load_to_answer
 
 pytestmark = pytest.mark.skipif(
@@ -24,18 +26,20 @@ dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {data}/pope.parquet}}}}
 generation_kwargs: {{max_new_tokens: 20}}
 """
-COMMAND = """
+COMMANDS = """
 import importlib.util
+import json
 import sys
 from unittest.mock import MagicMock
 
 for name in ("dotenv", "pytablewriter"):  # for .env files and printed tables
     if importlib.util.find_spec(name) is None:
         sys.modules[name] = MagicMock()
-import tinyalign_vlm.training.vqa_benchmarks.lmms_model  # mends lmms-eval for other models, too
 from lmms_eval.__main__ import cli_evaluate
 
-cli_evaluate()
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    cli_evaluate()
 """
 ROUNDS = """
 import sys
@@ -75,41 +79,42 @@ def samples_of(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def answers(tmp_path):
-    """`answers(model, arguments)`: what the command of lmms-eval has of a model to twelve questions."""
-    write(tmp_path / "data", "pope")
-    tasks = Path(importlib.util.find_spec("lmms_eval").origin).with_name("tasks")
-    (tmp_path / "little_pope.yaml").write_text(TASK.format(tasks=tasks, data=tmp_path / "data"))
-
-    def answers(model: str, arguments: str, *start: str) -> list[str]:
-        command = ["--model", model, "--model_args", arguments, "--tasks", "little_pope", "--batch_size", "8"]
-        command += ["--include_path", str(tmp_path), "--limit", "12", "--log_samples"]
-        output = tmp_path / f"{model}{len(start)}"
-        (tmp_path / "command.py").write_text(COMMAND)
-        run(sys.executable, *start, str(tmp_path / "command.py"), *command, "--output_path", str(output))
-        return samples_of(output)
-
-    return answers
+def asked_model(saved):
+    """Model and processor, with their bank."""
+    return load_to_answer(saved["model"], memory_bank=saved["bank"], device="cpu")
 
 
 @pytest.fixture
-def server(saved, tmp_path):
+def server(asked_model):
     """The address of `tinyalign serve`."""
-    command = ["-m", "tinyalign_cli", "serve", saved["model"], "--memory_bank", saved["bank"], "--device", "cpu"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, *command, "--port", "0"], stdout=log, stderr=log)
-    while not (url := re.search(r"running on (http://\S+:\d+)", (tmp_path / "log").read_text())):
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.1)
-    yield url[1]
-    process.terminate()
-    process.wait()
+    config = uvicorn.Config(serve.build_app("tiny", *asked_model), port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
 
 
-def test_answers_are_those_of_generate_and_of_serve(saved, answers, server):
+def test_answers_are_those_of_generate_and_of_serve(saved, asked_model, server, tmp_path):
     """The command, in batches of 8, gives each row what `generate` says of it alone, and what the server says."""
-    found = answers("tinyalign", f"pretrained={saved['model']},memory_bank={saved['bank']}")
-    model, processor = load_to_answer(saved["model"], memory_bank=saved["bank"], device="cpu")
+    write(tmp_path / "data", "pope")
+    tasks = Path(importlib.util.find_spec("lmms_eval").origin).with_name("tasks")
+    (tmp_path / "little_pope.yaml").write_text(TASK.format(tasks=tasks, data=tmp_path / "data"))
+    asked = {
+        "tinyalign": f"pretrained={saved['model']},memory_bank={saved['bank']}",
+        "openai": f"model=tiny,base_url={server}/v1,api_key=none,num_concurrent=2,timeout=200",
+    }
+    commands = []
+    for model, arguments in asked.items():
+        command = ["--model", model, "--model_args", arguments, "--tasks", "little_pope", "--batch_size", "8"]
+        command += ["--include_path", str(tmp_path), "--limit", "12", "--log_samples"]
+        commands.append([*command, "--output_path", str(tmp_path / model)])
+    run(sys.executable, "-c", COMMANDS, json.dumps(commands))
+
+    model, processor = asked_model
     texts = []
     for row in pope_rows()[:12]:
         prompt = row["question"] + "\nAnswer the question using a single word or phrase."
@@ -118,10 +123,10 @@ def test_answers_are_those_of_generate_and_of_serve(saved, answers, server):
         inputs = processor.apply_chat_template([{"role": "user", "content": content}], **settings)
         ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
         texts.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    found = samples_of(tmp_path / "tinyalign")
     assert found == [text.partition("\n\n")[0] for text in texts]
     assert len(set(found)) > 1
-    asked = f"model={saved['model']},base_url={server}/v1,api_key=none,num_concurrent=2,timeout=200"
-    assert answers("openai", asked) == texts  # which does not cut at `until`
+    assert samples_of(tmp_path / "openai") == texts  # lmms-eval does not cut them at `until`
 
 
 def test_rounds_and_likelihoods(saved):
