@@ -123,7 +123,9 @@ def _images(results: dict[str, dict], titles: dict[str, str]) -> str:
 
 def _some(names: Sequence[str]) -> str:
     """Return the first names of images; results.json has all."""
-    return text(f": {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}") if names else ""
+    if not names:
+        return ""
+    return text(": " + ", ".join([*names[:10], "..."] if len(names) > 10 else names))
 
 
 def _readings(results: dict[str, dict], titles: dict[str, str]) -> str:
