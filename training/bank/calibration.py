@@ -126,15 +126,15 @@ def share_found(none_known: np.ndarray, none_unknown: np.ndarray, false_alarms: 
 
 def plot_reliability(path: str | os.PathLike, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Plot how often what was given a probability is true; `curves` has probabilities and outcomes by their names."""
-    figure = Figure(figsize=(4, 4))
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="gray", linestyle=":")
+    axes.plot([0, 1], [0, 1], color="gray", linestyle=":", label="as often as was said")
     for name, (probability, outcome) in curves.items():
         expected, happened, _ = reliability(probability, outcome).T
         axes.plot(expected, happened, marker="o", label=name)
-    axes.set(xlabel="probability", ylabel="share that is true", xlim=(0, 1), ylim=(0, 1))
-    axes.legend()
-    figure.tight_layout()
+    axes.set(xlabel="probability that was said", ylabel="share that is true", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 

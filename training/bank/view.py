@@ -68,11 +68,16 @@ def view_bank(
         "facts": [line.split("  ", 1) for line in facts.splitlines() if not line.startswith("local copy")],
         **page_data(bank, chosen, min(top_k, len(bank)), queries, query_keys),
     }
+    page.parent.mkdir(parents=True, exist_ok=True)
+    save_file(page, render_page(data).encode())
+    print(f"{page}: {len(chosen)} of {len(bank):,} rows with their neighbours, {page.stat().st_size / 2**20:.1f} MiB.")
+
+
+def render_page(data: dict) -> str:
+    """Return the page that shows this, in HTML."""
     # in a script, "<" could end it
     text = json.dumps(data).replace("<", "\\u003c")
-    page.parent.mkdir(parents=True, exist_ok=True)
-    save_file(page, TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1).encode())
-    print(f"{page}: {len(chosen)} of {len(bank):,} rows with their neighbours, {page.stat().st_size / 2**20:.1f} MiB.")
+    return TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1)
 
 
 def page_data(bank: MemoryBank, chosen: np.ndarray, top_k: int, queries: list[dict], query_keys: np.ndarray) -> dict:
@@ -80,23 +85,27 @@ def page_data(bank: MemoryBank, chosen: np.ndarray, top_k: int, queries: list[di
     keys = bank.keys(chosen)
     names = [row["source_id"] for row in bank.rows(chosen)]
     scores, ids = bank.search(keys, top_k, exclude=names)
-    shown = [chosen, ids.ravel()]
-    places, explained = principal_components(np.concatenate([keys, query_keys]), len(keys))
+    found = [ids.ravel()]
     if queries:
         query_scores, query_ids = bank.search(query_keys, top_k)
-        shown.append(query_ids.ravel())
-        for number, query in enumerate(queries):
-            query["neighbours"] = _pairs(query_ids[number], query_scores[number])
-            query["place"] = places[len(keys) + number].tolist()
-    shown = np.unique(np.concatenate(shown))
-    neighbours = {int(row): _pairs(*found) for row, *found in zip(chosen, ids, scores, strict=True)}
+        found.append(query_ids.ravel())
+    found = np.setdiff1d(np.concatenate(found), chosen)
+    shown = np.concatenate([chosen, found[found >= 0]])
+    all_keys = np.concatenate([keys, bank.keys(shown[len(chosen) :]), query_keys])
+    places, explained = principal_components(all_keys, len(keys))
+    for number, query in enumerate(queries):
+        query["neighbours"] = _pairs(query_ids[number], query_scores[number])
+        query["place"] = places[len(shown) + number].tolist()
     return {
+        "size": len(bank),
+        "tower": bank.config.tower.name,
+        "columns": bank.config.columns,
         "sample": chosen.tolist(),
-        "rows": {row["id"]: _row(bank, row) for row in bank.rows(shown[shown >= 0])},
-        "neighbours": neighbours,
+        "rows": {row["id"]: _row(bank, row) for row in bank.rows(shown)},
+        "neighbours": {int(row): _pairs(*pairs) for row, *pairs in zip(chosen, ids, scores, strict=True)},
         "queries": queries,
         "similarities": similarities(keys, scores[:, 0], names),
-        "map": [[int(row), *place] for row, place in zip(chosen, places.tolist(), strict=False)],
+        "map": [[int(row), *place] for row, place in zip(shown, places.tolist(), strict=False)],
         "explained": explained,
     }
 
@@ -136,12 +145,12 @@ def _queries(bank: MemoryBank, images: Sequence[str], model: str | None) -> tupl
     queries = []
     for path, image in zip(images, loaded, strict=True):
         thumbnail = _data_url(thumbnail_bytes(image, THUMBNAIL))
-        queries.append({"caption": Path(path).name, "note": "image", "kept": [], "thumbnail": thumbnail})
+        queries.append({"caption": Path(path).name, "note": "image", "kept": {}, "thumbnail": thumbnail})
     return queries, keys
 
 
 def _row(bank: MemoryBank, row: dict) -> dict:
-    kept = [f"{name}: {row[name]}" for name in bank.config.columns if row[name] is not None]
+    kept = {name: row[name] for name in bank.config.columns if row[name] is not None}
     picture = bank.table["thumbnail"][row["id"]].as_py() if bank.config.thumbnail_size else None
     thumbnail = _data_url(picture["bytes"]) if picture and picture["bytes"] else None
     return {"caption": row["caption"], "source_id": row["source_id"], "kept": kept, "thumbnail": thumbnail}

@@ -6,13 +6,12 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ...hub_cards.markdown import table as markdown_table
 from ...modeling_tinyalign.outputs import probabilities
 from ..bank.calibration import measure, plot_reliability, share_found
 from ..evaluation.bootstrap import DRAWS, Interval
-from ..hub.run_facts import hardware, read_records, versions
+from ..hub.run_facts import hardware, mark_whole_steps, read_records, versions
 from .state import BANKS, KEYWORDS_PROMPT, PROMPT, TOP_K, Demo
 
 # In the order of the tables.
@@ -196,19 +195,19 @@ def probability_table(demo: Demo) -> str:
 
 def plot_losses(demo: Demo) -> None:
     """Plot the training losses of the systems in both stages, as loss.png."""
-    figure = Figure(figsize=(11, 3.6))
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for system, color in COLORS.items():
         for axis, record in zip(axes, read_records(demo.out / system / "model"), strict=False):
             steps, values = np.array(record.losses).T
-            axis.plot(steps, values, color=color, label=SYSTEMS[system].strip("*"))
-            axis.set(title=record.name, xlabel="step")
+            width = 2.5 if system == "tinyalign" else 1.2
+            axis.plot(steps, values, color=color, linewidth=width, label=SYSTEMS[system].strip("*"))
+            axis.set(title=record.name, xlabel=f"step (a point is the mean of {steps[0]:.0f})")
     for axis in axes:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        mark_whole_steps(axis)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("training loss per token")
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(demo.out / "loss.png", dpi=110)
 
 
@@ -217,25 +216,24 @@ def plot_neighbours(demo: Demo) -> None:
     bank, queries, (scores, ids) = demo.banks["with"], demo.queries, demo.found["with"]
     answers = {"baseline": demo.results["baseline"], "TinyAlign": demo.results["tinyalign"]}
     rows = demo.answered[:8].tolist()
-    figure = Figure(figsize=(11, 1.45 * len(rows)))
+    figure = Figure(figsize=(11, 1.45 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 5, width_ratios=[1, 1, 1, 1, 2.6], squeeze=False)
     for number, (line, row) in enumerate(zip(axes, rows, strict=True)):
         truth = queries[row]["label"]
         line[0].imshow(queries[row]["image"])
-        line[0].set_title("query", fontsize=7)
+        line[0].set_title("asked about", fontsize=8)
         for axis, index, similarity in zip(line[1:4], ids[row], scores[row], strict=False):
             name = bank.rows([int(index)])[0]["caption"]
             shown = name if len(name) < 26 else name[:24] + "…"
             axis.imshow(bank.thumbnail(int(index)))
-            axis.set_title(f"{shown}\n{similarity:.2f}", fontsize=7)
+            axis.set_title(f"{shown}\nsimilarity {similarity:.2f}", fontsize=8)
         for axis in line:
             axis.axis("off")
         line[4].text(0, 0.8, f"true name: {truth[:44]}", color="black", fontsize=9, va="center")
         for height, (title, results) in zip((0.45, 0.1), answers.items(), strict=True):
             answer = results["with"].answers[number]
-            color = "tab:green" if answer == truth else "tab:red"
-            line[4].text(0, height, f"{title}: {answer[:44]}", color=color, fontsize=9, va="center")
-    figure.tight_layout()
+            color, sign = ("tab:green", "✓") if answer == truth else ("tab:red", "✗")
+            line[4].text(0, height, f"{title}: {answer[:44]} {sign}", color=color, fontsize=9, va="center")
     figure.savefig(demo.out / "neighbours.png", dpi=110)
 
 

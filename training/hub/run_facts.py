@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import PreTrainedConfig, Trainer, TrainerCallback
 
 from ...hub_cards.cards import usage_snippet
@@ -181,25 +183,31 @@ def read_records(folder: str | os.PathLike) -> list[StageRecord]:
 
 def plot_curves(path: Path, records: list[StageRecord]) -> None:
     """Plot training and evaluation losses, and below them the learning rate, by step; one picture for all stages."""
-    figure = Figure(figsize=(5 * len(records), 5))
+    figure = Figure(figsize=(5 * len(records) + 1, 5), layout="constrained")
     axes = figure.subplots(2, len(records), squeeze=False, sharex="col", height_ratios=(3, 1))
+    named = {}
     for (losses, rates), record in zip(axes.T, records, strict=True):
-        for axis, curve, label in (
-            (losses, record.losses, "training"),
-            (losses, record.eval_losses, "evaluation"),
-            (rates, record.learning_rates, "learning rate"),
+        for axis, curve, label, color in (
+            (losses, record.losses, "training loss", "tab:blue"),
+            (losses, record.eval_losses, "evaluation loss", "tab:orange"),
+            (rates, record.learning_rates, "learning rate", "tab:gray"),
         ):
             if curve:
-                axis.plot(*zip(*curve, strict=True), label=label, marker="." if len(curve) < 10 else None)
+                marker = "." if len(curve) < 10 else None
+                (named[label],) = axis.plot(*zip(*curve, strict=True), color=color, marker=marker)
             axis.grid(True, alpha=0.3)
         losses.set(title=record.name, ylabel="loss per token")
         rates.set(xlabel="step", ylabel="learning rate")
-        if record.eval_losses:
-            losses.legend()
-    figure.tight_layout()
+        mark_whole_steps(rates)
+    figure.legend(named.values(), named.keys(), loc="outside right upper")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
     save_file(path, picture.getvalue())
+
+
+def mark_whole_steps(axis: Axes) -> None:
+    """Put ticks at whole, round numbers of steps."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def peak_memory_gb() -> float | None:

@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
 from tinyalign_vlm.modeling_tinyalign.outputs import probabilities
@@ -122,7 +123,7 @@ def test_the_threshold_is_where_the_probability_is_reached():
         similarity_where(0.5, scores, ~right)
 
 
-def test_the_description_and_the_plot_say_how_good_it_is(tmp_path):
+def test_the_description_and_the_plot_say_how_good_it_is(tmp_path, monkeypatch):
     scores, right = neighbours()
     calibration = fit_calibration(scores, right, 4, 100)
     text = describe(calibration, scores, right)
@@ -130,6 +131,11 @@ def test_the_description_and_the_plot_say_how_good_it_is(tmp_path):
     assert "AUROC 0.9" in text and "found at 5% false alarms" in text
     plot_reliability(tmp_path / "plot.png", {"a neighbour is right": (np.array([0.2, 0.8]), np.array([False, True]))})
     assert (tmp_path / "plot.png").stat().st_size > 5000
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    plot_reliability("plot.png", {"a neighbour is right": (np.array([0.2, 0.8]), np.array([False, True]))})
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert names == ["as often as was said", "a neighbour is right"]
 
 
 def test_rows_of_text_have_nothing_to_calibrate_on(bank):

@@ -10,7 +10,7 @@ import pytest
 
 from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.training.bank.view import principal_components, similarities
+from tinyalign_vlm.training.bank.view import page_data, principal_components, similarities
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
@@ -22,7 +22,9 @@ def place(images, captions, model, processor, value_encoder, tmp_path_factory):
     rows = [{"image": image, "caption": caption} for image, caption in zip(images, captions, strict=True)]
     rows[3]["caption"] = HOSTILE
     rows.append({"image": images[0], "caption": "the first image again"})
-    MemoryBank.build(rows, model, processor, value_encoder, keep_duplicates=True).save_pretrained(root / "bank")
+    rows = [{**row, "licence": None if number == 2 else f"cc-{number % 9}"} for number, row in enumerate(rows)]
+    bank = MemoryBank.build(rows, model, processor, value_encoder, keep_duplicates=True, keep_columns=["licence"])
+    bank.save_pretrained(root / "bank")
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
     images[5].save(root / "query.png")
@@ -53,6 +55,14 @@ def test_what_is_in_the_page(place, data, captions):
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
     assert str(place) not in text and "local copy" not in text
     assert HOSTILE not in text and text.count("<script") == 2
+
+
+def test_neighbours_beyond_the_sample_are_on_the_map(place):
+    bank = MemoryBank.from_pretrained(place / "bank")
+    data = page_data(bank, np.array([3, 7]), 4, [], np.empty((0, bank.config.key_dim), np.float32))
+    assert data["sample"] == [3, 7] and list(data["neighbours"]) == [3, 7]
+    near = {row for found in data["neighbours"].values() for row, _ in found}
+    assert {row for row, *_ in data["map"]} == set(data["rows"]) == {3, 7} | near
 
 
 def test_numbers():
@@ -119,6 +129,11 @@ def test_in_a_browser(place, data, browser):
     page.on("request", lambda request: requests.append(request.url))
     page.goto((place / "page.html").as_uri())
     assert page.title() == "Memory bank" and page.inner_text("h1") == "Memory bank bank"
+    # pictures and a sentence come first, hashes last
+    assert page.inner_text("#about").startswith("13 pictures with captions. A model with the vision tower ")
+    assert page.evaluate("document.querySelector('#neighbours img').getBoundingClientRect().bottom") < 700
+    assert not page.is_visible("#facts")
+    page.click("summary")
     assert "13 of 12 images" in page.inner_text("#facts")
     # at first, the neighbours of the image that was given
     cards = page.locator("#neighbours .row")
@@ -130,6 +145,10 @@ def test_in_a_browser(place, data, browser):
     expected = [f"{score:.3f} · row {row}" for row, score in data["neighbours"]["3"]]
     assert [cards.nth(number + 1).locator("small").first.inner_text() for number in range(4)] == expected
     assert page.locator("circle.on").get_attribute("data-row") == "3"
+    near = page.locator("circle.near").evaluate_all("dots => dots.map(dot => Number(dot.dataset.row))")
+    assert sorted(near) == sorted(row for row, _ in data["neighbours"]["3"])
+    assert page.locator("#map text").all_text_contents() == ["1", "2", "3", "4"]
+    assert page.locator("#map line").count() == 4
     assert page.evaluate("document.querySelector('#neighbours img').naturalWidth") > 0
     # and of a neighbour, and of a dot of the map
     first = data["neighbours"]["3"][0][0]
@@ -139,8 +158,19 @@ def test_in_a_browser(place, data, browser):
     assert "row 7 " in cards.nth(0).inner_text()
     page.dispatch_event("circle.query", "click")
     assert "query.png" in cards.nth(0).inner_text()
+    assert page.locator("circle.on").get_attribute("class") == "query on"
+    # colours follow a column, and the legend says which value has which
+    fill = "dots => new Set(dots.map(dot => dot.style.fill)).size"
+    assert page.input_value("#colours") == "licence" and page.locator("#legend span").count() == 8
+    assert page.locator("#map circle:not(.query)").evaluate_all(fill) == 8
+    assert "cc-0 (2)" in page.inner_text("#legend") and "3 others" in page.inner_text("#legend")
+    page.select_option("#colours", "")
+    assert page.locator("#map circle:not(.query)").evaluate_all(fill) == 1
     page.fill("#filter", "WHITE circle")
     assert page.locator("#rows .row").count() == 3 and "of 3" in page.inner_text("#count")
     assert page.locator("#map circle").count() == 14 and page.locator("#histogram rect").count() == 100
+    # a phone
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert problems == [] and all(url.startswith(("file:", "data:")) for url in requests)
     page.close()

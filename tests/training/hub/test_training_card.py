@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import TrainerState
 
@@ -199,7 +200,20 @@ def test_curves_show_what_there_is(tmp_path):
     record = StageRecord("one", {}, [[1, 2.0], [2, 1.0]], [[2, 1.5]], 1.0, 1.0)
     plot_curves(tmp_path / "a.png", [record])
     plot_curves(tmp_path / "b.png", [record, StageRecord("two", {}, [], [], 1.0, 1.0)])
-    assert Image.open(tmp_path / "b.png").width == 2 * Image.open(tmp_path / "a.png").width
+    assert Image.open(tmp_path / "b.png").width > 1.5 * Image.open(tmp_path / "a.png").width
+
+
+def test_curves_have_whole_steps_and_a_legend_beside_them(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    record = StageRecord("one", {}, [[1, 2.0], [3, 1.0]], [[3, 1.5]], 1.0, 1.0, [[1, 1e-3], [3, 1e-4]])
+    plot_curves(tmp_path / "a.png", [record])
+    (figure,) = figures
+    assert all(tick == round(tick) for axis in figure.axes for tick in axis.get_xticks())
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["training loss", "evaluation loss", "learning rate"]
+    figure.draw_without_rendering()
+    assert legend.get_window_extent().x0 >= max(axis.get_window_extent().x1 for axis in figure.axes)
 
 
 def test_a_card_of_files_elsewhere_has_no_path_of_this_machine(folder, monkeypatch, captions):
