@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)")
 # A field in transformers' style, of which the reference makes a list: "    name (`type`, *optional*): ...".
 FIELD = re.compile(r"^(    )([a-z_, ]+)( \(`.*\):)", re.M)
+# A class in transformers' style: [`~transformers.Trainer`].
+REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?!\()")
 # Where the site has what lies outside docs/.
 OUTSIDE = "repository"
 PAGES = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -36,9 +38,19 @@ def on_config(config: MkDocsConfig):
         target = top / name.replace(".", "/")
         target.mkdir(parents=True)
         for file in (ROOT / folder).glob("*.py"):
-            (target / file.name).write_text(
-                FIELD.sub(r"\1- **\2**\3", file.read_text(encoding="utf-8")), encoding="utf-8"
-            )
+            (target / file.name).write_text(readable(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def readable(source: str) -> str:
+    """Return a module with its settings and docstrings in the form that the reference reads: defaults, help, lists."""
+    lines = source.splitlines()
+    fields = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign)]
+    for field in sorted(fields, key=lambda field: -field.lineno):
+        if isinstance(field.value, ast.Call) and ast.unparse(field.value.func) == "setting":
+            default, text = map(ast.unparse, field.value.args[:2])
+            name = f"    {field.target.id}: {ast.unparse(field.annotation)} = {default}"
+            lines[field.lineno - 1 : field.end_lineno] = [name, f"    {text}"]
+    return REFERENCE.sub(r"`\1`", FIELD.sub(r"\1- **\2**\3", "\n".join(lines)))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
