@@ -171,7 +171,8 @@ class TerminalChat:
         """Write a new bank."""
         folder, lessons = Path(split_path(rest, "/save DIR")[0]).expanduser(), self.conversation.lessons
         lessons.save(folder)
-        print(f"Wrote {len(lessons.bank) + len(lessons)} rows, {len(lessons)} of them taught here, to {folder}")
+        count = f"{len(lessons)} {'lesson' if len(lessons) == 1 else 'lessons'}"
+        print(f"Wrote a bank to {folder}: the one in use, and {count}.")
 
     def clear(self, rest: str):
         self.conversation.clear()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from huggingface_hub import CommitInfo
 from PIL import Image
@@ -33,6 +34,7 @@ class Lesson:
     Attributes:
         row: its source_id, caption, thumbnail (PIL, or None) and other columns.
         picture: its name in `Pictures`.
+        replaces: True if the bank has rows of the same picture, which are not found beside it.
     """
 
     row: dict[str, Any]
@@ -40,6 +42,7 @@ class Lesson:
     key: torch.Tensor
     value: torch.Tensor | None
     picture: str
+    replaces: bool
 
 
 @dataclass
@@ -94,6 +97,11 @@ class Lessons:
         """The source_id, caption and thumbnail of each, in the order they were taught."""
         return [lesson.row for lesson in self._lessons]
 
+    @property
+    def _replaced(self) -> list[str]:
+        """The source_ids of the bank's rows that lessons stand in place of."""
+        return [lesson.row["source_id"] for lesson in self._lessons if lesson.replaces]
+
     @cached_property
     def _encoder(self) -> RowEncoder:
         bank = self._bank_to_teach()
@@ -113,7 +121,7 @@ class Lessons:
         return self.bank
 
     def teach(self, image: Any, caption: str) -> dict:
-        """Remember a picture (PIL, bytes, path) by a line, in place of what was taught of it before; return its row.
+        """Remember a picture (PIL, bytes, path) by a line, in place of what was known of the same; return its row.
 
         Raises:
             ValueError: the picture or the line cannot be used, or there is no bank (it is said why).
@@ -142,7 +150,7 @@ class Lessons:
         names = [name for name in batch.schema.names if name not in ("id", "key", "value")]
         (row,) = batch.select(names).to_pylist()
         row["thumbnail"] = read_thumbnail(row["thumbnail"]["bytes"]) if "thumbnail" in names else None
-        return Lesson(row, batch, torch.tensor(key), value, picture)
+        return Lesson(row, batch, torch.tensor(key), value, picture, len(self.bank.ids_of(row["source_id"])) > 0)
 
     def forget(self, source_id: str | None = None) -> int:
         """Forget what was taught of a picture, or all of it; return how many lessons that were."""
@@ -167,7 +175,7 @@ class Lessons:
             exclude: ids and source_ids to leave out.
         """
         size = len(self.bank)
-        shared = [item for item in exclude if isinstance(item, str) or item < size]
+        shared = [item for item in exclude if isinstance(item, str) or item < size] + self._replaced
         scores, ids = picture.neighbours(self.bank, min(top_k, size), query, shared)
         found = [item for item in zip(scores[0].tolist(), ids[0].tolist(), strict=True) if item[1] >= 0]
         key = picture.key(self.bank, query)[0].cpu()
@@ -194,7 +202,7 @@ class Lessons:
     # ------------------------------------------------------------------ keeping them
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write a new bank: the shared one's rows and the lessons."""
+        """Write a new bank: the shared one's rows, but of pictures that were taught anew, and the lessons."""
         with self._as_bank() as bank:
             bank.save_pretrained(folder)
 
@@ -207,8 +215,10 @@ class Lessons:
     def _as_bank(self) -> Iterator[MemoryBank]:
         """Give a bank with the lessons behind its rows, of which no local files stay."""
         bank = self._bank_to_teach()
-        lessons = [lesson.batch for lesson in self._lessons]
-        tables = (pa.Table.from_batches([batch]) for batch in itertools.chain(bank.batches(), lessons))
+        replaced = pa.array(self._replaced, pa.string())
+        kept = (part.filter(pc.invert(pc.is_in(part["source_id"], replaced))) for part in bank.batches())
+        lessons = (lesson.batch for lesson in self._lessons)
+        tables = (pa.Table.from_batches([batch]) for batch in itertools.chain(kept, lessons))
         before = set(cache_root().glob("bank-*"))
         bank = bank.keep_facts(bank.with_rows(renumbered(tables)), "parts", "limits")
         try:

@@ -85,7 +85,7 @@ def test_a_chat_in_a_terminal(parts, images, folder):
     terminal.do("/image new one.png")
     terminal.do(QUESTION)
     assert terminal.do("/sources") == "1.00  it's a zorblax  taught"
-    assert terminal.do("/save saved") == "Wrote 9 rows, 1 of them taught here, to saved"
+    assert terminal.do("/save saved") == "Wrote a bank to saved: the one in use, and 1 lesson."
     assert terminal.do("/forget") == "Forgot 1 lesson."
     terminal.do(QUESTION)
     assert "zorblax" not in terminal.do("/sources")

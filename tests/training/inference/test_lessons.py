@@ -60,11 +60,19 @@ def test_saved_as_a_new_bank(parts, images, captions, tmp_path, monkeypatch, qua
         assert (saved.gather([number])[0] == lesson.value).all()
 
 
-def test_a_picture_taught_again(parts, images):
+def test_a_picture_taught_again(parts, images, captions, tmp_path):
     lessons = Lessons(parts.model, parts.processor)
+    chat = Conversation(parts.model, parts.processor, lessons, max_new_tokens=1)
     for caption in ("a dog", f"a {WORD}"):
-        lessons.teach(images[0], caption)  # which the bank has under another name
+        chat.teach(images[0], caption)  # which the bank has under another name
     assert [row["caption"] for row in lessons.rows] == [f"a {WORD}"]
+    list(chat.ask(QUESTION, images[0]))
+    assert [chat.sources[0].caption, captions[0] in str(chat.sources)] == [f"a {WORD}", False]
+    lessons.save(tmp_path / "saved")
+    assert MemoryBank.from_pretrained(tmp_path / "saved").captions == [*captions[1:8], f"a {WORD}"]
+    chat.forget()
+    list(chat.ask(QUESTION, images[0]))
+    assert chat.sources[0].caption == captions[0]
 
 
 def test_teaching_looks_at_a_picture_once(parts, images, tower_calls):
