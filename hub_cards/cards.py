@@ -1,7 +1,10 @@
 """Model, bank and Space cards: one template each, filled with the facts that are known."""
 
+import importlib.metadata
+import importlib.util
 import os
 import re
+import shutil
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +198,7 @@ def space_card(repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCar
         tags=["tinyalign"],
         model_revision=model_revision,
         prompt=facts.example.prompt,
+        visitors_may="ask",
     )
     return SpaceCard.from_template(
         data,
@@ -228,11 +232,20 @@ def write_card(folder: str | os.PathLike, facts: ModelFacts | BankFacts | None =
 
 
 def write_space(folder: str | os.PathLike, repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCard:
-    """Write a demo Space into a folder: README.md, app.py and requirements.txt. Arguments as of `space_card`."""
+    """Write a demo Space into a folder: README.md, app.py, requirements.txt and the package. Arguments as of
+    `space_card`.
+
+    The package travels as it is installed here: a Space runs what its author has tried, released or not.
+    """
     card, folder = space_card(repo_id, facts, model_revision), Path(folder)
     card.save(folder / "README.md")
     (folder / "app.py").write_text((HERE / "space_app.py").read_text(encoding="utf-8"), encoding="utf-8")
-    (folder / "requirements.txt").write_text("faiss-cpu\npyarrow\ntorch\ntransformers>=5.17,<6\n", encoding="utf-8")
+    needed = [line for line in importlib.metadata.requires("tinyalign-vlm") if "extra ==" not in line]
+    (folder / "requirements.txt").write_text("\n".join([*needed, ""]), encoding="utf-8")
+    package = folder / "tinyalign_vlm"
+    for name in ("modeling_tinyalign", "processing", "training", "hub_cards"):
+        shutil.copytree(HERE.parent / name, package / name, ignore=shutil.ignore_patterns("__pycache__", "cli"))
+    shutil.copy(importlib.util.find_spec("tinyalign_vlm").origin, package)
     return card
 
 

@@ -260,7 +260,14 @@ def test_space_card(model_facts, tmp_path):
     assert data["model_revision"] == "0123456789abcdef" and data["prompt"] == "What is this?"
     assert len(SPACE_SUMMARY) <= 60 and data["short_description"] == SPACE_SUMMARY
     compile((tmp_path / "app.py").read_text(), "app.py", "exec")
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "app.py", "requirements.txt"}
+    assert data["visitors_may"] == "ask"
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"README.md", "app.py", "requirements.txt", "tinyalign_vlm"}
+    needed = (tmp_path / "requirements.txt").read_text().splitlines()
+    assert "transformers" in " ".join(needed) and not any("extra" in line for line in needed)
+    package = tmp_path / "tinyalign_vlm"
+    assert (package / "__init__.py").is_file() and (package / "training/bank/view.html").is_file()
+    assert not list(package.rglob("cli")) and not list(package.rglob("__pycache__"))
 
 
 def test_facts_are_kept_beside_what_they_are_of(model_facts, bank_facts, tmp_path):

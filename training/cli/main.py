@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from . import (
+    app,
     bank_add,
     bank_build,
     bank_calibrate,
@@ -48,6 +49,7 @@ COMMANDS = {
     "push": push,
     "chat": chat,
     "serve": serve,
+    "app": app,
     "evaluate": evaluate,
 }
 # The first word of a command of two words: its line in the list of commands, and its own description.

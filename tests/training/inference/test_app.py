@@ -1,0 +1,414 @@
+"""`tinyalign app` in a real browser, and as strangers may talk to it.
+
+Set TINYALIGN_SCREENSHOTS to a folder, and the story leaves a picture of each tab there; with TINYALIGN_DEMO, a folder
+that `make demo` wrote, they show its model.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from browsers import open_browser
+from PIL import Image
+
+from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.hub_cards.cards import write_space
+from tinyalign_vlm.hub_cards.facts import ModelFacts
+from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
+from tinyalign_vlm.training.inference import visitor as visitor_module
+from tinyalign_vlm.training.inference.visitor import MAX_VISITORS, Shared, Visitors, load_shared
+
+gradio_client = pytest.importorskip("gradio_client", reason="pip install tinyalign-vlm[app]")
+app_module = pytest.importorskip("tinyalign_vlm.training.inference.app", "pip install gradio", exc_type=ImportError)
+
+NAME = "zyxgrumbl"  # no model knows it
+PATIENCE = 120_000  # milliseconds
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shared(parts, images):
+    """The tiny model, whose bank is sure of its own pictures and of no others."""
+    bank, processor = parts.bank, parts.processor
+    found = parts.model.retrieve(images[8:], top_k=1).scores
+    middle = (1 + float(found.max())) / 2
+    weights = {"right": [-200 * middle, 200.0, 0.0, 0.0], "none": [200 * middle, -200.0, 0.0, 0.0]}
+    parts.model.attach_memory_bank(bank.with_calibration(CalibrationConfig(2, len(bank), **weights)))
+    yield Shared(parts.model, processor, "tiny", question="what is it?", examples=images[:8])
+    parts.model.attach_memory_bank(bank)
+
+
+@pytest.fixture(scope="module")
+def app(shared, tmp_path_factory):
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))  # banks are saved there
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visitor_module, "ANSWER_TOKENS", 4)
+        with app_module.serving(shared) as app:
+            yield app
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser() as browser:
+        yield browser
+
+
+class Page:
+    """The app in a browser, and what a person does there."""
+
+    def __init__(self, browser, url: str):
+        self.page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.requests, self.problems = [], []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.goto(url)
+        self.page.wait_for_selector("#ask")
+
+    def open(self, tab: str):
+        self.page.get_by_role("tab", name=tab).click()
+
+    def upload(self, where: str, content: bytes, name: str = "picture.png"):
+        remove = self.page.locator(f"{where} button[aria-label='Remove Image']")
+        if remove.count():
+            remove.click()
+        file = {"name": name, "mimeType": "image/png", "buffer": content}
+        with self.page.expect_response(lambda response: "/queue/data" in response.url):
+            self.page.set_input_files(f"{where} input[type=file]", file)
+
+    def ask(self, question: str = ""):
+        turns = self.page.locator("#with .user, #without .user").count()
+        self.page.fill("#question textarea", question)
+        self.page.click("#ask")
+        self.wait(f"document.querySelectorAll('#with .user, #without .user').length > {turns}")
+        self.settle()
+
+    def settle(self):
+        """Wait until no function of the app runs any more."""
+        self.page.wait_for_timeout(300)
+        self.wait("!document.querySelector('.generating, .pending, .progress-text')")
+        self.page.wait_for_timeout(300)
+
+    def wait(self, condition: str):
+        self.page.wait_for_function(condition)
+
+    def cards(self, where: str = "#gallery") -> list[str]:
+        return self.page.locator(f"{where} .cards > *").all_inner_texts()
+
+    def toast(self) -> str:
+        """The words of the message that has popped up, which is closed."""
+        text = self.page.locator(".toast-body").first.inner_text()
+        self.page.locator(".toast-close").first.click()
+        self.page.locator(".toast-body").first.wait_for(state="detached")
+        return text
+
+    def shoot(self, name: str):
+        folder = os.environ.get("TINYALIGN_SCREENSHOTS")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(folder, f"{name}.png"))
+
+
+def files_with(folder: Path, content: bytes) -> list[str]:
+    """The files below a folder that have these bytes in them."""
+    return [str(path) for path in Path(folder).rglob("*") if path.is_file() and content in path.read_bytes()]
+
+
+def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions):
+    page, stranger = Page(browser, app.local_url), images[9]
+    # a broken and a huge picture: words, and the app goes on
+    page.upload("#picture", b"\x89PNG\r\n\x1a\nbroken")
+    assert "cannot be read" in page.toast()
+    page.upload("#picture", png(Image.new("1", (15_000, 15_000))))
+    assert "too large" in page.toast()
+    page.ask()
+    assert "There is no picture yet" in page.toast()
+    # one that the bank knows, and its gallery
+    page.page.locator(".cards.small button").nth(3).click()
+    page.settle()
+    page.ask("what is in the image?")
+    cards = page.cards()
+    assert len(cards) == 2 and captions[3] in cards[0] and "similarity 1.00" in cards[0] and "right with" in cards[0]
+    assert not page.page.is_visible("#unknown")
+    page.shoot("ask")
+    # a click leaves it out
+    page.page.locator("#gallery [data-row]").first.click()
+    page.settle()
+    assert len(page.cards()) == 2 and not any(captions[3] in card for card in page.cards())
+    assert page.page.locator("#with .user").count() == 1
+    page.page.click("#put-back")
+    page.settle()
+    assert captions[3] in page.cards()[0]
+    # below the threshold nothing is used
+    page.page.locator("#threshold input[type=number]").fill("0.99")
+    page.page.keyboard.press("Tab")
+    page.ask()
+    assert ["not used" in card for card in page.cards()] == [False, True]
+    page.page.locator("#threshold input[type=number]").fill("0")
+    page.page.keyboard.press("Tab")
+    # one that it does not know is taught, and known
+    page.upload("#picture", png(stranger))
+    page.ask()
+    assert "I do not know this one" in page.page.inner_text("#unknown") and NAME not in page.page.content()
+    page.page.fill("#line textarea, #line input", f"a {NAME}")
+    page.page.click("#teach-this")
+    page.wait("document.querySelector('#gallery').innerText.includes('taught by you')")
+    page.settle()
+    assert f"a {NAME}" in page.cards()[0] and "similarity 1.00" in page.cards()[0]
+    assert not page.page.is_visible("#unknown") and page.page.locator("#with .user").count() == 2
+    # forgotten, and there is no trace of it
+    page.open("Teach")
+    page.shoot("teach")
+    assert len(page.cards("#lessons")) == 1 and NAME in page.cards("#lessons")[0]
+    page.page.locator("#lessons [data-row]").click()
+    page.wait("document.querySelector('#said').innerText.includes('Nothing')")
+    uploads, home = Path(os.environ["GRADIO_TEMP_DIR"]), Path(os.environ["HF_HOME"])
+    assert files_with(uploads, png(stranger)) == [] and files_with(home, NAME.encode()) == []
+    page.open("Ask")
+    page.upload("#picture", png(stranger))
+    page.ask()
+    assert "I do not know this one" in page.page.inner_text("#unknown") and NAME not in page.page.content()
+    # taught in the other tab, saved, and asked again from what was saved
+    page.open("Teach")
+    page.upload("#new-picture", png(stranger))
+    page.page.fill("#new-line textarea, #new-line input", f"the {NAME}")
+    page.page.click("#teach-button")
+    page.wait(f"document.querySelector('#lessons').innerText.includes('{NAME}')")
+    page.page.fill("#name textarea, #name input", "../elsewhere")
+    page.page.click("#save")
+    assert "expected letters" in page.toast()
+    page.page.fill("#name textarea, #name input", "my-bank")
+    page.page.click("#save")
+    page.wait("document.querySelector('#said').innerText.includes('Saved as')")
+    saved = MemoryBank.from_pretrained("my-bank")
+    assert len(saved) == len(shared.model.memory_bank) + 1 and saved.captions[-1] == f"the {NAME}"
+    # the bank
+    page.open("Bank")
+    frame = page.page.frame_locator("#view iframe")
+    frame.locator("#map circle").first.wait_for()
+    assert frame.locator("#map circle").count() == 8
+    page.page.fill("#text textarea, #text input", "WHITE")
+    page.wait("document.querySelector('#found').innerText.includes('white')")
+    assert len(page.cards("#found")) == sum("white" in caption for caption in captions[:8])
+    page.upload("#wanted", png(images[5]))
+    page.wait("document.querySelector('#found').innerText.includes('similarity')")
+    assert captions[5] in page.cards("#found")[0]
+    page.shoot("bank")
+    assert page.problems == []
+    assert [url for url in page.requests if not url.startswith((app.local_url, "data:", "blob:", "about:"))] == []
+
+
+class Client:
+    """A visitor without a browser, who knows the names of the app's functions."""
+
+    def __init__(self, app, folder: Path):
+        self.client, self.folder = gradio_client.Client(app.local_url, verbose=False), folder
+
+    def call(self, name: str, *arguments):
+        return self.client.predict(*arguments, api_name=f"/{name}")
+
+    def look(self, image: Image.Image):
+        image.save(self.folder / "picture.png")
+        return self.call("look", gradio_client.handle_file(self.folder / "picture.png"))
+
+    def ask(self, question: str = "what is it?") -> str:
+        """Return the HTML of what the answer rests on."""
+        return self.call("ask", question, 2, 0, False)[4]
+
+
+def test_two_visitors_at_once_do_not_see_each_others_lessons(app, images, tmp_path):
+    pages, names = [], ["borgle", "quimp"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        pages.append(Client(app, tmp_path / name))
+    answers = [None, None]
+
+    def visit(number: int):
+        pages[number].look(images[10])
+        pages[number].call("teach_this", names[number])
+        answers[number] = [pages[number].ask() for _ in range(3)]
+
+    threads = [threading.Thread(target=visit, args=[number]) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for own, other, found in zip(names, reversed(names), answers, strict=True):
+        assert all(own in text and other not in text for text in found)
+    assert not any(name in Client(app, tmp_path).look(images[10])[4] for name in names)
+
+
+def test_many_requests_take_no_more_memory(app, images, tmp_path):
+    client, process = Client(app, tmp_path), psutil.Process()
+    used = []
+    for number in range(200):
+        if number % 20 == 0:
+            client.look(images[number // 20 % 8])
+            used.append(process.memory_info().rss)
+        assert client.ask(f"what is in the image? {number}")
+    assert used[-1] - used[4] < 30 * 2**20, used
+
+
+def test_visitors_are_bounded_and_freed(shared, images, tmp_path):
+    visitors = Visitors(shared)
+    for number in range(3 * MAX_VISITORS):
+        visitor = visitors[number]
+        visitor.look_at(images[0])
+        list(visitor.ask("", 2, 0, compare=False))
+    assert len(visitors) == MAX_VISITORS
+    visitor.files.append(tmp_path / "upload.png")
+    (tmp_path / "upload.png").write_bytes(b"")
+    visitors.leave(number)
+    assert len(visitors) == MAX_VISITORS - 1 and not (tmp_path / "upload.png").exists()
+    assert visitors[number] is not visitor
+
+
+def status(url: str, data: dict | None = None) -> int:
+    body = None if data is None else json.dumps(data).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_no_url_is_fetched_and_no_path_opened(app, shared, images, tmp_path):
+    """Gradio itself would fetch a URL, of a public host, for whoever names one."""
+    secret = tmp_path / "secret.png"
+    images[0].save(secret)
+    url, outside = f"{app.local_url}gradio_api", "http://example.com/x.png"
+    assert status(f"{url}/file={outside}") == 403 and status(f"{url}/proxy={outside}") == 403
+    assert status(f"{url}/file=http%3A%2F%2Fexample.com/x.png") == 403
+    assert status(f"{url}/file={secret}") == 403 and status(f"{url}/file=/etc/passwd") == 403
+    meta = {"_type": "gradio.FileData"}
+    for function in ("look", "ask", "find_caption", "save"):
+        assert status(f"{url}/call/{function}", {"data": [{"path": outside, "meta": meta}]}) == 403
+    assert status(f"{url}/queue/join", {"data": [[{"x": {"path": outside, "meta": meta}}]], "fn_index": 0}) == 403
+    assert status(f"{url}/call/look", {"data": ["x" * 2**21]}) == 413
+    for place in ({"path": str(secret), "meta": meta}, {"path": str(secret)}, {"path": "/etc/passwd", "meta": meta}):
+        session = {"data": [place], "session_hash": "thief"}
+        event = json.load(post(f"{url}/call/look", session))["event_id"]
+        with urllib.request.urlopen(f"{url}/call/look/{event}", timeout=60) as answer:
+            assert b"error" in answer.read()
+
+
+def post(url: str, data: dict):
+    return urllib.request.urlopen(urllib.request.Request(url, json.dumps(data).encode(), JSON), timeout=60)
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_teaching_is_off_for_strangers(shared, images, monkeypatch):
+    monkeypatch.setattr(shared, "may", "ask")
+    visitor = Visitors(shared)["somebody"]
+    with pytest.raises(ValueError, match="Visitors may not teach here.*--visitors_may teach"):
+        visitor.teach(images[0], "a line")
+    monkeypatch.setattr(shared, "may", "teach")
+    visitor.teach(images[0], "a line")
+    with pytest.raises(ValueError, match="Visitors may not save here"):
+        visitor.save("bank")
+    with pytest.raises(ValueError, match="Visitors may not save here"):
+        visitor.push("me/bank")
+
+
+@pytest.mark.parametrize(("host", "may"), [("127.0.0.1", "save"), ("0.0.0.0", "ask"), (None, "ask")])
+def test_who_may_what_by_default(monkeypatch, host, may):
+    asked = {}
+
+    def load(*arguments, **settings):
+        asked.update(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(app_module, "load_shared", load)
+    with pytest.raises(InterruptedError):
+        app_module.start_app("org/model", host=host)
+    assert asked["may"] == may
+
+
+@pytest.fixture(scope="module")
+def folders(parts, make_model, make_processor, tmp_path_factory):
+    """The model and its bank in folders, and a bank of another tower."""
+    folder = tmp_path_factory.mktemp("folders")
+    parts.model.save_pretrained(folder / "model")
+    parts.processor.save_pretrained(folder / "model")
+    parts.bank.save_pretrained(folder / "bank")
+    return folder
+
+
+def test_an_app_without_memory_says_why_and_answers(folders, images, make_model, make_processor, tmp_path):
+    shared = load_shared(str(folders / "model"), "main", None, "cpu")
+    assert "No memory bank was named: start the app with --memory_bank" in shared.problem
+    visitor = Visitors(shared)["a"]
+    visitor.look_at(images[0])
+    list(visitor.ask("", 2, 0.5, compare=False))
+    assert visitor.turns[0][1] == "" and visitor.turns[0][2] and visitor.sources == []
+    with pytest.raises(ValueError, match="There is no memory to teach. No memory bank was named"):
+        visitor.teach(images[0], "a line")
+    app_module.build_app(shared)
+    other = make_model("clip", memory_input="both", memory_scores=True, memory_tokens=3)
+    other.save_pretrained(tmp_path / "other")
+    make_processor(other, "clip").save_pretrained(tmp_path / "other")
+    shared = load_shared(str(tmp_path / "other"), "main", str(folders / "bank"), "cpu")
+    assert "tower" in shared.problem and shared.model.memory_bank is None
+    baseline = make_model(memory_top_k=0)
+    baseline.save_pretrained(tmp_path / "baseline")
+    make_processor(baseline).save_pretrained(tmp_path / "baseline")
+    shared = load_shared(str(tmp_path / "baseline"), "main", str(folders / "bank"), "cpu")
+    assert "was trained without memory" in shared.problem
+    app_module.build_app(shared)
+
+
+def test_a_space_starts_from_its_folder(folders, tmp_path):
+    """As the Hub starts it, with the package that travels with it, and offline."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in (folders / "model").iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "memory_bank": str(folders / "bank")}))
+    space = tmp_path / "space"
+    space.mkdir()
+    write_space(space, "org/space", ModelFacts(repo_id="org/model", license="mit"), "main")
+    card = (space / "README.md").read_text()
+    (space / "README.md").write_text(card.replace("models:\n- org/model", f"models:\n- {model}"))
+    with (space / "tinyalign_vlm/__init__.py").open("a") as file:
+        file.write('print("the package of the Space")\n')
+    environment = {"HF_HUB_OFFLINE": "1", "GRADIO_SERVER_PORT": "0", "SPACE_ID": "org/space", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "app.py"]
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=space, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        while "Open http" not in output.read_text():
+            assert process.poll() is None, output.read_text()
+            time.sleep(0.2)
+        url = output.read_text().split("Open ")[1].split()[0]
+        config = json.load(urllib.request.urlopen(f"{url}config"))
+    finally:
+        process.terminate()
+        process.wait()
+    assert "the package of the Space" in output.read_text()
+    labels = {component["props"].get("label") for component in config["components"]}
+    assert {"Ask", "Teach", "Bank", "With memory"} <= labels
+    texts = " ".join(str(component["props"].get("value")) for component in config["components"])
+    assert "Teaching is off here" in texts and "Without memory." not in texts

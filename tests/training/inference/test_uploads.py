@@ -1,0 +1,141 @@
+"""Pictures and lessons that strangers upload."""
+
+import asyncio
+import io
+import json
+import zipfile
+
+import pytest
+from PIL import Image
+
+from tinyalign_vlm.training.inference import uploads
+from tinyalign_vlm.training.inference.uploads import Guard, names_url, read_lessons, read_picture
+
+
+def png(colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 7), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+FILES = {"lessons.csv": b"image,caption,more\na.png,a red thing,1\nb.png,\xc3\xa9t\xc3\xa9,2\n"}
+FILES |= {"a.png": png(), "b.png": png("blue")}
+
+
+@pytest.fixture
+def put(tmp_path):
+    """`put(files, zipped)`: their paths, or that of a zip file of them."""
+
+    def put(files: dict[str, bytes], zipped: bool) -> list:
+        if zipped:
+            with zipfile.ZipFile(tmp_path / "lessons.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, content in files.items():
+                    archive.writestr(name, content)
+            return [tmp_path / "lessons.zip"]
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        return [tmp_path / name for name in files]
+
+    return put
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_lessons(put, zipped):
+    found = list(read_lessons(put(FILES, zipped)))
+    assert [(name, line) for name, _, line in found] == [("a.png", "a red thing"), ("b.png", "été")]
+    assert [picture.getpixel((0, 0)) for _, picture, _ in found] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_a_zip_file_of_a_folder(put):
+    files = {f"birds/{name}": content for name, content in FILES.items()}
+    assert len(list(read_lessons(put(files, True)))) == 2
+    files["birds/lessons.csv"] = b"\xef\xbb\xbfimage,caption\nbirds/a.png,one\n"  # Excel begins so
+    assert [line for _, _, line in read_lessons(put(files, True))] == ["one"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lessons.csv": b"file,text\na.png,x\n"}, r"columns are \['file', 'text'\], expected image and caption"),
+        ({"lessons.csv": b"\xff\xfe"}, "lessons.csv cannot be read"),
+        ({"lessons.csv": b"image,caption\nc.png,x\n"}, "names the picture 'c.png', which was not uploaded"),
+        ({"lessons.csv": b"image,caption\n../../etc/passwd,x\n"}, "which was not uploaded"),
+        ({"other.csv": b""}, "Found 2 CSV files among 4 files, expected one"),
+        ({"a.png": b"no picture"}, "a.png: the image cannot be read"),
+        ({"lessons.csv": b"image,caption\n" + b"a.png,x\n" * 201}, "has 201 rows, expected at most 200"),
+    ],
+)
+def test_bad_lessons(put, zipped, changed, message):
+    with pytest.raises(ValueError, match=message):
+        list(read_lessons(put({**FILES, **changed}, zipped)))
+
+
+def test_a_zip_bomb(put, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_IMAGE_BYTES", 2**16)
+    with pytest.raises(ValueError, match="a.png.* has more than 65536 bytes"):
+        list(read_lessons(put({**FILES, "a.png": bytes(2**17)}, True)))
+    with pytest.raises(ValueError, match="The zip file holds .* expected at most"):
+        list(read_lessons(put({**FILES, "c.png": bytes(uploads.MAX_UPLOAD_BYTES)}, True)))
+
+
+def test_a_zip_file_that_lies_about_its_sizes(put, tmp_path):
+    (path,) = put({**FILES, "a.png": bytes(2**20)}, True)
+    content = path.read_bytes().replace((2**20).to_bytes(4, "little"), (100).to_bytes(4, "little"))
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.png"):
+        list(read_lessons([path]))
+
+
+def test_pictures(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    assert read_picture(tmp_path / "a.png").size == (9, 7)
+    Image.new("RGB", (9, 7)).save(tmp_path / "a.eps")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_picture(tmp_path / "a.eps")
+    (tmp_path / "big.png").write_bytes(bytes(uploads.MAX_IMAGE_BYTES + 1))
+    with pytest.raises(ValueError, match="big.png has more than"):
+        read_picture(tmp_path / "big.png")
+
+
+def test_urls_are_found_wherever_they_are():
+    file = {"path": "https://example.com/x.png", "meta": {"_type": "gradio.FileData"}}
+    for value in (file, [file], {"data": [1, {"deep": [file]}]}, {"path": "HTTP://x"}, {"path": "ftp://x"}):
+        assert names_url(json.dumps(value).encode())
+    assert names_url(b"[" * 100_000 + b"]" * 100_000)
+    for text in ('{"data": ["see https://example.com", {"path": "/tmp/x.png", "url": "http://a/x"}]}', "no JSON"):
+        assert not names_url(text.encode())
+
+
+def answer(method: str, path: str, *chunks: bytes) -> tuple[int, bytes]:
+    """The guard's status, and what the application behind it has received."""
+    received, sent = [], []
+    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+
+    async def app(scope, receive, send):
+        while (message := await receive())["type"] == "http.request":
+            received.append(message["body"])
+            if not message["more_body"]:
+                break
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Guard(app)({"type": "http", "method": method, "path": path, "headers": []}, receive, send))
+    return sent[0]["status"], b"".join(received)
+
+
+def test_the_guard(monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_UPLOAD_BYTES", 100)
+    assert answer("GET", "/gradio_api/file=/tmp/x.png") == (200, b"")
+    assert answer("HEAD", "/gradio_api/file=http://x/y") == (403, b"")
+    assert answer("POST", "/gradio_api/call/ask", b'{"data": ', b'["x"]}') == (200, b'{"data": ["x"]}')
+    assert answer("POST", "/gradio_api/call/ask", b'{"path": "http:', b'//x"}') == (403, b"")
+    assert answer("POST", "/gradio_api/call/ask", b"x" * 2**20, b"x") == (413, b"")
+    assert answer("POST", "/gradio_api/upload", b"x" * 60, b"x" * 40) == (200, b"x" * 100)
+    assert answer("POST", "/gradio_api/upload", b"x" * 60, b"x" * 60) == (200, b"x" * 60)

@@ -1,0 +1,345 @@
+"""The three tabs of the app: what is on them, and what their buttons do."""
+
+import contextlib
+import html
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+from gradio.data_classes import ImageData
+from PIL import Image
+
+from .app_html import CARD_CLICK, Card, render_cards, render_view
+from .lessons import Neighbour
+from .uploads import read_lessons, read_picture
+from .visitor import Shared, Visitor, Visitors
+
+UNSURE = 0.5  # from this probability on that no neighbour is right, the app says so
+SOURCES = ["upload", "clipboard", "webcam"]
+LEAVE_OUT, ASK_IT, FORGET = "Ask again without {}", "Ask about this one", "Forget {}"
+RESTS_ON = "What the answer rests on. Click one, and the question is asked again without it."
+
+
+@contextlib.contextmanager
+def in_words() -> Iterator[None]:
+    """Show what went wrong to the visitor, who goes on."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+
+class Pages:
+    """Components of the page, and functions that Gradio calls with their values and a visitor's session.
+
+    One function at a time uses the model, and so has the visitor's lessons to itself.
+    """
+
+    def __init__(self, shared: Shared):
+        self.shared, self.visitors = shared, Visitors(shared)
+        self.alone = {"concurrency_limit": 1, "concurrency_id": "model"}
+
+    def visitor(self, request: gr.Request) -> Visitor:
+        return self.visitors[request.session_hash]
+
+    def leave(self, request: gr.Request):
+        """Free what a visitor who closes the page has asked, taught and uploaded."""
+        self.visitors.leave(request.session_hash)
+
+    def uploaded(self, picture: ImageData | None, visitor: Visitor) -> Image.Image | None:
+        """Return an uploaded picture, whose file is deleted when the visitor leaves, if not before."""
+        if picture is None or picture.path is None:
+            return None
+        visitor.files.append(Path(picture.path))
+        return read_picture(picture.path)
+
+    # ------------------------------------------------------------------ Ask
+
+    def ask_tab(self):
+        """Lay out the picture, the two conversations, and the examples that were retrieved."""
+        with gr.Row():
+            with gr.Column(scale=2, min_width=240):
+                self.picture = gr.Image(
+                    label="Picture", sources=SOURCES, type="filepath", height=260, elem_id="picture"
+                )
+                examples = [Card(str(number), "", image) for number, image in enumerate(self.shared.examples)]
+                self.examples = gr.HTML(render_cards(examples, ASK_IT, small=True), js_on_load=CARD_CLICK)
+            with gr.Column(scale=5):
+                with gr.Row():
+                    looks = {"height": 300, "render_markdown": False, "buttons": []}
+                    memory = self.shared.has_memory
+                    self.with_memory = gr.Chatbot(label="With memory", visible=memory, elem_id="with", **looks)
+                    self.without = gr.Chatbot(label="Without memory", elem_id="without", **looks)
+                with gr.Row(equal_height=True):
+                    placeholder = f"Ask: {self.shared.question}"
+                    self.question = gr.Textbox(
+                        show_label=False, placeholder=placeholder, scale=5, max_length=2000, elem_id="question"
+                    )
+                    self.ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
+        with gr.Row(visible=False, equal_height=True, elem_id="unknown") as self.unknown:
+            self.unknown_text = gr.Markdown()
+            teaches = self.shared.allows("teach")
+            self.line = gr.Textbox(
+                show_label=False, placeholder="What is it?", visible=teaches, max_length=2000, elem_id="line"
+            )
+            self.teach_this_button = gr.Button("Teach it", visible=teaches, elem_id="teach-this")
+        self.gallery = gr.HTML(js_on_load=CARD_CLICK, elem_id="gallery", visible=self.shared.has_memory)
+        self._settings()
+
+    def _settings(self):
+        most, threshold = self.shared.model.config.memory_top_k, self.shared.model.config.retrieval_threshold
+        with gr.Row(visible=self.shared.has_memory):
+            self.top_k = gr.Slider(
+                1, max(2, most), most, step=1, label="Neighbours that are read", visible=most > 1, elem_id="top-k"
+            )
+            self.threshold = gr.Slider(
+                0, 1, threshold or 0, step=0.01, label="Similarity below which none is read", elem_id="threshold"
+            )
+            self.compare = gr.Checkbox(True, label="Answer without memory, too", elem_id="compare")
+            self.put_back = gr.Button("Put back what was left out", visible=False, elem_id="put-back")
+
+    def look(self, picture: ImageData | None, request: gr.Request) -> list:
+        """Talk about an uploaded picture, or none."""
+        visitor = self.visitor(request)
+        visitor.look_at(None)
+        visitor.delete_files()
+        with in_words():
+            visitor.look_at(self.uploaded(picture, visitor))
+        return self.everything(visitor)
+
+    def start_over(self, request: gr.Request) -> list:
+        """Forget what was said about the picture."""
+        visitor = self.visitor(request)
+        visitor.look_at(visitor.with_memory.image)
+        return self.everything(visitor)
+
+    def look_at_example(self, event: gr.EventData, request: gr.Request) -> list:
+        """Talk about one of the examples."""
+        visitor, number = self.visitor(request), int(event.row)
+        image = self.shared.examples[number % len(self.shared.examples)]
+        visitor.look_at(image)
+        return [image, *self.everything(visitor)]
+
+    def ask(self, question: str, top_k: float, threshold: float, compare: bool, request: gr.Request) -> Iterator[list]:
+        """Answer, with memory and without; the parts of the page change as the answer grows."""
+        visitor = self.visitor(request)
+        with in_words():
+            for _ in visitor.ask(question, int(top_k), threshold, compare):
+                yield [*self.chats(visitor), *[gr.skip()] * 4]
+        yield self.everything(visitor)
+
+    def ask_again(self, top_k: float, threshold: float, compare: bool, request: gr.Request) -> Iterator[list]:
+        """Ask the last question anew, as another turn."""
+        question = self.visitor(request).last_question()
+        yield from self.ask(question, top_k, threshold, compare, request)
+
+    def leave_out(
+        self, top_k: float, threshold: float, compare: bool, event: gr.EventData, request: gr.Request
+    ) -> Iterator[list]:
+        """Ask the last question anew without an example that was clicked, in place of the last turn."""
+        visitor = self.visitor(request)
+        visitor.left_out.append(str(event.row)[:32])
+        question = visitor.last_question(take_back=True)
+        yield from self.ask(question, top_k, threshold, compare, request)
+
+    def use_all(self, top_k: float, threshold: float, compare: bool, request: gr.Request) -> Iterator[list]:
+        """Ask the last question anew with all examples."""
+        visitor = self.visitor(request)
+        visitor.left_out = []
+        question = visitor.last_question(take_back=True)
+        yield from self.ask(question, top_k, threshold, compare, request)
+
+    def everything(self, visitor: Visitor) -> list:
+        """Return what the Ask tab shows: conversations, the doubt, the examples, and whether some were left out."""
+        doubt = visitor.none_right is not None and visitor.none_right >= UNSURE
+        text = ""
+        if doubt:
+            text = f"**I do not know this one.** No example is likely right (none is with {visitor.none_right:.0%})."
+        cards = render_cards([source_card(source) for source in visitor.sources], LEAVE_OUT, RESTS_ON)
+        left_out = gr.update(visible=bool(visitor.left_out))
+        return [*self.chats(visitor), gr.update(visible=doubt), text, cards, left_out]
+
+    def chats(self, visitor: Visitor) -> list[list[dict]]:
+        """Return the two conversations as Gradio has them."""
+        return [conversation(visitor.turns, answer) for answer in (1, 2)]
+
+    # ------------------------------------------------------------------ Teach
+
+    def teach_tab(self):
+        """Lay out how to teach, and what was taught."""
+        teaches = self.shared.allows("teach")
+        if not teaches:
+            gr.Markdown("Teaching is off here. Whoever runs the app can switch it on: `--visitors_may teach`.")
+        with gr.Row(visible=teaches):
+            with gr.Column(min_width=240):
+                self.new_picture = gr.Image(
+                    label="Picture", sources=SOURCES, type="filepath", height=260, elem_id="new-picture"
+                )
+                self.new_line = gr.Textbox(label="What is it?", max_length=2000, elem_id="new-line")
+                self.teach_button = gr.Button("Remember it", variant="primary", elem_id="teach-button")
+                gr.Markdown("Or many at once: pictures with a CSV whose columns are `image` and `caption`.")
+                with gr.Row():
+                    self.zip = gr.UploadButton("A zip file", file_types=[".zip"], elem_id="zip")
+                    self.folder = gr.UploadButton("A folder", file_count="directory", elem_id="folder")
+            with gr.Column(scale=2):
+                self.said = gr.Markdown("Nothing was taught yet.", elem_id="said")
+                self.lessons = gr.HTML(js_on_load=CARD_CLICK, elem_id="lessons")
+                self.forget_button = gr.Button("Forget all", elem_id="forget-all")
+                with gr.Row(visible=self.shared.allows("save"), equal_height=True):
+                    self.name = gr.Textbox(label="Save with the bank's rows as", placeholder="my-bank", elem_id="name")
+                    self.save_button = gr.Button("Save", elem_id="save")
+                    self.repository = gr.Textbox(label="Or push to", placeholder="me/my-bank", elem_id="repository")
+                    self.push_button = gr.Button("Push", elem_id="push")
+
+    def teach(self, picture: ImageData | None, line: str, request: gr.Request) -> list:
+        """Remember an uploaded picture by a line."""
+        visitor = self.visitor(request)
+        with in_words():
+            visitor.teach(self.uploaded(picture, visitor), str(line))
+        return [None, "", *self.taught(visitor)]
+
+    def teach_this(self, line: str, request: gr.Request) -> list:
+        """Remember the picture that the conversation is about."""
+        visitor = self.visitor(request)
+        with in_words():
+            visitor.teach(visitor.with_memory.image, line)
+        return ["", *self.taught(visitor)]
+
+    def teach_many(self, files: str | list[str], request: gr.Request) -> list:
+        """Remember the pictures of a zip file or a folder, up to the first that is bad; the files are deleted."""
+        visitor, before = self.visitor(request), len(self.visitor(request).lessons)
+        paths = files if isinstance(files, list) else [files]
+        problem = ""
+        try:
+            for _, picture, line in read_lessons(paths):
+                visitor.teach(picture, line)
+        except (ValueError, OSError) as error:
+            problem = f" Then: {html.escape(str(error))}"
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+        said, cards = self.taught(visitor)
+        return [f"{len(visitor.lessons) - before} new. {said}{problem}", cards]
+
+    def forget(self, event: gr.EventData, request: gr.Request) -> list:
+        """Forget the lesson that was clicked."""
+        return self._forget(str(event.row), request)
+
+    def forget_all(self, request: gr.Request) -> list:
+        """Forget all lessons."""
+        return self._forget(None, request)
+
+    def _forget(self, source_id: str | None, request: gr.Request) -> list:
+        visitor = self.visitor(request)
+        visitor.forget(source_id)
+        return [*self.taught(visitor), None, *self.everything(visitor)]
+
+    def taught(self, visitor: Visitor) -> list[str]:
+        """Return how much was taught, and the cards of it."""
+        rows = visitor.lessons.rows
+        cards = [Card(row["source_id"], row["caption"], row["thumbnail"], ("click to forget",)) for row in rows]
+        said = f"{len(rows)} remembered, for you alone and until you leave." if rows else "Nothing was taught yet."
+        return [said, render_cards(cards, FORGET)]
+
+    def save(self, name: str, request: gr.Request) -> str:
+        """Write a new bank."""
+        with in_words():
+            return f"Saved as {html.escape(str(self.visitor(request).save(name)))}."
+
+    def push(self, repository: str, request: gr.Request) -> str:
+        """Upload a new bank."""
+        with in_words():
+            return f"Pushed to {html.escape(self.visitor(request).push(repository))}."
+
+    # ------------------------------------------------------------------ Bank
+
+    def bank_tab(self, tab: gr.Tab):
+        """Lay out the search, and the view of the bank, which is made when the tab is opened first."""
+        with gr.Row():
+            with gr.Column(min_width=240):
+                self.text = gr.Textbox(label="Search captions", max_length=200, elem_id="text")
+                self.wanted = gr.Image(
+                    label="Search by picture", sources=SOURCES, type="filepath", height=200, elem_id="wanted"
+                )
+            with gr.Column(scale=3):
+                self.found = gr.HTML(elem_id="found")
+        self.view = gr.HTML(elem_id="view")
+        tab.select(self.view_bank, None, self.view, api_name="view", **self.alone)
+
+    def view_bank(self) -> str:
+        """Return the map of the keys and the similarities, as `tinyalign bank view` has them."""
+        return render_view(self.shared.model.memory_bank, "of this model")
+
+    def find_caption(self, text: str, request: gr.Request) -> str:
+        """Return rows with this text."""
+        with in_words():
+            rows = self.visitor(request).find_caption(text) if text.strip() else []
+        return render_cards([Card("", row["caption"], row["thumbnail"]) for row in rows])
+
+    def find_picture(self, picture: ImageData | None, request: gr.Request) -> str:
+        """Return the rows that are most like an uploaded picture."""
+        visitor, found = self.visitor(request), []
+        with in_words():
+            wanted = self.uploaded(picture, visitor)
+            if wanted is not None:
+                found = visitor.find_picture(wanted)
+        return render_cards([source_card(source) for source in found])
+
+    # ------------------------------------------------------------------ what calls what
+
+    def connect(self):
+        """Connect the components' events with the functions."""
+        page = [self.with_memory, self.without, self.unknown, self.unknown_text, self.gallery, self.put_back]
+        settings = [self.top_k, self.threshold, self.compare]
+        # unread: Gradio would open the file itself, with whatever program PIL has for it
+        unread = {"preprocess": False, **self.alone}
+        self.picture.input(self.look, self.picture, page, api_name="look", **unread)
+        self.examples.click(self.look_at_example, None, [self.picture, *page], api_name=False, **self.alone)
+        for chat in (self.with_memory, self.without):
+            chat.clear(self.start_over, None, page, api_name="start_over", **self.alone)
+        for event in (self.ask_button.click, self.question.submit):
+            asked = event(self.ask, [self.question, *settings], page, api_name="ask", **self.alone)
+            asked.then(lambda: "", None, self.question, api_name=False)
+        self.gallery.click(self.leave_out, settings, page, api_name=False, **self.alone)
+        self.put_back.click(self.use_all, settings, page, api_name="use_all", **self.alone)
+        if self.shared.has_memory:
+            self._connect_lessons(page, settings, unread)
+            self.text.input(self.find_caption, self.text, self.found, api_name="find_caption", **self.alone)
+            self.wanted.input(self.find_picture, self.wanted, self.found, api_name="find_picture", **unread)
+
+    def _connect_lessons(self, page: list, settings: list, unread: dict):
+        taught, forgotten = [self.said, self.lessons], [self.said, self.lessons, self.picture, *page]
+        for event in (self.teach_this_button.click, self.line.submit):
+            known = event(self.teach_this, self.line, [self.line, *taught], api_name="teach_this", **self.alone)
+            known.success(self.ask_again, settings, page, api_name=False, **self.alone)
+        for event in (self.teach_button.click, self.new_line.submit):
+            inputs = [self.new_picture, self.new_line]
+            event(self.teach, inputs, [*inputs, *taught], api_name="teach", **unread)
+        for button in (self.zip, self.folder):
+            button.upload(self.teach_many, button, taught, api_name="teach_many", **self.alone)
+        self.lessons.click(self.forget, None, forgotten, api_name=False, **self.alone)
+        self.forget_button.click(self.forget_all, None, forgotten, api_name="forget_all", **self.alone)
+        self.save_button.click(self.save, self.name, self.said, api_name="save", **self.alone)
+        self.push_button.click(self.push, self.repository, self.said, api_name="push", **self.alone)
+
+
+def source_card(source: Neighbour) -> Card:
+    """Return a neighbour as a card: how similar, how likely right, and whether it was read."""
+    notes = [f"similarity {source.similarity:.2f}"]
+    if source.probability is not None:
+        notes.append(f"right with {source.probability:.0%}")
+    if source.lesson:
+        notes.append("taught by you")
+    if not source.used:
+        notes.append("not used")
+    kind = "yours" if source.lesson else ""
+    return Card(source.source_id, source.caption, source.thumbnail, tuple(notes), kind if source.used else "unused")
+
+
+def conversation(turns: list[list[str]], answer: int) -> list[dict]:
+    """Return turns as messages of a chat, with the first or the second of their answers, if there is one."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn[0]})
+        if turn[answer]:
+            messages.append({"role": "assistant", "content": turn[answer]})
+    return messages
