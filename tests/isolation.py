@@ -89,8 +89,9 @@ def watched_places() -> list[Place]:
     home = Path.home()
     hf_home = Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface"))
     temporary = {Path(tempfile.gettempdir()), Path("/tmp")}
+    pictures = Path(os.environ.get("TINYALIGN_SCREENSHOTS", "-")).name  # of docs, which a test makes when asked to
     return [
-        Place(ROOT, depth=20, files=True, ignored=TOOLS),
+        Place(ROOT, depth=20, files=True, ignored=(*TOOLS, pictures)),
         Place(hf_home, depth=20, files=True),
         Place(home),
         *(Place(home / name, depth=2) for name in (".cache", ".config", ".local")),

@@ -94,7 +94,7 @@ def build_app(shared: Shared) -> gr.Blocks:
     with gr.Blocks(
         title=f"TinyAlign: {shared.name}", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)
     ) as app:
-        gr.Markdown(f"# {html.escape(shared.name)}\n{HEADLINE}")
+        gr.Markdown(f"# TinyAlign · {html.escape(shared.name)}\n{HEADLINE}")
         if shared.problem is not None:
             gr.Markdown(f"**Without memory.** {html.escape(shared.problem)}", elem_id="problem")
         with gr.Tab("Ask", id="ask"):

@@ -191,15 +191,13 @@ class Visitor:
         if not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise ValueError(f"The name is {name[:100]!r}, expected letters, digits, dots and dashes: my-bank, say.")
         check_new_folder(Path(name))
-        with LOCK:
-            self.lessons.save(name)
+        self.lessons.save(name)
         return Path(name).resolve()
 
     def push(self, repo_id: str) -> str:
         """Upload such a bank to the Hub, and return its address."""
         self._check_allowed("save")
-        with LOCK:
-            return self.lessons.push(repo_id.strip()).repo_url.url
+        return self.lessons.push(repo_id.strip()).repo_url.url
 
     def find_caption(self, text: str) -> list[dict]:
         """Return rows of lessons and bank whose caption has this text, `{"caption", "thumbnail", "source_id"}`."""

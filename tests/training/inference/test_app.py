@@ -1,7 +1,7 @@
 """`tinyalign app` in a real browser, and as strangers may talk to it.
 
-Set TINYALIGN_SCREENSHOTS to a folder, and the story leaves a picture of each tab there; with TINYALIGN_DEMO, a folder
-that `make demo` wrote, they show its model.
+Set TINYALIGN_SCREENSHOTS to a folder, and a story leaves a picture of each tab there; with TINYALIGN_DEMO, the folder
+that `make demo` wrote, so does a story with its model, and those are the pictures of docs/app.md.
 """
 
 import io
@@ -122,7 +122,8 @@ class Page:
         folder = os.environ.get("TINYALIGN_SCREENSHOTS")
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=Path(folder, f"{name}.png"))
+            picture = Image.open(io.BytesIO(self.page.screenshot(full_page=True)))
+            picture.convert("RGB").quantize(256).save(Path(folder, f"{name}.png"), optimize=True)
 
 
 def files_with(folder: Path, content: bytes) -> list[str]:
@@ -146,7 +147,7 @@ def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions
     cards = page.cards()
     assert len(cards) == 2 and captions[3] in cards[0] and "similarity 1.00" in cards[0] and "right with" in cards[0]
     assert not page.page.is_visible("#unknown")
-    page.shoot("ask")
+    page.shoot("tiny-ask")
     # a click leaves it out
     page.page.locator("#gallery [data-row]").first.click()
     page.settle()
@@ -174,7 +175,7 @@ def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions
     assert not page.page.is_visible("#unknown") and page.page.locator("#with .user").count() == 2
     # forgotten, and there is no trace of it
     page.open("Teach")
-    page.shoot("teach")
+    page.shoot("tiny-teach")
     assert len(page.cards("#lessons")) == 1 and NAME in page.cards("#lessons")[0]
     page.page.locator("#lessons [data-row]").click()
     page.wait("document.querySelector('#said').innerText.includes('Nothing')")
@@ -209,9 +210,53 @@ def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions
     page.upload("#wanted", png(images[5]))
     page.wait("document.querySelector('#found').innerText.includes('similarity')")
     assert captions[5] in page.cards("#found")[0]
-    page.shoot("bank")
+    page.shoot("tiny-bank")
     assert page.problems == []
     assert [url for url in page.requests if not url.startswith((app.local_url, "data:", "blob:", "about:"))] == []
+
+
+DEMO = os.environ.get("TINYALIGN_DEMO", "")
+
+
+@pytest.mark.skipif(
+    not DEMO, reason="set TINYALIGN_DEMO and TINYALIGN_SCREENSHOTS to make the pictures of docs/app.md"
+)
+def test_pictures_of_the_docs(browser):
+    """A bank without jars is taught one drawing of a jar, and the model names another."""
+    with_jars = MemoryBank.from_pretrained(f"{DEMO}/bank_with_heldout")
+    names = ["jar", "hourglass not done", "bucket"]
+    lessons = {name: png(with_jars.thumbnail(with_jars.captions.index(name))) for name in names}
+    query = Path(DEMO, "query.png").read_bytes()
+    shared = load_shared(f"{DEMO}/checkpoint", "main", f"{DEMO}/bank_without_heldout", "cpu")
+    with app_module.serving(shared) as app:
+        page = Page(browser, app.local_url)
+        page.upload("#picture", query)
+        page.ask("What is this?")
+        assert page.page.is_visible("#unknown") and "jar" not in page.page.inner_text("#with")
+        page.open("Teach")
+        for name in names:
+            page.upload("#new-picture", lessons[name])
+            page.page.fill("#new-line textarea, #new-line input", name)
+            page.page.click("#teach-button")
+            page.wait(f"document.querySelector('#lessons').innerText.includes('{name}')")
+            page.settle()
+        page.shoot("teach")
+        page.open("Ask")
+        page.ask("What is this?")
+        assert page.page.inner_text("#with").strip().endswith("jar") and "jar" in page.cards()[0]
+        page.shoot("teaching")
+    shared.model.attach_memory_bank(with_jars)
+    with app_module.serving(shared) as app:
+        page = Page(browser, app.local_url)
+        page.upload("#picture", query)
+        page.ask("What is this?")
+        page.ask("Which words go with it?")
+        page.shoot("ask")
+        page.open("Bank")
+        page.upload("#wanted", query)
+        page.wait("document.querySelector('#found').innerText.includes('similarity')")
+        page.page.frame_locator("#view iframe").locator("#map circle").first.wait_for()
+        page.shoot("bank")
 
 
 class Client:
