@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
-from gradio.data_classes import ImageData
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 from .app_html import CARD_CLICK, Card, render_cards, render_view
@@ -29,6 +29,14 @@ def in_words() -> Iterator[None]:
         raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
 
+def uploaded_path(path: str) -> Path:
+    """Return the path of an upload; `ValueError` for any other, which Gradio lets pass in a payload of a picture."""
+    path = Path(path or "").resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise ValueError("The file was not uploaded: upload it.")
+    return path
+
+
 class Pages:
     """Components of the page, and functions that Gradio calls with their values and a visitor's session.
 
@@ -46,12 +54,13 @@ class Pages:
         """Free what a visitor who closes the page has asked, taught and uploaded."""
         self.visitors.leave(request.session_hash)
 
-    def uploaded(self, picture: ImageData | None, visitor: Visitor) -> Image.Image | None:
+    def uploaded(self, picture: dict | None, visitor: Visitor) -> Image.Image | None:
         """Return an uploaded picture, whose file is deleted when the visitor leaves, if not before."""
-        if picture is None or picture.path is None:
+        if picture is None:
             return None
-        visitor.files.append(Path(picture.path))
-        return read_picture(picture.path)
+        path = uploaded_path(picture["path"])
+        visitor.files.append(path)
+        return read_picture(path)
 
     # ------------------------------------------------------------------ Ask
 
@@ -98,7 +107,7 @@ class Pages:
             self.compare = gr.Checkbox(True, label="Answer without memory, too", elem_id="compare")
             self.put_back = gr.Button("Put back what was left out", visible=False, elem_id="put-back")
 
-    def look(self, picture: ImageData | None, request: gr.Request) -> list:
+    def look(self, picture: dict | None, request: gr.Request) -> list:
         """Talk about an uploaded picture, or none."""
         visitor = self.visitor(request)
         visitor.look_at(None)
@@ -191,7 +200,7 @@ class Pages:
                     self.repository = gr.Textbox(label="Or push to", placeholder="me/my-bank", elem_id="repository")
                     self.push_button = gr.Button("Push", elem_id="push")
 
-    def teach(self, picture: ImageData | None, line: str, request: gr.Request) -> list:
+    def teach(self, picture: dict | None, line: str, request: gr.Request) -> list:
         """Remember an uploaded picture by a line."""
         visitor = self.visitor(request)
         with in_words():
@@ -208,7 +217,8 @@ class Pages:
     def teach_many(self, files: str | list[str], request: gr.Request) -> list:
         """Remember the pictures of a zip file or a folder, up to the first that is bad; the files are deleted."""
         visitor, before = self.visitor(request), len(self.visitor(request).lessons)
-        paths = files if isinstance(files, list) else [files]
+        with in_words():
+            paths = [uploaded_path(path) for path in (files if isinstance(files, list) else [files])]
         problem = ""
         try:
             for _, picture, line in read_lessons(paths):
@@ -216,7 +226,7 @@ class Pages:
         except (ValueError, OSError) as error:
             problem = f" Then: {html.escape(str(error))}"
         for path in paths:
-            Path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         said, cards = self.taught(visitor)
         return [f"{len(visitor.lessons) - before} new. {said}{problem}", cards]
 
@@ -275,7 +285,7 @@ class Pages:
             rows = self.visitor(request).find_caption(text) if text.strip() else []
         return render_cards([Card("", row["caption"], row["thumbnail"]) for row in rows])
 
-    def find_picture(self, picture: ImageData | None, request: gr.Request) -> str:
+    def find_picture(self, picture: dict | None, request: gr.Request) -> str:
         """Return the rows that are most like an uploaded picture."""
         visitor, found = self.visitor(request), []
         with in_words():

@@ -25,10 +25,10 @@ from tinyalign_vlm.hub_cards.cards import write_space
 from tinyalign_vlm.hub_cards.facts import ModelFacts
 from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
 from tinyalign_vlm.training.inference import visitor as visitor_module
-from tinyalign_vlm.training.inference.visitor import MAX_VISITORS, Shared, Visitors, load_shared
+from tinyalign_vlm.training.inference.visitor import Shared, Visitors, load_shared
 
 gradio_client = pytest.importorskip("gradio_client", reason="pip install tinyalign-vlm[app]")
-app_module = pytest.importorskip("tinyalign_vlm.training.inference.app", "pip install gradio", exc_type=ImportError)
+from tinyalign_vlm.training.inference import app as app_module  # noqa: E402
 
 NAME = "zyxgrumbl"  # no model knows it
 PATIENCE = 120_000  # milliseconds
@@ -48,7 +48,9 @@ def shared(parts, images):
     middle = (1 + float(found.max())) / 2
     weights = {"right": [-200 * middle, 200.0, 0.0, 0.0], "none": [200 * middle, -200.0, 0.0, 0.0]}
     parts.model.attach_memory_bank(bank.with_calibration(CalibrationConfig(2, len(bank), **weights)))
-    yield Shared(parts.model, processor, "tiny", question="what is it?", examples=images[:8])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visitor_module, "ANSWER_TOKENS", 4)
+        yield Shared(parts.model, processor, "tiny", question="what is it?", examples=images[:8])
     parts.model.attach_memory_bank(bank)
 
 
@@ -56,10 +58,8 @@ def shared(parts, images):
 def app(shared, tmp_path_factory):
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("cwd"))  # banks are saved there
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visitor_module, "ANSWER_TOKENS", 4)
-        with app_module.serving(shared) as app:
-            yield app
+    with app_module.serving(shared) as app:
+        yield app
     os.chdir(before)
 
 
@@ -310,17 +310,18 @@ def test_many_requests_take_no_more_memory(app, images, tmp_path):
     assert used[-1] - used[4] < 30 * 2**20, used
 
 
-def test_visitors_are_bounded_and_freed(shared, images, tmp_path):
+def test_visitors_are_bounded_and_freed(shared, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(visitor_module, "MAX_VISITORS", 4)
     visitors = Visitors(shared)
-    for number in range(3 * MAX_VISITORS):
+    for number in range(7):
         visitor = visitors[number]
         visitor.look_at(images[0])
         list(visitor.ask("", 2, 0, compare=False))
-    assert len(visitors) == MAX_VISITORS
+    assert len(visitors) == 4
     visitor.files.append(tmp_path / "upload.png")
     (tmp_path / "upload.png").write_bytes(b"")
     visitors.leave(number)
-    assert len(visitors) == MAX_VISITORS - 1 and not (tmp_path / "upload.png").exists()
+    assert len(visitors) == 3 and not (tmp_path / "upload.png").exists()
     assert visitors[number] is not visitor
 
 
@@ -351,7 +352,7 @@ def test_no_url_is_fetched_and_no_path_opened(app, shared, images, tmp_path):
         session = {"data": [place], "session_hash": "thief"}
         event = json.load(post(f"{url}/call/look", session))["event_id"]
         with urllib.request.urlopen(f"{url}/call/look/{event}", timeout=60) as answer:
-            assert b"error" in answer.read()
+            assert b"event: error" in answer.read()
 
 
 def post(url: str, data: dict):
