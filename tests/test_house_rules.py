@@ -103,7 +103,7 @@ def test_what_stands_alone_imports_nothing_of_ours(folder):
     """`try:` excepted: what travels asks the installed package to build banks and to write cards."""
     wrong = []
     for path, tree in TREES.items():
-        if path.parts[0] != folder:
+        if path.parts[0] != folder or path.name == "space_app.py":  # it runs in a Space, beside the package
             continue
         tried = {id(node) for part in ast.walk(tree) if isinstance(part, ast.Try) for node in ast.walk(part)}
         for node in ast.walk(tree):

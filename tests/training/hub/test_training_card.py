@@ -1,13 +1,11 @@
 """Cards that training writes, and the Python that cards print, run as it is printed."""
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +18,8 @@ from PIL import Image
 from transformers import TrainerState
 
 from tinyalign_cli.main import main
-from tinyalign_vlm.hub_cards.cards import usage_snippet, write_card, write_space
-from tinyalign_vlm.hub_cards.facts import ModelFacts, Part, read_facts
+from tinyalign_vlm.hub_cards.cards import usage_snippet, write_card
+from tinyalign_vlm.hub_cards.facts import Part, read_facts
 from tinyalign_vlm.training.hub.run_facts import (
     RunClock,
     StageRecord,
@@ -156,30 +154,6 @@ def test_bank_card_runs_as_printed(folder):
         json.loads((bank_folder / name / "bank_config.json").read_text()) for name in ("bigger-bank", "smaller-bank")
     )
     assert [config["num_rows"] for config in kept] == [13, 11]
-
-
-def test_space_answers_with_what_it_has_seen(folder, tmp_path, monkeypatch, captions):
-    """Gradio is not installed here: the app's own function is called, with what Gradio would give it."""
-    chats = []
-    gradio = types.SimpleNamespace(ChatInterface=lambda *args, **kwargs: chats.append((args, kwargs)))
-    monkeypatch.setitem(sys.modules, "gradio", gradio)
-    facts = ModelFacts(repo_id="org/model", license="mit")
-    write_space(tmp_path, "org/space", facts, "main")
-    text = (tmp_path / "README.md").read_text().replace("models:\n- org/model", f"models:\n- {folder / 'model'}")
-    (tmp_path / "README.md").write_text(text)
-    spec = importlib.util.spec_from_file_location("space_app", tmp_path / "app.py")
-    spec.loader.exec_module(app := importlib.util.module_from_spec(spec))
-    ((function,), options) = chats[0]
-    assert options["title"] == "space" and options["multimodal"]
-    app.PIPE.model.attach_memory_bank(str(folder / "bank"))
-    Image.new("RGB", (9, 5), "red").save(tmp_path / "red.png")
-    answer = function({"text": "", "files": [str(tmp_path / "red.png")]}, [])
-    seen = answer.split("Seen for it: ")[1].split(", ")
-    assert len(seen) == 2 and set(seen) <= set(captions)
-    assert function({"text": "Hello", "files": []}, []) == "Add an image to your question."
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    with pytest.raises(Image.DecompressionBombWarning):
-        function({"text": "", "files": [str(tmp_path / "red.png")]}, [])
 
 
 def test_clock_goes_on_after_an_interruption(monkeypatch):

@@ -93,6 +93,9 @@ def test_pictures(tmp_path):
     Image.new("RGB", (9, 7)).save(tmp_path / "a.eps")
     with pytest.raises(ValueError, match="cannot be read"):
         read_picture(tmp_path / "a.eps")
+    Image.new("1", (15_000, 15_000)).save(tmp_path / "huge.png")
+    with pytest.raises(ValueError, match="the image is too large"):
+        read_picture(tmp_path / "huge.png")
     (tmp_path / "big.png").write_bytes(bytes(uploads.MAX_IMAGE_BYTES + 1))
     with pytest.raises(ValueError, match="big.png has more than"):
         read_picture(tmp_path / "big.png")
