@@ -79,21 +79,22 @@ class Pages:
                     memory = self.shared.has_memory
                     self.with_memory = gr.Chatbot(label="With memory", visible=memory, elem_id="with", **looks)
                     self.without = gr.Chatbot(label="Without memory", elem_id="without", **looks)
-                with gr.Row(equal_height=True):
-                    placeholder = f"Ask: {self.shared.question}"
-                    self.question = gr.Textbox(
-                        show_label=False, placeholder=placeholder, scale=5, max_length=2000, elem_id="question"
-                    )
-                    self.ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
-        with gr.Row(visible=False, equal_height=True, elem_id="unknown") as self.unknown:
-            self.unknown_text = gr.Markdown()
-            teaches = self.shared.allows("teach")
-            self.line = gr.Textbox(
-                show_label=False, placeholder="What is it?", visible=teaches, max_length=2000, elem_id="line"
-            )
-            self.teach_this_button = gr.Button("Teach it", visible=teaches, elem_id="teach-this")
-        self.gallery = gr.HTML(js_on_load=CARD_CLICK, elem_id="gallery", visible=self.shared.has_memory)
+                self._question()
         self._settings()
+
+    def _question(self):
+        """Lay out the question, the doubt with a line to teach, and what the answer rests on."""
+        with gr.Row(equal_height=True):
+            looks = {"show_label": False, "container": False, "max_length": 2000}
+            placeholder = f"Ask: {self.shared.question}"
+            self.question = gr.Textbox(placeholder=placeholder, scale=5, elem_id="question", **looks)
+            self.ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
+        with gr.Row(visible=False, equal_height=True, elem_id="unknown") as self.unknown:
+            teaches = self.shared.allows("teach")
+            self.unknown_text = gr.Markdown()
+            self.line = gr.Textbox(placeholder="What is it?", visible=teaches, elem_id="line", **looks)
+            self.teach_this_button = gr.Button("Teach it", visible=teaches, elem_id="teach-this", scale=0)
+        self.gallery = gr.HTML(js_on_load=CARD_CLICK, elem_id="gallery", visible=self.shared.has_memory)
 
     def _settings(self):
         most, threshold = self.shared.model.config.memory_top_k, self.shared.model.config.retrieval_threshold
@@ -111,9 +112,11 @@ class Pages:
         """Talk about an uploaded picture, or none."""
         visitor = self.visitor(request)
         visitor.look_at(None)
-        visitor.delete_files()
-        with in_words():
+        try:
             visitor.look_at(self.uploaded(picture, visitor))
+            visitor.delete_files(but=picture and uploaded_path(picture["path"]))
+        except (ValueError, OSError) as error:  # the page shows no longer what was said of another picture
+            gr.Warning(html.escape(str(error)), title="Error")
         return self.everything(visitor)
 
     def start_over(self, request: gr.Request) -> list:

@@ -180,10 +180,12 @@ class Visitor:
         self.look_at(None)
         self.delete_files()
 
-    def delete_files(self):
-        """Delete the uploads that the page has shown."""
-        while self.files:
-            self.files.pop().unlink(missing_ok=True)
+    def delete_files(self, but: Path | None = None):
+        """Delete the uploads that the page has shown, but one."""
+        for path in self.files:
+            if path != but:
+                path.unlink(missing_ok=True)
+        self.files = [but] if but else []
 
     def save(self, name: str) -> Path:
         """Write a new bank with the lessons into a folder below the current one, and return it."""

@@ -94,6 +94,9 @@ class Page:
         file = {"name": name, "mimeType": "image/png", "buffer": content}
         with self.page.expect_response(lambda response: "/queue/data" in response.url):
             self.page.set_input_files(f"{where} input[type=file]", file)
+        if where == "#picture":  # a new conversation
+            self.wait(f"!document.querySelector('{TURNS}')")
+        self.settle()
 
     def ask(self, question: str = ""):
         turns = self.page.locator(TURNS).count()
@@ -362,7 +365,10 @@ def test_no_url_is_fetched_and_no_path_opened(app, shared, images, tmp_path):
         session = {"data": [place], "session_hash": "thief"}
         event = json.load(post(f"{url}/call/look", session))["event_id"]
         with urllib.request.urlopen(f"{url}/call/look/{event}", timeout=60) as answer:
-            assert b"event: error" in answer.read()
+            answer.read()
+        stolen = json.load(post(f"{url}/call/ask", {"data": ["", 2, 0, True], "session_hash": "thief"}))["event_id"]
+        with urllib.request.urlopen(f"{url}/call/ask/{stolen}", timeout=60) as answer:
+            assert b"There is no picture yet" in answer.read()
 
 
 def post(url: str, data: dict):
