@@ -1,4 +1,4 @@
-"""What one visitor of the app has asked and taught, and what all visitors share."""
+"""A visitor of the app, and the parts that all visitors share."""
 
 import json
 import re
@@ -34,7 +34,7 @@ EVERYTHING = -1.0  # the threshold that no neighbour is below
 
 @dataclass
 class Shared:
-    """What visitors share.
+    """The parts that visitors share.
 
     Attributes:
         name: the model's, as it is shown.
