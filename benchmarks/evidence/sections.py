@@ -223,7 +223,7 @@ def bank(study: Study, folder: Path) -> Section:
     titles = {"with": "100%", "size_distractors": "100% and the validation concepts, which nobody asks for"}
     lines = []
     for name in banks:
-        found = np.mean([recalls[seed][name] for seed in retrieval.SEEDS])
+        found = np.mean([recalls[seed][name] for seed in recalls])
         scores = (interval_cell(score(demos, result_of("tinyalign", name), metric)) for metric in METRICS)
         lines.append([titles.get(name, name.removeprefix("size_")), f"{found:.2f}", *scores])
     whole, tenth = result_of("tinyalign", "with"), result_of("tinyalign", banks[0])
@@ -248,8 +248,8 @@ def towers(study: Study, folder: Path) -> Section:
         "wrong keys (random bank)": result_of("tinyalign", "random"),
         "baseline": result_of("baseline", "with"),
     }
-    found = np.mean([recalls[seed]["other_tower"] for seed in retrieval.SEEDS])
-    own = np.mean([recalls[seed]["with"] for seed in retrieval.SEEDS])
+    found = np.mean([recalls[seed]["other_tower"] for seed in recalls])
+    own = np.mean([recalls[seed]["with"] for seed in recalls])
     worse = better(demos, rows["TinyAlign"], rows["neighbours by the small picture itself"])
     return Section(
         "Another tower's neighbours",
