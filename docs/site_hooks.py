@@ -90,7 +90,8 @@ def commands_page() -> str:
             with redirect_stdout(printed):
                 main([*name.split(), "--help"])
         except SystemExit:
-            parts.append(f"## tinyalign {name}\n\n````text\n{printed.getvalue()}````")
+            text = printed.getvalue().replace(f"{ROOT}/", "")
+            parts.append(f"## tinyalign {name}\n\n````text\n{text}````")
     return "\n\n".join(parts)
 
 
