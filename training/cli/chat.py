@@ -10,8 +10,8 @@ Ask about a picture in a terminal, see the remembered examples that an answer re
   tinyalign chat org/model                                # the bank that its config names, at its commit
 
 In the chat, /image PATH shows a picture, /teach PATH LINE remembers one by a line, at once and without training, and
-/help lists the other commands. What is taught is in memory alone, until /save DIR writes a new bank. Nothing is
-written besides: the history of what was typed ends with the chat.
+/help lists the other commands. What is taught is in memory alone, until /save DIR writes a new bank. The history
+of what was typed ends with the chat.
 
 With a question it prints the answer alone, with --sources as JSON with the examples:
 

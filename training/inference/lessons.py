@@ -72,9 +72,12 @@ class Lessons:
     """Lessons of one visitor: in memory alone, found beside the rows of a bank, and forgotten without a trace.
 
     Args:
-        bank: the shared bank, whose encoders make the keys; never copied. By default the model's. Without one an
-            answer can be had, but nothing taught.
+        bank: the shared bank, whose encoders make the keys; never copied. By default the model's. Without one the
+            model answers without memory, and nothing can be taught.
         pictures: shared by all visitors of a model.
+
+    Raises:
+        ValueError: the bank is of another vision tower.
     """
 
     def __init__(
@@ -86,6 +89,9 @@ class Lessons:
     ):
         self.model, self.processor = model, processor
         self.bank = model.memory_bank if bank is None else bank
+        if bank is not None and bank is not model.memory_bank:  # which was checked when it was attached
+            with LOCK:
+                bank.check_probes(model)
         self.pictures = Pictures(model) if pictures is None else pictures
         self._lessons: list[Lesson] = []
 

@@ -75,6 +75,24 @@ def test_a_picture_taught_again(parts, images, captions, tmp_path):
     assert chat.sources[0].caption == captions[0]
 
 
+def test_the_shared_bank_is_not_copied(parts, images, monkeypatch):
+    def batches(self, *args):
+        raise AssertionError("all rows of the bank are read")
+
+    lessons = Lessons(parts.model, parts.processor)
+    before = set(cache_root().rglob("*"))
+    monkeypatch.setattr(MemoryBank, "batches", batches)
+    chat = Conversation(parts.model, parts.processor, lessons, max_new_tokens=1)
+    chat.teach(images[9], f"a {WORD}")
+    list(chat.ask(QUESTION, images[9]))
+    assert chat.sources[0].lesson and set(cache_root().rglob("*")) == before
+
+
+def test_a_bank_of_another_tower(parts, make_model):
+    with pytest.raises(ValueError, match="The memory bank was built with the vision tower siglip"):
+        Lessons(make_model("clip"), parts.processor, parts.bank)
+
+
 def test_teaching_looks_at_a_picture_once(parts, images, tower_calls):
     lessons = Lessons(parts.model, parts.processor)
     chat = Conversation(parts.model, parts.processor, lessons, max_new_tokens=1)

@@ -5,6 +5,8 @@ import threading
 
 import torch
 
+from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.training.inference.conversation import Conversation
 from tinyalign_vlm.training.inference.pictures import Pictures
 
 
@@ -59,9 +61,6 @@ def test_many_threads(parts, images, tower_calls):
 
 
 def test_language_keys_depend_on_the_question(make_model, make_processor, images, captions):
-    from tinyalign_vlm import MemoryBank
-    from tinyalign_vlm.training.inference.conversation import Conversation
-
     model = make_model(key_space="language", memory_input="captions")
     processor = make_processor(model)
     rows = [{"image": image, "caption": caption} for image, caption in zip(images, captions, strict=True)]
@@ -76,3 +75,9 @@ def test_language_keys_depend_on_the_question(make_model, make_processor, images
         assert torch.allclose(torch.tensor(found[-1]), expected.scores[0], atol=1e-5)
         chat.clear()
     assert found[0] != found[1] and len(chat.pictures) == 1
+    image = images[0].rotate(90)
+    chat.teach(image, "a zorblax")
+    model.attach_memory_bank(model.memory_bank.add(image, model, processor, captions="a zorblax"))
+    list(chat.ask("a red square", image))
+    expected = model.retrieve(image, **processor.query_inputs(["a red square"]))
+    assert [source.caption for source in chat.sources] == expected.captions[0]
