@@ -87,12 +87,14 @@ class Pages:
         with gr.Row(equal_height=True):
             looks = {"show_label": False, "container": False, "max_length": 2000}
             placeholder = f"Ask: {self.shared.question}"
-            self.question = gr.Textbox(placeholder=placeholder, scale=5, elem_id="question", **looks)
+            self.question = gr.Textbox(label="Question", placeholder=placeholder, scale=5, elem_id="question", **looks)
             self.ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Row(visible=False, equal_height=True, elem_id="unknown") as self.unknown:
             teaches = self.shared.allows("teach")
             self.unknown_text = gr.Markdown()
-            self.line = gr.Textbox(placeholder="What is it?", visible=teaches, elem_id="line", **looks)
+            self.line = gr.Textbox(
+                label="What is it?", placeholder="What is it?", visible=teaches, elem_id="line", **looks
+            )
             self.teach_this_button = gr.Button("Teach it", visible=teaches, elem_id="teach-this", scale=0)
         self.gallery = gr.HTML(js_on_load=CARD_CLICK, elem_id="gallery", visible=self.shared.has_memory)
 
@@ -312,6 +314,7 @@ class Pages:
         for event in (self.ask_button.click, self.question.submit):
             asked = event(self.ask, [self.question, *settings], page, api_name="ask", **self.alone)
             asked.then(lambda: "", None, self.question, api_name=False)
+        self.compare.change(lambda shown: gr.update(visible=shown), self.compare, self.without, api_name=False)
         self.gallery.click(self.leave_out, settings, page, api_name=False, **self.alone)
         self.put_back.click(self.use_all, settings, page, api_name="use_all", **self.alone)
         if self.shared.has_memory:
