@@ -97,7 +97,7 @@ class Page:
         if remove.count():
             remove.click()
         file = {"name": name, "mimeType": "image/png", "buffer": content}
-        with self.page.expect_response(lambda response: "/queue/data" in response.url):
+        with self.page.expect_response(lambda response: "/upload?" in response.url):
             self.page.set_input_files(f"{where} input[type=file]", file)
         if where == "#picture":  # a new conversation
             self.wait(f"!document.querySelector('{TURNS}')")
