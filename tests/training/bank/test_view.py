@@ -14,6 +14,8 @@ from tinyalign_vlm.training.bank.view import page_data, principal_components, si
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
+LONG_NAME = "x" * 90  # of a column: wider than a phone
+
 
 @pytest.fixture(scope="module")
 def place(images, captions, model, processor, value_encoder, tmp_path_factory):
@@ -22,8 +24,11 @@ def place(images, captions, model, processor, value_encoder, tmp_path_factory):
     rows = [{"image": image, "caption": caption} for image, caption in zip(images, captions, strict=True)]
     rows[3]["caption"] = HOSTILE
     rows.append({"image": images[0], "caption": "the first image again"})
-    rows = [{**row, "licence": None if number == 2 else f"cc-{number % 9}"} for number, row in enumerate(rows)]
-    bank = MemoryBank.build(rows, model, processor, value_encoder, keep_duplicates=True, keep_columns=["licence"])
+    for number, row in enumerate(rows):
+        row.update({LONG_NAME: "y" * 300, "licence": f"cc-{number % 9}"})
+    rows[2]["licence"] = None
+    settings = {"keep_duplicates": True, "keep_columns": ["licence", LONG_NAME]}
+    bank = MemoryBank.build(rows, model, processor, value_encoder, **settings)
     bank.save_pretrained(root / "bank")
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
