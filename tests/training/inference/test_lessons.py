@@ -60,6 +60,17 @@ def test_saved_as_a_new_bank(parts, images, captions, tmp_path, monkeypatch, qua
         assert (saved.gather([number])[0] == lesson.value).all()
 
 
+def test_pushed(parts, images, monkeypatch):
+    """Uploading itself is `MemoryBank.push_to_hub`, which tests/hub has."""
+    pushed = []
+    monkeypatch.setattr(MemoryBank, "push_to_hub", lambda bank, *args, **kw: pushed.append((bank.captions, args, kw)))
+    lessons = Lessons(parts.model, parts.processor)
+    lessons.teach(images[9], f"a {WORD}")
+    lessons.push("org/bank", private=True)
+    assert pushed == [([*parts.bank.captions, f"a {WORD}"], ("org/bank",), {"private": True})]
+    assert files_with(WORD, cache_root()) == []
+
+
 def test_a_picture_taught_again(parts, images, captions, tmp_path):
     lessons = Lessons(parts.model, parts.processor)
     chat = Conversation(parts.model, parts.processor, lessons, max_new_tokens=1)
