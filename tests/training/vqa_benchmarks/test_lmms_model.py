@@ -34,7 +34,7 @@ from unittest.mock import MagicMock
 
 for name in ("dotenv", "pytablewriter"):  # for .env files and printed tables
     if importlib.util.find_spec(name) is None:
-        sys.modules[name] = MagicMock()
+        sys.modules[name] = MagicMock(**{"MarkdownTableWriter.return_value.dumps.return_value": ""})
 from lmms_eval.__main__ import cli_evaluate
 
 for arguments in json.loads(sys.argv[1]):
