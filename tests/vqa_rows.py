@@ -9,6 +9,19 @@ from PIL import Image
 MME = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 MME += ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUBJECTS = ("Art", "Biology", "Finance")
+# Several commands in one process, which imports lmms-eval once.
+COMMANDS = """
+import json
+import sys
+
+from tinyalign_cli.main import main
+
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print(end)
+"""
 
 
 def picture(seed: int) -> Image.Image:

@@ -6,23 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from vqa_rows import write
+from vqa_rows import COMMANDS, write
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
-
-
-COMMANDS = """
-import json
-import sys
-
-from tinyalign_cli.main import main
-
-for arguments in json.loads(sys.argv[1]):
-    try:
-        main(arguments)
-    except SystemExit as end:
-        print(end)
-"""
 
 
 def test_the_metric_logged_is_that_of_the_evaluation_of_the_model(files):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from huggingface_hub import HfApi
-from vqa_rows import write
+from vqa_rows import COMMANDS, gqa_rows, save, write
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
 
@@ -69,20 +69,25 @@ configs:
 """
 
 
-def test_data_of_the_hub_stay_at_the_commit_of_the_first_run(hub, saved, tmp_path):
-    api, name = HfApi(hub.url, token="hf_owner"), "lmms-lab-encoder/GQA"
-    write(tmp_path / "rows", "gqa")
-    (tmp_path / "rows/README.md").write_text(GQA_CARD)
+def test_data_of_the_hub_are_pinned(hub, saved, tmp_path):
+    """To the commits in revisions.json; a first run writes the last ones into it."""
+    api, name, rows = HfApi(hub.url, token="hf_owner"), "lmms-lab-encoder/GQA", tmp_path / "rows"
+    write(rows, "gqa")
+    (rows / "README.md").write_text(GQA_CARD)
     api.create_repo(name, repo_type="dataset")
-    first = api.upload_folder(folder_path=tmp_path / "rows", repo_id=name, repo_type="dataset").oid
-    arguments = [saved["model"], "--bank", saved["bank"], "--tasks", "gqa", "--limit", "1", "--output", str(tmp_path)]
-    environment = hub.environment(tmp_path / "hf")
-    assert evaluate(*arguments, **environment).startswith("0 ")
-    assert json.loads((tmp_path / "revisions.json").read_text()) == {name: first}
-    api.upload_file(path_or_fileobj=b"", path_in_repo="gqa.parquet", repo_id=name, repo_type="dataset")
-    assert evaluate(*arguments, "--memory", "off", **environment).startswith("0 ")
-    results = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["gqa"]
-    assert results["data_version"] == first and len(results["variants"]) == 2
-    (tmp_path / "revisions.json").write_text(json.dumps({name: "0" * 40}))
-    printed = evaluate(*arguments, **environment)
-    assert printed.startswith("1 tinyalign: ") and f"{name} at {'0' * 40} cannot be read from the Hub" in printed
+    first = api.upload_folder(folder_path=rows, repo_id=name, repo_type="dataset").oid
+    save(gqa_rows(2), rows / "gqa.parquet")
+    last = api.upload_folder(folder_path=rows, repo_id=name, repo_type="dataset").oid
+    for folder, commit in (("pinned", first), ("missing", "0" * 40)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "revisions.json").write_text(json.dumps({name: commit}))
+    asked = ["evaluate", saved["model"], "--bank", saved["bank"], "--tasks", "gqa", "--output"]
+    commands = json.dumps([[*asked, str(tmp_path / folder)] for folder in ("pinned", "new", "missing")])
+    environment = os.environ | hub.environment(tmp_path / "hf")
+    command = [sys.executable, "-c", COMMANDS, commands]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert f"{name} at {'0' * 40} cannot be read from the Hub" in done.stdout, done.stderr[-3000:]
+    for folder, commit, questions in (("pinned", first, 12), ("new", last, 6)):
+        result = json.loads((tmp_path / folder / "results.json").read_text())["benchmarks"]["gqa"]
+        assert (result["data_version"], result["questions"]) == (commit, questions)
+        assert json.loads((tmp_path / folder / "revisions.json").read_text()) == {name: commit}
