@@ -23,8 +23,7 @@ def check_new_folder(out: Path) -> None:
     """Raise `ValueError` if there is anything in the folder of a bank that is to be made."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(
-            f"{out} is there already: choose another --out, or delete it. Every command writes a new bank and changes "
-            "none."
+            f"{out} is there already: choose another folder, or delete it. A new bank is written, and none is changed."
         )
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ...modeling_tinyalign.bank_format import matrix
 from ...modeling_tinyalign.bank_rows import renumbered
 from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import PairReader, RowEncoder, finished, read_thumbnail
+from ..bank.folders import check_new_folder
 from .answers import LOCK
 from .pictures import Picture, Pictures
 
@@ -208,7 +210,12 @@ class Lessons:
     # ------------------------------------------------------------------ keeping them
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write a new bank: the shared one's rows, but of pictures that were taught anew, and the lessons."""
+        """Write a new bank: the shared one's rows, but of pictures that were taught anew, and the lessons.
+
+        Raises:
+            ValueError: there is something in the folder, or no bank.
+        """
+        check_new_folder(Path(folder))
         with self._as_bank() as bank:
             bank.save_pretrained(folder)
 

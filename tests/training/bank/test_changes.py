@@ -31,7 +31,7 @@ def test_remove_by_picture_name_and_columns(folder, kept, images, captions, tmp_
     tinyalign("remove", tmp_path / "5", "--where", "caption~red", "source=b", "--out", tmp_path / "4")
     assert MemoryBank.from_pretrained(tmp_path / "4").captions == [captions[i] for i in (3, 4, 5, 9)]
     assert problems(tmp_path / "4") == [] and content_of(folder) == before
-    with pytest.raises(SystemExit, match="5 is there already: choose another --out"):
+    with pytest.raises(SystemExit, match="5 is there already: choose another folder"):
         tinyalign("remove", folder, "--where", "source=b", "--out", tmp_path / "5")
 
 

@@ -109,7 +109,7 @@ def test_the_same_as_in_python(build, rows, model, processor, value_encoder, tmp
     assert os.listdir(tmp_path) == ["out"]
     # again: what is there is not touched
     before = content_of(tmp_path / "out")
-    with pytest.raises(SystemExit, match="out is there already: choose another --out"):
+    with pytest.raises(SystemExit, match="out is there already: choose another folder"):
         build("--keep", "license", "--batch_size", "8")
     assert content_of(tmp_path / "out") == before and os.listdir(tmp_path) == ["out"]
 

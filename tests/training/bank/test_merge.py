@@ -17,7 +17,7 @@ def test_merge(folder, kept, captions, tmp_path, capsys, problems, tinyalign):
     assert problems(tmp_path / "all") == [] and content_of(folder) == before
     tinyalign("merge", tmp_path / "last", folder, "--keep_duplicates", "--out", tmp_path / "twice")
     assert len(MemoryBank.from_pretrained(tmp_path / "twice")) == 16
-    with pytest.raises(SystemExit, match="all is there already: choose another --out"):
+    with pytest.raises(SystemExit, match="all is there already: choose another folder"):
         tinyalign("merge", tmp_path / "last", folder, "--out", tmp_path / "all")
     with pytest.raises(SystemExit, match="Found 1 bank, expected two or more"):
         tinyalign("merge", folder, "--out", tmp_path / "one")

@@ -81,6 +81,8 @@ def test_a_picture_taught_again(parts, images, captions, tmp_path):
     assert [chat.sources[0].caption, captions[0] in str(chat.sources)] == [f"a {WORD}", False]
     lessons.save(tmp_path / "saved")
     assert MemoryBank.from_pretrained(tmp_path / "saved").captions == [*captions[1:8], f"a {WORD}"]
+    with pytest.raises(ValueError, match="saved is there already: choose another folder"):
+        lessons.save(tmp_path / "saved")
     chat.forget()
     list(chat.ask(QUESTION, images[0]))
     assert chat.sources[0].caption == captions[0]
