@@ -319,7 +319,7 @@ class Pages:
         self.put_back.click(self.use_all, settings, page, api_name="use_all", **self.alone)
         if self.shared.has_memory:
             self._connect_lessons(page, settings, unread)
-            self.text.input(self.find_caption, self.text, self.found, api_name="find_caption", **self.alone)
+            self.text.change(self.find_caption, self.text, self.found, api_name="find_caption", **self.alone)
             self.wanted.input(self.find_picture, self.wanted, self.found, api_name="find_picture", **unread)
 
     def _connect_lessons(self, page: list, settings: list, unread: dict):
