@@ -57,7 +57,7 @@ def data_efficiency(demos: Sequence[Demo], names: dict[tuple[str, float, str], s
     """Plot the four metrics by the share of the training data, with 95% intervals."""
     figure = Figure(figsize=(15, 6.5))
     grid = figure.subplots(2, len(METRICS), sharex=True)
-    for line, plan in zip(grid, ("epoch", "steps"), strict=True):
+    for line, plan in zip(grid, sorted({plan for plan, _, _ in names}), strict=True):
         for axis, (metric, title) in zip(line, METRICS.items(), strict=True):
             for system, marker in MARKERS.items():
                 shares = [share for plan_, share, system_ in names if (plan_, system_) == (plan, system)]

@@ -150,7 +150,7 @@ def data_efficiency(study: Study, folder: Path) -> Section:
         lines.append(
             [plan, f"{share:.0%}", system, *(interval_cell(score(demos, pick, metric)) for metric in METRICS)]
         )
-    for plan in ("epoch", "steps"):
+    for plan in training_data.SHARES:
         ours, whole = (
             result_of(names[plan, share, system], "with") for share, system in ((0.4, "tinyalign"), (1.0, "baseline"))
         )
@@ -338,9 +338,9 @@ TITLES = {
     "text_cut": "text-only RAG at equal tokens, trained as long",
     "chosen": "untouched baseline chooses among the retrieved names, or none",
     "lora": "fine-tuned on the bank's rows, LoRA",
-    "lora_negatives": "the same with negatives",
+    "lora_negatives": "fine-tuned, LoRA, with negatives",
     "full": "fine-tuned on the bank's rows, all weights",
-    "full_negatives": "the same with negatives",
+    "full_negatives": "fine-tuned, all weights, with negatives",
     "copy": "copy the nearest name",
     "mixed": "kNN over keys, mixed with the baseline by probability",
     "baseline": "baseline",

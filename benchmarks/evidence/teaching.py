@@ -23,7 +23,8 @@ from tinyalign_vlm.training.demo.state import PROMPT, TOP_K, Demo, write_json
 from tinyalign_vlm.training.evaluation.choices import score_answers
 from tinyalign_vlm.training.hub.run_facts import RECORD_NAME, read_records, write_records
 
-NUM_CONCEPTS = 100
+NUM_CONCEPTS = 100  # that are taught
+NUM_ASKED = 40  # of them, and of pictures of nothing that was taught; all would take an hour more
 OPTIONS = (5, 20, 100)
 IS_THIS = "Is this {}?"
 YES_NO = ["yes", "no"]
@@ -68,7 +69,7 @@ def write_lesson(demo: Demo, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(demo.config.seed)
     taught = np.sort(rng.permutation(demo.pairs.heldout)[:NUM_CONCEPTS])
-    unknown = np.sort(rng.permutation(demo.pairs.validation)[:NUM_CONCEPTS])
+    unknown = np.sort(rng.permutation(demo.pairs.validation)[:NUM_ASKED])
     names = rng.permutation(made_up_names(len(taught), rng)).tolist()
     for style, rows in (("noto", taught), ("twemoji", taught), ("twemoji", unknown)):
         for row, image in zip(rows, getattr(demo.pairs, style).select(rows)["image"], strict=True):
@@ -77,7 +78,8 @@ def write_lesson(demo: Demo, folder: Path) -> None:
     near = queries @ demo.features["noto"][taught].mean(1, dtype=np.float32).T
     np.fill_diagonal(near, -np.inf)
     questions = []
-    for index, (row, name) in enumerate(zip(taught, names, strict=True)):
+    for index in np.sort(rng.permutation(len(taught))[:NUM_ASKED]):
+        row, name = taught[index], names[index]
         about = {"picture": f"twemoji-{row}.webp", "concept": name}
         for other, answer in ((name, "yes"), (names[near[index].argmax()], "no")):
             questions.append({**about, "question": IS_THIS.format(other), "options": YES_NO, "answer": answer})
