@@ -45,9 +45,9 @@ Seeds: {seeds}; the sections alternatives, data_efficiency, causes, stages, cost
 
 ## How it was run
 
-`make demo`, then `make evidence`; machine: {machine}; {packages}. Which constants there are to change: SEEDS and the
-like at the top of each file in [benchmarks/evidence/](../benchmarks/evidence); `EVIDENCE_ARGS="--only SECTION"` runs
-one section.
+`make demo`, then `make evidence EVIDENCE_ARGS="--seeds {seeds_given}"`; machine: {machine}; {packages}. Constants to
+change, SEEDS and the like, stand at the top of each file in [benchmarks/evidence/](../benchmarks/evidence);
+`EVIDENCE_ARGS="--only SECTION"` runs one section. Seconds are of whatever else the machine did at the time.
 
 | step | seconds |
 |---|---|
@@ -76,6 +76,7 @@ def assemble(folder: Path, report: Path, seeds: list[int], seconds: dict[str, fl
         top_k=TOP_K,
         draws=DRAWS,
         seeds=", ".join(map(str, seeds)),
+        seeds_given=" ".join(map(str, seeds)),
         verdicts="\n".join(lines),
         sections="\n".join(found.values()).strip(),
         not_run="\n".join(f"- {name}: {why}" for name, why in missing.items()),
