@@ -64,7 +64,7 @@ def _lessons(files: dict[str, Callable], **options) -> Iterator[tuple[str, Image
     folder = PurePosixPath(tables[0]).parent
     for row in rows:
         name = row["image"] or ""
-        file = files.get(str(folder / name)) or files.get(PurePosixPath(name).name)
+        file = files.get(str(folder / name)) or files.get(name) or files.get(PurePosixPath(name).name)
         if file is None:
             raise ValueError(f"{tables[0]} names the picture {name!r:.100}, which was not uploaded.")
         try:

@@ -135,7 +135,7 @@ def make_until_killed(parts):
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
-module.PART_IMAGES = 5
+module.PART_ROWS = 5
 bank, processor, images = pickle.loads(Path("inputs.pkl").read_bytes())
 model = TinyAlignForConditionalGeneration.from_pretrained("model")
 folder, *kills = sys.argv[1:]

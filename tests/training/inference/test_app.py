@@ -4,6 +4,7 @@ Set TINYALIGN_SCREENSHOTS to a folder, and a story leaves a picture of each tab 
 that `make demo` wrote, so does a story with its model, and those are the pictures of docs/app.md.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -29,6 +30,7 @@ from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
 from tinyalign_vlm.training.inference import visitor as visitor_module
 from tinyalign_vlm.training.inference.visitor import Shared, Visitors, load_shared
 
+BrowserTimeout = pytest.importorskip("playwright.sync_api", reason="pip install playwright").TimeoutError
 gradio_client = pytest.importorskip("gradio_client", reason="pip install tinyalign-vlm[app]")
 from tinyalign_vlm.training.inference import app as app_module  # noqa: E402
 
@@ -106,9 +108,13 @@ class Page:
 
     def ask(self, question: str = ""):
         turns = self.page.locator(TURNS).count()
-        self.page.fill("#question textarea", question)
-        self.page.click("#ask")
-        self.wait(f"document.querySelectorAll('{TURNS}').length > {turns}")
+        for _ in range(4):  # on a busy machine the app may look at a new picture after the question, and starts anew
+            self.page.fill("#question textarea", question)
+            self.page.click("#ask")
+            with contextlib.suppress(BrowserTimeout):
+                answered = f"document.querySelectorAll('{TURNS}').length > {turns}"
+                self.page.wait_for_function(answered, timeout=PATIENCE / 4)
+                break
         self.settle()
 
     def settle(self):

@@ -13,7 +13,7 @@ from tinyalign_vlm.training.inference.lessons import Lessons
 
 from .conftest import QUESTION
 
-WORD = "zorblax"
+WORD = "vexquimble"  # in no other file of the tests
 
 
 def files_with(word: str, *folders: Path) -> list[Path]:
@@ -74,13 +74,13 @@ def test_pushed(parts, images, monkeypatch):
 def test_a_picture_taught_again(parts, images, captions, tmp_path):
     lessons = Lessons(parts.model, parts.processor)
     chat = Conversation(parts.model, parts.processor, lessons, max_new_tokens=1)
-    for caption in ("a dog", f"a {WORD}"):
+    for caption in ("a dog", "a zorblax"):
         chat.teach(images[0], caption)  # which the bank has under another name
-    assert [row["caption"] for row in lessons.rows] == [f"a {WORD}"]
+    assert [row["caption"] for row in lessons.rows] == ["a zorblax"]
     list(chat.ask(QUESTION, images[0]))
-    assert [chat.sources[0].caption, captions[0] in str(chat.sources)] == [f"a {WORD}", False]
+    assert [chat.sources[0].caption, captions[0] in str(chat.sources)] == ["a zorblax", False]
     lessons.save(tmp_path / "saved")
-    assert MemoryBank.from_pretrained(tmp_path / "saved").captions == [*captions[1:8], f"a {WORD}"]
+    assert MemoryBank.from_pretrained(tmp_path / "saved").captions == [*captions[1:8], "a zorblax"]
     with pytest.raises(ValueError, match="saved is there already: choose another folder"):
         lessons.save(tmp_path / "saved")
     chat.forget()
