@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 from tinyalign_cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
+SITE_PACKAGES = ROOT / ".cache" / "site_packages"
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)")
 # A field in transformers' style, of which the reference makes a list: "    name (`type`, *optional*): ...".
 FIELD = re.compile(r"^(    )([a-z_, ]+)( \(`.*\):)", re.M)
@@ -27,9 +28,14 @@ PAGES = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".txt": "text"}
 
 
+def on_startup(**_):
+    """Make the folder that the reference is read from: mkdocstrings leaves out paths that are not there yet."""
+    SITE_PACKAGES.mkdir(parents=True, exist_ok=True)
+
+
 def on_config(config: MkDocsConfig):
     """Lay out the packages by their names, as an installation does, for the reference to be read from."""
-    top = ROOT / ".cache" / "site_packages"
+    top = SITE_PACKAGES
     shutil.rmtree(top, ignore_errors=True)
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")

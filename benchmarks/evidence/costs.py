@@ -17,7 +17,7 @@ SEEDS = (0,)  # of the scores
 WORDS, NEIGHBOURS = (3, 15, 60), (1, 5, 10)
 VISUAL_TOKENS, QUESTION_TOKENS, MEMORY_TOKENS, ANSWER_TOKENS = 729, 60, 32, 20
 TOKENS_A_WORD = 1.3  # of English in a vocabulary of 50,000
-REPEATS = 3
+REPEATS = 2
 # Qwen2-0.5B, a language model of the paper's, with random weights: seconds do not depend on them.
 SHAPE = Qwen2Config(
     vocab_size=151_936,

@@ -471,7 +471,7 @@ SECTIONS = {
 NOT_RUN = {
     "Query with text and without": "the demo has no bank with keys in the language model's space.",
     "Real captions of ten and more words": "no data set of real captions is in the repository.",
-    "Pictures that say all (easy-vqa)": "docs/evaluation.md has it, by another command.",
+    "Pictures that say all (easy-vqa)": "nothing was trained on it yet.",
     "Neighbours as pictures in the prompt, a trained prefix": "they did not fit into the time.",
     "A second language model": "only one can be had without the Hub.",
 }
