@@ -1,4 +1,4 @@
-"""What `make docs` adds to the pages of this folder: the help of all commands, and the files that pages link to."""
+"""Additions of `make docs` to the pages of this folder: the help of all commands, and the files that pages link to."""
 
 import ast
 import configparser

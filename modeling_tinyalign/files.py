@@ -246,11 +246,9 @@ def make_model_card(repo_id: str, config: PreTrainedConfig, tags: list[str]) -> 
     try:
         from tinyalign_vlm.hub_cards.cards import plain_model_card
     except ImportError:
+        tags = list(dict.fromkeys(["tinyalign", "custom_code", *tags]))
         data = ModelCardData(
-            library_name="transformers",
-            pipeline_tag="image-text-to-text",
-            tags=list(dict.fromkeys(["tinyalign", "custom_code", *tags])),
-            datasets=config.memory_bank,
+            library_name="transformers", pipeline_tag="image-text-to-text", tags=tags, datasets=config.memory_bank
         )
         return f"---\n{data.to_yaml()}\n---\n"
     return plain_model_card(repo_id, config, tags)

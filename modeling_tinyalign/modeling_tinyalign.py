@@ -243,7 +243,9 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         """Compose a model, whose connectors are new, as `tinyalign_vlm.training.composition.compose` says."""
         try:
             from tinyalign_vlm.training.composition import compose
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            if error.name != "tinyalign_vlm":
+                raise
             raise ImportError("Composing a model needs the package: pip install tinyalign-vlm.") from error
         return compose(cls, vision_name_or_path, text_name_or_path, **kwargs)
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PerceiverConfig, PerceiverModel, PreTrainedConfig, PreTrainedModel
 
+from .bank_format import MAX_SIZE
 from .files import apply_umask
 
 PADDING_BYTE = 256
-MAX_ENCODER_SIZE = 65_536
 MAX_LAYERS = 1024
 SHARED_WITH_PERCEIVER = (
     *("num_latents", "d_model", "num_blocks", "num_self_attends_per_block"),
@@ -120,8 +120,8 @@ class ValueEncoder(PreTrainedModel):
             tensors = load_file(path)
             settings = {name: settings[name] for name in ValueEncoderConfig.__annotations__}
             sizes = {name: size for name, size in settings.items() if not isinstance(size, str)}
-            if not all(type(size) is int and 1 <= size <= MAX_ENCODER_SIZE for size in sizes.values()):
-                raise ValueError(f"found {sizes}, expected integers between 1 and {MAX_ENCODER_SIZE}")
+            if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in sizes.values()):
+                raise ValueError(f"found {sizes}, expected integers between 1 and {MAX_SIZE}")
             if settings["num_blocks"] * settings["num_self_attends_per_block"] > MAX_LAYERS:
                 raise ValueError(f"more than {MAX_LAYERS} layers")
             with torch.device("meta"):  # nothing is allocated before the sizes are known to be those of the tensors

@@ -20,7 +20,6 @@ MAX_IMAGE_TOKENS = 2**20
 CUT = "\ufdd0"
 # What broken settings make transformers raise, beside ValueError and OSError.
 BAD_FILE = StrictDataclassError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError
-
 # What a pipeline passes to the processor, because it does not know it, and `generate` takes.
 RETRIEVAL_SETTINGS = {"memory", "exclude_ids", "memory_top_k", "retrieval_threshold"}
 GENERATION_SETTINGS = vars(GenerationConfig()).keys() - {"max_length", "return_dict_in_generate"}
@@ -144,7 +143,9 @@ class TinyAlignProcessor(ProcessorMixin):
         """Make the processor of a model composed from the same checkpoints: see `training.composition`."""
         try:
             from tinyalign_vlm.training.composition import compose_processor
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            if error.name != "tinyalign_vlm":
+                raise
             raise ImportError("Composing a processor needs the package: pip install tinyalign-vlm.") from error
         return compose_processor(cls, vision_name_or_path, text_name_or_path, config, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What TinyAlign retrieves, changed at inference: more and fewer rows, neighbours, another tower, other pictures."""
+"""Changes of what TinyAlign retrieves at inference: more and fewer rows, neighbours, another tower, other pictures."""
 
 from io import BytesIO
 

@@ -1,4 +1,4 @@
-"""What people do today instead: text in the prompt, fine-tuning on the bank's own rows, and rules without a model."""
+"""Rivals of today: text in the prompt, fine-tuning on the bank's own rows, and rules without a language model."""
 
 import time
 from collections.abc import Sequence

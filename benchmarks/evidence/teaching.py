@@ -35,7 +35,7 @@ EVALUATION_BATCH = 4
 
 @dataclass
 class Lesson:
-    """What is taught and asked, from a folder with lesson.json and its pictures.
+    """A lesson, taught and asked, from a folder with lesson.json and its pictures.
 
     Attributes:
         concepts: reference picture by name.

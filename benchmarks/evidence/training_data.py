@@ -1,4 +1,4 @@
-"""How much data: baseline and TinyAlign on shares of the training concepts, in equal epochs and in equal steps."""
+"""Shares of the training concepts: baseline and TinyAlign, in equal epochs and in equal steps."""
 
 import numpy as np
 from study import Study, run_system, training_on

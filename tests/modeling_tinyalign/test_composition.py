@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignModel
+from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignModel, TinyAlignProcessor
 
 SMALL = {"memory_tokens": 3, "latent_dim": 5, "memory_top_k": 2, "memory_input": "latents", "memory_scores": False}
 
@@ -83,3 +84,23 @@ def test_models_that_are_gone_or_others(checkpoints, tmp_path):
     (tmp_path / "alone" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is not what the connectors were trained with"):
         TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "alone")
+
+
+def test_composing_needs_the_package(monkeypatch):
+    composing = {
+        "model": lambda: TinyAlignForConditionalGeneration.from_vision_text_pretrained("vision", "text"),
+        "processor": lambda: TinyAlignProcessor.from_vision_text_pretrained("vision", "text", None),
+    }
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tinyalign_vlm.training.composition", None)
+        for compose in composing.values():
+            with pytest.raises(
+                ImportError, match="import of tinyalign_vlm.training.composition halted"
+            ):  # another cause
+                compose()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tinyalign_vlm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [])  # nothing can be found
+    for what, compose in composing.items():
+        with pytest.raises(ImportError, match=f"Composing a {what} needs the package: pip install tinyalign-vlm"):
+            compose()

@@ -151,6 +151,8 @@ def find_neighbours_from_files(paths: Sequence[str | os.PathLike], fields: list[
     config = read_config(paths, [*fields, "--cache_features", "False"])
     if config.streaming:
         raise ValueError("streaming is true: neighbours of streamed rows are looked up in every step.")
+    if config.eval_benchmark is not None:
+        config.eval_dataset = None  # training makes a benchmark's chats, and looks up theirs
     with full_disk_advice(cache_root(), "what was computed"):
         bank = prepare(config).bank
     if bank is None:

@@ -9,10 +9,10 @@ from huggingface_hub import HfApi, RepoCard, try_to_load_from_cache
 
 from ...hub_cards.cards import is_hub_id
 from ...hub_cards.facts import FACTS_NAME, Part, read_facts
+from ..arguments.names import HUB_SECONDS
 
 UNKNOWN = "unknown"  # an id of the Hub's list of licences, too
 LOCAL = "local, without a revision"
-HUB_SECONDS = 10  # to wait for the Hub's answer
 
 
 def describe_part(role: str, name: str, hub_type: str, revision: str | None = None) -> Part:

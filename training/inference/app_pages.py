@@ -10,11 +10,11 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from .app_html import CARD_CLICK, Card, render_cards, render_view
+from .conversation import UNSURE
 from .lessons import Neighbour
 from .uploads import read_lessons, read_picture
 from .visitor import Shared, Visitor, Visitors
 
-UNSURE = 0.5  # from this probability on that no neighbour is right, the app says so
 SOURCES = ["upload", "clipboard", "webcam"]
 LEAVE_OUT, ASK_IT, FORGET = "Ask again without {}", "Ask about this one", "Forget {}"
 RESTS_ON = "What the answer rests on. Click one, and the question is asked again without it."

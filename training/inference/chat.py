@@ -11,7 +11,7 @@ from typing import Any
 
 from ...modeling_tinyalign.connectors import check_retrieval
 from ..models import load_to_answer
-from .conversation import Conversation
+from .conversation import UNSURE, Conversation
 from .lessons import Neighbour
 
 try:
@@ -31,7 +31,6 @@ HELP = """\
 /quit              leave, as Ctrl-D does; Ctrl-C stops an answer
 Anything else is a question. Tab completes commands and paths."""
 PATH = re.compile(r"""("[^"]+"|'[^']+'|(?:\\ |\S)+)\s*(.*)""", re.DOTALL)
-UNKNOWN = 0.5  # a probability that no example is right, above which it is said
 # What a picture, a setting, a full disk or a lack of memory ends in.
 ERRORS = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 
@@ -129,7 +128,7 @@ class TerminalChat:
         if self.always_sources:
             self.sources()
         unknown = self.conversation.none_right
-        if unknown is not None and unknown > UNKNOWN:
+        if unknown is not None and unknown >= UNSURE:
             print(f"(I may not know this one: {unknown:.0%} that no example is right. /teach PATH LINE teaches it.)")
 
     def image(self, rest: str):

@@ -17,6 +17,7 @@ from .answers import Answer
 from .lessons import Lessons, Neighbour
 from .pictures import Pictures
 
+UNSURE = 0.5  # from this probability on that no neighbour is right, the visitor is told
 QUERY = ("query_input_ids", "query_attention_mask")
 
 

@@ -246,7 +246,7 @@ class Visitors:
                 self._visitors[session] = Visitor(self.shared)
             self._visitors.move_to_end(session)
             if len(self._visitors) > MAX_VISITORS:
-                self._visitors.popitem(last=False)
+                self._visitors.popitem(last=False)[1].delete_files()
             return self._visitors[session]
 
     def leave(self, session: Any):

@@ -337,11 +337,14 @@ def test_many_requests_take_no_more_memory(app, images, tmp_path):
 def test_visitors_are_bounded_and_freed(shared, images, tmp_path, monkeypatch):
     monkeypatch.setattr(visitor_module, "MAX_VISITORS", 4)
     visitors = Visitors(shared)
+    forgotten = tmp_path / "of the first.png"
+    forgotten.write_bytes(b"")
+    visitors[0].files.append(forgotten)
     for number in range(7):
         visitor = visitors[number]
         visitor.look_at(images[0])
         list(visitor.ask("", 2, 0, compare=False))
-    assert len(visitors) == 4
+    assert len(visitors) == 4 and not forgotten.exists()
     visitor.files.append(tmp_path / "upload.png")
     (tmp_path / "upload.png").write_bytes(b"")
     visitors.leave(number)

@@ -16,7 +16,8 @@ def test_the_metric_logged_is_that_of_the_evaluation_of_the_model(files):
     train = ["train", "stage1.yaml", "--eval_dataset", "benchmarks", "--eval_benchmark_images", "1"]
     train += ["--eval_steps", "2", "--eval_samples", "1", "--bf16", "False", "--eval_benchmark"]
     evaluate = ["evaluate", "out1", "--bank", "bank", "--data", "benchmarks", "--tasks", "pope", "--limit", "1"]
-    commands = json.dumps([[*train, "mmvet"], [*train, "pope"], [*evaluate, "--output", "results"]])
+    neighbours = ["neighbours", *train[1:], "pope"]
+    commands = json.dumps([[*train, "mmvet"], neighbours, [*train, "pope"], [*evaluate, "--output", "results"]])
     command = [sys.executable, "-c", COMMANDS, commands]
     done = subprocess.run(command, cwd=files, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
