@@ -18,8 +18,8 @@ A variant whose answers are in DIR already is not asked again: the same command 
 The default is all but MM-Vet (mmvet), which needs --judge, and VQAv2 (vqav2_val, vqav2_testdev). Install it with
 pip install tinyalign-vlm[eval] and then pip install --no-deps lmms-eval==0.7.3. docs/evaluation.md says what it costs.
 """
-TASKS = ("gqa", "pope", "mme", "scienceqa", "textvqa", "textvqa_without_ocr", "mmmu")
-OTHER_TASKS = ("mmvet", "vqav2_val", "vqav2_testdev")
+USUAL_BENCHMARKS = ("gqa", "pope", "mme", "scienceqa", "textvqa", "textvqa_without_ocr", "mmmu")
+OTHER_BENCHMARKS = ("mmvet", "vqav2_val", "vqav2_testdev")
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--memory", choices=("on", "off"), default="on", help="off: also answer without retrieval")
     parser.add_argument("--shuffled", action="store_true", help="also answer with the bank's keys shuffled")
     parser.add_argument("--against", metavar="CHECKPOINT", **several, help="also ask this one; may be repeated")
-    names = {"choices": (*TASKS, *OTHER_TASKS), "default": TASKS, "metavar": "NAME"}
+    names = {"choices": (*USUAL_BENCHMARKS, *OTHER_BENCHMARKS), "default": USUAL_BENCHMARKS, "metavar": "NAME"}
     parser.add_argument("--tasks", nargs="+", **names, help=f"of {', '.join(names['choices'])}")
     parser.add_argument("--data", metavar="FOLDER", help="NAME.parquet files (default: lmms-lab-encoder's on the Hub)")
     parser.add_argument("--limit", type=int, metavar="N", help="ask about N images of each, drawn with a fixed seed")
@@ -53,13 +53,8 @@ def run(arguments: argparse.Namespace):
 
         compare_folders(list(map(Path, arguments.compare)), Path(arguments.output), arguments.exclude)
         return
-    try:
-        from tinyalign_vlm.training.vqa_benchmarks.run import run_command
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"evaluate needs lmms-eval and what it imports ({error}): pip install tinyalign-vlm[eval], and then "
-            "pip install --no-deps lmms-eval==0.7.3."
-        ) from error
+    from tinyalign_vlm.training.vqa_benchmarks.run import run_command
+
     run_command(arguments)
 
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ except ImportError:  # Windows
 RECORD_NAME = "training_record.json"
 RUN_NAME = "run.json"
 CURVES_NAME = "training_curves.png"
-PACKAGES = ("torch", "transformers", "trl", "datasets", "faiss-cpu")
+TRAINING_PACKAGES = ("torch", "transformers", "trl", "datasets", "faiss-cpu")
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage counts memory in
 
 
@@ -228,9 +228,9 @@ def hardware(processes: int = 1, use_cpu: bool = False) -> str:
     return f"{os.cpu_count()} cores of {(names or [platform.machine()])[0].strip()}"
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = TRAINING_PACKAGES) -> dict[str, str]:
     """Return the versions of the packages that decide what a run does."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def run_snippet(folder: str | os.PathLike, facts: ModelFacts) -> str:

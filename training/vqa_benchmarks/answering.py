@@ -1,7 +1,7 @@
 """Answers to chats with images, in batches, generated as a benchmark asks for."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
@@ -10,13 +10,6 @@ from ..data.chats import with_captions
 
 MAX_NEW_TOKENS = 128  # where a benchmark does not say
 SETTINGS = ("max_new_tokens", "num_beams", "temperature", "top_p", "top_k")
-
-
-class Answer(NamedTuple):
-    """A text, and the neighbours that it rests on as `generate` returns them."""
-
-    text: str
-    neighbours: list[dict[str, Any]]
 
 
 def generation_settings(asked: dict) -> dict:
@@ -37,9 +30,9 @@ def stops_of(asked: dict) -> list[str]:
 @torch.no_grad()
 def answer_chats(
     model: PreTrainedModel, processor: ProcessorMixin, chats: Sequence[list[dict]], asked: dict, memory: str = "on"
-) -> list[Answer]:
+) -> tuple[list[str], list[list[dict[str, Any]]]]:
     """
-    Answer a batch of chats, each as it would be answered alone.
+    Return the answers to a batch of chats, each as it would be answered alone, and the neighbours that each rests on.
 
     Args:
         chats: messages with their images, as the processor's chat template takes them.
@@ -58,7 +51,7 @@ def answer_chats(
     texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for stop in stops_of(asked):
         texts = [text.partition(stop)[0] for text in texts]
-    return list(map(Answer, texts, sources or [[] for _ in texts]))
+    return texts, list(sources) or [[] for _ in texts]
 
 
 def _with_captions(
@@ -75,7 +68,7 @@ def _with_captions(
     return with_captions(processor, model.memory_bank, chat, found.ids.tolist()), neighbours
 
 
-def batches(lengths: Sequence[int], asked: Sequence[dict], batch_size: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], asked: Sequence[dict], batch_size: int) -> Iterator[list[int]]:
     """Yield numbers of questions to answer together: of the same settings and about the same length."""
     groups = {}
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):

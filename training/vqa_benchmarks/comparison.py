@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 
 from ..evaluation.bootstrap import interval_of, resampled
 from .benchmarks import BENCHMARKS
-from .metrics import BenchmarkMetric
-from .published import BENCHMARKS as PAPER
-from .samples import read_facts
+from .published import PAPER_BENCHMARKS
+from .samples import read_sample_facts
 
 NEAR = 0.99  # a neighbour as similar as this may be the image itself, stored anew
 Samples = dict[str, tuple[dict, pd.DataFrame]]  # facts and answers by variant
@@ -29,7 +28,7 @@ def read_samples(paths: Sequence[tuple[str, Path]]) -> dict[str, Samples]:
     """
     found = {}
     for prefix, path in paths:
-        facts = read_facts(path)
+        facts = read_sample_facts(path)
         found.setdefault(facts["benchmark"], {})[prefix + facts["name"]] = facts, pq.read_table(path).to_pandas()
     for benchmark, variants in found.items():
         asked = {tuple(zip(frame["row"], frame["prompt"], strict=True)) for _, frame in variants.values()}
@@ -77,20 +76,14 @@ def compare(benchmark: str, variants: Samples, exclude: bool = False) -> dict:
             "value": list(interval_of(drawn)),
             "difference": list(interval_of(drawn - base[0])),
             "answers_that_differ": 100 * float((frame["answer"] != base[1]).mean()),
-            "values": values_of(metric, frame),
-            "lmms_eval": shipped and values_of(shipped, frame),
+            "values": metric.of(frame),
+            "lmms_eval": shipped and shipped.of(frame),
             "categories": {
                 category: metric.category_value(rows)
                 for category, rows in frame.explode("categories").groupby("categories")
             },
         }
     return result
-
-
-def values_of(metric: type[BenchmarkMetric], frame: pd.DataFrame) -> dict[str, float]:
-    """Return the values of a metric."""
-    values = metric.values(metric.sums(frame).sum(0, keepdims=True))
-    return {name: float(value[0]) for name, value in values.items()}
 
 
 def _is_near(neighbours: Sequence[dict]) -> bool:
@@ -104,6 +97,6 @@ def value_in(results: dict[str, dict], benchmark: str, variant: str) -> float | 
 
 def mean_score(results: dict[str, dict], variant: str) -> tuple[float | None, int]:
     """Return the mean of a variant's numbers in the paper's benchmarks, MME's divided by 20, and how many they are."""
-    values = {name: value_in(results, name, variant) for name in PAPER if name in results}
+    values = {name: value_in(results, name, variant) for name in PAPER_BENCHMARKS if name in results}
     known = [value / (20 if name == "mme" else 1) for name, value in values.items() if value is not None]
     return (float(np.mean(known)) if known else None), len(known)

@@ -11,19 +11,12 @@ from transformers.utils import logging
 
 from ..arguments.stage import StageArguments
 from .benchmarks import BENCHMARKS
-from .comparison import values_of
 
 TRUNCATED = ImageFile.LOAD_TRUNCATED_IMAGES
-try:
-    from .run import answer_questions
-    from .tasks import Questions
-except ModuleNotFoundError as error:
-    raise ImportError(
-        f"eval_benchmark needs lmms-eval and what it imports ({error}): pip install tinyalign-vlm[eval], and then "
-        "pip install --no-deps lmms-eval==0.7.3."
-    ) from error
-finally:
-    ImageFile.LOAD_TRUNCATED_IMAGES = TRUNCATED  # lmms-eval would have broken images trained on
+from .run import answer_questions  # noqa: E402
+from .tasks import Questions  # noqa: E402
+
+ImageFile.LOAD_TRUNCATED_IMAGES = TRUNCATED  # lmms-eval has set it, and broken images would be trained on
 
 logger = logging.get_logger(__name__)
 SCORED = [name for name in BENCHMARKS if name not in ("mmvet", "vqav2_testdev")]
@@ -89,7 +82,7 @@ class BenchmarkAnswers(TrainerCallback):
         model, processor = trainer.model, trainer.processing_class
         desc = f"{questions.benchmark.title}, step {state.global_step}"
         frame = pd.DataFrame(answer_questions(model, processor, questions, "on", bank, batch_size, desc))
-        values = values_of(questions.benchmark.metric, frame.assign(category=frame["categories"].str[0]))
+        values = questions.benchmark.metric.of(frame.assign(category=frame["categories"].str[0]))
         found = {f"eval_{questions.name}_{name.replace(' ', '_')}": value for name, value in values.items()}
         metrics.update(found)  # for metric_for_best_model
         trainer.log(found)

@@ -9,7 +9,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm.auto import tqdm
 
 from ..models import load_to_answer
-from .answering import answer_chats, batches
+from .answering import answer_chats, batches_by_length
 
 # lmms-eval 0.7.3 patches a part of filelock that version 4 does not have, and then fails whatever the model.
 vars(lmms_eval.evaluator)["_enable_reentrant_filelocks"] = lambda: None
@@ -51,7 +51,7 @@ class TinyAlignLmms(lmms):
         settings = [request.args[2] for request in requests]
         lengths = [len(request.args[0]) for request in requests]
         with tqdm(total=len(requests), desc="Answers", disable=self.rank != 0) as progress:
-            for batch in batches(lengths, settings, self.batch_size):
+            for batch in batches_by_length(lengths, settings, self.batch_size):
                 chats = []
                 for number in batch:
                     _, to_messages, _, row, task, split = requests[number].args
@@ -79,7 +79,7 @@ class TinyAlignLmms(lmms):
 
     def _answers(self, chats: list[list[dict]], settings: dict) -> list[str]:
         chats = [ChatMessages(messages=chat).to_hf_messages() for chat in chats]
-        return [answer.text for answer in answer_chats(self.model, self.processor, chats, settings, self.memory)]
+        return answer_chats(self.model, self.processor, chats, settings, self.memory)[0]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("tinyalign answers tasks that generate; this one asks for likelihoods.")

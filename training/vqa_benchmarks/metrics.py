@@ -25,7 +25,12 @@ class BenchmarkMetric(evaluate.Metric):
         return evaluate.MetricInfo(description=self.__doc__, citation="", features=datasets.Features(features))
 
     def _compute(self, **columns: list) -> dict[str, float]:
-        values = self.values(self.sums(pd.DataFrame(columns)).sum(0, keepdims=True))
+        return self.of(pd.DataFrame(columns))
+
+    @classmethod
+    def of(cls, questions: pd.DataFrame) -> dict[str, float]:
+        """Return the values by name of these questions; the table may have more columns than `columns`."""
+        values = cls.values(cls.sums(questions).sum(0, keepdims=True))
         return {name: float(value[0]) for name, value in values.items()}
 
     @classmethod
@@ -46,7 +51,7 @@ class BenchmarkMetric(evaluate.Metric):
     @classmethod
     def category_value(cls, questions: pd.DataFrame) -> float:
         """Return the value of the questions of one category."""
-        return float(cls.main_value(cls.sums(questions).sum(0, keepdims=True))[0])
+        return next(iter(cls.of(questions).values()))
 
 
 class VqaAccuracy(BenchmarkMetric):

@@ -11,8 +11,7 @@ from ...hub_cards.markdown import table, text
 from ..disk import save_file
 from .benchmarks import BENCHMARKS
 from .comparison import NEAR, compare, mean_score, read_samples, value_in
-from .published import BENCHMARKS as PAPER
-from .published import NOTE, PUBLISHED, published
+from .published import NOTE, PAPER_BENCHMARKS, PUBLISHED, published
 from .samples import file_name
 
 RESULTS, REPORT = "results.json", "report.md"
@@ -38,7 +37,7 @@ def compare_folders(folders: Sequence[Path], output: Path, exclude: bool = False
             raise ValueError(f"{folder} has no samples/VARIANT/BENCHMARK.parquet, expected a folder of results.")
         label = folder.name if names.count(folder.name) == 1 else f"{folder.name} ({number})"
         paths += [(f"{label}: ", path) for path in found]
-    write_report(paths, output, exclude)
+    write_comparison(paths, output, exclude)
 
 
 def _in_order(folder: Path) -> list[Path]:
@@ -49,7 +48,7 @@ def _in_order(folder: Path) -> list[Path]:
     return [path for name in dict.fromkeys(folders) for path in sorted(folder.glob(f"samples/{name}/*.parquet"))]
 
 
-def write_report(paths: Sequence[tuple[str, Path]], output: Path, exclude: bool = False) -> dict[str, dict]:
+def write_comparison(paths: Sequence[tuple[str, Path]], output: Path, exclude: bool = False) -> dict[str, dict]:
     """
     Write report.md and results.json of files of answers, and EvalAI's files; return the results by benchmark.
 
@@ -70,7 +69,7 @@ def write_report(paths: Sequence[tuple[str, Path]], output: Path, exclude: bool 
 
 def _report(results: dict[str, dict], facts: dict[str, dict]) -> str:
     titles = {name: text(BENCHMARKS[name].title) for name in results}
-    paper = [name for name in PAPER if name in results]
+    paper = [name for name in PAPER_BENCHMARKS if name in results]
     table1, table2, origins = [], [], []
     for benchmark, title in titles.items():
         own = [value_in(results, benchmark, name) for name in facts]

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -19,14 +18,15 @@ from ...modeling_tinyalign import MemoryBank, TinyAlignConfig
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ...processing.images import decode_image
 from ..disk import save_file
+from ..hub.run_facts import versions
 from ..models import load_to_answer
-from .answering import answer_chats, batches
-from .report import write_report, write_results_card
-from .samples import NEIGHBOUR, file_name, is_complete, samples_path, save_samples
+from .answering import answer_chats, batches_by_length
+from .report import write_comparison, write_results_card
+from .samples import NEIGHBOUR, file_name, is_answered, samples_path, save_samples
 from .tasks import Questions
 
 REVISIONS = "revisions.json"  # commits of the data, by repository: the first run writes it, later ones obey
-PACKAGES = ("tinyalign-vlm", "lmms-eval", "transformers", "torch", "datasets")
+ANSWERING_PACKAGES = ("tinyalign-vlm", "lmms-eval", "transformers", "torch", "datasets")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def run_command(options: argparse.Namespace):
     run_benchmarks(variants, asked, output, options.batch_size)
     if PartialState().is_main_process:
         paths = [("", samples_path(output, variant.name, name)) for variant in variants for name in options.tasks]
-        results = write_report(paths, output, options.exclude)
+        results = write_comparison(paths, output, options.exclude)
         if options.card:
             write_results_card(Path(options.model), results, variants[0].name)
 
@@ -154,10 +154,10 @@ def run_benchmarks(variants: Sequence[Variant], asked: Sequence[Questions], outp
                 "weights": weights,
                 "bank_rows": bank and bank.folder.name,
                 "judge": questions.judge,
-                "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+                "versions": versions(ANSWERING_PACKAGES),
             }
             path = samples_path(output, variant.name, questions.name)
-            if is_complete(path, facts):
+            if is_answered(path, facts):
                 continue
             desc = f"{questions.benchmark.title}, {variant.name}"
             samples = answer_questions(model, processor, questions, variant.memory, bank, batch_size, desc)
@@ -188,27 +188,28 @@ def answer_questions(
     """Return a sample for each question, by row; each process answers its share."""
     state, numbers = PartialState(), questions.numbers
     lengths = [len(questions.prompts[number]) for number in numbers]
-    shares = list(batches(lengths, [questions.generation] * len(numbers), batch_size))
+    shares = list(batches_by_length(lengths, [questions.generation] * len(numbers), batch_size))
     samples = []
     for batch in tqdm(shares[state.process_index :: state.num_processes], desc, unit="batch"):
         rows = [questions.row(numbers[place]) for place in batch]
         chats = [questions.chat(row) for row in rows]
-        answers = answer_chats(model, processor, chats, questions.generation, memory)
-        for place, row, chat, answer in zip(batch, rows, chats, answers, strict=True):
+        texts, neighbours = answer_chats(model, processor, chats, questions.generation, memory)
+        for place, row, chat, text, found in zip(batch, rows, chats, texts, neighbours, strict=True):
+            number, text = numbers[place], text.strip()
             pictures = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
             images = [image_source_id(decode_image(picture)) for picture in pictures]
             sample = {
-                "row": numbers[place],
+                "row": number,
                 "question_id": str(row.get("question_id", row.get("id"))),
-                "unit": questions.units[numbers[place]],
+                "unit": questions.units[number],
                 "categories": questions.benchmark.categories(row),
-                "prompt": questions.prompts[numbers[place]],
-                "answer": answer.text.strip(),
+                "prompt": questions.prompts[number],
+                "answer": text,
                 "target": questions.target(row),
-                "score": questions.score(row, answer.text.strip()),
+                "score": questions.score(row, text),
                 "images": images,
                 "in_bank": bank is not None and any(len(bank.ids_of(image)) for image in images),
-                "neighbours": [{name: found.get(name) for name in NEIGHBOUR.names} for found in answer.neighbours],
+                "neighbours": [{name: one.get(name) for name in NEIGHBOUR.names} for one in found],
             }
             samples.append(sample)
     return sorted(gather_object(samples), key=lambda sample: sample["row"])

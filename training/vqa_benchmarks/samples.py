@@ -49,12 +49,12 @@ def save_samples(path: Path, samples: list[dict], facts: dict):
     save_file(path, buffer.getvalue())
 
 
-def read_facts(path: Path) -> dict:
-    """Return what the samples in a file are of."""
+def read_sample_facts(path: Path) -> dict:
+    """Return the facts that [`save_samples`] wrote."""
     return json.loads(pq.read_schema(path).metadata[FACTS])
 
 
-def is_complete(path: Path, facts: dict) -> bool:
+def is_answered(path: Path, facts: dict) -> bool:
     """Return whether a file has the answers of these weights with this bank to these questions."""
     keys = ("weights", "bank_rows", "memory", "questions")
-    return path.exists() and all(read_facts(path)[key] == facts[key] for key in keys)
+    return path.exists() and all(read_sample_facts(path)[key] == facts[key] for key in keys)

@@ -9,21 +9,28 @@ from functools import cached_property
 from pathlib import Path
 
 import datasets
-import lmms_eval.api.metrics  # registers exact_match
 import numpy as np
 from huggingface_hub import HfApi
 from jinja2.exceptions import UndefinedError
-from lmms_eval.api.task import ConfigurableMessagesTask
-from lmms_eval.protocol import ChatMessages
-from lmms_eval.utils import load_yaml_config
-from loguru import logger
 
 from .benchmarks import ALIASES, BENCHMARKS
 from .judge import judge_answer
 
+try:
+    import lmms_eval.api.metrics  # registers exact_match
+    from lmms_eval.api.task import ConfigurableMessagesTask
+    from lmms_eval.protocol import ChatMessages
+    from lmms_eval.utils import load_yaml_config
+    from loguru import logger
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"The benchmarks need lmms-eval and what it imports ({error}): pip install tinyalign-vlm[eval], and then "
+        "pip install --no-deps lmms-eval==0.7.3."
+    ) from error
+
 logger.remove()  # lmms-eval's, which tells of each task at length
 logger.add(sys.stderr, level="WARNING")
-TASKS = Path(lmms_eval.api.metrics.__file__).parents[1] / "tasks"
+TASK_FILES = Path(lmms_eval.api.metrics.__file__).parents[1] / "tasks"
 
 
 class LocalTask(ConfigurableMessagesTask):
@@ -63,7 +70,7 @@ class Questions:
         revisions: dict[str, str] | None = None,
     ):
         self.name, self.benchmark, self.judge = name, BENCHMARKS[name], judge
-        config = load_yaml_config(TASKS / self.benchmark.file, mode="simple" if name == "mmvet" else "full")
+        config = load_yaml_config(TASK_FILES / self.benchmark.file, mode="simple" if name == "mmvet" else "full")
         config |= self.benchmark.settings
         config["lmms_eval_specific_kwargs"]["default"] |= self.benchmark.prompt
         self.source, self.split = config["dataset_path"], config["test_split"]

@@ -9,7 +9,7 @@ from vqa_rows import mme_rows, pope_rows
 
 from tinyalign_vlm.training.vqa_benchmarks.comparison import mean_score, read_samples
 from tinyalign_vlm.training.vqa_benchmarks.published import PUBLISHED, published
-from tinyalign_vlm.training.vqa_benchmarks.report import compare_folders, write_report
+from tinyalign_vlm.training.vqa_benchmarks.report import compare_folders, write_comparison
 from tinyalign_vlm.training.vqa_benchmarks.samples import samples_path, save_samples
 
 FACTS = {
@@ -52,7 +52,7 @@ def test_differences_are_paired(tmp_path):
     good = answers_of(POPE, 0.8, 0)
     worse = ["no" if n % 25 == 0 else text for n, text in enumerate(good)]
     paths = [save(tmp_path, name, "pope", said) for name, said in (("good", good), ("worse", worse), ("same", good))]
-    found = write_report(paths, tmp_path)["pope"]["variants"]
+    found = write_comparison(paths, tmp_path)["pope"]["variants"]
     assert found["good"]["difference"] == found["same"]["difference"] == [0, 0, 0]
     assert found["same"]["answers_that_differ"] == 0 < found["worse"]["answers_that_differ"] < 4
     difference, low, high = found["worse"]["difference"]
@@ -69,14 +69,14 @@ def test_a_difference_that_may_be_chance_is_called_noise(tmp_path):
     truth = [row["answer"] for row in POPE]
     said = {str(wrong): ["no" if n == wrong else text for n, text in enumerate(truth)] for wrong in (0, 60)}
     paths = [save(tmp_path, name, "pope", answers) for name, answers in said.items()]
-    low, high = write_report(paths, tmp_path)["pope"]["variants"]["60"]["difference"][1:]
+    low, high = write_comparison(paths, tmp_path)["pope"]["variants"]["60"]["difference"][1:]
     assert low < 0 < high and f"{high:+.1f}] noise |" in (tmp_path / "report.md").read_text()
 
 
 def test_folders_are_compared_with_the_first_variant_of_the_command(tmp_path):
     """Also where its answers are the newer ones, or a copy has lost the times of the files."""
     paths = [save(tmp_path / "a", name, "pope", answers_of(POPE, 0.8, 0)) for name in ("own", "baseline")]
-    write_report(paths, tmp_path / "a")
+    write_comparison(paths, tmp_path / "a")
     save(tmp_path / "a", "earlier", "pope", answers_of(POPE, 0.7, 1))
     os.utime(paths[0][1])
     compare_folders([tmp_path / "a"], tmp_path / "b")
@@ -90,7 +90,7 @@ def test_report_and_results(tmp_path):
         save(tmp_path, "own", "mme", answers_of(MME, 0.9, 0)),
     ]
     paths.append(save(tmp_path, "own", "vqav2_testdev", ["2", "two"]))
-    results = write_report(paths, tmp_path)
+    results = write_comparison(paths, tmp_path)
     report = (tmp_path / "report.md").read_text()
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["benchmarks"] == results and content["variants"]["own"]["weights"] == "0" * 64
@@ -120,7 +120,7 @@ def test_images_of_a_bank_are_listed_and_left_out(tmp_path):
     rows = [number for number, row in enumerate(POPE) if row["image_source"] == "COCO_3"]
     exact, copies = {"rows": rows, "images": ["COCO_3"]}, {"rows": [7], "images": ["COCO_1"]}
     for exclude in (False, True):
-        found = write_report(paths, tmp_path, exclude)["pope"]
+        found = write_comparison(paths, tmp_path, exclude)["pope"]
         assert (found["in_bank"], found["near_copies"]) == (exact, copies)
         assert all((entry["value"][0] == 0) == exclude for entry in found["variants"].values())
     report = (tmp_path / "report.md").read_text()
