@@ -30,8 +30,9 @@ TRAJECTORY = (
     "language_model"
 ).split()
 MODEL_TRAJECTORY = (
-    "memory_top_k memory_tokens memory_input latent_dim image_seq_length "
-    "key_space memory_scores retrieval_threshold connector_size prompt_captions"
+    "vision_feature_layer vision_feature_select_strategy vision_pool_size image_seq_length connector_size "
+    "projector_hidden_act memory_top_k memory_tokens memory_input latent_dim memory_connector_size key_space "
+    "query_alpha memory_scores retrieval_threshold prompt_captions"
 ).split()
 
 

@@ -226,6 +226,12 @@ def test_the_evaluation_loss_is_that_of_the_tokens_whatever_the_batches(
     assert found == pytest.approx([measured.losses.sum() / measured.num_tokens.sum()] * 2, rel=2e-5)
 
 
+def test_other_vision_features_are_another_run(make_model, processor, dataset, bank, tmp_path):
+    run(1, make_model(), processor, dataset, bank, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="vision_feature_layer: -2 then, -1 now"):
+        run(1, make_model(vision_feature_layer=-1), processor, dataset, bank, tmp_path, max_steps=1)
+
+
 def test_a_frozen_language_model_has_no_dropout_with_checkpointing_either(
     make_model, make_processor, dataset, bank, tmp_path
 ):
