@@ -15,8 +15,8 @@ from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.training_rows import training_rows
 from tinyalign_vlm.training.demo import systems
 from tinyalign_vlm.training.demo.state import BANKS, PROMPT, TOP_K, Demo, Result, write_json
+from tinyalign_vlm.training.evaluation.answers import greedy_answers
 from tinyalign_vlm.training.evaluation.choices import score_answers
-from tinyalign_vlm.training.evaluation.generation import greedy_answers
 from tinyalign_vlm.training.hub.run_facts import RECORD_NAME, read_records, write_records
 
 SEEDS = (0,)  # 25 minutes each

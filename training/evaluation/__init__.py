@@ -1,1 +1,1 @@
-"""Answers of a trained model, and what they are compared with."""
+"""Answers of a trained model, their likelihoods, and intervals of both."""

@@ -1,67 +1,42 @@
-"""Evaluation of answers: loss, tokens, greedy answers."""
+"""Greedy answers to the chats of a data set, and what the data say."""
 
 import time
 from dataclasses import dataclass
 
 import datasets
-import evaluate
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
+from ...modeling_tinyalign.outputs import IMAGE_INPUTS
+from ..data.chats import encode_chat
 from ..data.collator import TrainingCollator
 from ..data.memory_dropout import MemoryDropout
 from ..data.training_rows import training_rows
-from .generation import greedy_answers, reference_of
-
-
-class ExactMatch(evaluate.Metric):
-    """Share of the predictions that equal their reference, spaces around them aside."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            features=datasets.Features({name: datasets.Value("string") for name in ("predictions", "references")}),
-        )
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        return {"exact_match": float(np.mean(exact_matches(predictions, references)))}
-
-
-def exact_matches(predictions: list[str], references: list[str]) -> np.ndarray:
-    """Return `(n,)` bool, True where a prediction equals its reference, spaces around them aside."""
-    pairs = zip(predictions, references, strict=True)
-    return np.array([prediction.strip() == reference.strip() for prediction, reference in pairs])
 
 
 @dataclass
 class Evaluation:
     """
-    Results of [`evaluate_answers`], one entry a row.
+    Results of [`evaluate_answers`], one entry a row. Losses of answers: [`score_answers`].
 
     Attributes:
-        losses: `(n,)` float64, the loss summed over the answer's tokens, its end among them.
-        num_tokens, correct_tokens: `(n,)` int64, those tokens, and those that were the most likely one.
         answers, references: the greedy answer and the one in the data.
         seconds: `(n,)` float64, time of the answer's batch divided by the batch's size.
     """
 
-    losses: np.ndarray
-    num_tokens: np.ndarray
-    correct_tokens: np.ndarray
     answers: list[str]
     references: list[str]
     seconds: np.ndarray
 
     @property
     def exact_match(self) -> np.ndarray:
-        """`(n,)` bool."""
-        return exact_matches(self.answers, self.references)
+        """`(n,)` bool, spaces around an answer aside."""
+        pairs = zip(self.answers, self.references, strict=True)
+        return np.array([answer.strip() == reference.strip() for answer, reference in pairs])
 
 
 @torch.no_grad()
@@ -76,7 +51,7 @@ def evaluate_answers(
     desc: str = "Evaluation",
 ) -> Evaluation:
     """
-    The loss of the answers in the data, and the model's own greedy ones.
+    Return the model's own greedy answers beside those in the data.
 
     Args:
         dataset: Rows as for training; the last turn of `messages` is the answer.
@@ -89,33 +64,52 @@ def evaluate_answers(
     neighbours, captions = model.config.num_neighbours, model.config.prompt_captions
     dropout = MemoryDropout(0.0, neighbours) if neighbours else None
     collator = TrainingCollator(processor, vision_features, bank, dropout=dropout, prompt_captions=captions)
-    losses, num_tokens, correct_tokens, answers, references, seconds = [], [], [], [], [], []
+    answers, references, seconds = [], [], []
     model.eval()
     for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        inputs = send_to_device(collator(batch), model.device)
         references += [reference_of(row["messages"]) for row in batch]
-        loss, correct, counts = _score_inputs(model, inputs)
-        for row_loss, row_correct in zip(loss.split(counts), correct.split(counts), strict=True):
-            losses.append(row_loss.sum().item())
-            correct_tokens.append(row_correct.sum().item())
-        num_tokens += counts
+        inputs = send_to_device(collator(batch), model.device)
         started = time.perf_counter()
         chats = [collator.messages(row)[:-1] for row in batch]
         answers += greedy_answers(model, processor, chats, inputs, max_new_tokens)[0]
         seconds += [(time.perf_counter() - started) / len(batch)] * len(batch)
-    return Evaluation(
-        np.array(losses), np.array(num_tokens), np.array(correct_tokens), answers, references, np.array(seconds)
+    return Evaluation(answers, references, np.array(seconds))
+
+
+def reference_of(messages: list[dict]) -> str:
+    """Return the text of the last turn; `ValueError` if that is not the assistant's."""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise ValueError(f"A chat ends with a turn of {last['role']!r}, expected 'assistant': {str(messages)[:200]}")
+    content = last["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def greedy_answers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    chats: list[list[dict]],
+    batch: dict[str, torch.Tensor],
+    max_new_tokens: int,
+) -> tuple[list[str], torch.LongTensor | None, torch.Tensor | None]:
+    """
+    Return greedy answers to chats that end with a question, the rows of the bank `(images, top_k)` that were read for
+    them, -1 in slots that are off, and their similarities, as far as these are known.
+
+    Args:
+        batch: What the collator made of the chats; read is what it says of their images.
+    """
+    prompts = [encode_chat(processor, messages, add_generation_prompt=True)[0] for messages in chats]
+    inputs = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    length = inputs["input_ids"].shape[1]
+    output = model.generate(
+        **inputs,
+        **{name: batch[name] for name in IMAGE_INPUTS if name in batch},
+        do_sample=False,
+        **dict.fromkeys(("temperature", "top_p", "top_k")),  # of a model that samples by default
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
     )
-
-
-def _score_inputs(
-    model: PreTrainedModel, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Loss and whether the token was the likeliest, of the supervised tokens row by row; and their number a row."""
-    logits = model(**inputs, supervised_logits_only=True, use_cache=False).logits.float()
-    labels = inputs["labels"][:, 1:]
-    supervised = labels != -100
-    targets = labels[supervised]
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    return losses, logits.argmax(-1) == targets, supervised.sum(1).tolist()
+    texts = processor.tokenizer.batch_decode(output.sequences[:, length:], skip_special_tokens=True)
+    return [text.strip() for text in texts], output.get("memory_ids"), output.get("memory_scores")

@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-from transformers import TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 
+from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..arguments.files import CONFIGS, read_config, read_settings
+from ..arguments.stage import StageArguments
+from ..data.collator import TrainingCollator
+from ..data.memory_dropout import MemoryDropout
 from ..data.preparation import prepare
 from ..disk import full_disk_advice, nothing_left
-from ..evaluation.baselines import with_static_captions
 from ..hub.run_facts import RUN_NAME
 from ..hub.training_card import write_training_card
+from ..models import neighbours_of_baseline
 from .checkpoints import complete_checkpoints
 from .trainers import TRAINERS, SupervisedTrainer
 
@@ -68,6 +72,25 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
         if trainer.is_world_process_zero():
             command = shlex.join(["tinyalign", "train", *map(str, paths), *fields])
             write_training_card(config, run.model, trainer, bank, command)
+
+
+def with_static_captions(
+    config: StageArguments, processor: ProcessorMixin, rows: datasets.Dataset, bank: MemoryBank
+) -> datasets.Dataset:
+    """
+    Static RAG (paper, Table 2, row 3): the captions of each row's neighbours are written into its question, once. The
+    rest of the run is a baseline's, and so is inference.
+    """
+    captions = neighbours_of_baseline(config)
+    writer = TrainingCollator(
+        processor,
+        bank=bank,
+        max_length=config.max_length,
+        dropout=MemoryDropout(0.0, captions),
+        prompt_captions=captions,
+    )
+    rows = rows.map(lambda row: {"messages": writer.messages(row)}, desc="Writing captions")
+    return rows.remove_columns(["memory_ids", "memory_scores", "source_ids"])
 
 
 def given_settings(paths: Sequence[str | os.PathLike], fields: list[str]) -> set[str]:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..data.chats import count_images
 from ..disk import save_file
-from ..evaluation.generation import greedy_answers, reference_of
+from ..evaluation.answers import greedy_answers, reference_of
 
 logger = logging.get_logger(__name__)
 SAMPLES_NAME = "samples.jsonl"

@@ -14,7 +14,7 @@ from tinyalign_vlm.training.data.chats import encode_chat
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
-from tinyalign_vlm.training.evaluation.answers import evaluate_answers
+from tinyalign_vlm.training.evaluation.choices import score_answers
 from tinyalign_vlm.training.stages.checkpoints import load_trained, save_trained
 from tinyalign_vlm.training.stages.trainers import AlignmentTrainer
 
@@ -222,7 +222,9 @@ def test_the_evaluation_loss_is_that_of_the_tokens_whatever_the_batches(
         folder = tmp_path / str(size)
         trainer = run(stage, model, processor, rows, bank, folder, features, rows, **settings, **batches)
         found += losses(trainer, "eval_loss")
-    measured = evaluate_answers(model, processor, rows, bank, features, max_new_tokens=1)
+    questions = rows.map(lambda row: {"messages": row["messages"][:-1]})
+    answers = [[messages[-1]["content"][0]["text"]] for messages in rows["messages"]]
+    measured = score_answers(model, processor, questions, answers, bank, features)
     assert found == pytest.approx([measured.losses.sum() / measured.num_tokens.sum()] * 2, rel=2e-5)
 
 

@@ -5,7 +5,6 @@ import pytest
 
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.memory_dropout import MemoryDropout
-from tinyalign_vlm.training.evaluation.answers import evaluate_answers
 
 from .short_runs import losses
 from .short_runs import run as short_run
@@ -94,6 +93,6 @@ def test_text_only_retrieval_reads_captions_at_run_time(
     other = scored_rows.remove_columns(["memory_ids", "memory_scores"])
     other = other.add_column("memory_ids", [ids[2:] for ids in scored_rows["memory_ids"]])
     first, second = (
-        evaluate_answers(model, processor, one, bank, features, max_new_tokens=2) for one in (scored_rows, other)
+        trainer.evaluate(rows.add_column("feature_index", list(range(12)))) for rows in (scored_rows, other)
     )
-    assert not np.allclose(first.losses, second.losses)
+    assert not np.isclose(first["eval_loss"], second["eval_loss"])
