@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tinyalign_vlm.training.demo.state import Demo, Result
-from tinyalign_vlm.training.evaluation.bootstrap import Interval, interval
+from tinyalign_vlm.training.evaluation.bootstrap import Interval, bootstrap_interval
 
 # What to read of a demo: `result_of("tinyalign", "with")`, say.
 Pick = Callable[[Demo], Result]
@@ -31,7 +31,7 @@ def score(demos: Sequence[Demo], pick: Pick, metric: str, minus: Pick | None = N
         values.append(found if minus is None else found - other)
         weights.append(np.ones(len(found)) if weight is None else weight)
         groups.append(demo.groups(metric))
-    return interval(np.concatenate(values), np.concatenate(groups), np.concatenate(weights))
+    return bootstrap_interval(np.concatenate(values), np.concatenate(groups), np.concatenate(weights))
 
 
 def is_more(difference: Interval | None) -> bool:

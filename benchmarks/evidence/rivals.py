@@ -12,7 +12,7 @@ from study import Study
 from tinyalign_vlm.hub_cards.markdown import table
 from tinyalign_vlm.training.demo.report import interval_cell
 from tinyalign_vlm.training.demo.state import Result
-from tinyalign_vlm.training.evaluation.bootstrap import Interval, interval
+from tinyalign_vlm.training.evaluation.bootstrap import Interval, bootstrap_interval
 
 TITLES = {
     "tinyalign": "**TinyAlign**",
@@ -80,7 +80,7 @@ def others_loss(found: dict, system: str) -> Interval | None:
     results = [seed[system].get("others", Result()) for seed in found.values()]
     if any(result.name_losses is None for result in results):
         return None
-    return interval(
+    return bootstrap_interval(
         np.concatenate([result.name_losses for result in results]),
         weights=np.concatenate([result.name_tokens for result in results]),
     )

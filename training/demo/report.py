@@ -121,10 +121,7 @@ A new process without the package answered "{answer}" to the first query above, 
 
 def interval_cell(found: Interval | None, sign: str = "") -> str:
     """Return an interval as a cell of a table, a dash for what was not measured."""
-    if found is None:
-        return "-"
-    value, low, high = (format(number, f"{sign}.3f") for number in found)
-    return f"{value} [{low}, {high}]"
+    return "-" if found is None else f"{found:{sign}.3f}"
 
 
 def question_table(demo: Demo, metrics: tuple[str, str], titles: tuple[str, str]) -> str:

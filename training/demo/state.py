@@ -11,7 +11,7 @@ import numpy as np
 
 from ...modeling_tinyalign import MemoryBank
 from ..disk import save_file
-from ..evaluation.bootstrap import Interval, interval, paired_difference
+from ..evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
 from .pairs import NUM_KEYWORDS, Pairs
 
 BANKS = ("with", "without")  # the drawings of the held-out concepts
@@ -92,6 +92,7 @@ class Clock:
     def __call__(self, step: str, note: str = ""):
         now = time.time()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self.last
+        # Linux counts kilobytes; of all runs so far, an interrupted one may have needed more
         self.peak_memory_gb = max(self.peak_memory_gb, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         self.last = now
         write_json(self.path, {"seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb})
@@ -169,7 +170,7 @@ class Demo:
         """Return a metric with its interval, or None where it was not measured."""
         result = self.results[system].get(bank, Result())
         values, weights = result.column(metric)
-        return None if values is None else interval(values, self.groups(metric), weights)
+        return None if values is None else bootstrap_interval(values, self.groups(metric), weights)
 
     def difference(self, system: str, bank: str, metric: str, minus: str) -> Interval | None:
         """Return how much more a system has than another one, on the same questions, with its paired interval."""

@@ -15,8 +15,13 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        """Return `value [low, high]`, each number as the format says."""
+        value, low, high = (format(number, spec) for number in self)
+        return f"{value} [{low}, {high}]"
 
-def interval(
+
+def bootstrap_interval(
     values: Sequence[float],
     groups: Sequence | None = None,
     weights: Sequence[float] | None = None,
@@ -62,7 +67,7 @@ def resampled(
 
     Args:
         sums: `(questions, columns)`, what the statistic needs, summed over the questions of a sample.
-        groups: `(questions,)`, as of [`interval`].
+        groups: `(questions,)`, as of [`bootstrap_interval`].
         statistic: takes the sums of n samples, `(n, columns)`, and returns `(n,)`.
         strata: `(questions,)`, the same within a group. As many groups of each stratum are drawn as there are.
     """
@@ -73,7 +78,7 @@ def resampled(
     generator = np.random.default_rng(seed)
     drawn = [np.sum(sums, axis=0)]
     for _ in range(draws):
-        counts = np.zeros(len(names))
+        counts = np.zeros(len(names))  # how often each group is drawn: sums times counts need no copies of rows
         for those in members:
             counts[those] = generator.multinomial(len(those), np.full(len(those), 1 / len(those)))
         drawn.append(counts @ totals)
@@ -91,6 +96,6 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *args, **
     Return the mean of `first - second`, of two systems that answered the same questions, with its 95% interval. It is
     narrower than what two intervals side by side show, because hard questions are hard for both.
 
-    Other arguments are those of [`interval`].
+    Other arguments are those of [`bootstrap_interval`].
     """
-    return interval(np.asarray(first, np.float64) - np.asarray(second, np.float64), *args, **kwargs)
+    return bootstrap_interval(np.asarray(first, np.float64) - np.asarray(second, np.float64), *args, **kwargs)

@@ -76,6 +76,7 @@ def score_answers(
 def _ending(processor: ProcessorMixin, messages: list[dict], answer: str) -> torch.LongTensor:
     """Return the tokens of an answer and its end."""
     said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    # the last answer's tokens alone are spoken: earlier turns are part of the prompt
     silent = [{**message, "train": False} if message["role"] == "assistant" else message for message in messages]
     ids, is_spoken = encode_chat(processor, [*silent, said])
     return torch.tensor([token for token, spoken in zip(ids, is_spoken, strict=True) if spoken])

@@ -9,6 +9,7 @@ from ...hub_cards.cards import write_card
 from ...hub_cards.facts import Evaluation, read_facts
 from ...hub_cards.markdown import table, text
 from ..disk import save_file
+from ..evaluation.bootstrap import Interval
 from .benchmarks import BENCHMARKS
 from .comparison import NEAR, compare, mean_score, read_samples, value_in
 from .published import NOTE, PAPER_BENCHMARKS, PUBLISHED, published
@@ -101,7 +102,7 @@ def _values(results: dict[str, dict], titles: dict[str, str]) -> str:
         for name, entry in result["variants"].items():
             cells = ["to submit to EvalAI", "", ""]
             if "value" in entry:
-                cells = [_interval(entry["value"], ""), _difference(entry["difference"])]
+                cells = [f"{Interval(*entry['value']):.1f}", _difference(entry["difference"])]
                 cells.append(f"{entry['answers_that_differ']:.1f} %")
             rows.append([asked, text(name), *cells])
     return table(["benchmark", "variant", "value", "difference to the first", "answers that differ"], rows)
@@ -150,15 +151,10 @@ def _categories(results: dict[str, dict], titles: dict[str, str]) -> str:
     return "\n\n".join(tables)
 
 
-def _interval(value: Sequence[float], sign: str) -> str:
-    middle, low, high = (f"{number:{sign}.1f}" for number in value)
-    return f"{middle} [{low}, {high}]"
-
-
 def _difference(value: Sequence[float]) -> str:
     _, low, high = value
     noise = " noise" if low <= 0 <= high and (low, high) != (0, 0) else ""
-    return _interval(value, "+") + noise
+    return f"{Interval(*value):+.1f}{noise}"
 
 
 def _number(value: float | None) -> str:

@@ -3,29 +3,29 @@
 import numpy as np
 import pytest
 
-from tinyalign_vlm.training.evaluation.bootstrap import interval, paired_difference
+from tinyalign_vlm.training.evaluation.bootstrap import bootstrap_interval, paired_difference
 
 
 def test_intervals():
-    assert interval(np.ones(50)) == (1.0, 1.0, 1.0)
+    assert bootstrap_interval(np.ones(50)) == (1.0, 1.0, 1.0)
     values = np.random.default_rng(0).normal(size=400)
-    value, low, high = interval(values)
+    value, low, high = bootstrap_interval(values)
     assert value == pytest.approx(values.mean())
     assert [low, high] == pytest.approx([value - 1.96 / 20, value + 1.96 / 20], abs=0.015)
-    assert interval(values) == (value, low, high) != interval(values, seed=1)
+    assert bootstrap_interval(values) == (value, low, high) != bootstrap_interval(values, seed=1)
 
 
 def test_weights_are_what_values_are_sums_over():
-    value, low, high = interval([2.0, 30.0] * 100, weights=[1.0, 10.0] * 100)
+    value, low, high = bootstrap_interval([2.0, 30.0] * 100, weights=[1.0, 10.0] * 100)
     assert value == pytest.approx(32 / 11) and 2.8 < low < value < high < 3.0
 
 
 def test_questions_of_a_group_are_drawn_together():
     values = np.random.default_rng(0).integers(0, 2, 100).astype(float)
-    alone = interval(values)
-    repeated = interval(np.repeat(values, 4), groups=np.repeat(np.arange(100), 4))
+    alone = bootstrap_interval(values)
+    repeated = bootstrap_interval(np.repeat(values, 4), groups=np.repeat(np.arange(100), 4))
     assert repeated == pytest.approx(alone)
-    unaware = interval(np.repeat(values, 4))
+    unaware = bootstrap_interval(np.repeat(values, 4))
     assert unaware.high - unaware.low < 0.7 * (repeated.high - repeated.low)
 
 
@@ -33,10 +33,10 @@ def test_pairs_show_what_two_intervals_hide():
     hard = np.random.default_rng(0).normal(size=200) * 5
     found = paired_difference(hard + 0.3, hard, groups=np.arange(200))
     assert found == pytest.approx((0.3, 0.3, 0.3))
-    assert interval(hard + 0.3).low < interval(hard).high
+    assert bootstrap_interval(hard + 0.3).low < bootstrap_interval(hard).high
 
 
 @pytest.mark.parametrize("arguments", [([],), ([1.0], [1, 2]), ([1.0], None, [1.0, 2.0])])
 def test_lengths(arguments):
     with pytest.raises(ValueError, match="expected as many of each"):
-        interval(*arguments)
+        bootstrap_interval(*arguments)
