@@ -2,6 +2,8 @@
 
 import argparse
 
+from .options import add_model_to_ask
+
 SUMMARY = "ask, teach and look into the memory in a browser"
 HELP = """
 Open a page in the browser, on this machine alone, to see what a model with a memory does:
@@ -26,9 +28,7 @@ in front. No code of the checkpoint is run and no URL is fetched. Needs the extr
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the model, what visitors may do, and where it listens."""
-    parser.add_argument("model", help="folder or Hub repository of a TinyAlign model with its processor")
-    parser.add_argument("--revision", default="main", help="of the model's repository (default: %(default)s)")
-    parser.add_argument("--memory_bank", metavar="BANK", help="folder or repository (default: what the config names)")
+    add_model_to_ask(parser)
     parser.add_argument(
         "--visitors_may",
         choices=("ask", "teach", "save"),
@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace):

@@ -2,6 +2,8 @@
 
 import argparse
 
+from .options import add_model_to_ask
+
 SUMMARY = "ask about pictures in a terminal, and teach new ones"
 HELP = """
 Ask about a picture in a terminal, see the remembered examples that an answer rests on, and teach new ones.
@@ -21,14 +23,11 @@ With a question it prints the answer alone, with --sources as JSON with the exam
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the model, how it answers, and a question."""
-    parser.add_argument("model", help="folder or Hub repository of a TinyAlign model with its processor")
+    add_model_to_ask(parser)
     parser.add_argument("question", nargs="?", help="print the answer and end")
     parser.add_argument("--image", metavar="PATH", help="the picture to begin with")
     parser.add_argument("--sources", action="store_true", help="show the examples that answers rest on")
-    parser.add_argument("--memory_bank", metavar="BANK", help="folder or repository (default: what the config names)")
     parser.add_argument("--memory", choices=("on", "off"), default="on", help="off: without retrieval")
-    parser.add_argument("--revision", default="main", help="of the model's repository (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
     parser.add_argument(
         "--max_new_tokens", type=int, default=256, metavar="N", help="of an answer (default: %(default)s)"
     )

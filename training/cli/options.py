@@ -6,6 +6,14 @@ import argparse
 SEVERAL = {"nargs": "+", "action": "extend", "default": []}
 
 
+def add_model_to_ask(parser: argparse.ArgumentParser):
+    """Add the model that answers, its bank, and where it runs."""
+    parser.add_argument("model", help="folder or Hub repository of a TinyAlign model with its processor")
+    parser.add_argument("--revision", default="main", help="of the model's repository (default: %(default)s)")
+    parser.add_argument("--memory_bank", metavar="BANK", help="folder or repository (default: what the config names)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
+
+
 def add_bank(parser: argparse.ArgumentParser):
     """Add the bank that a command reads."""
     parser.add_argument("bank", help="its folder or repository")

@@ -2,6 +2,8 @@
 
 import argparse
 
+from .options import add_model_to_ask
+
 SUMMARY = "answer chats with images over HTTP, as OpenAI's API does"
 HELP = """
 Answer chats with images over HTTP, as OpenAI's API does: POST /v1/chat/completions, streamed or not, GET /v1/models.
@@ -29,16 +31,13 @@ before you pass another --host. It needs the extra `serve`: pip install tinyalig
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the model, how it answers, and where it listens."""
-    parser.add_argument("model", help="folder or Hub repository of a TinyAlign model with its processor")
-    parser.add_argument("--revision", default="main", help="of the model's repository (default: %(default)s)")
-    parser.add_argument("--memory_bank", metavar="BANK", help="folder or repository (default: what the config names)")
+    add_model_to_ask(parser)
     parser.add_argument("--memory", choices=("on", "off"), default="on", help="off: without retrieval")
     hosts = {"action": "append", "default": [], "metavar": "HOST"}
     parser.add_argument("--allow_image_host", **hosts, help="fetch images from there, too; may be repeated")
     parser.add_argument("--max_tokens", type=int, default=1024, help="of an answer (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace):
