@@ -5,6 +5,7 @@ import copy
 import json
 import time
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
@@ -29,12 +30,42 @@ MAX_BODY_BYTES = 64 * 2**20
 MAX_IMAGES = 16
 MAX_STOPS = 4
 ROLES = ("system", "developer", "user", "assistant")
-# Fields of a request that are read, or that say nothing about the answer.
-FIELDS = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature"}
-FIELDS |= {"top_p", "seed", "stop", "memory", "sources", "user", "metadata", "safety_identifier", "prompt_cache_key"}
 # Fields of OpenAI's that are not supported, and the values that ask for nothing.
 UNSUPPORTED = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "presence_penalty": 0, "store": False}
 UNSUPPORTED |= {"frequency_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "modalities": ["text"]}
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    """Return True for a JSON number in these bounds; Python's `True` is a number, too, and JSON's is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def are_stops(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return (
+        isinstance(texts, list) and len(texts) <= MAX_STOPS and all(isinstance(text, str) and text for text in texts)
+    )
+
+
+# Values that a field of a request may have, beside null.
+EXPECTED = {
+    "temperature": (lambda value: is_number(value, 0, 2), "0 to 2"),
+    "top_p": (lambda value: is_number(value, 0, 1), "0 to 1"),
+    "max_tokens": (is_count, "a whole number from 1 on"),
+    "max_completion_tokens": (is_count, "a whole number from 1 on"),
+    "seed": (lambda value: type(value) is int and abs(value) < 2**63, "a whole number of 64 bits"),
+    "stream": (lambda value: isinstance(value, bool), "true or false"),
+    "stream_options": (lambda value: isinstance(value, dict), "an object"),
+    "stop": (are_stops, f"a text or a list of up to {MAX_STOPS} texts"),
+    "memory": (lambda value: value in ("on", "off"), "'on' or 'off'"),
+    "sources": (lambda value: isinstance(value, bool), "true or false"),
+}
+# Fields of a request that are read, or that say nothing about the answer.
+FIELDS = {*EXPECTED, "model", "messages", "user", "metadata", "safety_identifier", "prompt_cache_key"}
 
 
 def serve(
@@ -66,7 +97,7 @@ def build_app(
     allowed_hosts: Collection[str] = (),
     max_tokens: int = 1024,
 ) -> FastAPI:
-    """The server: chat completions with images, streamed or not, for this model alone."""
+    """Return the server: chat completions with images, streamed or not, for this model alone."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     pictures = Pictures(model)
     entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinyalign"}
@@ -104,7 +135,6 @@ def build_app(
 
 
 def error_response(message: str, status: int, code: str | None = None) -> JSONResponse:
-    """Return an error in OpenAI's form."""
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return JSONResponse({"error": error}, status)
 
@@ -156,13 +186,13 @@ def read_request(
     max_tokens: int,
 ) -> Answer:
     """Return the answer that a request asks for; `ValueError` names the field that is wrong."""
-    config = sampling_settings(body, model, max_tokens)
+    for name, (fits, expected) in EXPECTED.items():
+        if body.get(name) is not None and not fits(body[name]):
+            raise ValueError(f"{name} is {body[name]!r:.100}, expected {expected}")
     if memory == "off" and body.get("memory") == "on":
         raise ValueError("memory is 'on', but this server answers without: leave it out")
-    if "memory" in body:
-        _expect(body, "memory", lambda value: value in ("on", "off"), "'on' or 'off'")
-        memory = body["memory"] or memory
-    _expect(body, "sources", lambda value: isinstance(value, bool), "true or false")
+    memory = body.get("memory") or memory
+    config = sampling_settings(body, model, max_tokens)
     inputs = processor.apply_chat_template(
         read_messages(body.get("messages"), allowed_hosts),
         add_generation_prompt=True,
@@ -181,20 +211,6 @@ def read_request(
 
 def sampling_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> GenerationConfig:
     """Return how to generate: what the model's generation_config.json says, changed by a request."""
-
-    def is_number(value, low: float, high: float) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-    _expect(body, "temperature", lambda value: is_number(value, 0, 2), "0 to 2")
-    _expect(body, "top_p", lambda value: is_number(value, 0, 1), "0 to 1")
-    for name in ("max_tokens", "max_completion_tokens"):
-        _expect(body, name, lambda value: type(value) is int and value >= 1, "a whole number from 1 on")
-    _expect(body, "seed", lambda value: type(value) is int and abs(value) < 2**63, "a whole number of 64 bits")
-    _expect(body, "stream", lambda value: isinstance(value, bool), "true or false")
-    _expect(body, "stream_options", lambda value: isinstance(value, dict), "an object")
-    stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise ValueError(f"stop is {body['stop']!r}, expected a text or a list of up to {MAX_STOPS} texts")
     config = copy.deepcopy(model.generation_config)
     temperature = body.get("temperature")
     config.do_sample = config.do_sample if temperature is None else temperature > 0
@@ -202,20 +218,16 @@ def sampling_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> Ge
         config.temperature = float(temperature)
     if body.get("top_p"):
         config.top_p = float(body["top_p"])
-    config.stop_strings = stops or None
+    stops = body.get("stop") or None
+    config.stop_strings = [stops] if isinstance(stops, str) else stops
     wanted = body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens
     config.max_new_tokens = min(wanted, max_tokens)
     config.validate()
     return config
 
 
-def _expect(body: dict, name: str, fits, expected: str):
-    if body.get(name) is not None and not fits(body[name]):
-        raise ValueError(f"{name} is {str(body[name])[:100]!r}, expected {expected}")
-
-
 async def read_body(request: Request) -> dict:
-    """The request's JSON object; raises `HTTPException` if it is none, too large, or asks for what is not there."""
+    """Return a request's JSON object; `HTTPException` if it is none, too large, or has an unsupported field."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise HTTPException(415, "expected content-type: application/json")  # a web page can't send it unasked
     data = bytearray()
@@ -238,41 +250,52 @@ async def read_body(request: Request) -> dict:
 
 def read_messages(messages: list, allowed_hosts: Collection[str]) -> list[dict]:
     """
-    OpenAI's messages with the images in place of their URLs.
+    Return OpenAI's messages with the images in place of their URLs.
 
-    Raises `ValueError`, naming the message, when it is malformed or an image is not to be had.
+    Raises:
+        ValueError: a message is malformed, or an image cannot be had; the message is named.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages: expected a list with at least one message")
-    checked, sizes = [], []
+    checked, images = [], []
     for number, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise ValueError(f"messages[{number}]: found the role {role!r}, expected one of {', '.join(ROLES)}")
-        content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list):
-            raise ValueError(f"messages[{number}]: expected text or a list of parts as content")
-        checked.append({"role": "system" if role == "developer" else role, "content": []})
-        for part in parts:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text" and isinstance(part.get("text"), str):
-                part["text"].encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
-                checked[-1]["content"].append({"type": "text", "text": part["text"]})
-            elif kind == "image_url" and isinstance(part.get("image_url"), dict):
-                if len(sizes) == MAX_IMAGES:
-                    raise ValueError(f"more than {MAX_IMAGES} images")
-                try:
-                    image = load_request_image(part["image_url"].get("url"), allowed_hosts)
-                except ValueError as error:
-                    raise ValueError(f"messages[{number}]: {error}") from error
-                sizes.append(image.width * image.height)
-                if sum(sizes) > (Image.MAX_IMAGE_PIXELS or sum(sizes)):
-                    raise ValueError(f"the images have {sum(sizes)} pixels, expected {Image.MAX_IMAGE_PIXELS} in all")
-                checked[-1]["content"].append({"type": "image", "image": image})
-            else:
-                raise ValueError(
-                    f"messages[{number}]: found a part of type {kind!r}, expected "
-                    '{"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}'
-                )
+        try:
+            role, parts = check_message(message)
+            content = [read_part(part, images, allowed_hosts) for part in parts]
+        except ValueError as error:
+            raise ValueError(f"messages[{number}]: {error}") from error
+        checked.append({"role": role, "content": content})
     return checked
+
+
+def check_message(message: Any) -> tuple[str, list]:
+    """Return the role, as the chat template knows it, and the parts of the content."""
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in ROLES:
+        raise ValueError(f"found the role {role!r}, expected one of {', '.join(ROLES)}")
+    parts = message.get("content")
+    if isinstance(parts, str):
+        parts = [{"type": "text", "text": parts}]
+    if not isinstance(parts, list):
+        raise ValueError("expected text or a list of parts as content")
+    return "system" if role == "developer" else role, parts
+
+
+def read_part(part: Any, images: list[Image.Image], allowed_hosts: Collection[str]) -> dict:
+    """Return a part with its image, which joins those of the request: they have a limit together."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        part["text"].encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
+        return {"type": "text", "text": part["text"]}
+    if kind != "image_url" or not isinstance(part.get("image_url"), dict):
+        raise ValueError(
+            f"found a part of type {kind!r}, expected "
+            '{"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}'
+        )
+    if len(images) == MAX_IMAGES:
+        raise ValueError(f"more than {MAX_IMAGES} images")
+    images.append(load_request_image(part["image_url"].get("url"), allowed_hosts))
+    pixels, most = sum(image.width * image.height for image in images), Image.MAX_IMAGE_PIXELS
+    if most is not None and pixels > most:
+        raise ValueError(f"the images have {pixels} pixels, expected {most} in all")
+    return {"type": "image", "image": images[-1]}
