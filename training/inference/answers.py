@@ -18,7 +18,7 @@ class TokenQueue(BaseStreamer):
     def __init__(self):
         self.tokens, self.in_prompt = queue.Queue(), True
 
-    def put(self, value: torch.Tensor):
+    def put(self, value: torch.Tensor):  # `generate` hands over the prompt first
         if not self.in_prompt:
             self.tokens.put(value.tolist())
         self.in_prompt = False
@@ -86,7 +86,10 @@ class Answer:
                     generation_config=self.config,
                     tokenizer=self.processor.tokenizer,
                     streamer=streamer,
-                    stopping_criteria=[lambda ids, scores: torch.full((len(ids),), stopped.is_set())],
+                    # on the device of the ids, where `generate` joins it with its own criteria
+                    stopping_criteria=[
+                        lambda ids, scores: torch.full((len(ids),), stopped.is_set(), device=ids.device)
+                    ],
                 )
         except Exception as error:  # for the thread that waits
             self.error = error

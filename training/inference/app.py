@@ -61,6 +61,7 @@ def serving(shared: Shared, host: str | None = "127.0.0.1", port: int | None = N
         os.environ["GRADIO_TEMP_DIR"] = uploads
         try:
             app = build_app(shared)
+            # off is said where it is the default, too: environment variables and Spaces switch some of it on
             app.queue(max_size=64).launch(
                 server_name=host,
                 server_port=port,

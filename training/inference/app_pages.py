@@ -30,10 +30,16 @@ def in_words() -> Iterator[None]:
 
 
 def uploaded_path(path: str) -> Path:
-    """Return the path of an upload; `ValueError` for any other, which Gradio lets pass in a payload of a picture."""
+    """Return the path of an upload.
+
+    Raises:
+        ValueError: it is another file's, which Gradio lets pass in a payload of a picture; or the file is gone.
+    """
     path = Path(path or "").resolve()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
         raise ValueError("The file was not uploaded: upload it.")
+    if not path.is_file():  # Gradio names files by content: of a visitor with the same picture, who has left
+        raise ValueError("The file is here no longer: upload it again.")
     return path
 
 
@@ -54,18 +60,19 @@ class Pages:
         """Free what a visitor who closes the page has asked, taught and uploaded."""
         self.visitors.leave(request.session_hash)
 
-    def uploaded(self, picture: dict | None, visitor: Visitor) -> Image.Image | None:
-        """Return an uploaded picture, whose file is deleted when the visitor leaves, if not before."""
-        if picture is None:
+    def uploaded(self, picture: dict | None, component: str, visitor: Visitor) -> Image.Image | None:
+        """Return the picture that a component shows now; the file of the one before is deleted."""
+        path = picture and uploaded_path(picture["path"])
+        if path != visitor.files.get(component):
+            visitor.delete_files(component)
+        if path is None:
             return None
-        path = uploaded_path(picture["path"])
-        visitor.files.append(path)
+        visitor.files[component] = path
         return read_picture(path)
 
     # ------------------------------------------------------------------ Ask
 
     def ask_tab(self):
-        """Lay out the picture, the two conversations, and the examples that were retrieved."""
         with gr.Row():
             with gr.Column(scale=2, min_width=240):
                 self.picture = gr.Image(
@@ -75,6 +82,7 @@ class Pages:
                 self.examples = gr.HTML(render_cards(examples, ASK_IT, small=True), js_on_load=CARD_CLICK)
             with gr.Column(scale=5):
                 with gr.Row():
+                    # text as it is: Markdown of a model or bank could show pictures of other hosts
                     looks = {"height": 300, "render_markdown": False, "buttons": []}
                     memory = self.shared.has_memory
                     self.with_memory = gr.Chatbot(label="With memory", visible=memory, elem_id="with", **looks)
@@ -83,7 +91,6 @@ class Pages:
         self._settings()
 
     def _question(self):
-        """Lay out the question, the doubt with a line to teach, and what the answer rests on."""
         with gr.Row(equal_height=True):
             looks = {"show_label": False, "container": False, "max_length": 2000}
             placeholder = f"Ask: {self.shared.question}"
@@ -115,8 +122,7 @@ class Pages:
         visitor = self.visitor(request)
         visitor.look_at(None)
         try:
-            visitor.look_at(self.uploaded(picture, visitor))
-            visitor.delete_files(but=picture and uploaded_path(picture["path"]))
+            visitor.look_at(self.uploaded(picture, "picture", visitor))
         except (ValueError, OSError) as error:  # the page shows no longer what was said of another picture
             gr.Warning(html.escape(str(error)), title="Error")
         return self.everything(visitor)
@@ -153,34 +159,32 @@ class Pages:
         """Ask the last question anew without an example that was clicked, in place of the last turn."""
         visitor = self.visitor(request)
         visitor.left_out.append(str(event.row)[:32])
-        question = visitor.last_question(take_back=True)
+        question = visitor.take_back()
         yield from self.ask(question, top_k, threshold, compare, request)
 
     def use_all(self, top_k: float, threshold: float, compare: bool, request: gr.Request) -> Iterator[list]:
         """Ask the last question anew with all examples."""
         visitor = self.visitor(request)
         visitor.left_out = []
-        question = visitor.last_question(take_back=True)
+        question = visitor.take_back()
         yield from self.ask(question, top_k, threshold, compare, request)
 
     def everything(self, visitor: Visitor) -> list:
         """Return what the Ask tab shows: conversations, the doubt, the examples, and whether some were left out."""
-        doubt = visitor.none_right is not None and visitor.none_right >= UNSURE
-        text = ""
+        none_right = visitor.with_memory.none_right
+        doubt, text = none_right is not None and none_right >= UNSURE, ""
         if doubt:
-            text = f"**I do not know this one.** No example is likely right (none is with {visitor.none_right:.0%})."
-        cards = render_cards([source_card(source) for source in visitor.sources], LEAVE_OUT, RESTS_ON)
+            text = f"**I do not know this one.** No example is likely right (none is with {none_right:.0%})."
+        cards = render_cards(list(map(source_card, visitor.with_memory.sources)), LEAVE_OUT, RESTS_ON)
         left_out = gr.update(visible=bool(visitor.left_out))
         return [*self.chats(visitor), gr.update(visible=doubt), text, cards, left_out]
 
     def chats(self, visitor: Visitor) -> list[list[dict]]:
-        """Return the two conversations as Gradio has them."""
         return [conversation(visitor.turns, answer) for answer in (1, 2)]
 
     # ------------------------------------------------------------------ Teach
 
     def teach_tab(self):
-        """Lay out how to teach, and what was taught."""
         teaches = self.shared.allows("teach")
         if not teaches:
             gr.Markdown("Teaching is off here. Whoever runs the app can switch it on: `--visitors_may teach`.")
@@ -206,10 +210,10 @@ class Pages:
                     self.push_button = gr.Button("Push", elem_id="push")
 
     def teach(self, picture: dict | None, line: str, request: gr.Request) -> list:
-        """Remember an uploaded picture by a line."""
         visitor = self.visitor(request)
         with in_words():
-            visitor.teach(self.uploaded(picture, visitor), str(line))
+            visitor.teach(self.uploaded(picture, "new-picture", visitor), str(line))
+        visitor.delete_files("new-picture")
         return [None, "", *self.taught(visitor)]
 
     def teach_this(self, line: str, request: gr.Request) -> list:
@@ -236,11 +240,9 @@ class Pages:
         return [f"{len(visitor.lessons) - before} new. {said}{problem}", cards]
 
     def forget(self, event: gr.EventData, request: gr.Request) -> list:
-        """Forget the lesson that was clicked."""
         return self._forget(str(event.row), request)
 
     def forget_all(self, request: gr.Request) -> list:
-        """Forget all lessons."""
         return self._forget(None, request)
 
     def _forget(self, source_id: str | None, request: gr.Request) -> list:
@@ -256,12 +258,10 @@ class Pages:
         return [said, render_cards(cards, FORGET)]
 
     def save(self, name: str, request: gr.Request) -> str:
-        """Write a new bank."""
         with in_words():
             return f"Saved as {html.escape(str(self.visitor(request).save(name)))}."
 
     def push(self, repository: str, request: gr.Request) -> str:
-        """Upload a new bank."""
         with in_words():
             return f"Pushed to {html.escape(self.visitor(request).push(repository))}."
 
@@ -285,7 +285,6 @@ class Pages:
         return render_view(self.shared.model.memory_bank, "of this model")
 
     def find_caption(self, text: str, request: gr.Request) -> str:
-        """Return rows with this text."""
         with in_words():
             rows = self.visitor(request).find_caption(text) if text.strip() else []
         return render_cards([Card("", row["caption"], row["thumbnail"]) for row in rows])
@@ -294,15 +293,14 @@ class Pages:
         """Return the rows that are most like an uploaded picture."""
         visitor, found = self.visitor(request), []
         with in_words():
-            wanted = self.uploaded(picture, visitor)
+            wanted = self.uploaded(picture, "wanted", visitor)
             if wanted is not None:
                 found = visitor.find_picture(wanted)
-        return render_cards([source_card(source) for source in found])
+        return render_cards(list(map(source_card, found)))
 
     # ------------------------------------------------------------------ what calls what
 
     def connect(self):
-        """Connect the components' events with the functions."""
         page = [self.with_memory, self.without, self.unknown, self.unknown_text, self.gallery, self.put_back]
         settings = [self.top_k, self.threshold, self.compare]
         # unread: Gradio would open the file itself, with whatever program PIL has for it

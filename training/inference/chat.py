@@ -112,7 +112,6 @@ class TerminalChat:
                 print(printable(str(error)))
 
     def do(self, line: str):
-        """Do what a line says."""
         command, _, rest = line.partition(" ")
         if not line.startswith("/"):
             if line:
@@ -167,7 +166,6 @@ class TerminalChat:
         print(f"Forgot {count} {'lesson' if count == 1 else 'lessons'}.")
 
     def save(self, rest: str):
-        """Write a new bank."""
         folder, lessons = Path(split_path(rest, "/save DIR")[0]).expanduser(), self.conversation.lessons
         lessons.save(folder)
         count = f"{len(lessons)} {'lesson' if len(lessons) == 1 else 'lessons'}"

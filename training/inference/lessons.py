@@ -74,26 +74,14 @@ class Lessons:
     """Lessons of one visitor: in memory alone, found beside the rows of a bank, and forgotten without a trace.
 
     Args:
-        bank: the shared bank, whose encoders make the keys; never copied. By default the model's. Without one the
-            model answers without memory, and nothing can be taught.
         pictures: shared by all visitors of a model.
 
-    Raises:
-        ValueError: the bank is of another vision tower.
+    Attributes:
+        bank: the model's, whose encoders make the keys; shared, never copied. Without one nothing can be taught.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: ProcessorMixin,
-        bank: MemoryBank | None = None,
-        pictures: Pictures | None = None,
-    ):
-        self.model, self.processor = model, processor
-        self.bank = model.memory_bank if bank is None else bank
-        if bank is not None and bank is not model.memory_bank:  # which was checked when it was attached
-            with LOCK:
-                bank.check_probes(model)
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, pictures: Pictures | None = None):
+        self.model, self.processor, self.bank = model, processor, model.memory_bank
         self.pictures = Pictures(model) if pictures is None else pictures
         self._lessons: list[Lesson] = []
 
@@ -137,14 +125,18 @@ class Lessons:
         columns = dict.fromkeys(self._bank_to_teach().config.columns)
         with LOCK, evaluating(self.model, *self._encoder.value_encoders):
             row = self._encoder.read_row(0, {**columns, "image": image, "caption": caption})
-            pixels = self.processor.image_processor(images=[row.image], return_tensors="pt")["pixel_values"][0]
-            picture = self.pictures.look_at(pixels.to(self.model.device))
+            picture = self.look_at(row.image)
             self._encoder.vision_features = picture.features
             (batch,) = finished([self._encoder.encode([row])], self.bank.key_encoder)
             lesson = self._lesson(batch, picture.name)
             self._lessons = [other for other in self._lessons if other.row["source_id"] != row.source_id]
             self._lessons.append(lesson)
         return lesson.row
+
+    def look_at(self, image: Image.Image) -> Picture:
+        """Return a picture as the model's vision tower sees it; the caller holds `LOCK`."""
+        pixels = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+        return self.pictures.look_at(pixels.to(self.model.device))
 
     def _lesson(self, batch: pa.RecordBatch, picture: str) -> Lesson:
         """Return a lesson, with key and value rounded as the bank's are."""

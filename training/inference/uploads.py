@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ...processing.images import MAX_IMAGE_BYTES, decode_image
 from .request_images import REQUEST_FORMATS
 
-MAX_LESSONS = 200  # of one upload
+MAX_ROWS = 200  # of the CSV of one upload
 MAX_UPLOAD_BYTES = 8 * MAX_IMAGE_BYTES  # of one request, and of what a zip file holds
 MAX_BODY_BYTES = 2**20  # of a request without files: a question, two numbers
 COLUMNS = ["image", "caption"]
@@ -59,8 +59,8 @@ def _lessons(files: dict[str, Callable], **options) -> Iterator[tuple[str, Image
         rows = list(rows)
     except (ValueError, csv.Error, zipfile.BadZipFile, RuntimeError) as error:  # the last: a zip with a password
         raise ValueError(f"{tables[0]} cannot be read: {error}.") from error
-    if len(rows) > MAX_LESSONS:
-        raise ValueError(f"{tables[0]} has {len(rows)} rows, expected at most {MAX_LESSONS} at once.")
+    if len(rows) > MAX_ROWS:
+        raise ValueError(f"{tables[0]} has {len(rows)} rows, expected at most {MAX_ROWS} at once.")
     folder = PurePosixPath(tables[0]).parent
     for row in rows:
         name = row["image"] or ""
@@ -92,7 +92,6 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
-        """Answer 403 or 413, or hand the request on."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
         elif any(f"/{word}=" in scope["path"] and "://" in scope["path"] for word in ("file", "proxy", "stream")):

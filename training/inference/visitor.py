@@ -23,8 +23,8 @@ from .pictures import Pictures
 
 MAY = ("ask", "teach", "save")
 MAX_VISITORS = 64
-MAX_LESSONS = 500  # of a visitor
 MAX_TURNS = 20  # that are shown
+MAX_TAUGHT = 500  # of a visitor
 MAX_QUESTION = 2000  # letters
 ANSWER_TOKENS = 64
 FOUND = 24  # results of a search in the bank
@@ -67,7 +67,7 @@ def load_shared(name: str, revision: str, memory_bank: str | None, device: str, 
     model, processor = load_to_answer(name, revision, memory="off", device=device)
     shared = Shared(model, processor, Path(name).name, **settings)
     try:
-        attach(shared, name, memory_bank)
+        _attach_bank(shared, name, memory_bank)
     except (ValueError, OSError, ImportError) as error:
         model.detach_memory_bank()
         shared.problem = str(error)
@@ -78,10 +78,8 @@ def load_shared(name: str, revision: str, memory_bank: str | None, device: str, 
     return shared
 
 
-def attach(shared: Shared, name: str, memory_bank: str | None):
-    """Attach a bank; `ValueError` if there is none, or it does not fit."""
-    config = shared.model.config
-    if config.memory_top_k == 0:
+def _attach_bank(shared: Shared, name: str, memory_bank: str | None):
+    if shared.model.config.memory_top_k == 0:
         raise ValueError(f"{name} was trained without memory (its memory_top_k is 0).")
     if memory_bank is not None:
         shared.model.attach_memory_bank(memory_bank, tokenizer=shared.processor.tokenizer)
@@ -105,9 +103,10 @@ class Visitor:
     """The picture, the conversation and the lessons of one visitor.
 
     Attributes:
-        turns: `[question, answer with memory, answer without]`, as shown.
+        turns: `[question, answer with memory, answer without]`, as shown: the conversations forget theirs when
+            something is taught.
         left_out: source_ids of neighbours that the visitor does not want to be read.
-        files: uploads that the page shows.
+        files: uploads that the page shows, by the component that shows each.
     """
 
     def __init__(self, shared: Shared):
@@ -118,15 +117,7 @@ class Visitor:
         )
         self.turns: list[list[str]] = []
         self.left_out: list[str] = []
-        self.files: list[Path] = []
-
-    @property
-    def sources(self) -> list[Neighbour]:
-        return self.with_memory.sources
-
-    @property
-    def none_right(self) -> float | None:
-        return self.with_memory.none_right
+        self.files: dict[str, Path] = {}
 
     def look_at(self, picture: Image.Image | None):
         """Talk about another picture, or none, from now on."""
@@ -143,7 +134,7 @@ class Visitor:
         turn = [question, "", ""]
         self.turns = [*self.turns, turn][-MAX_TURNS:]
         if self.shared.has_memory:
-            threshold = threshold if threshold > 0 else EVERYTHING
+            threshold = threshold if threshold > 0 else EVERYTHING  # not None, which is the model's own
             settings = {"top_k": top_k, "retrieval_threshold": threshold, "exclude": self.left_out}
             for piece in self.with_memory.ask(question, **settings):
                 turn[1] += piece
@@ -153,14 +144,17 @@ class Visitor:
                 turn[2] += piece
                 yield
 
-    def last_question(self, take_back: bool = False) -> str:
-        """Return the question that was asked last; `take_back` it with its answers, to ask it anew."""
-        question = self.turns[-1][0] if self.turns else ""
-        if take_back and self.turns:
-            self.turns.pop()
-            for conversation in (self.with_memory, self.without):
-                if conversation.turns and conversation.turns[-1][0] == question:
-                    conversation.turns.pop()
+    def last_question(self) -> str:
+        """Return the question that was asked last, blank if there is none."""
+        return self.turns[-1][0] if self.turns else ""
+
+    def take_back(self) -> str:
+        """Return the last question, and forget it with its answers: it will be asked anew."""
+        question = self.last_question()
+        self.turns = self.turns[:-1]
+        for conversation in (self.with_memory, self.without):
+            if conversation.turns and conversation.turns[-1][0] == question:
+                conversation.turns.pop()
         return question
 
     def teach(self, picture: Image.Image | None, line: str):
@@ -168,9 +162,9 @@ class Visitor:
         self._check_allowed("teach")
         if picture is None:
             raise ValueError("There is no picture to remember: upload one first.")
-        if len(self.lessons) >= MAX_LESSONS:
+        if len(self.lessons) >= MAX_TAUGHT:
             raise ValueError(
-                f"You have taught {MAX_LESSONS} pictures, expected no more: forget some, or save the bank."
+                f"You have taught {MAX_TAUGHT} pictures, expected no more: forget some, or save the bank."
             )
         self.with_memory.teach(picture, line.strip())
 
@@ -178,14 +172,13 @@ class Visitor:
         """Forget one lesson or all, the conversation, which may have spoken of it, and uploads, which may show it."""
         self.lessons.forget(source_id)
         self.look_at(None)
-        self.delete_files()
+        self.delete_files(*self.files)
 
-    def delete_files(self, but: Path | None = None):
-        """Delete the uploads that the page has shown, but one."""
-        for path in self.files:
-            if path != but:
-                path.unlink(missing_ok=True)
-        self.files = [but] if but else []
+    def delete_files(self, *components: str):
+        """Delete the uploads that these components show, but for one that another shows as well."""
+        gone = [self.files.pop(component, None) for component in components]
+        for path in set(filter(None, gone)) - set(self.files.values()):
+            path.unlink(missing_ok=True)
 
     def save(self, name: str) -> Path:
         """Write a new bank with the lessons into a folder below the current one, and return it."""
@@ -211,13 +204,10 @@ class Visitor:
 
     def find_picture(self, picture: Image.Image) -> list[Neighbour]:
         """Return the rows of bank and lessons whose keys are most like that of a picture."""
-        shared = self.shared
-        if shared.model.config.key_space != "vision":
+        if self.shared.model.config.key_space != "vision":
             raise ValueError("This bank is searched by picture and question together: ask about the picture.")
-        pixels = shared.processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"][0]
         with LOCK:
-            looked = shared.pictures.look_at(pixels.to(shared.model.device))
-            return self.lessons.neighbours(looked, FOUND, {})
+            return self.lessons.neighbours(self.lessons.look_at(picture), FOUND, {})
 
     def _check_allowed(self, action: str):
         if not self.shared.allows(action):
@@ -240,18 +230,17 @@ class Visitors:
         return len(self._visitors)
 
     def __getitem__(self, session: Any) -> Visitor:
-        """Return the visitor of a session, who may be new."""
         with self._lock:
             if session not in self._visitors:
                 self._visitors[session] = Visitor(self.shared)
             self._visitors.move_to_end(session)
             if len(self._visitors) > MAX_VISITORS:
-                self._visitors.popitem(last=False)[1].delete_files()
+                _, oldest = self._visitors.popitem(last=False)
+                oldest.delete_files(*oldest.files)
             return self._visitors[session]
 
     def leave(self, session: Any):
-        """Free what a session has asked and taught."""
         with self._lock:
             visitor = self._visitors.pop(session, None)
         if visitor is not None:
-            visitor.delete_files()
+            visitor.delete_files(*visitor.files)

@@ -339,14 +339,17 @@ def test_visitors_are_bounded_and_freed(shared, images, tmp_path, monkeypatch):
     visitors = Visitors(shared)
     forgotten = tmp_path / "of the first.png"
     forgotten.write_bytes(b"")
-    visitors[0].files.append(forgotten)
+    visitors[0].files["picture"] = forgotten
     for number in range(7):
         visitor = visitors[number]
         visitor.look_at(images[0])
         list(visitor.ask("", 2, 0, compare=False))
     assert len(visitors) == 4 and not forgotten.exists()
-    visitor.files.append(tmp_path / "upload.png")
+    visitor.files["picture"] = tmp_path / "upload.png"
     (tmp_path / "upload.png").write_bytes(b"")
+    visitor.files["wanted"] = visitor.files["picture"]  # Gradio names files by their content
+    visitor.delete_files("wanted")
+    assert visitor.files["picture"].exists()
     visitors.leave(number)
     assert len(visitors) == 3 and not (tmp_path / "upload.png").exists()
     assert visitors[number] is not visitor
@@ -435,7 +438,7 @@ def test_an_app_without_memory_says_why_and_answers(folders, images, make_model,
     visitor = Visitors(shared)["a"]
     visitor.look_at(images[0])
     list(visitor.ask("", 2, 0.5, compare=False))
-    assert visitor.turns[0][1] == "" and visitor.turns[0][2] and visitor.sources == []
+    assert visitor.turns[0][1] == "" and visitor.turns[0][2] and visitor.with_memory.sources == []
     with pytest.raises(ValueError, match="There is no memory to teach. No memory bank was named"):
         visitor.teach(images[0], "a line")
     app_module.build_app(shared)

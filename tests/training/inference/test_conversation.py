@@ -85,11 +85,10 @@ def test_sources(parts, images, captions):
 def test_calibrated_probabilities(parts, images):
     calibration = CalibrationConfig(top_k=4, right=[0.0, 2.0, 0.0, 0.0], none=[2.0, -4.0, 0.0, 0.0], num_rows=8)
     bank = parts.bank.with_calibration(calibration)
-    lessons = Lessons(parts.model, parts.processor, bank)
-    chat = conversation(parts, lessons)
+    parts.model.attach_memory_bank(bank)
+    chat = conversation(parts)
     answer(chat, QUESTION, images[9])
     before = chat.none_right
-    parts.model.attach_memory_bank(bank)
     expected = parts.model.retrieve(images[9])
     parts.model.attach_memory_bank(parts.bank)
     assert before == pytest.approx(float(expected.none_probability[0]), abs=1e-5)
