@@ -87,7 +87,9 @@ def model_card(facts: ModelFacts) -> ModelCard:
         model_name=facts.evaluation and facts.repo_id.split("/")[-1],  # of the results
         eval_results=facts.evaluation and _eval_results(facts.evaluation),
     )
-    stages = {text(name): table(["setting", "value"], _cells(stage.items())) for name, stage in facts.stages.items()}
+    stages = {}
+    for name, settings in facts.stages.items():
+        stages[text(name)] = table(["setting", "value"], [list(map(text, setting)) for setting in settings.items()])
     return ModelCard.from_template(
         data,
         HERE / "model_card.md",
@@ -251,10 +253,6 @@ def write_space(folder: str | os.PathLike, repo_id: str, facts: ModelFacts, mode
 
 def _hub_ids(parts: list[Part], hub_type: str) -> list[str] | None:
     return [part.source for part in parts if part.hub_type == hub_type] or None
-
-
-def _cells(rows: Any) -> list[list[str]]:
-    return [list(map(text, row)) for row in rows]
 
 
 def _parts_table(parts: list[Part]) -> str:

@@ -67,7 +67,7 @@ def _facts(
 ) -> ModelFacts:
     parts = earlier.parts if earlier is not None and earlier.parts else _composed_of(model)
     license = earlier.license if earlier is not None and earlier.parts else common_license(parts)
-    data = _data_parts(config)
+    data = _data_part(config)
     again = [part for part in parts if (part.source, part.revision) == (data.source, data.revision)]
     evaluation = _evaluation(config, records[-1], data)
     return ModelFacts(
@@ -103,7 +103,7 @@ def _composed_of(model: PreTrainedModel) -> list[Part]:
     return parts
 
 
-def _data_parts(config: StageArguments) -> Part:
+def _data_part(config: StageArguments) -> Part:
     part, run = describe_part("training data", config.dataset, "dataset", config.dataset_revision), {}
     path = Path(config.output_dir, RUN_NAME)
     if path.is_file():

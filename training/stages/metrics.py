@@ -131,8 +131,7 @@ class Meter(TrainerCallback):
         counts = dict(zip((*ON_DEVICE, *ON_HOST), totals, strict=True))
         similarity = accelerator.reduce(self.similarity, "sum").item()
         memory = accelerator.gather(torch.tensor([peak_memory_gb()], device=self.on_device.device)).max().item()
-        metrics = {name: counts[f"{name}s"] / seconds for name in ("sample", "token")}
-        metrics = {f"{name}s_per_second": value for name, value in metrics.items()}
+        metrics = {f"{name}_per_second": counts[name] / seconds for name in ("samples", "tokens")}
         if self.peak_flops is not None:
             flops = counts["tokens"] * flops_per_token(self.trainer.parts)
             metrics["mfu"] = flops / seconds / (self.peak_flops * accelerator.num_processes)

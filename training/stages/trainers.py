@@ -76,10 +76,21 @@ class SupervisedTrainer(Trainer):
         set_trainable(args, model)
         if train_dataset is not None:
             train_dataset = training_rows(model, train_dataset, memory_bank, vision_features)
+        neighbours = model.config.num_neighbours
+        collator = TrainingCollator(
+            processing_class,
+            vision_features,
+            memory_bank,
+            args.max_length,
+            args.truncation,
+            MemoryDropout(args.memory_dropout, neighbours, args.seed) if neighbours else None,
+            model.config.prompt_captions,
+            name_rows=True,
+        )
         super().__init__(
             model,
             args,
-            data_collator=collator_of(args, model, processing_class, memory_bank, vision_features),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=evaluation_rows(model, eval_dataset, memory_bank, vision_features),
             processing_class=processing_class,
@@ -207,7 +218,7 @@ class SupervisedTrainer(Trainer):
         model, state_dict = self.model, None
         if self.is_divided:
             state_dict = dict(self.accelerator.get_state_dict(self.model_wrapped))
-            if model.config.tie_word_embeddings:
+            if model.config.tie_word_embeddings:  # gathered, it is a second copy of the embeddings
                 state_dict.pop("lm_head.weight", None)
             generation_config = model.generation_config
             with torch.device("meta"):  # FSDP changes the class of the model, and with it the code that is saved
@@ -333,27 +344,6 @@ def ready_to_answer(model: PreTrainedModel) -> Iterator[None]:
         for name in ("forward", "_original_forward"):
             vars(model).pop(name, None)
         model.eval()
-
-
-def collator_of(
-    config: StageArguments,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    bank: MemoryBank | None,
-    vision_features: np.ndarray | None,
-) -> TrainingCollator:
-    """Return the collator of a run."""
-    neighbours = model.config.num_neighbours
-    return TrainingCollator(
-        processor,
-        vision_features,
-        bank,
-        config.max_length,
-        config.truncation,
-        MemoryDropout(config.memory_dropout, neighbours, config.seed) if neighbours else None,
-        model.config.prompt_captions,
-        name_rows=True,
-    )
 
 
 class AlignmentTrainer(SupervisedTrainer):
