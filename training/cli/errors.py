@@ -9,8 +9,7 @@ INTERRUPTED = 130  # the exit status of a program that SIGINT has ended
 
 @contextmanager
 def reported_errors(resumable: bool = False) -> Iterator[None]:
-    """
-    End the program with a message when files, settings, data or the installation are wrong, the disk is full, or
+    """End the program with a message when files, settings, data or the installation are wrong, the disk is full, or
     Ctrl-C is pressed. An error of the package itself keeps its traceback.
 
     Args:

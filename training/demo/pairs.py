@@ -24,8 +24,7 @@ CHARACTERS = (range(0x2190, 0x2300), range(0x2500, 0x2600), range(0x391, 0x500))
 
 @dataclass
 class Pairs:
-    """
-    The emoji: bank drawings (Noto) and query drawings (Twemoji) of the same concepts, row by row.
+    """The emoji: bank drawings (Noto) and query drawings (Twemoji) of the same concepts, row by row.
 
     Attributes:
         keywords: words that go with each concept and share no word with its label; some have none.
@@ -49,9 +48,8 @@ class Pairs:
 
 
 def load_pairs(seed: int = 0, concepts: int | None = None, split: str = "test") -> Pairs:
-    """
-    Read the emoji, or so many `concepts` of them, split by concept: 60% to train on, 15% to choose settings with and
-    25% to test. Concepts that share a drawing, pixel for pixel, go to the same side.
+    """Read the emoji, or so many `concepts` of them, split by concept: 60% to train on, 15% to choose settings with
+    and 25% to test. Concepts that share a drawing, pixel for pixel, go to the same side.
 
     Args:
         split: which concepts are held out, `"validation"` or `"test"`; without "test", none are left for `validation`.
@@ -116,8 +114,7 @@ def keywords_of(label: str, tags: Sequence[str]) -> list[str]:
 
 
 def options_of(pairs: Pairs, row: int, near: Sequence[int], rng: np.random.Generator) -> list[str] | None:
-    """
-    Return keywords to choose from: one of this concept, then three of concepts that look like it; None if there are
+    """Return keywords to choose from: one of this concept, then three of concepts that look like it; None if there are
     too few.
 
     Args:

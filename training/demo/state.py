@@ -41,8 +41,7 @@ class DemoConfig:
 
 @dataclass
 class Result:
-    """
-    Answers of one system with one bank, by question; None where it was not asked or has none.
+    """Answers of one system with one bank, by question; None where it was not asked or has none.
 
     Attributes:
         choice: of the questions for keywords, 1 where the right one of four is the likeliest; ties count in part.

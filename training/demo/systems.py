@@ -43,8 +43,7 @@ def compose_demo(
 def chats(
     labels: list[str], keywords: list[str] | None = None, captions: list[list[str]] | None = None
 ) -> datasets.Dataset:
-    """
-    Return one chat a label: a question for the keywords, where there are some, then one for the name.
+    """Return one chat a label: a question for the keywords, where there are some, then one for the name.
 
     Args:
         captions: of neighbours, to be written into the question (text-only RAG).
@@ -73,8 +72,8 @@ def train_system(
     rows: datasets.Dataset | None = None,
     **model_config,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """
-    Train a system in both stages as training/configs/ has them, in fewer and smaller steps, the second with adapters.
+    """Train a system in both stages as training/configs/ has them, in fewer and smaller steps, the second with
+    adapters.
 
     Each goes on where it stopped. The model, its record and its processor are kept in the folder of this name.
 
@@ -164,8 +163,7 @@ def evaluate_system(
     features: np.ndarray | None = None,
     answer: bool = True,
 ) -> Result:
-    """
-    Return what a system answers to the queries, kept in a file of this name.
+    """Return what a system answers to the queries, kept in a file of this name.
 
     Args:
         bank: name of the bank that the model reads.

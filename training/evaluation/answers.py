@@ -20,8 +20,7 @@ from ..data.training_rows import training_rows
 
 @dataclass
 class Evaluation:
-    """
-    Results of [`evaluate_answers`], one entry a row. Losses of answers: [`score_answers`].
+    """Results of [`evaluate_answers`], one entry a row. Losses of answers: [`score_answers`].
 
     Attributes:
         answers, references: the greedy answer and the one in the data.
@@ -50,8 +49,7 @@ def evaluate_answers(
     max_new_tokens: int = 32,
     desc: str = "Evaluation",
 ) -> Evaluation:
-    """
-    Return the model's own greedy answers beside those in the data.
+    """Return the model's own greedy answers beside those in the data.
 
     Args:
         dataset: Rows as for training; the last turn of `messages` is the answer.
@@ -93,9 +91,8 @@ def greedy_answers(
     batch: dict[str, torch.Tensor],
     max_new_tokens: int,
 ) -> tuple[list[str], torch.LongTensor | None, torch.Tensor | None]:
-    """
-    Return greedy answers to chats that end with a question, the rows of the bank `(images, top_k)` that were read for
-    them, -1 in slots that are off, and their similarities, as far as these are known.
+    """Return greedy answers to chats that end with a question, the rows of the bank `(images, top_k)` that were read
+    for them, -1 in slots that are off, and their similarities, as far as these are known.
 
     Args:
         batch: What the collator made of the chats; read is what it says of their images.

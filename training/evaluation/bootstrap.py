@@ -28,8 +28,7 @@ def bootstrap_interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval:
-    """
-    Return `sum(values) / sum(weights)` with its 95% interval: whole groups are drawn with replacement.
+    """Return `sum(values) / sum(weights)` with its 95% interval: whole groups are drawn with replacement.
 
     Args:
         values: `(questions,)`, the sum of a question: its loss, say, or 1 where the answer is right.
@@ -60,8 +59,7 @@ def resampled(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> np.ndarray:
-    """
-    Return a statistic of all questions, and then of `draws` samples: `(1 + draws,)`.
+    """Return a statistic of all questions, and then of `draws` samples: `(1 + draws,)`.
 
     Whole groups are drawn with replacement; the same groups and seed give the same samples, whatever is summed.
 
@@ -92,9 +90,8 @@ def interval_of(values: np.ndarray) -> Interval:
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], *args, **kwargs) -> Interval:
-    """
-    Return the mean of `first - second`, of two systems that answered the same questions, with its 95% interval. It is
-    narrower than what two intervals side by side show, because hard questions are hard for both.
+    """Return the mean of `first - second`, of two systems that answered the same questions, with its 95% interval. It
+    is narrower than what two intervals side by side show, because hard questions are hard for both.
 
     Other arguments are those of [`bootstrap_interval`].
     """

@@ -21,8 +21,7 @@ from ..data.training_rows import training_rows
 
 @dataclass
 class AnswerScores:
-    """
-    Scores of answers to questions.
+    """Scores of answers to questions.
 
     Attributes:
         losses, num_tokens: `(questions, answers)`, the loss summed over an answer's tokens and its end, and how many.
@@ -48,8 +47,7 @@ def score_answers(
     batch_size: int = 16,
     desc: str = "Answers",
 ) -> AnswerScores:
-    """
-    Score answers to questions. What stands before the answers is read once for all answers to a question.
+    """Score answers to questions. What stands before the answers is read once for all answers to a question.
 
     Args:
         questions: rows as for training, but `messages` ends with a turn of the user.

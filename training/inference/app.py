@@ -36,8 +36,7 @@ def start_app(
     device: str = "auto",
     **settings,
 ):
-    """
-    Serve the app until it is stopped; the arguments are those of `tinyalign app --help`.
+    """Serve the app until it is stopped; the arguments are those of `tinyalign app --help`.
 
     Args:
         host, port: None: as Gradio's environment variables say, which a Space sets.

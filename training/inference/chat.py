@@ -46,8 +46,7 @@ def chat(
     device: str = "auto",
     max_new_tokens: int = 256,
 ):
-    """
-    Answer one question, or chat until the user leaves; the arguments are those of `tinyalign chat --help`.
+    """Answer one question, or chat until the user leaves; the arguments are those of `tinyalign chat --help`.
 
     Raises:
         ValueError: the picture cannot be read, or the model has a memory, but no bank is named.

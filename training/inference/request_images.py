@@ -24,8 +24,7 @@ REQUEST_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def load_request_image(url: str, allowed_hosts: Collection[str] = ()) -> Image.Image:
-    """
-    Return an image that a stranger names in a request to a server: no file of this machine is read, and nothing is
+    """Return an image that a stranger names in a request to a server: no file of this machine is read, and nothing is
     fetched but from a host that was allowed.
 
     Args:
@@ -48,8 +47,7 @@ def load_request_image(url: str, allowed_hosts: Collection[str] = ()) -> Image.I
 
 
 def download_image(url: str, allowed_hosts: Collection[str]) -> bytes:
-    """
-    Return what is behind a URL that a stranger named, on a host that was allowed.
+    """Return what is behind a URL that a stranger named, on a host that was allowed.
 
     The name is looked up once, all its addresses must be public, and the connection goes to one of these: a name that
     changes its address between check and use (DNS rebinding) gains nothing. Redirects and proxies are not followed.

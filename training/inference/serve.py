@@ -79,8 +79,7 @@ def serve(
     port: int = 8000,
     device: str = "auto",
 ):
-    """
-    Serve a model until it is stopped; the arguments are those of `tinyalign serve --help`.
+    """Serve a model until it is stopped; the arguments are those of `tinyalign serve --help`.
 
     Raises:
         ValueError: The model has a memory, but no bank is named here or in its config.
@@ -249,8 +248,7 @@ async def read_body(request: Request) -> dict:
 
 
 def read_messages(messages: list, allowed_hosts: Collection[str]) -> list[dict]:
-    """
-    Return OpenAI's messages with the images in place of their URLs.
+    """Return OpenAI's messages with the images in place of their URLs.
 
     Raises:
         ValueError: a message is malformed, or an image cannot be had; the message is named.

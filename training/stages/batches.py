@@ -7,8 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def without_dropout(language_model: PreTrainedModel):
-    """
-    Put a language model in evaluation mode, but for the layers themselves, which checkpoint their activations in
+    """Put a language model in evaluation mode, but for the layers themselves, which checkpoint their activations in
     training mode only.
     """
     language_model.eval()
@@ -41,9 +40,8 @@ def with_first(token: int, tokens: int | list[int] | None) -> list[int]:
 
 
 def with_blank_image(model: PreTrainedModel, processor: ProcessorMixin, inputs: dict) -> dict:
-    """
-    Return a batch of text with a row added that has a blank image and no label. The connectors get a gradient of zero
-    from it: none at all would stop stage 1, and processes that wait for each other's.
+    """Return a batch of text with a row added that has a blank image and no label. The connectors get a gradient of
+    zero from it: none at all would stop stage 1, and processes that wait for each other's.
     """
     length = max(inputs["input_ids"].shape[1], processor.num_image_tokens)
     inputs = dict(inputs)

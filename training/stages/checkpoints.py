@@ -39,8 +39,7 @@ MODEL_TRAJECTORY = (
 def save_trained(
     model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict | None = None, loadable: bool = True
 ):
-    """
-    Write the connectors, and all else that trains, to `trained.safetensors`: of a model that is divided, from its
+    """Write the connectors, and all else that trains, to `trained.safetensors`: of a model that is divided, from its
     gathered `state_dict`. Where nothing else trains, and the other parts are known checkpoints, the folder loads with
     `from_pretrained` (`loadable`).
     """
@@ -86,8 +85,7 @@ def trajectory_settings(
 def last_checkpoint(
     output_dir: str | os.PathLike, settings: dict, chosen: str | None = None, write: bool = True
 ) -> str | None:
-    """
-    The last complete checkpoint of the run with these settings, or that which was `chosen`. The settings are kept
+    """The last complete checkpoint of the run with these settings, or that which was `chosen`. The settings are kept
     beside the checkpoints (`write`).
 
     Raises `ValueError`, naming what differs, when the checkpoints are of another run, or the chosen one is not there.

@@ -11,9 +11,8 @@ from ..arguments.tuning import TuningArguments
 
 
 def quantize_linears(config: TuningArguments, model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """
-    Put 4-bit (NF4, double quantization) copies of the language model's linear layers in their places, where the model
-    is. Before `model.to("cuda")`, only the copies go there.
+    """Put 4-bit (NF4, double quantization) copies of the language model's linear layers in their places, where the
+    model is. Before `model.to("cuda")`, only the copies go there.
 
     Returns:
         The layers as they were, by name, on the CPU: adapters are merged into these.
@@ -42,10 +41,9 @@ def quantize_linears(config: TuningArguments, model: PreTrainedModel) -> dict[st
 
 @contextlib.contextmanager
 def adapters(config: TuningArguments, model: PreTrainedModel) -> Iterator[None]:
-    """
-    Inside, the language model has adapters, if `config` wants them, which train in float32. Afterwards they are merged
-    into its weights, also when training was interrupted, and the model is of the classes it was: it loads without
-    PEFT, anywhere.
+    """Inside, the language model has adapters, if `config` wants them, which train in float32. Afterwards they are
+    merged into its weights, also when training was interrupted, and the model is of the classes it was: it loads
+    without PEFT, anywhere.
 
     Raises `ValueError` when `lora_target_modules` are not in the language model.
     """

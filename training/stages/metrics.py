@@ -35,8 +35,7 @@ ON_HOST = ("samples", "named_images", "own_images")
 
 
 class Meter(TrainerCallback):
-    """
-    Add to each logged loss what was measured since the last one, over all processes and accumulated batches:
+    """Add to each logged loss what was measured since the last one, over all processes and accumulated batches:
 
     - `samples_per_second`, `tokens_per_second`: rows, and tokens without padding, those of images included. The time
       is all but that of evaluating and saving.
@@ -121,8 +120,8 @@ class Meter(TrainerCallback):
     on_save = on_evaluate
 
     def read(self, logs: dict[str, float]) -> dict[str, float]:
-        """
-        Return what to add to `logs`, which have `loss` and `grad_norm`, and count from 0 again. All processes call it.
+        """Return what to add to `logs`, which have `loss` and `grad_norm`, and count from 0 again. All processes call
+        it.
         """
         seconds = time.monotonic() - self.started
         accelerator = self.trainer.accelerator
@@ -174,9 +173,8 @@ def peak_flops() -> float | None:
 
 
 def flops_per_token(parts: list[TrainedPart]) -> int:
-    """
-    Count the FLOPs of training on a token as PaLM does (Chowdhery et al., 2022, appendix B): 6 for each parameter of
-    the language model that trains, and 4 for each frozen one, which has no gradient of its own. Vision tower,
+    """Count the FLOPs of training on a token as PaLM does (Chowdhery et al., 2022, appendix B): 6 for each parameter
+    of the language model that trains, and 4 for each frozen one, which has no gradient of its own. Vision tower,
     connectors and attention are not counted: the utilisation is at least what is logged.
     """
     (language_model,) = [part for part in parts if part.name == "language_model"]

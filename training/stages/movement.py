@@ -9,8 +9,7 @@ class NothingLearnt(ValueError):
 
 
 class MovementCheck(TrainerCallback):
-    """
-    Compares sums of the trained parameters before the first step and after the last, before a checkpoint is written
+    """Compares sums of the trained parameters before the first step and after the last, before a checkpoint is written
     of it; and ends a run whose epochs have too few rows for a single step.
     """
 

@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 
 @contextlib.contextmanager
 def bfloat16_language_model(model: PreTrainedModel, enabled: bool = True, frozen_only: bool = False) -> Iterator[None]:
-    """
-    The language model's weights in bfloat16; afterwards they are what they were, bit for bit. For answering, and
+    """The language model's weights in bfloat16; afterwards they are what they were, bit for bit. For answering, and
     (`frozen_only`) for training: what trains stays as it is. So does what is quantized.
     """
     kept = {}

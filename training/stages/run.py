@@ -26,9 +26,8 @@ from .trainers import TRAINERS, SupervisedTrainer
 
 
 def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
-    """
-    Train as the YAML files at `paths` say (later ones win), with `fields` (`["--learning_rate", "5e-4"]`) over them,
-    and save model, processor and card to `output_dir`. What neither says depends on the size of the data.
+    """Train as the YAML files at `paths` say (later ones win), with `fields` (`["--learning_rate", "5e-4"]`) over
+    them, and save model, processor and card to `output_dir`. What neither says depends on the size of the data.
 
     Raises `ValueError` or `OSError` that says what is wrong with the files, the data, the model or the bank.
     """
@@ -77,9 +76,8 @@ def train_from_files(paths: Sequence[str | os.PathLike], fields: list[str]):
 def with_static_captions(
     config: StageArguments, processor: ProcessorMixin, rows: datasets.Dataset, bank: MemoryBank
 ) -> datasets.Dataset:
-    """
-    Static RAG (paper, Table 2, row 3): the captions of each row's neighbours are written into its question, once. The
-    rest of the run is a baseline's, and so is inference.
+    """Static RAG (paper, Table 2, row 3): the captions of each row's neighbours are written into its question, once.
+    The rest of the run is a baseline's, and so is inference.
     """
     captions = neighbours_of_baseline(config)
     writer = TrainingCollator(
@@ -135,9 +133,8 @@ def stop_between_steps(trainer: SupervisedTrainer) -> Iterator[None]:
 
 @contextmanager
 def interrupt_naming_steps(output_dir: str) -> Iterator[list[SupervisedTrainer]]:
-    """
-    Say in a `KeyboardInterrupt` at which step training stops, and from which the same command goes on; the trainer is
-    added to the list when there is one.
+    """Say in a `KeyboardInterrupt` at which step training stops, and from which the same command goes on; the trainer
+    is added to the list when there is one.
     """
     trainers = []
     try:

@@ -23,8 +23,7 @@ TRACKERS = ("wandb", "trackio")  # both have `log` and `Table`
 
 
 class SampleAnswers(TrainerCallback):
-    """
-    Answer the first `eval_samples` evaluation rows at each evaluation, greedily. Answers, references and neighbours
+    """Answer the first `eval_samples` evaluation rows at each evaluation, greedily. Answers, references and neighbours
     are printed, added to `samples.jsonl` in `output_dir` and, for W&B and trackio, logged as the table `samples`. A
     model that FSDP or DeepSpeed has divided is not asked: one process alone cannot answer with it.
     """

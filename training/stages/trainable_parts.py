@@ -14,8 +14,7 @@ logger = logging.get_logger(__name__)
 
 
 def set_trainable(config: TuningArguments, model: PreTrainedModel):
-    """
-    Let the parts of `model` train that `config` says, in float32: in bfloat16 alone, updates of 2e-5 are rounded
+    """Let the parts of `model` train that `config` says, in float32: in bfloat16 alone, updates of 2e-5 are rounded
     away. All else is frozen. (Adapters come with [`adapters`].)
 
     Raises:
@@ -118,11 +117,10 @@ def parts_of(config: TuningArguments, model: PreTrainedModel) -> list[TrainedPar
 
 
 def table_of_parts(parts: list[TrainedPart]) -> str:
-    """
-    The parts as lines of text, for people:
+    """The parts as lines of text, for people:
 
-        part              trains     parameters  trained         dtype     learning rate
-        vision tower      frozen     92,884,224  0               float32   -
+    part              trains     parameters  trained         dtype     learning rate
+    vision tower      frozen     92,884,224  0               float32   -
     """
     everything = sum(part.parameters for part in parts)
     trained = sum(part.trained for part in parts)

@@ -39,9 +39,8 @@ from .trainable_parts import TrainedPart, parts_of, set_trainable, table_of_part
 
 
 class SupervisedTrainer(Trainer):
-    """
-    Behaviour that the trainers of both stages share: neighbours in batches, logits where there is a label and nowhere
-    else, a learning rate for each part, no step on a loss that is NaN, and runs that go on by themselves.
+    """Behaviour that the trainers of both stages share: neighbours in batches, logits where there is a label and
+    nowhere else, a learning rate for each part, no step on a loss that is NaN, and runs that go on by themselves.
 
     Args:
         model: Its parts are frozen or made trainable at once, as `args` says; adapters are there while it trains only.
@@ -120,9 +119,8 @@ class SupervisedTrainer(Trainer):
             self.add_callback(TellEpoch(self.data_collator.dropout))
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
-        """
-        Train, from the last checkpoint in `output_dir` on if there is one; a run that is finished is loaded. The model
-        is in evaluation mode afterwards, its adapters merged; frozen weights are the same bit for bit.
+        """Train, from the last checkpoint in `output_dir` on if there is one; a run that is finished is loaded. The
+        model is in evaluation mode afterwards, its adapters merged; frozen weights are the same bit for bit.
 
         Args:
             resume_from_checkpoint: Another checkpoint of this run to go on from, or `False` to begin anew.
@@ -171,9 +169,8 @@ class SupervisedTrainer(Trainer):
         return None if chosen is False else checkpoint
 
     def _load_finished(self, checkpoint: str) -> bool:
-        """
-        Load weights and state if the checkpoint is of the last step, and return True if it is. `Trainer` itself would
-        do one more step when `max_steps` ends within an epoch.
+        """Load weights and state if the checkpoint is of the last step, and return True if it is. `Trainer` itself
+        would do one more step when `max_steps` ends within an epoch.
         """
         state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         if not 0 < state.max_steps <= state.global_step:
@@ -207,9 +204,9 @@ class SupervisedTrainer(Trainer):
         vars(self.model).pop("_is_accelerate_prepared", None)  # of newer versions
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """
-        Write model and processor to `output_dir`, for `from_pretrained`; all processes call it, because each may hold
-        a part of the weights. (`Trainer` itself calls it for a checkpoint, which has what trains and nothing else.)
+        """Write model and processor to `output_dir`, for `from_pretrained`; all processes call it, because each may
+        hold a part of the weights. (`Trainer` itself calls it for a checkpoint, which has what trains and nothing
+        else.)
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
@@ -353,8 +350,7 @@ class AlignmentTrainer(SupervisedTrainer):
 
 
 class InstructionTrainer(SupervisedTrainer, SFTTrainer):
-    """
-    Stage 2 on TRL's trainer: the connectors and the language model train, or what else `args` says.
+    """Stage 2 on TRL's trainer: the connectors and the language model train, or what else `args` says.
 
     What trains is float32 (a bfloat16 model is widened): in bfloat16 alone, updates of 2e-5 are rounded away.
     """

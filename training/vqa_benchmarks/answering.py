@@ -31,8 +31,8 @@ def stops_of(asked: dict) -> list[str]:
 def answer_chats(
     model: PreTrainedModel, processor: ProcessorMixin, chats: Sequence[list[dict]], asked: dict, memory: str = "on"
 ) -> tuple[list[str], list[list[dict[str, Any]]]]:
-    """
-    Return the answers to a batch of chats, each as it would be answered alone, and the neighbours that each rests on.
+    """Return the answers to a batch of chats, each as it would be answered alone, and the neighbours that each rests
+    on.
 
     Args:
         chats: messages with their images, as the processor's chat template takes them.

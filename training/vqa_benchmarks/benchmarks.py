@@ -10,8 +10,7 @@ from .metrics import BenchmarkMetric, MmeScore, PopeF1, StrictPopeF1, VqaAccurac
 
 @dataclass(frozen=True)
 class Benchmark:
-    """
-    A benchmark as it is asked.
+    """A benchmark as it is asked.
 
     Attributes:
         title: its name in reports.

@@ -17,8 +17,7 @@ Samples = dict[str, tuple[dict, pd.DataFrame]]  # facts and answers by variant
 
 
 def read_samples(paths: Sequence[tuple[str, Path]]) -> dict[str, Samples]:
-    """
-    Return the facts and answers in files, by benchmark and variant.
+    """Return the facts and answers in files, by benchmark and variant.
 
     Args:
         paths: what the names of a file's variants begin with, and the file.
@@ -41,8 +40,7 @@ def read_samples(paths: Sequence[tuple[str, Path]]) -> dict[str, Samples]:
 
 
 def compare(benchmark: str, variants: Samples, exclude: bool = False) -> dict:
-    """
-    Return the results of variants in a benchmark: values, differences to the first variant, and values by category.
+    """Return the results of variants in a benchmark: values, differences to the first variant, and values by category.
 
     Args:
         exclude: leave out questions about an image that the bank of any variant has.

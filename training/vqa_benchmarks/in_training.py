@@ -23,8 +23,8 @@ SCORED = [name for name in BENCHMARKS if name not in ("mmvet", "vqav2_testdev")]
 
 
 def benchmark_as_chats(config: StageArguments) -> Questions:
-    """
-    Return the questions of `config.eval_benchmark`, and let `config.eval_dataset` be a file of them and their answers.
+    """Return the questions of `config.eval_benchmark`, and let `config.eval_dataset` be a file of them and their
+    answers.
 
     Raises:
         ValueError: there is no such benchmark, or its data are not in the folder `config.eval_dataset`.
@@ -60,8 +60,7 @@ def _as_chat(questions: Questions, number: int) -> tuple[list, list[dict]]:
 
 
 class BenchmarkAnswers(TrainerCallback):
-    """
-    Answer a benchmark's questions at each evaluation as `tinyalign evaluate` does, and log its metrics, as
+    """Answer a benchmark's questions at each evaluation as `tinyalign evaluate` does, and log its metrics, as
     `eval_pope_F1`, say. All processes share the work. Not a model that FSDP or DeepSpeed has divided.
 
     Attributes:

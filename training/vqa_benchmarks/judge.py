@@ -8,8 +8,7 @@ NUMBER = re.compile(r"\s*([01](?:\.\d+)?)\.?(?:[\s|].*)?", re.DOTALL)  # the fir
 
 
 def judge_answer(judge: str, question: str, truth: str, answer: str) -> float:
-    """
-    Return the score of an answer, 0 to 1, that a judge gives with MM-Vet's prompt.
+    """Return the score of an answer, 0 to 1, that a judge gives with MM-Vet's prompt.
 
     Args:
         judge: a model's name; where it is asked, OPENAI_BASE_URL and OPENAI_API_KEY say.

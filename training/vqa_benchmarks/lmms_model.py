@@ -16,8 +16,7 @@ vars(lmms_eval.evaluator)["_enable_reentrant_filelocks"] = lambda: None
 
 
 class TinyAlignLmms(lmms):
-    """
-    Answers of a TinyAlign checkpoint to any task of lmms-eval that generates.
+    """Answers of a TinyAlign checkpoint to any task of lmms-eval that generates.
 
         lmms-eval --model tinyalign --model_args pretrained=CHECKPOINT,memory_bank=BANK --tasks pope --batch_size 8
 

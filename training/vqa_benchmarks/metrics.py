@@ -9,8 +9,7 @@ import pandas as pd
 
 
 class BenchmarkMetric(evaluate.Metric):
-    """
-    A metric whose values follow from sums over questions.
+    """A metric whose values follow from sums over questions.
 
     Attributes:
         columns: what is known of a question, with its type: the arguments of `compute`.
@@ -68,8 +67,7 @@ class VqaAccuracy(BenchmarkMetric):
 
 
 class MmeScore(BenchmarkMetric):
-    """
-    Sum over the categories of 100 (acc + acc+), acc of the questions and acc+ of the images with both right.
+    """Sum over the categories of 100 (acc + acc+), acc of the questions and acc+ of the images with both right.
 
     `perception` has 10 categories and is the paper's number, `cognition` has 4.
     """

@@ -50,8 +50,7 @@ def _in_order(folder: Path) -> list[Path]:
 
 
 def write_comparison(paths: Sequence[tuple[str, Path]], output: Path, exclude: bool = False) -> dict[str, dict]:
-    """
-    Write report.md and results.json of files of answers, and EvalAI's files; return the results by benchmark.
+    """Write report.md and results.json of files of answers, and EvalAI's files; return the results by benchmark.
 
     Arguments and errors as of [`read_samples`] and [`compare`].
     """

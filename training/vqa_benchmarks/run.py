@@ -31,8 +31,7 @@ ANSWERING_PACKAGES = ("tinyalign-vlm", "lmms-eval", "transformers", "torch", "da
 
 @dataclass(frozen=True)
 class Variant:
-    """
-    A way in which a checkpoint answers.
+    """A way in which a checkpoint answers.
 
     Attributes:
         bank: folder or repository, None for the one that the config names.
@@ -82,8 +81,7 @@ def variants_of(
     shuffled: bool = False,
     against: Sequence[str] = (),
 ) -> list[Variant]:
-    """
-    Return the variants that a command asks for, the one that the others are compared with first.
+    """Return the variants that a command asks for, the one that the others are compared with first.
 
     Args:
         against: other checkpoints. Those with memory read the first of the banks, or without one their own.
@@ -130,8 +128,7 @@ def variant_name(
 
 
 def run_benchmarks(variants: Sequence[Variant], asked: Sequence[Questions], output: Path, batch_size: int = 8):
-    """
-    Answer all questions in all ways, and write the answers that `output` does not have yet.
+    """Answer all questions in all ways, and write the answers that `output` does not have yet.
 
     A file of answers counts if weights, bank, prompts and settings are those of now. Several processes share the work.
     """

@@ -45,8 +45,7 @@ class LocalTask(ConfigurableMessagesTask):
 
 
 class Questions:
-    """
-    The questions of a benchmark that are asked.
+    """The questions of a benchmark that are asked.
 
     Args:
         folder: Parquet files in the benchmark's schema: `NAME.parquet`, or a folder `NAME` of them. None: the Hub.
