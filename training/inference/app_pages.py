@@ -307,11 +307,11 @@ class Pages:
         unread = {"preprocess": False, **self.alone}
         self.picture.input(self.look, self.picture, page, api_name="look", **unread)
         self.examples.click(self.look_at_example, None, [self.picture, *page], api_name=False, **self.alone)
-        for chat in (self.with_memory, self.without):
-            chat.clear(self.start_over, None, page, api_name="start_over", **self.alone)
-        for event in (self.ask_button.click, self.question.submit):
-            asked = event(self.ask, [self.question, *settings], page, api_name="ask", **self.alone)
-            asked.then(lambda: "", None, self.question, api_name=False)
+        cleared = [self.with_memory.clear, self.without.clear]
+        gr.on(cleared, self.start_over, None, page, api_name="start_over", **self.alone)
+        questions = [self.ask_button.click, self.question.submit]
+        asked = gr.on(questions, self.ask, [self.question, *settings], page, api_name="ask", **self.alone)
+        asked.success(lambda: "", None, self.question, api_name=False)  # else it is there to be corrected
         self.compare.change(lambda shown: gr.update(visible=shown), self.compare, self.without, api_name=False)
         self.gallery.click(self.leave_out, settings, page, api_name=False, **self.alone)
         self.put_back.click(self.use_all, settings, page, api_name="use_all", **self.alone)
@@ -322,12 +322,11 @@ class Pages:
 
     def _connect_lessons(self, page: list, settings: list, unread: dict):
         taught, forgotten = [self.said, self.lessons], [self.said, self.lessons, self.picture, *page]
-        for event in (self.teach_this_button.click, self.line.submit):
-            known = event(self.teach_this, self.line, [self.line, *taught], api_name="teach_this", **self.alone)
-            known.success(self.ask_again, settings, page, api_name=False, **self.alone)
-        for event in (self.teach_button.click, self.new_line.submit):
-            inputs = [self.new_picture, self.new_line]
-            event(self.teach, inputs, [*inputs, *taught], api_name="teach", **unread)
+        named = [self.teach_this_button.click, self.line.submit]
+        known = gr.on(named, self.teach_this, self.line, [self.line, *taught], api_name="teach_this", **self.alone)
+        known.success(self.ask_again, settings, page, api_name=False, **self.alone)
+        inputs, given = [self.new_picture, self.new_line], [self.teach_button.click, self.new_line.submit]
+        gr.on(given, self.teach, inputs, [*inputs, *taught], api_name="teach", **unread)
         for button in (self.zip, self.folder):
             button.upload(self.teach_many, button, taught, api_name="teach_many", **self.alone)
         self.lessons.click(self.forget, None, forgotten, api_name=False, **self.alone)
