@@ -137,14 +137,12 @@ class TerminalChat:
         """Set whether, and from how many examples, it answers."""
         if rest not in ("on", "off") and not rest.isdecimal():
             raise ValueError(f"/memory is {rest!r}, expected off, on, or the number of examples.")
-        config, top_k = self.conversation.model.config, None
-        if rest != "off" and config.memory_top_k == 0:
-            raise ValueError("This model has no memory.")
-        if rest != "off" and self.conversation.lessons.bank is None:
-            raise ValueError("There is no memory bank: start the chat with --memory_bank BANK.")
+        top_k = None
+        if rest != "off":
+            self.conversation.lessons.require_bank()
         if rest.isdecimal():
             top_k = int(rest)
-            check_retrieval(config, None, top_k, None)
+            check_retrieval(self.conversation.model.config, None, top_k, None)
         self.settings = {"memory": "off" if rest == "off" else "on", "top_k": top_k}
         self.conversation.clear()  # earlier answers would be given again
 

@@ -153,8 +153,7 @@ class Conversation:
         top_k = config.memory_top_k if top_k is None else top_k
         if memory == "off" or top_k == 0:
             return {**inputs, "memory": "off"}
-        if self.lessons.bank is None:
-            self.model.require_bank()  # which says what to do
+        self.lessons.require_bank()
         threshold = config.retrieval_threshold if threshold is None else threshold
         search = partial(self.lessons.neighbours, picture, query=query, exclude=exclude)
         self.sources = search(top_k)

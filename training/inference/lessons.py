@@ -100,20 +100,19 @@ class Lessons:
 
     @cached_property
     def _encoder(self) -> RowEncoder:
-        bank = self._bank_to_teach()
+        bank = self.require_bank()
         settings = {"keep_columns": bank.config.columns, "thumbnail_size": bank.config.thumbnail_size}
         reader = PairReader(self.processor.decode_image, keep_columns=bank.config.columns)
         return RowEncoder(
             self.model, self.processor, bank.value_encoder, bank.key_encoder, reader, **settings, seen=None
         )
 
-    def _bank_to_teach(self) -> MemoryBank:
+    def require_bank(self) -> MemoryBank:
+        """Return the bank; `ValueError` if there is none to read or to teach."""
         if self.model.config.memory_top_k == 0:
-            raise ValueError("This model has no memory, so it cannot be taught: use one whose memory_top_k is not 0.")
+            raise ValueError("This model has no memory: use one whose memory_top_k is not 0.")
         if self.bank is None:
-            raise ValueError(
-                "There is no memory bank, and teaching needs one, whose encoders make the keys: pass --memory_bank."
-            )
+            raise ValueError("There is no memory bank to read or to teach: pass --memory_bank, or attach one.")
         return self.bank
 
     def teach(self, image: Any, caption: str) -> dict:
@@ -122,7 +121,7 @@ class Lessons:
         Raises:
             ValueError: the picture or the line cannot be used, or there is no bank (it is said why).
         """
-        columns = dict.fromkeys(self._bank_to_teach().config.columns)
+        columns = dict.fromkeys(self.require_bank().config.columns)
         with LOCK, evaluating(self.model, *self._encoder.value_encoders):
             row = self._encoder.read_row(0, {**columns, "image": image, "caption": caption})
             picture = self.look_at(row.image)
@@ -219,7 +218,7 @@ class Lessons:
     @contextlib.contextmanager
     def _as_bank(self) -> Iterator[MemoryBank]:
         """Give a bank with the lessons behind its rows, of which no local files stay."""
-        bank = self._bank_to_teach()
+        bank = self.require_bank()
         replaced = pa.array(self._replaced, pa.string())
         kept = (part.filter(pc.invert(pc.is_in(part["source_id"], replaced))) for part in bank.batches())
         lessons = (lesson.batch for lesson in self._lessons)

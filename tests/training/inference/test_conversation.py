@@ -158,7 +158,7 @@ def test_without_a_picture_and_without_a_bank(parts, images, make_model):
     model = make_model()
     chat = Conversation(model, parts.processor, max_new_tokens=2)
     assert answer(chat, QUESTION, images[0], memory="off")
-    with pytest.raises(ValueError, match="no memory bank is attached"):
+    with pytest.raises(ValueError, match="There is no memory bank to read"):
         answer(chat, QUESTION)
-    with pytest.raises(ValueError, match="There is no memory bank, and teaching needs one"):
+    with pytest.raises(ValueError, match="There is no memory bank .* to teach: pass --memory_bank"):
         chat.teach(images[0], "a cat")
