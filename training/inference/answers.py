@@ -9,7 +9,25 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 
+from ..models import context_length
+
 LOCK = threading.Lock()  # held by whatever uses the model: one answer at a time
+
+
+class ContextError(ValueError):
+    """A prompt that leaves no room in the model's context."""
+
+
+def answer_room(model: PreTrainedModel, prompt_length: int, most: int) -> int:
+    """Return how many tokens an answer may have, up to `most`; `ContextError` if the prompt leaves none."""
+    context = context_length(model)
+    if context is None:
+        return most
+    if prompt_length >= context:
+        raise ContextError(
+            f"The prompt has {prompt_length} tokens, expected fewer than the model's context of {context}: ask less."
+        )
+    return min(most, context - prompt_length)
 
 
 class TokenQueue(BaseStreamer):

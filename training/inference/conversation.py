@@ -13,7 +13,7 @@ from ...modeling_tinyalign.connectors import check_retrieval
 from ...modeling_tinyalign.outputs import probabilities
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ..models import context_length
-from .answers import Answer
+from .answers import Answer, answer_room
 from .lessons import Lessons, Neighbour
 from .pictures import Pictures
 
@@ -103,7 +103,7 @@ class Conversation:
             self.show(image)
         config = copy.deepcopy(self.model.generation_config)
         inputs = self._prompt(question)
-        config.max_new_tokens = self._room(inputs)
+        config.max_new_tokens = answer_room(self.model, inputs["input_ids"].shape[1], self.max_new_tokens)
         settings = {"memory": memory, "top_k": top_k, "threshold": retrieval_threshold, "exclude": exclude}
         text = ""
         for piece in Answer(self.model, self.processor, inputs, config, partial(self._look_up, **settings)).pieces():
@@ -113,6 +113,7 @@ class Conversation:
 
     def _prompt(self, question: str) -> dict:
         """Return the processor's inputs for this question, behind as many of the turns before it as fit."""
+        context = context_length(self.model)
         for start in range(len(self.turns) + 1):
             messages = []
             for asked, answered in [*self.turns[start:], (question, None)]:
@@ -123,19 +124,9 @@ class Conversation:
                 messages[0]["content"].insert(0, {"type": "image", "image": self.image})
             settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
             inputs = self.processor.apply_chat_template(messages, **settings).to(self.model.device)
-            if self._room(inputs) == self.max_new_tokens:
+            if context is None or inputs["input_ids"].shape[1] + self.max_new_tokens <= context:
                 break
-        if self._room(inputs) < 1:
-            length, context = inputs["input_ids"].shape[1], context_length(self.model)
-            raise ValueError(f"The question has {length} tokens with its picture, expected fewer than {context}.")
         return inputs
-
-    def _room(self, inputs: dict) -> int:
-        """Return how many tokens an answer to this prompt may have."""
-        context = context_length(self.model)
-        if context is None:
-            return self.max_new_tokens
-        return min(self.max_new_tokens, context - inputs["input_ids"].shape[1])
 
     def _look_up(
         self, inputs: dict, memory: str, top_k: int | None, threshold: float | None, exclude: Sequence[int | str]

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_serve_available
 
-from ..models import context_length, load_to_answer
-from .answers import Answer
+from ..models import load_to_answer
+from .answers import Answer, ContextError, answer_room
 from .pictures import Pictures
 from .request_images import load_request_image
 
@@ -171,10 +171,6 @@ def _envelope(kind: str, name: str) -> dict:
     return {"id": f"chatcmpl-{time.time_ns():x}", "object": kind, "created": int(time.time()), "model": name}
 
 
-class ContextError(ValueError):
-    """A prompt has no room in the model's context."""
-
-
 def read_request(
     body: dict,
     model: PreTrainedModel,
@@ -199,11 +195,7 @@ def read_request(
         return_dict=True,
         return_tensors="pt",
     ).to(model.device)
-    length, context = inputs["input_ids"].shape[1], context_length(model)
-    if context is not None and length >= context:
-        raise ContextError(f"the prompt has {length} tokens, expected fewer than the model's context of {context}")
-    if context is not None:
-        config.max_new_tokens = min(config.max_new_tokens, context - length)
+    config.max_new_tokens = answer_room(model, inputs["input_ids"].shape[1], config.max_new_tokens)
     inputs = {**inputs, "memory": memory, "sources": []}
     return Answer(model, processor, inputs, config, pictures.looked_up, body.get("seed"))
 

@@ -141,7 +141,7 @@ def test_errors_are_in_words_and_it_goes_on(parts, images, tmp_path):
             answer(chat, QUESTION, image)
     with pytest.raises(ValueError, match="memory_top_k is 5, expected 0 to the model's 2"):
         answer(chat, QUESTION, images[0], top_k=5)
-    with pytest.raises(ValueError, match="The question has .* tokens with its picture, expected fewer than 512"):
+    with pytest.raises(ValueError, match="The prompt has .* tokens, expected fewer than the model's context of 512"):
         answer(chat, "x y " * 600, images[0])
     assert chat.turns == [] and answer(chat, QUESTION) and answer(chat, "and?")
 
