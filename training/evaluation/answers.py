@@ -19,7 +19,7 @@ from ..data.training_rows import training_rows
 
 
 @dataclass
-class Evaluation:
+class GreedyAnswers:
     """Results of [`evaluate_answers`], one entry a row. Losses of answers: [`score_answers`].
 
     Attributes:
@@ -48,7 +48,7 @@ def evaluate_answers(
     batch_size: int = 16,
     max_new_tokens: int = 32,
     desc: str = "Evaluation",
-) -> Evaluation:
+) -> GreedyAnswers:
     """Return the model's own greedy answers beside those in the data.
 
     Args:
@@ -72,7 +72,7 @@ def evaluate_answers(
         chats = [collator.messages(row)[:-1] for row in batch]
         answers += greedy_answers(model, processor, chats, inputs, max_new_tokens)[0]
         seconds += [(time.perf_counter() - started) / len(batch)] * len(batch)
-    return Evaluation(answers, references, np.array(seconds))
+    return GreedyAnswers(answers, references, np.array(seconds))
 
 
 def reference_of(messages: list[dict]) -> str:

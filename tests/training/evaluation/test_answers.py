@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinyalign_vlm.training.evaluation.answers import Evaluation, evaluate_answers, reference_of
+from tinyalign_vlm.training.evaluation.answers import GreedyAnswers, evaluate_answers, reference_of
 
 
 def test_answers_are_those_of_single_rows(model, processor, dataset, bank, features, captions):
@@ -49,7 +49,7 @@ def test_a_learned_answer_is_an_exact_match(make_model, processor, dataset, bank
 
 
 def test_exact_match_ignores_only_spaces_around():
-    said = Evaluation(["red ", "Red", "red square", ""], ["red", "red", "red  square", ""], None)
+    said = GreedyAnswers(["red ", "Red", "red square", ""], ["red", "red", "red  square", ""], None)
     assert said.exact_match.tolist() == [True, False, False, True]
 
 
