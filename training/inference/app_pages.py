@@ -150,8 +150,7 @@ class Pages:
 
     def ask_again(self, top_k: float, threshold: float, compare: bool, request: gr.Request) -> Iterator[list]:
         """Ask the last question anew, as another turn."""
-        question = self.visitor(request).last_question()
-        yield from self.ask(question, top_k, threshold, compare, request)
+        yield from self.ask(self.visitor(request).last_question(), top_k, threshold, compare, request)
 
     def leave_out(
         self, top_k: float, threshold: float, compare: bool, event: gr.EventData, request: gr.Request
@@ -159,15 +158,13 @@ class Pages:
         """Ask the last question anew without an example that was clicked, in place of the last turn."""
         visitor = self.visitor(request)
         visitor.left_out.append(str(event.row)[:32])
-        question = visitor.take_back()
-        yield from self.ask(question, top_k, threshold, compare, request)
+        yield from self.ask(visitor.take_back(), top_k, threshold, compare, request)
 
     def use_all(self, top_k: float, threshold: float, compare: bool, request: gr.Request) -> Iterator[list]:
         """Ask the last question anew with all examples."""
         visitor = self.visitor(request)
         visitor.left_out = []
-        question = visitor.take_back()
-        yield from self.ask(question, top_k, threshold, compare, request)
+        yield from self.ask(visitor.take_back(), top_k, threshold, compare, request)
 
     def everything(self, visitor: Visitor) -> list:
         """Return what the Ask tab shows: conversations, the doubt, the examples, and whether some were left out."""

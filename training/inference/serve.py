@@ -115,7 +115,7 @@ def build_app(
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body = await read_body(request)
+        body = await read_json_body(request)
         if body.get("model") not in (None, name):
             return error_response(f"model is {body['model']!r}, expected {name!r}", 404, "model_not_found")
         try:
@@ -217,7 +217,7 @@ def sampling_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> Ge
     return config
 
 
-async def read_body(request: Request) -> dict:
+async def read_json_body(request: Request) -> dict:
     """Return a request's JSON object; `HTTPException` if it is none, too large, or has an unsupported field."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise HTTPException(415, "expected content-type: application/json")  # a web page can't send it unasked

@@ -17,7 +17,7 @@ from .request_images import REQUEST_FORMATS
 
 MAX_ROWS = 200  # of the CSV of one upload
 MAX_UPLOAD_BYTES = 8 * MAX_IMAGE_BYTES  # of one request, and of what a zip file holds
-MAX_BODY_BYTES = 2**20  # of a request without files: a question, two numbers
+MAX_CALL_BYTES = 2**20  # of a request without files: a question, two numbers
 COLUMNS = ["image", "caption"]
 
 
@@ -101,7 +101,7 @@ class Guard:
         elif scope["path"].rstrip("/").endswith("/upload"):
             await self.app(scope, counted(receive, MAX_UPLOAD_BYTES), send)
         else:
-            body = await read_body(receive)
+            body = await whole_body(receive)
             if body is None or names_url(body):
                 refusal = "The request is too large." if body is None else "No URL is fetched here: upload the file."
                 await PlainTextResponse(refusal, 413 if body is None else 403)(scope, receive, send)
@@ -109,14 +109,14 @@ class Guard:
                 await self.app(scope, replayed(body, receive), send)
 
 
-async def read_body(receive: Receive) -> bytes | None:
+async def whole_body(receive: Receive) -> bytes | None:
     """Return the body of a request; None if it is too large."""
     body, more = bytearray(), True
-    while more and len(body) <= MAX_BODY_BYTES:
+    while more and len(body) <= MAX_CALL_BYTES:
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-    return None if len(body) > MAX_BODY_BYTES else bytes(body)
+    return None if len(body) > MAX_CALL_BYTES else bytes(body)
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
