@@ -1,8 +1,6 @@
 """`tinyalign demo`."""
 
 import argparse
-import os
-import sys
 
 SUMMARY = "train, evaluate and report on real images, on this machine"
 HELP = """
@@ -19,8 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(arguments: argparse.Namespace):
     """Run the demo's steps that are not done yet."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a log is told of each step by one line
     from tinyalign_vlm.training.demo.run import run_demo
     from tinyalign_vlm.training.disk import full_disk_advice
 
