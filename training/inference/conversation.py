@@ -159,6 +159,7 @@ class Conversation:
         calibration = None if bank.any_tower else bank.config.calibration
         if calibration is None:
             return
+        # the probabilities were fitted to so many similarities, whatever the answer reads
         found = search(max(len(self.sources), calibration.top_k))
         if not found:
             return

@@ -223,7 +223,7 @@ class Lessons:
         kept = (part.filter(pc.invert(pc.is_in(part["source_id"], replaced))) for part in bank.batches())
         lessons = (lesson.batch for lesson in self._lessons)
         tables = (pa.Table.from_batches([batch]) for batch in itertools.chain(kept, lessons))
-        before = set(cache_root().glob("bank-*"))
+        before = set(cache_root().glob("bank-*"))  # with the same rows it may be there already, and in use
         bank = bank.keep_facts(bank.with_rows(renumbered(tables)), "parts", "limits")
         try:
             yield bank

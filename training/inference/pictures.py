@@ -61,7 +61,7 @@ class Pictures:
         content = pixels.detach().cpu().contiguous()
         name = hashlib.sha256(f"{content.shape}{content.dtype}".encode() + content.view(torch.uint8).numpy().tobytes())
         name = name.hexdigest()
-        with self._lock:
+        with self._lock:  # while the tower looks, too: who asks about the same picture waits for it
             if name not in self._kept:
                 self._kept[name] = Picture(name, self.model.get_vision_features(pixels[None]))
             self._kept.move_to_end(name)

@@ -62,7 +62,7 @@ def compare(benchmark: str, variants: Samples, exclude: bool = False) -> dict:
     metric, shipped = BENCHMARKS[benchmark].metric, BENCHMARKS[benchmark].shipped
     base = None
     for name, (_, frame) in variants.items():
-        frame = frame.assign(category=frame["categories"].str[0])
+        frame = frame.assign(category=frame["categories"].str[0])  # the first of GQA's and MM-Vet's several
         frame = frame[~in_bank] if exclude else frame
         if frame["score"].isna().any():
             result["variants"][name] = {"to_submit": True}

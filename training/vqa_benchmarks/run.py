@@ -184,7 +184,7 @@ def answer_questions(
 ) -> list[dict]:
     """Return a sample for each question, by row; each process answers its share."""
     state, numbers = PartialState(), questions.numbers
-    lengths = [len(questions.prompts[number]) for number in numbers]
+    lengths = [len(questions.prompts[number]) for number in numbers]  # in letters, near enough to pad little
     shares = list(batches_by_length(lengths, [questions.generation] * len(numbers), batch_size))
     samples = []
     for batch in tqdm(shares[state.process_index :: state.num_processes], desc, unit="batch"):
