@@ -27,8 +27,7 @@ def compose(
     text_kwargs: dict | None = None,
     **config_kwargs,
 ) -> PreTrainedModel:
-    """
-    Compose a model from two checkpoints; its connectors are new. What is initialised and not loaded is logged.
+    """Compose a model from two checkpoints; its connectors are new. What is initialised and not loaded is logged.
 
     Args:
         vision_name_or_path (`str`): A vision tower, or a dual tower (SigLIP, CLIP) whose vision half is taken.
@@ -173,8 +172,7 @@ def compose_processor(
     vision_kwargs: dict | None = None,
     text_kwargs: dict | None = None,
 ) -> ProcessorMixin:
-    """
-    The processor of a model composed from the same two checkpoints; `config` is that model's.
+    """The processor of a model composed from the same two checkpoints; `config` is that model's.
 
     Raises `ValueError` when the image token is not the one that the model expects.
     """

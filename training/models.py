@@ -81,8 +81,7 @@ def _load_checkpoint(config: StageArguments) -> PreTrainedModel:
 def load_to_answer(
     name: str, revision: str = "main", memory_bank: str | None = None, memory: str = "on", device: str = "auto"
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """
-    Return a model with its bank, and its processor, by the classes of this package: no code of the checkpoint is run.
+    """Return a model with its bank, and its processor, by this package's classes: no code of the checkpoint is run.
 
     Args:
         memory_bank: a folder or repository. None: the bank that the config names.
@@ -120,8 +119,7 @@ def neighbours_of_baseline(config: StageArguments) -> int:
 
 
 def widen_connector(model: PreTrainedModel):
-    """
-    Put one connector in the place of connector and memory connector, wider, with as many parameters as both (to
+    """Put one connector in the place of connector and memory connector, wider, with as many parameters as both (to
     within those of one hidden unit): does the memory help, or do the parameters (paper, Table 2, row 2)?
     """
     base, config = model.base_model, model.config

@@ -24,9 +24,8 @@ STAGE_CONFIGS = {1: AlignmentConfig, 2: InstructionConfig}
 
 
 def read_settings(paths: Sequence[str | os.PathLike]) -> dict:
-    """
-    Return what the YAML files say together: later ones win, and `model_kwargs` of several are joined. A file that is
-    not here is looked for in training/configs/.
+    """Return what the YAML files say together: later ones win, and `model_kwargs` of several are joined. A file that
+    is not here is looked for in training/configs/.
     """
     settings = {}
     for name in paths:
@@ -45,8 +44,7 @@ def read_settings(paths: Sequence[str | os.PathLike]) -> dict:
 
 
 def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> StageArguments:
-    """
-    Return the settings of YAML files and `fields` (`["--learning_rate", "5e-4"]`), which win over them, as
+    """Return the settings of YAML files and `fields` (`["--learning_rate", "5e-4"]`), which win over them, as
     `AlignmentConfig` or `InstructionConfig`, whichever `stage` in the files asks for.
     """
     settings = read_settings(paths)
@@ -85,8 +83,7 @@ def _check_together(config: StageArguments, named: str):
 
 
 def parse_settings(config_class: type[StageArguments], settings: dict, fields: list[str], prog: str) -> StageArguments:
-    """
-    Return `config_class` with these settings and, over them, the `fields` of a command line.
+    """Return `config_class` with these settings and, over them, the `fields` of a command line.
 
     Raises `ValueError` for a setting that there is not, and a list or nothing where there is one value; exits as
     argparse does for values of the wrong type.
@@ -115,8 +112,7 @@ def _unknown_setting(name: str, config_class: type[StageArguments], prog: str) -
 
 
 def as_arguments(config_class: type[StageArguments], settings: dict) -> list[str]:
-    """
-    Return the settings of a file as the arguments that a user would type: `["--max_steps=3", ...]`. `null` has none.
+    """Return the settings of a file as a user would type them: `["--max_steps=3", ...]`. `null` has no argument.
 
     Raises `ValueError` for a list, a dictionary or `null` where there is another kind of value.
     """

@@ -11,8 +11,7 @@ from .tuning import TuningArguments
 
 @dataclass
 class InstructionConfig(StageArguments, SFTConfig):
-    """
-    Settings of [`InstructionTrainer`]: those of [`~trl.SFTConfig`] and of [`StageArguments`].
+    """Settings of [`InstructionTrainer`]: those of [`~trl.SFTConfig`] and of [`StageArguments`].
 
     The learning rate is 2e-5, as in the reference's code: the 5e-8 that the paper prints leaves the model as it is.
     """

@@ -12,8 +12,7 @@ HUB_SECONDS = 10  # to wait for the Hub
 
 
 def check_name(setting: str, name: str | os.PathLike, repo_type: str = "model") -> None:
-    """
-    Ask for a folder or file, or else once for a repository of the Hub.
+    """Ask for a folder or file, or else once for a repository of the Hub.
 
     Args:
         setting: What the user calls it: `memory_bank`, `--like`.

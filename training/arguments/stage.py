@@ -20,9 +20,8 @@ LEAST_STEPS = 100  # of a run whose length the user leaves to the data
 
 @dataclass
 class StageArguments(ModelArguments, DataArguments, TuningArguments):
-    """
-    Settings that the stages share. A mixin: [`~transformers.TrainingArguments`] or a subclass comes after it among the
-    bases of a config. Defaults are the paper's (Table 3).
+    """Settings that the stages share. A mixin: [`~transformers.TrainingArguments`] or a subclass comes after it among
+    the bases of a config. Defaults are the paper's (Table 3).
     """
 
     stage: int | None = setting(None, "1 or 2: the stage that a YAML file is for.")
@@ -152,9 +151,8 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
         return min(super().get_warmup_steps(num_training_steps), max(0, num_training_steps - 1))
 
     def fit_to_data(self, num_rows: int, given: set[str]):
-        """
-        Take smaller batches and more epochs of small data, so that a run has about `LEAST_STEPS` steps. The settings
-        that are `given`, by the user and not by the package, stay as they are.
+        """Take smaller batches and more epochs of small data, so that a run has about `LEAST_STEPS` steps. The
+        settings that are `given`, by the user and not by the package, stay as they are.
         """
         batch = self.train_batch_size * self.world_size
         if not {"global_batch_size", "gradient_accumulation_steps"} & given and self.deepspeed is None:

@@ -88,9 +88,8 @@ def encode_chat(
     max_length: int | None = None,
     truncation: bool = False,
 ) -> tuple[list[int], list[int]]:
-    """
-    Token ids of a chat about any number of images, with their placeholders, and 1 where the assistant says something
-    to learn: in turns without `"train": False`.
+    """Token ids of a chat about any number of images, with their placeholders, and 1 where the assistant says
+    something to learn: in turns without `"train": False`.
 
     The same as `processor.apply_chat_template`, without needing the images. Raises `BadRow` when there is nothing to
     learn, or when the chat has more than `max_length` tokens and `truncation` is off, or would cut a placeholder or
@@ -125,10 +124,9 @@ def encode_chat(
 
 
 def add_captions(messages: list[dict], captions: Sequence[str]) -> list[dict]:
-    """
-    Text-only retrieval: the captions of the neighbours, written before the text of the first question.
+    """Write the captions of neighbours before the text of the first question: text-only retrieval.
 
-        messages = add_captions(messages, model.retrieve(pixel_values, top_k=5).captions[0])
+    Example: `add_captions(messages, model.retrieve(pixel_values, top_k=5).captions[0])`.
     """
     if not captions:
         return messages
@@ -149,9 +147,8 @@ def with_captions(
     neighbours: Sequence[Sequence[int]],
     max_length: int | None = None,
 ) -> list[dict]:
-    """
-    The chat with the captions of its images' neighbours in the first question: all that `max_length` tokens have room
-    for, the most similar first.
+    """The chat with the captions of its images' neighbours in the first question: all that `max_length` tokens have
+    room for, the most similar first.
 
     Args:
         neighbours: Rows of the bank, `(images, k)`; -1 in empty slots.

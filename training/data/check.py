@@ -65,8 +65,7 @@ class DataCheck:
 
 
 def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) -> tuple[datasets.Dataset, DataCheck]:
-    """
-    Read all rows of `config.dataset` -> the good ones, with `messages` and `images` or `image`, and what was found.
+    """Read all rows of `config.dataset` -> the good ones, with `messages` and `images` or `image`, and what was found.
 
     Args:
         processor: Of the model to train; without it, lengths are not checked.
@@ -106,9 +105,8 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
 def training_data(
     config: StageArguments, processor: ProcessorMixin, name_images: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """
-    The rows to train on. Bad ones are skipped, counted and written to `bad_rows.json` in `config.output_dir`; streamed
-    ones are checked as they come.
+    """The rows to train on. Bad ones are skipped, counted and written to `bad_rows.json` in `config.output_dir`;
+    streamed ones are checked as they come.
 
     Args:
         name_images: Add the `source_ids` of the images to streamed rows, for a model that retrieves.
@@ -211,8 +209,7 @@ class _Keep:
 
 
 def check_data(names: Sequence[str], fields: list[str]) -> DataCheck:
-    """
-    Return the problems of a data set, named itself or by YAML files. The length of rows is checked if there is a
+    """Return the problems of a data set, named itself or by YAML files. The length of rows is checked if there is a
     model. A data set that would be streamed is read as others are. With `output_dir`, bad rows are written there.
 
     Raises `ValueError` or `OSError` when the files, the model or the data cannot be read.

@@ -17,8 +17,7 @@ from .memory_dropout import MemoryDropout
 
 
 class TrainingCollator:
-    """
-    Rows of a data set to a batch. A row has `messages`, a chat about any number of images, and
+    """Rows of a data set to a batch. A row has `messages`, a chat about any number of images, and
 
     - `image` or `images`, or their rows in `vision_features`, `feature_index` (a number or a list of them);
     - with a `bank`, `memory_ids` `(k,)` or `(images, k)`, the neighbours that [`find_neighbours`] found, and, if they

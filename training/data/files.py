@@ -47,9 +47,9 @@ class SourceError(ValueError):
 
 
 def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset:
-    """
-    Return the rows of `config.dataset` as they are stored, images undecoded and classes by their names. Of text files
-    and WebDatasets the column `json` is the row's text: their rows need not have the same fields, nor types in them.
+    """Return the rows of `config.dataset` as they are stored, images undecoded and classes by their names.
+
+    Of text files and WebDatasets the column `json` is the row's text: rows need not have the same fields or types.
 
     Raises `ValueError` when they cannot be read.
     """
@@ -158,8 +158,7 @@ def unpacked(name: str) -> str:
 
 
 def find_files(config: StageArguments, name: str, split: str) -> list[str]:
-    """
-    Return the paths of the files that have the rows of a split, images where folders have nothing else, or in a
+    """Return the paths of the files that have the rows of a split, images where folders have nothing else, or in a
     repository URLs but of text files; none where `datasets` finds them: in repositories whose card says which.
 
     Raises `ValueError` if there is no such file, or none of the split.

@@ -73,8 +73,7 @@ def with_features(
     processor: ProcessorMixin,
     rows: datasets.Dataset | datasets.IterableDataset,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, np.ndarray | None]:
-    """
-    Return the visual features, with `config.cache_features`, and the rows with `feature_index`. They are kept under
+    """Return the visual features, with `config.cache_features`, and the rows with `feature_index`. They are kept under
     `HF_HOME`, for other runs with the same images, tower and preprocessing.
 
     All processes of a run must call this at once: they share the work.
@@ -96,11 +95,9 @@ def with_neighbours(
     top_k: int,
     features: np.ndarray | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """
-    Return the rows with `memory_ids` and `memory_scores`, lists of `2 * top_k` for each of their images: the second
-    half are spare ones, for [`MemoryDropout`]. And `source_ids`, the names of the images: no row of the bank
-    that is of one of a row's images is a neighbour of any of them. Streamed rows get none: the model retrieves for
-    each batch.
+    """Return the rows with `memory_ids` and `memory_scores`, lists of `2 * top_k` for each of their images: the second
+    half are spare ones, for [`MemoryDropout`]. And `source_ids`, the names of the images: no row of the bank that is
+    of one of a row's images is a neighbour of any of them. Streamed rows get none: the model retrieves for each batch.
 
     All processes of a run must call this at once: they share the work.
     """

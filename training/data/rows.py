@@ -52,8 +52,7 @@ FEATURES = datasets.Features(
 
 @dataclass
 class RowReader:
-    """
-    A row of any format, as `open_rows` gives it -> the columns of `FEATURES`, and the images.
+    """A row of any format, as `open_rows` gives it -> the columns of `FEATURES`, and the images.
 
     The formats: `conversations` of turns with `from` and `value` (LLaVA), `messages` of turns with `role` and
     `content`, `prompt` + `completion` (TRL), `texts` of `user` and `assistant` (the Cauldron), or the column
@@ -261,8 +260,7 @@ def list_turns(turns: Any) -> Any:
 
 
 def read_turns(turns: list[dict]) -> list[dict]:
-    """
-    Turns of LLaVA or of TRL -> messages whose content is a list of parts. `<image>` in a question becomes a part,
+    """Turns of LLaVA or of TRL -> messages whose content is a list of parts. `<image>` in a question becomes a part,
     unless the chat has parts that are images: then it is text, as it is in an answer.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):

@@ -18,8 +18,7 @@ def training_rows(
     bank: MemoryBank | None,
     vision_features: np.ndarray | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """
-    The columns the collator reads, with `feature_index` added where the features are those of the rows, in order.
+    """The columns the collator reads, with `feature_index` added where the features are those of the rows, in order.
     Images stay as they are stored: the collator decodes them, and names the one that it cannot.
 
     Raises `ValueError` when rows, a column or the bank are missing, or the features or neighbours do not fit.
