@@ -1,9 +1,8 @@
 """Encoded rows on their way into a memory bank: kept in parts, so that a killed run goes on where it stopped."""
 
 import json
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from ...modeling_tinyalign.row_encoder import LeftOutRow, RowEncoder
 from ..data.images import StoredImages
-from ..data.progress import SECONDS_BETWEEN_LINES
+from ..data.progress import Progress
 from ..disk import save_file
 
 PART_ROWS = 512  # of the data set: what a killed run loses at most
@@ -52,19 +50,12 @@ class EncodedParts:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the rows of all parts, in order, with raw keys."""
         for path in sorted(self.folder.glob("[0-9]*.arrow")):
-            with pa.memory_map(str(path)) as file:
-                reader = pa.ipc.open_file(file)
-                yield from map(reader.get_batch, range(reader.num_record_batches))
+            yield from read_part(path)[0].to_batches()
 
     def count_done(self) -> int:
         """Count the data set's rows that are in parts, encoded or left out."""
-        done = 0
-        for path in self.folder.glob("[0-9]*.arrow"):
-            with pa.memory_map(str(path)) as file:
-                reader = pa.ipc.open_file(file)
-                rows = sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
-                done += rows + len(json.loads(reader.schema.metadata[b"left_out"]))
-        return done
+        parts = map(read_part, self.folder.glob("[0-9]*.arrow"))
+        return sum(len(rows) + len(left_out) for rows, left_out in parts)
 
     def encode(self, encoder: RowEncoder, source: StoredImages, choice: RowChoice) -> None:
         """Encode the data set, but for the parts that are there.
@@ -74,11 +65,8 @@ class EncodedParts:
             OSError: the disk is full; the parts so far are kept.
         """
         first_id = encoder.next_id
-        rounds = self.rounds(choice)
-        every = (chunk for numbers in rounds for chunk in chunks(source, numbers, PART_ROWS))
-        with tqdm(total=choice.wanted or choice.total, desc="Encoding the bank", unit="row") as bar:
-            said = time.monotonic()
-            for number, chunk in enumerate(every):
+        with Progress(total=choice.wanted or choice.total, desc="Encoding the bank", unit="row") as bar:
+            for number, chunk in enumerate(chunks(source, self.rounds(choice), PART_ROWS)):
                 if not self.path(number).exists():
                     encoder.left_out = []
                     batches = []
@@ -90,9 +78,7 @@ class EncodedParts:
                 encoder.next_id = first_id + self.num_rows
                 bar.n = self.num_rows + (0 if choice.wanted else len(self.left_out))
                 bar.refresh()
-                if bar.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                    said = time.monotonic()
-                    print(f"  {self.num_rows + len(self.left_out):,} rows are done", flush=True)
+                bar.say(f"{self.num_rows + len(self.left_out):,} rows are done")
 
     def rounds(self, choice: RowChoice) -> Iterator[np.ndarray | None]:
         """Yield the numbers of rows to encode, ascending, None for all; again while chosen rows are left out."""
@@ -108,19 +94,26 @@ class EncodedParts:
 
     def count_part(self, number: int, seen: set[bytes] | None) -> None:
         """Count what a part holds, and add the names of its images to `seen`."""
-        with pa.memory_map(str(self.path(number))) as file:
-            part = pa.ipc.open_file(file).read_all()
-        self.num_rows += len(part)
-        self.left_out += [LeftOutRow(**row) for row in json.loads(part.schema.metadata[b"left_out"])]
+        rows, left_out = read_part(self.path(number))
+        self.num_rows += len(rows)
+        self.left_out += left_out
         if seen is not None:
-            seen.update(map(bytes.fromhex, part["source_id"].to_pylist()))
+            seen.update(map(bytes.fromhex, rows["source_id"].to_pylist()))
 
 
-def chunks(source: StoredImages, numbers: np.ndarray | None, size: int) -> Iterator[Chunk]:
-    """Yield the rows with these numbers, or all, as they are stored, `size` to a part."""
-    rows = source.rows(numbers)
-    while chunk := list(islice(rows, size)):
-        yield chunk
+def read_part(path: Path) -> tuple[pa.Table, list[LeftOutRow]]:
+    """Return the rows of a part, which stay in its file, and those that were left out."""
+    with pa.memory_map(str(path)) as file:
+        rows = pa.ipc.open_file(file).read_all()
+    return rows, [LeftOutRow(**row) for row in json.loads(rows.schema.metadata[b"left_out"])]
+
+
+def chunks(source: StoredImages, rounds: Iterable[np.ndarray | None], size: int) -> Iterator[Chunk]:
+    """Yield the rows of each round of `EncodedParts.rounds`, as they are stored, `size` to a part."""
+    for numbers in rounds:
+        rows = source.rows(numbers)
+        while chunk := list(islice(rows, size)):
+            yield chunk
 
 
 def part_content(batches: Sequence[pa.RecordBatch], schema: pa.Schema, left_out: Sequence[LeftOutRow]) -> pa.Buffer:

@@ -322,7 +322,7 @@ def count_rows(settings: RowSettings, source: CaptionedImages, is_local: bool) -
     """Return how many rows a data set has, None if nobody needs to know. Raises `ValueError` if there are too few."""
     if not is_local and settings.rows is None:
         return None
-    total = source.count()
+    total = sum(1 for _ in source)
     if total == 0:
         raise ValueError(f"{settings.dataset} has no rows, expected at least one.")
     if settings.rows is not None and not 1 <= settings.rows <= total:

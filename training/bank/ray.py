@@ -136,7 +136,7 @@ def _each_part(worker: Callable, task: ReadTask, **pool) -> Iterator[tuple[int, 
     """Yield numbers and contents that the worker makes of the parts of a task, in any order."""
     data = ray.data.from_items([0]).map_batches(stored_parts, fn_args=[[ray.put(task)]], batch_size=None, num_cpus=0)
     data = data.map(worker, **pool)
-    data.context.target_max_block_size = 1  # a part is a block: all workers have something to do
+    data.context.target_max_block_size = 1  # byte: a part is a block, so all workers have something to do
     data.context.max_consecutive_actor_init_deaths = 3
     data.context.raise_original_map_exception = True
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
@@ -147,8 +147,7 @@ def _each_part(worker: Callable, task: ReadTask, **pool) -> Iterator[tuple[int, 
 def stored_parts(_, task: list) -> Iterator[pa.Table]:
     """Yield the parts as they are stored. One Ray task reads the data set from its beginning to its end."""
     task = ray.get(task[0])
-    every = (chunk for numbers in task.rounds for chunk in chunks(task.source, numbers, task.part_rows))
-    for number, chunk in enumerate(every, task.first):
+    for number, chunk in enumerate(chunks(task.source, task.rounds, task.part_rows), task.first):
         if task.missing is None or number in task.missing:
             plan = task.plans[number] if task.plans else {"left_out": []}
             left_out = {row.row for row in plan["left_out"]}

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...modeling_tinyalign import ValueEncoder, ValueEncoderConfig
@@ -20,7 +19,7 @@ from ...modeling_tinyalign.connectors import pool_grid
 from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import BadRow, BankRow
 from ..data.images import StoredImages
-from ..data.progress import SECONDS_BETWEEN_LINES
+from ..data.progress import Progress
 from ..disk import save_file
 
 NUM_IMAGES = 1024  # the rows of a data set that a new value encoder is trained on
@@ -83,8 +82,8 @@ def train_value_encoder(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
     parts = {"encoder": encoder, "look": look, "optimizer": optimizer, "schedule": schedule}
     done, history = restore(checkpoint, parts, generator)
-    progress = tqdm(range(done + 1, config.steps + 1), desc="Value encoder", initial=done, total=config.steps)
-    step, said = done, time.monotonic()
+    progress = Progress(range(done + 1, config.steps + 1), desc="Value encoder", initial=done, total=config.steps)
+    step = done
     try:
         for step in progress:
             rows = torch.randint(len(images), (config.batch_size,), generator=generator)
@@ -98,9 +97,7 @@ def train_value_encoder(
                 history.append({"step": step, "loss": loss.item()})
                 save_progress(checkpoint, history, parts, generator)
                 progress.set_postfix(loss=f"{loss.item():.3f}")
-                if progress.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                    said = time.monotonic()
-                    print(f"  step {step} of {config.steps}, loss {loss.item():.3f}", flush=True)
+                progress.say(f"step {step} of {config.steps}, loss {loss.item():.3f}")
     except KeyboardInterrupt as interrupt:
         kept = history[-1]["step"] if history and checkpoint is not None else 0
         raise KeyboardInterrupt(

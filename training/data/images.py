@@ -31,8 +31,8 @@ CAPTION_COLUMNS = ("caption", "txt")
 class StoredImages:
     """Numbered rows of a data set, read as they are needed: once more each time they are asked for.
 
-    A subclass iterates over `(number, row as it is stored)`, and has the methods `read(number, row)`, which returns a
-    `BankRow`, and `caption(row)`; both raise `BadRow` for a row that cannot be in a bank.
+    A subclass iterates over `(number, row as it is stored)`, and has the method `read(number, row)`, which returns a
+    `BankRow` and raises `BadRow` for a row that cannot be in a bank.
     """
 
     def rows(self, numbers: np.ndarray | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -80,9 +80,6 @@ class DatasetImages(StoredImages):
     def read(self, number: int, row: dict[str, Any]) -> BankRow:
         return self.reader(number, row)
 
-    def caption(self, row: dict[str, Any]) -> str:
-        return check_caption(row.get(self.reader.caption_column))
-
 
 @dataclass
 class CaptionedImages(StoredImages):
@@ -115,17 +112,11 @@ class CaptionedImages(StoredImages):
                 f"Expected the same in all ({error})."
             ) from error
 
-    def count(self) -> int:
-        return sum(1 for _ in self)
-
-    def caption(self, row: dict[str, Any]) -> str:
-        return self.describe(row)[1]
-
-    def describe(self, row: dict[str, Any]) -> tuple[Any, str, list[str | None]]:
-        """Return the image as it is stored, the caption, and the values of `keep_columns`.
+    def read(self, number: int, row: dict[str, Any]) -> BankRow:
+        """Return a row with its image decoded.
 
         Raises:
-            BadRow: the row has no caption, lacks a column, or has more or fewer than one image.
+            BadRow: the row has no caption, lacks a column, has more or fewer than one image, or a broken one.
         """
         row = {**self.reader.fields(row), **self.constants}
         for name in (self.caption_column, *self.keep_columns):
@@ -141,8 +132,13 @@ class CaptionedImages(StoredImages):
         images, messages = replace(self.reader, answer_column=column).read(row)
         answer = next(message for message in messages if message["role"] == "assistant")
         caption = "".join(part["text"] for part in answer["content"])
+        try:
+            image = decode_image(images[0])
+        except ValueError:
+            self.reader.check_image(images[0])  # says why
+            raise
         kept = [None if row[name] is None else str(row[name]) for name in self.keep_columns]
-        return images[0], caption, kept
+        return BankRow(number, image, image_source_id(image), caption, kept)
 
     def _caption_column(self, row: dict[str, Any]) -> str | None:
         """Return the column of a row's caption, None if it is a chat; raises `BadRow` if it is neither."""
@@ -159,16 +155,6 @@ class CaptionedImages(StoredImages):
                 "--caption_column names), or a chat",
             )
         return None
-
-    def read(self, number: int, row: dict[str, Any]) -> BankRow:
-        """Return a row with its image decoded; raises `BadRow` as `describe`, and for a broken image."""
-        stored, caption, kept = self.describe(row)
-        try:
-            image = decode_image(stored)
-        except ValueError:
-            self.reader.check_image(stored)  # says why
-            raise
-        return BankRow(number, image, image_source_id(image), caption, kept)
 
 
 def fingerprint_files(dataset: str) -> str | None:

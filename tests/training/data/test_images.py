@@ -16,10 +16,10 @@ def test_rows_of_an_object_in_python():
     chosen = list(source.rows(np.array([1, 4])))
     assert [number for number, _ in chosen] == [1, 4] and list(source.rows(np.array([], int))) == []
     row = source.read(*chosen[1])
-    assert (row.number, row.caption, row.kept) == (4, "number 4", [None]) and source.caption(rows[2]) == "number 2"
-    for wrong in ({}, {"title": None}, {"title": "  "}, {"title": 3}):
+    assert (row.number, row.caption, row.kept) == (4, "number 4", [None])
+    for title in (None, "  ", 3):
         with pytest.raises(BadRow, match="no caption: the caption is .*, expected text"):
-            source.caption(wrong)
+            source.read(0, {**rows[0], "title": title})
     with pytest.raises(ValueError, match="vision_features has 4 rows, but the dataset has 5"):
         source.check_features(np.zeros((4, 1, 1)))
     with pytest.raises(ValueError, match="an iterator, which can be read only once"):
