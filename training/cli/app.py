@@ -27,7 +27,6 @@ in front. No code of the checkpoint is run and no URL is fetched. Needs the extr
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the model, what visitors may do, and where it listens."""
     add_model_to_ask(parser)
     parser.add_argument(
         "--visitors_may",
@@ -39,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    """Serve the page until it is stopped."""
     from tinyalign_vlm.training.inference.app import start_app
 
     start_app(**vars(arguments))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import add_bank, add_out, add_row_options
+from .options import add_row_options
 
 SUMMARY = "add the rows of a data set"
 HELP = """
@@ -18,14 +18,12 @@ command goes on where it stopped.
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the bank, where the new one goes, and the fields of `RowSettings`."""
-    add_bank(parser)
-    add_out(parser)
+    parser.add_argument("bank", help="its folder or repository")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
     add_row_options(parser)
 
 
 def run(arguments: argparse.Namespace):
-    """Add the rows, from where an earlier run was stopped."""
     from tinyalign_vlm.training.bank.from_files import RowSettings, add_from_files
 
     options = vars(arguments)

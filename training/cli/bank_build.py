@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import add_out, add_row_options
+from .options import add_row_options
 
 SUMMARY = "build a bank of a data set"
 HELP = """
@@ -41,8 +41,7 @@ QUANTIZED_HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the fields of `BuildSettings`, and where the bank goes."""
-    add_out(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
     add_row_options(parser)
     parser.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="keep these columns: source, license")
     parser.add_argument("--like", metavar="BANK", help="with the encoders, columns and thumbnail size of this bank")
@@ -66,7 +65,6 @@ def parse_boolean(text: str) -> bool:
 
 
 def run(arguments: argparse.Namespace):
-    """Build the bank, from where an earlier run was stopped."""
     from tinyalign_vlm.training.bank.from_files import BuildSettings, build_from_files
 
     options = vars(arguments)

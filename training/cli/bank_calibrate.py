@@ -18,7 +18,6 @@ retrieval_threshold is set as well, the similarity below which it does without a
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add what is asked of a neighbour, beside the files and fields that main.py reads."""
     parser.usage = "tinyalign bank calibrate FILE.yaml [FILE.yaml ...] [--min_agreement SHARE] [--FIELD VALUE ...]"
     parser.add_argument(
         "--min_agreement", type=float, default=1.0, metavar="SHARE", help="of a right neighbour's words"
@@ -27,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    """Calibrate the bank, and set the model's threshold if a probability is asked for."""
     from tinyalign_vlm.training.bank.calibration import calibrate_from_files
 
     calibrate_from_files(arguments.files, arguments.fields, arguments.min_agreement, arguments.min_probability)

@@ -2,8 +2,6 @@
 
 import argparse
 
-from .options import add_bank
-
 SUMMARY = "say what is in it"
 HELP = """
 Say what is in a bank: rows, sizes, tower, index, what the kept columns hold (sources, licences), and how it came
@@ -14,12 +12,10 @@ about.
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the bank."""
-    add_bank(parser)
+    parser.add_argument("bank", help="its folder or repository")
 
 
 def run(arguments: argparse.Namespace):
-    """Print what is in the bank."""
     from tinyalign_vlm.training.bank.info import bank_info
 
     print(bank_info(arguments.bank))

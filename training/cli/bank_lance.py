@@ -20,7 +20,6 @@ BANK is a folder or a Hub repository. Credentials are looked for where LanceDB d
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the bank, and the database."""
     parser.add_argument("bank", help="its folder or repository")
     parser.add_argument("uri", help="the database: a folder, s3://..., gs://... or az://...")
     parser.add_argument("--storage_option", metavar="NAME=VALUE", help="of LanceDB, for an object store", **SEVERAL)
@@ -28,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    """Write the database, and print where it is and what was written."""
     settings = parse_storage_options(arguments.storage_option)
     from tinyalign_vlm import MemoryBank
     from tinyalign_vlm.training.bank.lance import write_lance

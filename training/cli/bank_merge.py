@@ -2,8 +2,6 @@
 
 import argparse
 
-from .options import add_out
-
 SUMMARY = "make one bank of several"
 HELP = """
 Make one bank of several that were made with the same encoders (`bank build --like`, `add`, `remove`, or parts of one).
@@ -16,14 +14,12 @@ new bank is quantized if the first one is.
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the banks, and where the new one goes."""
     parser.add_argument("banks", nargs="+", metavar="BANK", help="their folders")
-    add_out(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
     parser.add_argument("--keep_duplicates", action="store_true", help="also images that an earlier bank has")
 
 
 def run(arguments: argparse.Namespace):
-    """Write the new bank."""
     from tinyalign_vlm.training.bank.merge import merge_banks
 
     merge_banks(arguments.banks, arguments.out, arguments.keep_duplicates)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import SEVERAL, add_bank, add_out
+from .options import SEVERAL
 
 SUMMARY = "remove rows"
 HELP = """
@@ -21,9 +21,8 @@ anew. BANK itself is not changed: delete it when the new one is good. On the Hub
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the bank, where the new one goes, and how rows are chosen."""
-    add_bank(parser)
-    add_out(parser)
+    parser.add_argument("bank", help="its folder or repository")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
     parser.add_argument(
         "--source-id", "--source_id", dest="source_ids", metavar="ID", help="names of images", **SEVERAL
     )
@@ -32,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    """Remove the rows that were chosen."""
     from tinyalign_vlm.training.bank.changes import remove_rows
 
     remove_rows(arguments.bank, arguments.out, arguments.source_ids, arguments.images, arguments.where)

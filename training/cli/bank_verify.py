@@ -3,8 +3,6 @@
 import argparse
 import sys
 
-from .options import add_bank
-
 SUMMARY = "name all that is wrong with it"
 HELP = """
 Read a bank from end to end and name each problem: rows that are missing, numbers that are not finite, sha256 that
@@ -16,13 +14,11 @@ differ, encoders, and whether this machine's index has the keys of the bank. The
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the bank, and the model that it should fit."""
-    add_bank(parser)
+    parser.add_argument("bank", help="its folder or repository")
     parser.add_argument("--model", metavar="MODEL", help="must have the tower of the bank: folder or repository")
 
 
 def run(arguments: argparse.Namespace):
-    """Print the problems of the bank; the exit status is 1 if there is one."""
     from tinyalign_vlm import TinyAlignForConditionalGeneration
     from tinyalign_vlm.training.bank.verify import bank_problems
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import SEVERAL, add_bank
+from .options import SEVERAL
 
 SUMMARY = "write a page to look at it with"
 HELP = """
@@ -16,8 +16,7 @@ nearest neighbours of each and of images of yours, the similarities, and a map o
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the bank, the page, and what it shows."""
-    add_bank(parser)
+    parser.add_argument("bank", help="its folder or repository")
     parser.add_argument("-o", "--out", default="bank.html", metavar="FILE", help="the page (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=300, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--row", dest="wanted", type=int, metavar="ID", help="this one, too", **SEVERAL)
@@ -28,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    """Write the page."""
     from tinyalign_vlm.training.bank.view import view_bank
 
     options = vars(arguments)

@@ -22,7 +22,6 @@ With a question it prints the answer alone, with --sources as JSON with the exam
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the model, how it answers, and a question."""
     add_model_to_ask(parser)
     parser.add_argument("question", nargs="?", help="print the answer and end")
     parser.add_argument("--image", metavar="PATH", help="the picture to begin with")
@@ -34,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    """Answer one question, or chat until it is left."""
     from tinyalign_vlm.training.inference.chat import chat
 
     chat(**vars(arguments))

@@ -25,12 +25,10 @@ Rows may have several images, or none. The exit status is 1 if a row is bad.
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Say that files and fields are taken, which main.py reads."""
     parser.usage = "tinyalign data check DATASET | FILE.yaml [FILE.yaml ...] [--FIELD VALUE ...]"
 
 
 def run(arguments: argparse.Namespace):
-    """Print each kind of bad row, and their number; the exit status is 1 if there is one."""
     from tinyalign_vlm.training.data.check import check_data
 
     found = check_data(arguments.files, arguments.fields)

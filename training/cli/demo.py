@@ -10,13 +10,11 @@ training, and write DIR/report.md: half an hour on one core, less on two. The we
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add where the demo goes, and how long it takes."""
     parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a small run of four minutes, to see that it works")
 
 
 def run(arguments: argparse.Namespace):
-    """Run the demo's steps that are not done yet."""
     from tinyalign_vlm.training.demo.run import run_demo
     from tinyalign_vlm.training.disk import full_disk_advice
 

@@ -23,7 +23,6 @@ OTHER_BENCHMARKS = ("mmvet", "vqav2_val", "vqav2_testdev")
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the checkpoint, its variants, the benchmarks, and where answers go."""
     several = {"action": "append", "default": []}
     parser.add_argument("model", nargs="?", metavar="CHECKPOINT", help="folder or repository")
     parser.add_argument("--bank", dest="banks", metavar="BANK", **several, help="a memory bank; may be repeated")
@@ -44,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    """Answer what is not answered yet, and write the report."""
     from pathlib import Path
 
     check(arguments)

@@ -1,4 +1,8 @@
-"""`tinyalign`: registers the commands, and runs the one that is asked for. Nothing heavy is imported before that."""
+"""`tinyalign`: registers the commands, and runs the one that is asked for. Nothing heavy is imported before that.
+
+A command is a module with `SUMMARY` and `HELP`, `add_arguments(parser)`, which adds its options, and
+`run(arguments)`, which does the work. Those that take files get the rest of the line as `arguments.files`, `.fields`.
+"""
 
 import argparse
 import importlib.metadata

@@ -17,12 +17,10 @@ memory_scores, best first, twice as many as the model reads. A run that is kille
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Say that files and fields are taken, which main.py reads."""
     parser.usage = "tinyalign neighbours FILE.yaml [FILE.yaml ...] [--FIELD VALUE ...]"
 
 
 def run(arguments: argparse.Namespace):
-    """Write the table of neighbours that `tinyalign train` with the same arguments reads."""
     from tinyalign_vlm.training.data.preparation import find_neighbours_from_files
 
     find_neighbours_from_files(arguments.files, arguments.fields)

@@ -14,16 +14,6 @@ def add_model_to_ask(parser: argparse.ArgumentParser):
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
 
 
-def add_bank(parser: argparse.ArgumentParser):
-    """Add the bank that a command reads."""
-    parser.add_argument("bank", help="its folder or repository")
-
-
-def add_out(parser: argparse.ArgumentParser):
-    """Add the folder that a new bank goes to."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the new bank")
-
-
 def add_row_options(parser: argparse.ArgumentParser):
     """Add the fields of `RowSettings`, and `--ray`."""
     add_model_options(parser.add_argument_group("the model, whose vision tower makes the keys"))

@@ -16,7 +16,6 @@ You must be logged in (hf auth login), or HF_TOKEN be set.
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add what is pushed, and where it goes."""
     parser.usage = (
         "tinyalign push [FOLDER REPOSITORY] [--bank FOLDER REPOSITORY] [--space REPOSITORY] [--private] "
         "[--revision BRANCH]"
@@ -29,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    """Push the bank, then the checkpoint that names it, then the Space."""
     if len(arguments.model) not in (0, 2) or not (arguments.model or arguments.bank):
         raise ValueError(
             f"push has {' '.join(arguments.model) or 'nothing to push'}, expected the checkpoint's folder and its "

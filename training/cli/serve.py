@@ -30,7 +30,6 @@ before you pass another --host. It needs the extra `serve`: pip install tinyalig
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the model, how it answers, and where it listens."""
     add_model_to_ask(parser)
     parser.add_argument("--memory", choices=("on", "off"), default="on", help="off: without retrieval")
     hosts = {"action": "append", "default": [], "metavar": "HOST"}
@@ -41,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    """Serve until it is stopped."""
     from tinyalign_vlm.training.inference.serve import serve
 
     serve(**vars(arguments))

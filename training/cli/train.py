@@ -45,7 +45,6 @@ looked for in CONFIGS: RECIPES.
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Say that files and fields are taken, which main.py reads."""
     parser.usage = "tinyalign train FILE.yaml [FILE.yaml ...] [--FIELD VALUE ...]"
     configs = configs_folder()
     recipes = ", ".join(sorted(path.name for path in configs.glob("*.yaml")))
@@ -61,7 +60,6 @@ def configs_folder() -> Path:
 
 
 def run(arguments: argparse.Namespace):
-    """Train, or print the settings of the files' stage."""
     if {"-h", "--help"} & set(arguments.fields):
         from tinyalign_vlm.training.arguments.files import config_class_of, read_settings
 
