@@ -81,31 +81,24 @@ def work_folder(out: Path) -> Iterator[WorkFolder]:
         ValueError: another process builds the bank.
     """
     folder = out.with_name(f".{out.name}.build")
+    work, lock = WorkFolder(folder), FileLock(folder / LOCK_NAME, timeout=0)
     with nothing_left(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked_work(folder, out) as work:
+        try:
+            lock.acquire()  # the system takes it back when the process dies
+        except Timeout as error:
+            raise ValueError(
+                f"Another process is building {out} (it holds {lock.lock_file}), expected one at a time. Wait until "
+                "it has finished, or choose another --out."
+            ) from error
+        try:
             yield work
-
-
-@contextmanager
-def _locked_work(folder: Path, out: Path) -> Iterator[WorkFolder]:
-    lock = FileLock(folder / LOCK_NAME, timeout=0)  # the system takes it back when the process dies
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"Another process is building {out} (it holds {lock.lock_file}), expected one at a time. Wait until it "
-            "has finished, or choose another --out."
-        ) from error
-    work = WorkFolder(folder)
-    try:
-        yield work
-    finally:
-        idle = not work.has_work
-        if idle:
-            work.clear()
-        lock.release()
-        if idle:
-            with suppress(OSError):  # another process has come in
-                (folder / LOCK_NAME).unlink(missing_ok=True)
-                folder.rmdir()
+        finally:
+            idle = not work.has_work
+            if idle:
+                work.clear()
+            lock.release()
+            if idle:
+                with suppress(OSError):  # another process has come in
+                    (folder / LOCK_NAME).unlink(missing_ok=True)
+                    folder.rmdir()

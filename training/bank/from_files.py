@@ -17,6 +17,7 @@ from ...modeling_tinyalign.files import replace_folder
 from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import DUPLICATE, RowEncoder, check_row_settings, finished
 from ..arguments.alignment import AlignmentConfig
+from ..data.features import hash_weights
 from ..data.images import CaptionedImages, fingerprint_files
 from ..data.rows import batch_size_of
 from ..disk import full_disk_advice
@@ -164,13 +165,14 @@ def _write_bank(
                 raise no_usable_row(settings.dataset, parts.left_out)
             if old is None:
                 bank = finish_bank(encoder, parts, settings.dataset, settings.whiten_dim, settings.quantized)
-            elif with_old_rows:
-                added = finished(parts.batches(), old.key_encoder.cpu())
-                bank = old.with_rows(chain(old.batches(), added), parts.left_out)
             else:
                 rows = finished(parts.batches(), old.key_encoder.cpu())
-                bank = old.with_rows(rows, parts.left_out, settings.quantized)
-                bank.config.num_left_out = len(parts.left_out)
+                if with_old_rows:
+                    bank = old.with_rows(chain(old.batches(), rows), parts.left_out)
+                else:
+                    bank = old.with_rows(rows, parts.left_out, settings.quantized)
+                    # `with_rows` has added those that the other bank left out
+                    bank.config.num_left_out = len(parts.left_out)
             replace_folder(folder, partial(write_with_facts, bank, settings, old_rows_of))
         work.clear()
     new = f", {parts.num_rows} of them new" if with_old_rows else ""
@@ -227,10 +229,7 @@ class FileBuild:
         set_seed(settings.seed)
         model, processor = load_model(config)
         model.to(config.device).eval()
-        if bank is not None:
-            columns = bank.config.columns
-        else:
-            columns = settings.keep
+        columns = settings.keep if bank is None else bank.config.columns
         source = CaptionedImages(config, settings.caption_column, columns, settings.constants())
         batch_size = settings.batch_size or batch_size_of(config)
         used |= {"batch_size": batch_size, "tower": fingerprint_tower(model)}
@@ -333,6 +332,5 @@ def count_rows(settings: RowSettings, source: CaptionedImages, is_local: bool) -
 def fingerprint_tower(model: PreTrainedModel) -> str:
     """Return a hash of the vision tower's weights and settings."""
     digest = hashlib.sha256(model.config.vision_config.to_json_string().encode())
-    for name, tensor in sorted(model.base_model.vision_tower.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    hash_weights(digest, model.base_model.vision_tower)
     return digest.hexdigest()

@@ -18,6 +18,7 @@ from ...modeling_tinyalign import ValueEncoder, ValueEncoderConfig
 from ...modeling_tinyalign.connectors import pool_grid
 from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import BadRow, BankRow
+from ..data.features import feature_batches
 from ..data.images import StoredImages
 from ..data.progress import Progress
 from ..disk import save_file
@@ -222,10 +223,7 @@ def encode_images(
     model: PreTrainedModel, processor: ProcessorMixin, rows: Sequence[BankRow], batch_size: int
 ) -> np.ndarray:
     """Return vision features `(rows, tokens, width)`, float16."""
-    features = []
+    images = [row.image for row in rows]
     with evaluating(model):
-        for start in range(0, len(rows), batch_size):
-            images = [row.image for row in rows[start : start + batch_size]]
-            pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-            features.append(model.get_vision_features(pixels).half().cpu())
-    return torch.cat(features).numpy()
+        batches = feature_batches(model, processor, images, range(len(images)), batch_size)
+        return torch.cat([features.half().cpu() for _, features in batches]).numpy()

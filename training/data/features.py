@@ -127,11 +127,18 @@ def fingerprint_images(model: PreTrainedModel, processor: ProcessorMixin, images
     preprocessing = json.loads(processor.image_processor.to_json_string())
     preprocessing.pop("auto_map", None)  # saving a processor adds it
     digest.update(f"{preprocessing}{settings}{len(images)}".encode())
-    for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    hash_weights(digest, tower)
     for image in tqdm(images, "Checking for cached features", leave=False):
         digest.update(hashlib.sha256(_image_bytes(image)).digest())
     return digest.hexdigest()[:32]
+
+
+def hash_weights(digest: "hashlib._Hash", module: torch.nn.Module):
+    """Add the weights of a module to a hash."""
+    for name, tensor in sorted(module.state_dict().items()):
+        # as bytes: numpy has no bfloat16; flat first: a scalar cannot be viewed as another type
+        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode() + content)
 
 
 def _image_bytes(image: Any) -> bytes:
@@ -149,7 +156,7 @@ def _compute(
 ):
     """Fill `partial`, an .npy file. Until all is there, a byte for each part, 1 when it is written, ends the file."""
     state = PartialState()
-    ((_, features),) = _batches(model, processor, images, range(1), 1)
+    ((_, features),) = feature_batches(model, processor, images, range(1), 1)
     header, row_bytes, num_parts = BytesIO(), 2 * features.numel(), -(-len(images) // PART_IMAGES)
     shape = (len(images), *features.shape[1:])
     np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
@@ -176,7 +183,7 @@ def _compute(
         with ImageProgress(sum(map(len, spans)), desc, state.process_index) as bar:
             for part, span in zip(todo, spans, strict=True):
                 file.seek(header.tell() + span.start * row_bytes)
-                for start, features in _batches(model, processor, images, span, batch_size):
+                for start, features in feature_batches(model, processor, images, span, batch_size):
                     features = features.to("cpu", torch.float16)
                     finite = features.flatten(1).isfinite().all(dim=1)
                     if not finite.all():
@@ -184,7 +191,7 @@ def _compute(
                             f"Image {start + int(finite.int().argmin())} has features that are NaN or do not fit in "
                             "float16: check the tower's weights and dtype."
                         )
-                    file.write(features.numpy().tobytes())
+                    file.write(features.numpy().tobytes())  # not by a memory map: a full disk would be a SIGBUS
                     bar.update(len(features))
                 file.flush()
                 os.fsync(file.fileno())
@@ -195,7 +202,7 @@ def _compute(
         os.truncate(partial, end)
 
 
-def _batches(
+def feature_batches(
     model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any], span: range, batch_size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the number of the first image, and the features `(n, T, C)`, of each batch in `span`."""

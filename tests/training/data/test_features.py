@@ -22,14 +22,14 @@ from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_o
 def forward_passes(monkeypatch):
     """The numbers of images that went through the tower: first one, for the shape of its features."""
     calls = []
-    original = module._batches
+    original = module.feature_batches
 
     def batches(*args):
         for start, features in original(*args):
             calls.append(len(features))
             yield start, features
 
-    monkeypatch.setattr(module, "_batches", batches)
+    monkeypatch.setattr(module, "feature_batches", batches)
     return calls
 
 
