@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -11,7 +11,6 @@ from .settings import setting
 
 PARTS = ("vision_tower", "connector", "memory_connector", "language_model")
 CONNECTOR_POLICIES = ["frozen", "full"]
-LANGUAGE_MODEL_POLICIES = ["frozen", "full", "lora", "qlora"]
 
 
 def part_of(parameter_name: str) -> str:
@@ -34,7 +33,7 @@ class TuningArguments:
         "frozen",
         "Training of the language model: frozen (the default of stage 1), full (that of stage 2), lora "
         "or qlora: adapters on frozen weights of 4 bits, on CUDA. Adapters are merged at the end.",
-        LANGUAGE_MODEL_POLICIES,
+        ["frozen", "full", "lora", "qlora"],
     )
     lora_r: int | None = setting(None, "Rank of the adapters, by default 16.")
     lora_alpha: float | None = setting(None, "Weight of the adapters, times lora_r; by default 2 * lora_r.")
@@ -80,16 +79,13 @@ class TuningArguments:
             )
 
     def _check_values(self):
-        allowed = {
-            "tune_connector": CONNECTOR_POLICIES,
-            "tune_memory_connector": CONNECTOR_POLICIES,
-            "tune_language_model": LANGUAGE_MODEL_POLICIES,
-            "save_only": [None, "connectors"],
-        }
-        for name, values in allowed.items():
-            value = vars(self)[name]
-            if value not in values:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, values))}.")
+        for field in fields(TuningArguments):
+            # a command line has been checked by these, settings from Python have not
+            choices, value = field.metadata.get("choices"), vars(self)[field.name]
+            if choices and field.default is None:
+                choices = [None, *choices]
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(map(str, choices))}.")
         if self.tune_vision_tower not in ("frozen", "full") and self.first_vision_layer is None:
             raise ValueError(
                 f"tune_vision_tower is {self.tune_vision_tower!r}, expected frozen, full, or 'from layer N' with the "
