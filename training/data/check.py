@@ -81,6 +81,7 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
     features = {**FEATURES} if column is not None else {**FEATURES, "images": datasets.List(STORED_IMAGE)}
     checked = raw.map(
         partial(_without_images, reader) if column is not None else reader,
+        with_indices=True,
         remove_columns=raw.column_names,
         features=datasets.Features(features),
         num_proc=config.num_proc,
@@ -90,7 +91,7 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
     )
     found = {number: problem for number, problem in enumerate(checked["problem"]) if problem is not None}
     kinds = {number: kind for number, kind in enumerate(checked["kind"]) if kind is not None}
-    rows = checked.remove_columns(["kind", "problem"]).add_column("row", list(range(len(checked))))
+    rows = checked.remove_columns(["kind", "problem"])
     if column is not None:
         feature = raw.features[column]
         name = "image" if item_of(feature) is feature else "images"
@@ -163,28 +164,18 @@ def _column_with_images(raw: datasets.Dataset, config: StageArguments) -> str | 
     return None
 
 
-def _without_images(reader: RowReader, row: dict) -> dict:
+def _without_images(reader: RowReader, row: dict, number: int) -> dict:
     """They stay where they are: no second copy of a data set's images is written."""
-    return {name: value for name, value in reader(row).items() if name != "images"}
+    return {name: value for name, value in reader(row, number).items() if name != "images"}
 
 
 def _stream(config: StageArguments, reader: RowReader, keep: "_Keep") -> datasets.IterableDataset:
     raw = open_rows(config)
-    features = {**FEATURES, "images": datasets.List(STORED_IMAGE), "row": datasets.Value("int64")}
+    features = {**FEATURES, "images": datasets.List(STORED_IMAGE)}
     if reader.name_images:
         features["source_ids"] = datasets.List(datasets.Value("string"))
-    rows = raw.map(
-        partial(_numbered, reader),
-        with_indices=True,
-        remove_columns=list(raw.features),
-        features=datasets.Features(features),
-    )
-    rows = rows.filter(keep, with_indices=True)
-    return rows.remove_columns(["kind", "problem"])
-
-
-def _numbered(reader: RowReader, row: dict, number: int) -> dict:
-    return {**reader(row), "row": number}
+    rows = raw.map(reader, with_indices=True, remove_columns=list(raw.features), features=datasets.Features(features))
+    return rows.filter(keep).remove_columns(["kind", "problem"])
 
 
 class _Keep:
@@ -194,10 +185,10 @@ class _Keep:
         self.dataset, self.strict, self.kinds = config.dataset, config.strict, set()
         self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def __call__(self, row: dict, number: int) -> bool:
+    def __call__(self, row: dict) -> bool:
         if row["problem"] is None:
             return True
-        message = f"row {number} of {self.dataset}: {row['problem']}"
+        message = f"row {row['row']} of {self.dataset}: {row['problem']}"
         if self.strict:
             raise ValueError(f"{message}. Repair or remove it, or train without --strict, which skips it.")
         self.skipped += 1

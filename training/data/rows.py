@@ -33,7 +33,8 @@ IMAGE_PARTS = ("image", "image_url", "input_image")
 TEXT_PARTS = ("text", "input_text", "output_text")
 CAPTION_FIELDS = ("raw", "caption", "text", "answer")
 
-# What every format becomes. Rows that are bad have no messages but a `problem`, whose first words are `kind`.
+# What every format becomes; `row` is its number. Rows that are bad have no messages but a `problem`, whose first words
+# are `kind`.
 FEATURES = datasets.Features(
     {
         "messages": datasets.List(
@@ -43,6 +44,7 @@ FEATURES = datasets.Features(
                 "train": datasets.Value("bool"),  # False: an answer that belongs to the question
             }
         ),
+        "row": datasets.Value("int64"),
         "id": datasets.Value("string"),
         "kind": datasets.Value("string"),
         "problem": datasets.Value("string"),
@@ -76,8 +78,8 @@ class RowReader:
     truncation: bool
     name_images: bool = False
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        result = {"images": [], "messages": [], "id": None, "kind": None, "problem": None}
+    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        result = {"images": [], "messages": [], "row": number, "id": None, "kind": None, "problem": None}
         source_ids = []
         try:
             row = self.fields(row)

@@ -554,5 +554,5 @@ if __name__ == "__main__":
         for streaming in (False, True):
             settings = {"streaming": True, "max_steps": 1} if streaming else {}
             reader = row_reader(config(repository), None)
-            found = [reader(row) for row in open_rows(config(repository, **settings))]
+            found = [reader(row, number) for number, row in enumerate(open_rows(config(repository, **settings)))]
             print(json.dumps(pairs(found)))
