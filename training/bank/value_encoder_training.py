@@ -54,7 +54,7 @@ def train_value_encoder(
     encoder: ValueEncoder,
     images: Sequence,
     captions: Sequence[str],
-    config: ValueEncoderTrainingConfig | None = None,
+    config: ValueEncoderTrainingConfig,
     checkpoint: Path | None = None,
 ) -> list[dict]:
     """Train the value encoder, in place, to say what the picture shows: latent i, read by a linear layer, is cell i of
@@ -70,11 +70,10 @@ def train_value_encoder(
     Returns:
         every 50 steps `step`, and `loss`, 1 less the mean cosine of what is read and what is to be said.
     """
-    config = config or ValueEncoderTrainingConfig()
-    check_pairs(images, captions)
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.as_tensor(images)
-    mean = mean_cells(images, encoder.config.num_latents).to(encoder.device)
+    cells = [picture_cells(part.float(), encoder.config.num_latents) for part in images.split(64)]
+    mean = torch.cat(cells).mean(0).to(encoder.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         look = nn.Linear(encoder.config.latent_dim, encoder.config.vision_feature_size).to(encoder.device)
@@ -92,7 +91,10 @@ def train_value_encoder(
             latents = encoder.encode(batch, [captions[row] for row in rows.tolist()])
             cells = picture_cells(batch, encoder.config.num_latents)
             loss = 1 - F.cosine_similarity(look(latents[:, : cells.shape[1]]), cells - mean, dim=-1).mean()
-            take_step(optimizer, loss)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
             schedule.step()
             if step % SAVE_STEPS == 0 or step == config.steps:
                 history.append({"step": step, "loss": loss.item()})
@@ -106,30 +108,6 @@ def train_value_encoder(
         ) from interrupt
     encoder.requires_grad_(False).eval()
     return history
-
-
-def take_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """Take a step with gradients of at most length 1."""
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-
-
-def mean_cells(images: torch.Tensor, num_latents: int) -> torch.Tensor:
-    """Return the cells `(cells, C)` of the mean of all pictures."""
-    return torch.cat([picture_cells(part.float(), num_latents) for part in images.split(64)]).mean(0)
-
-
-def check_pairs(images: Sequence, captions: Sequence[str]) -> None:
-    """Raise ValueError unless there are images, with a caption for each."""
-    if len(images) == 0 or len(images) != len(captions):
-        raise ValueError(f"Found {len(images)} images and {len(captions)} captions, expected a caption for each.")
-    for number, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise ValueError(
-                f"Caption {number} (the first is 0) is {caption!r}, expected text: fill it in or leave it out."
-            )
 
 
 def save_progress(checkpoint: Path | None, history: list[dict], parts: dict, generator: torch.Generator) -> None:

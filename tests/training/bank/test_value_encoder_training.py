@@ -46,20 +46,6 @@ def test_cells_are_as_many_as_latents_can_say():
     assert picture_cells(features[:, :15], 9)[0, :, 0].tolist() == [7.0]  # no square
 
 
-@pytest.mark.parametrize(
-    ("images", "captions", "message"),
-    [
-        (3, [], "Found 3 images and 0 captions"),
-        (2, ["blue", None], r"Caption 1 \(the first is 0\) is None, expected text"),
-        (1, [7], "Caption 0 .* is 7, expected text"),
-        (0, [], "Found 0 images"),
-    ],
-)
-def test_bad_input(images, captions, message):
-    with pytest.raises(ValueError, match=message):
-        train_value_encoder(new_encoder(), pictures(images), captions)
-
-
 def test_training_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
     """From its last 50 steps, to the weights of a training that was not."""
     images, settings = pictures(), ValueEncoderTrainingConfig(steps=120, batch_size=4)
