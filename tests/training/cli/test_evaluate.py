@@ -9,16 +9,10 @@ from tinyalign_cli.main import main
     ("arguments", "message"),
     [
         ([], "evaluate needs a checkpoint, or --compare with folders of answers: one of them."),
-        (
-            ["model", "--compare", "a"],
-            "evaluate needs a checkpoint, or --compare with folders of answers: one of them.",
-        ),
+        (["model", "--compare", "a"], "evaluate needs a checkpoint, or --compare with folders of answers"),
         (["model", "--tasks", "mmvet"], "mmvet is scored by a judge: pass --judge MODEL"),
         (["model", "--tasks", "mmvet", "--judge", "gpt"], "and set OPENAI_API_KEY and OPENAI_BASE_URL"),
-        (
-            ["model", "--tasks", "vqav2_val"],
-            "the usual training data have, too: pass --images FILE",
-        ),
+        (["model", "--tasks", "vqav2_val"], "the usual training data have, too: pass --images FILE"),
         (["model", "--limit", "0"], "limit is 0, expected 1 image or more."),
         (["model", "--limit", "8", "--card"], "card is for whole benchmarks and a checkpoint's folder"),
         (["--compare", "nowhere"], "nowhere has no samples/VARIANT/BENCHMARK.parquet, expected a folder of results."),

@@ -74,11 +74,12 @@ def test_version(capsys):
     assert end.value.code == 0 and re.fullmatch(r"tinyalign-vlm \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-def test_help_of_train_names_the_recipes(capsys):
+def test_help_of_train_teaches_and_names_the_recipes(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     printed = capsys.readouterr().out
     assert str(CONFIGS) in printed and all(path.name in printed for path in CONFIGS.glob("*.yaml"))
+    assert "stage1.yaml --learning_rate 5e-4" in printed and "--tune_language_model lora" in printed
 
 
 def test_help_of_serve_has_the_limits_of_images(capsys):

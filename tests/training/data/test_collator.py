@@ -55,10 +55,7 @@ def test_values_of_the_neighbours(processor, features, bank, dataset):
     ("row", "message"),
     [
         ({"messages": to_messages("what?", "blue")[:1]}, "no token to learn"),
-        (
-            {"messages": several_images("what?", "blue")},
-            "has 1 feature_index, but its chat is about 2 images",
-        ),
+        ({"messages": several_images("what?", "blue")}, "has 1 feature_index, but its chat is about 2 images"),
         ({"messages": [{"role": "assistant", "content": "blue"}]}, "1 feature_index, but its chat is about 0 images"),
         ({"messages": to_messages("what?", "blue"), "feature_index": None}, "no 'feature_index'"),
         ({"messages": None}, "no 'messages'"),

@@ -146,14 +146,11 @@ def test_processes_share_the_work(model, processor, images, tmp_path):
         np.testing.assert_allclose(features, whole, rtol=1e-3, atol=1e-3)
 
 
-def test_a_bad_image_is_named(model, processor, images, tmp_path):
+def test_bad_images_are_named_and_none_is_refused(model, processor, images, tmp_path):
     buffer = io.BytesIO()
     images[0].save(buffer, "PNG")
     with pytest.raises(ValueError, match="Image 1: the image cannot be read"):
         cache_vision_features(model, processor, [images[0], buffer.getvalue()[:60]], tmp_path / "features")
-
-
-def test_no_images(model, processor, tmp_path):
     with pytest.raises(ValueError, match="no images"):
         cache_vision_features(model, processor, [], tmp_path / "features")
 
@@ -175,9 +172,6 @@ def test_source_ids_are_those_of_the_bank(images, dataset, bank):
 
 
 def test_features_are_kept_for_other_runs(files, monkeypatch):
-
-    from tinyalign_vlm.training.data import features as module
-
     monkeypatch.chdir(files)
     set_hf_home(monkeypatch, files / "home")
     calls, compute = [], module._compute

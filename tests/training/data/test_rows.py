@@ -29,11 +29,7 @@ def conversation(*turns: str) -> list[dict]:
 LLAVA = [
     {"id": 7, "image": "red.png", "conversations": conversation("<image>\nwhat?", "a red square")},
     {"id": "b-2", "conversations": conversation("and without an image?", "white", "and?", "blue")},
-    {
-        "id": "c",
-        "image": ["red.png", "blue.png"],
-        "conversations": conversation("is <image> by <image>?", "blue"),
-    },
+    {"id": "c", "image": ["red.png", "blue.png"], "conversations": conversation("is <image> by <image>?", "blue")},
     {"id": "d", "image": "blue.png", "conversations": conversation("what?", "a circle", "and here?\n<image>", "blue")},
     {
         "id": "e",
@@ -43,15 +39,7 @@ LLAVA = [
 ]
 EXPECTED = [
     (1, [("user", ["<image>", "what?"]), ("assistant", ["a red square"])]),
-    (
-        0,
-        [
-            ("user", ["and without an image?"]),
-            ("assistant", ["white"]),
-            ("user", ["and?"]),
-            ("assistant", ["blue"]),
-        ],
-    ),
+    (0, [("user", ["and without an image?"]), ("assistant", ["white"]), ("user", ["and?"]), ("assistant", ["blue"])]),
     (2, [("user", ["is ", "<image>", " by ", "<image>", "?"]), ("assistant", ["blue"])]),
     (
         1,
