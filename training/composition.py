@@ -79,6 +79,7 @@ def _put_together(
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()
     hidden_size = config.text_config.hidden_size
+    # made anew: those on the meta device have no weights
     model.model.connector = Connector(
         config.vision_feature_size, config.connector_size or hidden_size, hidden_size, config.projector_hidden_act
     )

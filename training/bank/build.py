@@ -204,7 +204,8 @@ def fit_whitening(raw_keys: torch.Tensor, mean: torch.Tensor, dim: int) -> torch
         )
     centred = raw_keys - mean.double()
     variance, scores = torch.linalg.eigh(centred @ centred.T / rows)
-    variance, scores = variance.flip(0)[:dim], scores.flip(1)[:, :dim]
+    variance, scores = variance.flip(0)[:dim], scores.flip(1)[:, :dim]  # eigh has the smallest first
+    # directions that hardly vary are noise, which whitening would make as large as the others
     floor = variance[0].clamp(min=torch.finfo(torch.float32).tiny) * 1e-6
     # the directions are centred^T scores / sqrt(rows variance)
     projection = centred.T @ scores / variance.clamp(min=floor) / rows**0.5

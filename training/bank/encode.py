@@ -76,6 +76,7 @@ class EncodedParts:
                     save_file(self.path(number), part_content(batches, encoder.schema, encoder.left_out))
                 self.count_part(number, encoder.seen)
                 encoder.next_id = first_id + self.num_rows
+                # parts that were there already count, too
                 bar.n = self.num_rows + (0 if choice.wanted else len(self.left_out))
                 bar.refresh()
                 bar.say(f"{self.num_rows + len(self.left_out):,} rows are done")

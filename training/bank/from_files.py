@@ -305,7 +305,7 @@ class FileBuild:
 
 def check_same_work(work: WorkFolder, earlier: dict, used: dict) -> None:
     """Raise `ValueError`, naming what differs, unless work with these settings can go on with that of earlier ones."""
-    changed = [
+    changed = [  # by way of JSON, as the earlier ones: a tuple becomes a list
         f"{name}: {earlier.get(name)!r} then, {value!r} now"
         for name, value in json.loads(json.dumps(used)).items()
         if name not in LAST_STEP and earlier.get(name) != value

@@ -53,7 +53,7 @@ def keys_of(bank: MemoryBank, features: np.ndarray) -> torch.Tensor:
 def train_map(first: torch.Tensor, second: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """Return the map `(key_dim, key_dim)` that brings the keys of pairs together; `learn_keys` has the details."""
     generator = torch.Generator().manual_seed(seed)
-    mapping = torch.eye(first.shape[1], requires_grad=True)
+    mapping = torch.eye(first.shape[1], requires_grad=True)  # to begin with, the keys are what they were
     optimizer = torch.optim.Adam([mapping], lr=LEARNING_RATE / len(mapping))
     for _ in range(STEPS):
         chosen = torch.randperm(len(first), generator=generator)[:BATCH_PAIRS]

@@ -165,7 +165,7 @@ def train_new_value_encoder(
 
 def new_value_encoder(model: PreTrainedModel, features_shape: tuple[int, int], seed: int) -> ValueEncoder:
     """Return an untrained value encoder whose latents a model reads, for features `(tokens, width)`."""
-    heads = math.gcd(8, model.config.latent_dim)
+    heads = math.gcd(8, model.config.latent_dim)  # attention takes only a number that divides the width
     config = ValueEncoderConfig(
         num_latents=model.config.memory_tokens,
         latent_dim=model.config.latent_dim,

@@ -108,6 +108,7 @@ def encode_chat(
         if spoken and not speaking:
             learn = next(trained)
         speaking = bool(spoken)
+        # the template writes one placeholder an image, the model reads one for each of its tokens
         copies = processor.num_image_tokens if token == processor.image_token_id else 1
         ids += [token] * copies
         assistant += [int(speaking and learn)] * copies

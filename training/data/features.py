@@ -156,7 +156,7 @@ def _compute(
 ):
     """Fill `partial`, an .npy file. Until all is there, a byte for each part, 1 when it is written, ends the file."""
     state = PartialState()
-    ((_, features),) = feature_batches(model, processor, images, range(1), 1)
+    ((_, features),) = feature_batches(model, processor, images, range(1), 1)  # for their shape
     header, row_bytes, num_parts = BytesIO(), 2 * features.numel(), -(-len(images) // PART_IMAGES)
     shape = (len(images), *features.shape[1:])
     np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
@@ -175,7 +175,7 @@ def _compute(
     state.wait_for_everyone()
     with open(partial, "rb+") as file:
         file.seek(end)
-        written = file.read() or bytes([1]) * num_parts
+        written = file.read() or bytes([1]) * num_parts  # the bytes are gone once all parts are written
         state.wait_for_everyone()  # all know what is to do before one of them starts to do it
         todo = [part for part in range(num_parts) if not written[part]]
         todo = todo[state.process_index :: state.num_processes]

@@ -144,6 +144,7 @@ def unpacked(name: str) -> str:
     if not only.lower().endswith(".zip") or not os.path.isfile(only):
         return name
     stat = os.stat(only)
+    # `datasets.DownloadManager.extract` would take a changed file of the same name for the old one
     version = f"{os.path.abspath(only)} {stat.st_size} {stat.st_mtime_ns}"
     folder = cache_root() / "zip" / hashlib.sha256(version.encode()).hexdigest()[:32]
     if not folder.exists():

@@ -98,7 +98,7 @@ class CaptionedImages(StoredImages):
     constants: dict[str, str]
 
     def __post_init__(self):
-        self.config.streaming = True
+        self.config.streaming = True  # or `datasets` would write a copy of all rows first
         self.reader = row_reader(self.config, None)
         self.reader.prompt = "caption"  # a row with an answer column need not be a chat
 

@@ -56,4 +56,4 @@ class TellEpoch(TrainerCallback):
         self.dropout = dropout
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dropout.epoch.fill_(int(state.epoch + 1e-6))
+        self.dropout.epoch.fill_(int(state.epoch + 1e-6))  # a sum of fractions: it may be 0.999...
