@@ -16,6 +16,8 @@ from .settings import setting
 from .tuning import TuningArguments
 
 LEAST_STEPS = 100  # of a run whose length the user leaves to the data
+ONE_OR_MORE = ("max_length", "global_batch_size", "per_device_train_batch_size", "num_proc", "eval_benchmark_images")
+ZERO_OR_MORE = ("eval_samples", "eval_steps", "weight_decay", "dataloader_num_workers")
 
 
 @dataclass
@@ -93,15 +95,7 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
 
     def _check_run(self):
         """Raise `ValueError` for values that would fail later, with less to go by."""
-        least = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "num_proc": 1}
-        least |= {
-            "eval_benchmark_images": 1,
-            "eval_samples": 0,
-            "eval_steps": 0,
-            "weight_decay": 0,
-            "dataloader_num_workers": 0,
-        }
-        for name, minimum in least.items():
+        for name, minimum in (dict.fromkeys(ONE_OR_MORE, 1) | dict.fromkeys(ZERO_OR_MORE, 0)).items():
             value = vars(self)[name]
             if value is not None and value < minimum:
                 raise ValueError(f"{name} is {value}, expected {minimum} or more.")

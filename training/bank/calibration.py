@@ -78,7 +78,7 @@ def fit_calibration(
 
 def known_and_unknown(scores: np.ndarray, right: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the similarities `(n, top_k)` of the nearest neighbours, and of the nearest that are not right."""
-    others = -np.sort(-np.where(right, -np.inf, scores), axis=1)
+    others = -np.sort(-np.where(right, -np.inf, scores), axis=1)  # numpy sorts in ascending order only
     return scores[:, :top_k], others[:, :top_k]
 
 

@@ -85,7 +85,7 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
         remove_columns=raw.column_names,
         features=datasets.Features(features),
         num_proc=config.num_proc,
-        # images are files that may have been added since; the other processes take what the first has just found
+        # files may have been added since, unless images are in the data; other processes take what the first has found
         load_from_cache_file=column is not None or not PartialState().is_main_process,
         desc="Checking rows",
     )

@@ -106,17 +106,17 @@ def with_neighbours(
     images = RowImages(rows)
     columns = {"memory_ids": [], "memory_scores": [], "source_ids": []}
     if len(images):
-        queries = None
+        queries, row_numbers = None, images.row_numbers()
         if bank.config.key_encoder.key_space == "language":
             texts = [processor.query_text_of(messages) for messages in rows["messages"]]
-            queries = [text for text, own in zip(texts, images.by_row(range(len(images))), strict=True) for _ in own]
+            queries = [texts[row] for row in row_numbers]
         path = neighbour_table(
             bank,
             model,
             processor,
             images,
             2 * top_k,
-            rows=images.row_numbers(),
+            rows=row_numbers,
             queries=queries,
             vision_features=features,
             batch_size=batch_size_of(config),
