@@ -138,18 +138,10 @@ def training_data(
 def row_reader(config: StageArguments, processor: ProcessorMixin | None, name_images: bool = False) -> RowReader:
     """The reader of a config's rows."""
     path = Path(unpacked(config.dataset))
-    return RowReader(
-        config.image_folder,
-        str(path if path.is_dir() else path.parent),
-        config.image_column,
-        config.messages_column,
-        config.answer_column,
-        config.prompt,
-        processor,
-        config.max_length,
-        config.truncation,
-        name_images,
-    )
+    folder = str(path if path.is_dir() else path.parent)
+    shared = RowReader.__dataclass_fields__.keys() & StageArguments.__dataclass_fields__.keys()
+    settings = {name: vars(config)[name] for name in shared}
+    return RowReader(folder=folder, processor=processor, name_images=name_images, **settings)
 
 
 def _column_with_images(raw: datasets.Dataset, config: StageArguments) -> str | None:
