@@ -75,10 +75,9 @@ class WorkFolder:
 
 @contextmanager
 def work_folder(out: Path) -> Iterator[WorkFolder]:
-    """Make the folder `.OUT.build` and let one process at a time in; it is removed again unless there is work in it.
+    """Make the folder `.OUT.build`, and remove it again unless there is work in it.
 
-    Raises:
-        ValueError: another process builds the bank.
+    Raises `ValueError` while another process builds the bank.
     """
     folder = out.with_name(f".{out.name}.build")
     work, lock = WorkFolder(folder), FileLock(folder / LOCK_NAME, timeout=0)

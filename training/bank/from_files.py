@@ -194,29 +194,21 @@ def write_with_facts(
 
 @dataclass
 class FileBuild:
-    """The model and the rows of a build, and the folder of its parts.
-
-    Attributes:
-        total: rows of the data set, None if they were not counted.
-    """
+    """The model and the rows of a build, and the folder of its parts."""
 
     settings: RowSettings
     work: WorkFolder
     model: PreTrainedModel
     processor: ProcessorMixin
     source: CaptionedImages
-    total: int | None
+    total: int | None  # rows of the data set, if they were counted
     batch_size: int
 
     @classmethod
     def begin(cls, settings: RowSettings, work: WorkFolder, out: Path, bank: MemoryBank | None) -> "FileBuild | None":
         """Open model and data, and write the settings to the work folder. Return None if the bank is complete.
 
-        Args:
-            bank: the one whose encoders are used, if they are not new.
-
-        Raises:
-            ValueError: the work folder is of other settings, `out` is there, or there are no such rows.
+        The encoders are those of `bank`, or new. Raises `ValueError` as `build_from_files` does.
         """
         files = fingerprint_files(settings.dataset)
         used = {**asdict(settings), "files": files, "bank": bank and bank.config.sha256.config}

@@ -156,11 +156,7 @@ class LanceIndex(KeyIndex):
         return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1), error, False
 
     def _nearest(self, queries: np.ndarray, number: int, nprobes: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Return LanceDB's scores and rows `(n, number)`, best first.
-
-        Args:
-            nprobes: how many lists of the index are looked into; None reads every key.
-        """
+        """Return LanceDB's scores and rows `(n, number)`, best first; `nprobes` None reads every key."""
         search = self.keys.table.search(list(queries), vector_column_name=self.keys.column).distance_type("dot")
         search = search.limit(number).select(["id", "_distance"])
         search = search.nprobes(nprobes) if nprobes else search.bypass_vector_index()

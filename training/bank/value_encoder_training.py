@@ -29,16 +29,11 @@ SAVE_STEPS = 50
 
 @dataclass
 class ValueEncoderTrainingConfig:
-    """Settings of `train_value_encoder`.
-
-    Attributes:
-        learning_rate: peak of the one-cycle schedule.
-        seed: of the data.
-    """
+    """Settings of `train_value_encoder`."""
 
     steps: int = 1000
     batch_size: int = 64
-    learning_rate: float = 3e-3
+    learning_rate: float = 3e-3  # the peak of the one-cycle schedule
     seed: int = 0
 
 
