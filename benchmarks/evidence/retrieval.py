@@ -3,6 +3,7 @@
 from io import BytesIO
 
 import numpy as np
+from openclipart import ClipArt, bank_of_clip_art, bank_with_clip_art
 from PIL import Image
 from study import Study, add_bank, evaluate
 from transformers import PreTrainedModel, ProcessorMixin
@@ -21,7 +22,9 @@ def trained(demo: Demo) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def recall(demo: Demo, bank: str) -> float:
     """Return the share of queries that have a right row among their neighbours."""
-    return float(demo.is_right(demo.concepts[bank], demo.found[bank], demo.queried)[:, :TOP_K].any(1).mean())
+    concepts, found = demo.concepts[bank], demo.found[bank]
+    is_right = demo.is_right(concepts, found, demo.queried) & (concepts[found[1]] >= 0)
+    return float(is_right[:, :TOP_K].any(1).mean())
 
 
 def bank_sizes(demo: Demo) -> dict[str, float]:
@@ -49,6 +52,25 @@ def with_distractors(demo: Demo):
     rows, features = demo.pairs.noto.select(concepts), demo.features["noto"][concepts]
     bank = demo.banks["with"].add(rows, *parts, caption_column="label", keep_duplicates=True, vision_features=features)
     return bank, np.concatenate([demo.concepts["with"], concepts])
+
+
+def clip_art_distractors(study: Study, art: ClipArt) -> dict[int, float]:
+    """Evaluate with clip art added to the bank, for all seeds, and return recalls."""
+    recalls = {}
+    for seed in [seed for seed in SEEDS if seed in study.seeds]:
+        demo, name = study.demo(seed), "size_openclipart"
+        add_bank(demo, name, *bank_with_clip_art(demo, art))
+        recalls[seed] = recall(demo, name)
+        demo.results["tinyalign"][name] = evaluate(demo, "tinyalign", trained(demo), name)
+    return recalls
+
+
+def clip_art_alone(study: Study, art: ClipArt) -> None:
+    """Evaluate with a bank of clip art alone, for all seeds."""
+    bank = bank_of_clip_art(study, art)
+    for demo in map(study.demo, study.seeds):
+        add_bank(demo, "openclipart", bank, np.full(len(bank), -1))
+        demo.results["tinyalign"]["openclipart"] = evaluate(demo, "tinyalign", trained(demo), "openclipart")
 
 
 def fewer_neighbours(demo: Demo) -> None:

@@ -30,13 +30,21 @@ class Study:
         finished: folder of a finished `tinyalign demo`, whose weights are used; it is seed 0, too.
         seeds: concept splits, connectors and orders of data.
         lesson: folder of another lesson.json to teach and ask; None for the one that is made of the drawings.
+        openclipart: folder of Debian's openclipart packages, which may be missing.
     """
 
     out: Path
     finished: Path
     seeds: Sequence[int] = SEEDS
     lesson: Path | None = None
+    openclipart: Path = Path("/usr/share/openclipart")
     demos: dict[int, Demo] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, Path]:
+        """The checkpoints of the vision tower and the language model."""
+        folder = self.finished / "weights"
+        return {"vision": folder / "efficientnet-lite0", "text": folder / "smollm2-135m-instruct"}
 
     def demo(self, seed: int) -> Demo:
         """Return the demo of a seed with all rows of its table, trained and evaluated."""
@@ -57,11 +65,7 @@ class Study:
             (folder / "features").symlink_to(shared)
         if config == DemoConfig() and not (folder / "evaluation").exists():
             take_over(self.finished, folder)
-        weights = {
-            "vision": self.finished / "weights" / "efficientnet-lite0",
-            "text": self.finished / "weights" / "smollm2-135m-instruct",
-        }
-        demo = Demo(folder, False, config, load_pairs(seed), weights, Clock(folder / "clock.json"))
+        demo = Demo(folder, False, config, load_pairs(seed), self.weights, Clock(folder / "clock.json"))
         run.prepare_demo(demo)
         return demo
 
