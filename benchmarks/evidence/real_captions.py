@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import datasets
 import numpy as np
-from openclipart import ClipArt, clip_art
+from openclipart import FEWEST_WORDS, ClipArt, clip_art
 from study import Study
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -45,6 +45,14 @@ TITLES = {
     "off": "TinyAlign, memory off",
     "text_cut": "text-only RAG at equal tokens",
 }
+DESCRIPTION = """"{prompt}" is asked about {asked} pictures of the Open Clip Art Library (Debian's openclipart-png and
+openclipart-svg) that were not trained on. The answer is a caption of {fewest} words or more, {words:.0f} on average:
+title, description and keywords as people wrote them. All systems were trained to write them, on the {trained} other
+pictures with such captions, in the demo's steps. The bank has those and the other pictures that are asked about, never
+the picture itself nor one of the same title. Memory and the text of text-only RAG are {tokens} tokens of the captions
+of {top_k} neighbours, in training, too. Before they are cut, these captions have {share:.0%} of the words of the right
+one, those of a random bank {random:.0%}. Brackets: bootstrap over pictures. For example, "{label}" has the neighbour
+"{near}\""""
 
 
 def split(groups: Sequence[str], asked: int) -> tuple[np.ndarray, np.ndarray]:
@@ -190,18 +198,18 @@ def share_of_words(demo: Demo, bank: str) -> float:
 def describe(demo: Demo) -> str:
     """Return how it was done: the data, what the bank has, and an example."""
     labels, near = demo.labels(demo.queried), demo.captions("with")
-    shares = {bank: share_of_words(demo, bank) for bank in ("with", "random")}
-    return (
-        f'"{PROMPT}" is asked about {len(labels)} pictures of the Open Clip Art Library that were not trained on; the '
-        "answer is a caption of at least ten words, on average "
-        f"{np.mean([len(label.split()) for label in labels]):.0f}: title, description and keywords as people wrote "
-        f"them. All systems were trained on the {len(demo.pairs.train)} other pictures with such captions, in the "
-        "demo's steps, to write them. The bank has those and the other pictures that are asked about, never the "
-        "picture itself nor one of the same title. Memory and the text of text-only RAG are "
-        f"{TinyAlignConfig().memory_tokens} tokens of the captions of {TOP_K} neighbours, in training, too; they have "
-        f"{shares['with']:.0%} of a caption's words, those of a random bank {shares['random']:.0%}. Brackets: "
-        "bootstrap over pictures. For example, "
-        f'"{labels[0]}" has the neighbour "{near[0][0]}"'
+    return DESCRIPTION.format(
+        prompt=PROMPT,
+        asked=len(labels),
+        fewest=FEWEST_WORDS,
+        words=np.mean([len(label.split()) for label in labels]),
+        trained=len(demo.pairs.train),
+        tokens=TinyAlignConfig().memory_tokens,
+        top_k=TOP_K,
+        share=share_of_words(demo, "with"),
+        random=share_of_words(demo, "random"),
+        label=labels[0],
+        near=near[0][0],
     )
 
 

@@ -149,3 +149,19 @@ def test_section_of_real_captions(monkeypatch):
     section = claims.real_captions(None, None)
     assert section.verdict.startswith("holds: a caption's loss per token is -0.3")
     assert "| **TinyAlign** | 23 |" in section.body and "memory off" in section.body
+
+
+def test_description_says_what_the_bank_has():
+    from real_captions import describe
+
+    near = {"with": [["a cat, a pet"]], "random": [["a house"]]}
+    demo = SimpleNamespace(
+        queried=np.array([0]),
+        labels=lambda rows: ["Cat. pet, animal."],
+        captions=near.get,
+        pairs=SimpleNamespace(train=np.arange(7)),
+    )
+    text = " ".join(describe(demo).split())
+    assert "about 1 pictures" in text and "the 7 other" in text
+    assert "have 67% of the words of the right one, those of a random bank 0%" in text
+    assert text.endswith('"Cat. pet, animal." has the neighbour "a cat, a pet"')
