@@ -113,10 +113,9 @@ def lay_out(
     """
     with contextlib.ExitStack() as stack:
         with cache_errors():
-            scratch = stack.enter_context(scratch_folder(cache_root(), SCRATCH_PREFIX))
-            folder = scratch / "bank"
-            folder.mkdir()
-            writer = stack.enter_context(RowWriter(folder, config, name))
+            folder = stack.enter_context(scratch_folder(cache_root(), SCRATCH_PREFIX))
+            writer = RowWriter(folder, config, name)
+            stack.callback(writer.close)
         for batch in batches:  # an OSError of the data set's own is left as it is
             with cache_errors():
                 writer.write(batch)
@@ -154,10 +153,8 @@ class RowWriter:
         columns = [column for column in self.schema if column.name not in arrays]
         self.rows = pa.ipc.new_file(self.files[ROWS], pa.schema(columns, self.schema.metadata))
 
-    def __enter__(self) -> RowWriter:
-        return self
-
-    def __exit__(self, *exception) -> None:
+    def close(self) -> None:
+        """Close the files, complete or not."""
         for file in self.files.values():
             with contextlib.suppress(OSError):  # of a full disk, which was reported before
                 file.close()
@@ -174,6 +171,7 @@ class RowWriter:
         rows = batch.drop_columns(arrays_of(batch.schema))
         self.rows.write_batch(rows)
         self.num_rows += len(batch)
+        # as they are in the Parquet files, not as they lie here
         update_hashes(self.hashes, keys.astype(np.float32, copy=False), values, rows)
 
     def write_values(self, values: np.ndarray) -> np.ndarray:
@@ -230,7 +228,7 @@ def map_table(path: Path) -> pa.Table:
 
 
 class Values:
-    """Memory-mapped values: `values[rows]` is float16 `(..., num_latents, latent_dim)`.
+    """Memory-mapped values.
 
     Args:
         numbers: `(num_rows, num_latents, latent_dim)`, float16, or the int8 multiples of `quantize`.
@@ -238,18 +236,15 @@ class Values:
     """
 
     def __init__(self, numbers: np.ndarray, exponents: np.ndarray | None = None):
-        self._array, self._numbers = numbers, read_only_tensor(numbers)
+        self._numbers = read_only_tensor(numbers)
         self._exponents = None if exponents is None else read_only_tensor(exponents)
 
-    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        if self._exponents is None:
-            return self._array[rows]
-        rows = np.arange(len(self._array))[rows] if isinstance(rows, slice) else rows
-        return self.gather(rows, "cpu", torch.float32).half().numpy()
-
     def gather(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-        """Return the values of `rows`, of any shape, as a tensor; 8-bit numbers are moved to the device as such."""
-        flat, shape = torch.from_numpy(rows.reshape(-1)), self._array.shape[1:]
+        """Return the values of `rows`, of any shape, `(*rows.shape, num_latents, latent_dim)`.
+
+        8-bit numbers are moved to the device as such.
+        """
+        flat, shape = torch.from_numpy(rows.reshape(-1)), self._numbers.shape[1:]
         if self._exponents is not None:
             return self._multiply(flat, device, dtype).view(*rows.shape, *shape)
         values = empty_tensor((len(flat), *shape), self._numbers.dtype, "cpu")
@@ -259,7 +254,7 @@ class Values:
 
     def _multiply(self, rows: torch.Tensor, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         """Return the multiples of some rows times their steps."""
-        shape = self._array.shape[1:]
+        shape = self._numbers.shape[1:]
         steps = self._exponents.index_select(0, rows).to(device).float().exp2().unsqueeze(-1)
         values = empty_tensor((len(rows), *shape), dtype, device)
         # processors have a fast way from 8 bits to float32, and from there to half precision, but none around it

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from .bank_arrays import laid_out_once, lay_out, local_folder, require_bank_packages
 from .bank_format import (
@@ -21,12 +18,11 @@ from .bank_format import (
     VALUE_ENCODER_NAME,
     BankConfig,
     arrays_of,
+    broken_bank,
     check_file,
     check_schema,
     config_schema,
-    file_sha256,
 )
-from .bank_rows import BankRows
 from .files import evict_on_error, fetch, put_back
 from .key_encoder import KeyEncoder
 from .value_encoder import ValueEncoder
@@ -38,7 +34,7 @@ try:
 except ImportError:
     pa = pc = pq = None
 
-SHARD_BYTES = 450_000_000
+SHARD_BYTES = 450_000_000  # `datasets` makes shards of up to 500 MB
 BATCH_BYTES = 2**26  # rows are read in batches of about this size
 # Limits for the shards of strangers: of one column of one batch, and of one shard, unpacked.
 MAX_COLUMN_BYTES = 2**29
@@ -90,7 +86,10 @@ def lay_out_folder(
     """Make a bank's local files of its shards, downloaded if they are on the Hub, unless they are there."""
     names, folder = shard_names(config.num_shards), local_folder(config)
     if repo_id is None:
-        paths = existing_paths(Path(name_or_path), names)
+        paths = [Path(name_or_path) / name for name in names]
+        for path in paths:
+            if not path.is_file():
+                raise broken_bank(f"{path} is missing")
     if folder.is_dir():
         return
     with laid_out_once(folder):
@@ -102,35 +101,6 @@ def lay_out_folder(
             paths = fetched[:-1]
         with evict_on_error(fetched):
             lay_out(read_shards(paths, config), config, str(paths[0].parent), config.sha256)
-
-
-def write_folder(
-    folder: Path, rows: BankRows, key_encoder: KeyEncoder, probe_keys: torch.Tensor, value_encoder: ValueEncoder | None
-) -> None:
-    """Write a bank into an empty folder."""
-    bounds = shard_bounds(rows.table, 4 * rows.config.key_dim + 2 * rows.config.value_size)
-    write_shards(folder, rows.batches(size=BATCH_ROWS), bounds, rows.config.quantized)
-    write_encoders(folder, replace(rows.config, num_shards=len(bounds) - 1), key_encoder, probe_keys, value_encoder)
-
-
-def write_encoders(
-    folder: Path,
-    config: BankConfig,
-    key_encoder: KeyEncoder,
-    probe_keys: torch.Tensor,
-    value_encoder: ValueEncoder | None,
-) -> None:
-    """Write all of a bank but its rows: bank_config.json and the encoders."""
-    try:
-        key_encoder.save(folder / KEY_ENCODER_NAME, probe_keys)
-        if value_encoder is not None:
-            value_encoder.save_pretrained(folder / "value_encoder")
-    except SafetensorError as error:
-        raise OSError(errno.EIO, f"safetensors could not write the encoders: {error}") from error
-    hashes = {"key_encoder": file_sha256(folder / KEY_ENCODER_NAME)}
-    if value_encoder is not None:
-        hashes["value_encoder"] = file_sha256(folder / VALUE_ENCODER_NAME)
-    replace(config, sha256=replace(config.sha256, **hashes)).to_json(folder / CONFIG_NAME)
 
 
 def read_shards(paths: Sequence[Path], config: BankConfig) -> Iterator[pa.RecordBatch]:
@@ -147,10 +117,8 @@ def read_shards(paths: Sequence[Path], config: BankConfig) -> Iterator[pa.Record
             size += unpacked_size(shard.metadata, schema, path)
             count += shard.metadata.num_rows
     if count != config.num_rows:
-        raise ValueError(
-            f"{paths[0].parents[1] / CONFIG_NAME} declares {config.num_rows} rows, but the shards hold {count}. "
-            "Save or download the bank again."
-        )
+        config_path = paths[0].parents[1] / CONFIG_NAME
+        raise broken_bank(f"{config_path} declares {config.num_rows} rows, but the shards hold {count}")
     thumbnails = ["thumbnail.bytes", "thumbnail.path"] if "thumbnail" in schema.names else []
     text = [*config.columns, "source_id", "caption", *thumbnails]
     row_bytes = size // count + 4 * (config.key_dim + config.value_size)
@@ -167,7 +135,7 @@ def _readable_shard(path: Path) -> Iterator[None]:
         yield
     # pyarrow raises the last three on footers that were tampered with
     except (pa.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet ({error}). Save or download the bank again.") from error
+        raise broken_bank(f"{path} cannot be read as Parquet ({error})") from error
 
 
 def unpacked_size(footer: pq.FileMetaData, schema: pa.Schema, path: Path) -> int:
@@ -178,13 +146,11 @@ def unpacked_size(footer: pq.FileMetaData, schema: pa.Schema, path: Path) -> int
             name = column.path_in_schema.split(".")[0]
             expected = group.num_rows * (schema.field(name).type.list_size if name in ("key", "value") else 1)
             if not 0 <= column.num_values <= expected:
-                raise ValueError(
-                    f"{path}: column {name!r} declares {column.num_values} values for {group.num_rows} rows, expected "
-                    f"{expected}. Save or download the bank again."
-                )
+                found = f"{column.num_values} values for {group.num_rows} rows"
+                raise broken_bank(f"{path}: column {name!r} declares {found}, expected {expected}")
             size += max(0, column.total_uncompressed_size)
     if size > MAX_SHARD_BYTES:
-        raise ValueError(f"{path} unpacks to {size} bytes, expected at most {MAX_SHARD_BYTES}. Save the bank again.")
+        raise broken_bank(f"{path} unpacks to {size} bytes, expected at most {MAX_SHARD_BYTES}")
     return size
 
 
@@ -197,10 +163,8 @@ def _plain(column: pa.Array, path: Path) -> pa.Array:
         return column
     size = pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
     if size > MAX_COLUMN_BYTES:
-        raise ValueError(
-            f"{path}: {len(column)} rows hold {size} bytes of text or pictures, expected at most {MAX_COLUMN_BYTES}. "
-            "Save or download the bank again."
-        )
+        found = f"{len(column)} rows hold {size} bytes of text or pictures"
+        raise broken_bank(f"{path}: {found}, expected at most {MAX_COLUMN_BYTES}")
     return column.dictionary_decode()
 
 
@@ -209,39 +173,29 @@ def shard_names(num_shards: int) -> list[str]:
     return [f"data/train-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
 
 
-def existing_paths(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the files with these names; ValueError names the first that is missing."""
-    paths = [folder / name for name in names]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing. Save or download the bank again.")
-    return paths
-
-
-def write_shards(folder: Path, batches: Iterable[pa.RecordBatch], bounds: Sequence[int], quantized: bool) -> None:
-    """Write `data/train-*.parquet` under `folder`: batches of `BATCH_ROWS`, in shards with these `shard_bounds`."""
-    (folder / "data").mkdir()
+def write_shards(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema, quantized: bool) -> int:
+    """Write batches as `data/train-*.parquet` under `folder`, and return the number of shards."""
     options = {"use_dictionary": False, "write_statistics": STATISTICS}
-    rows = iter(batches)
-    for name, (start, stop) in zip(shard_names(len(bounds) - 1), itertools.pairwise(bounds), strict=True):
-        first = next(rows)
-        if quantized:  # rounded numbers are small once their like bytes are next to each other
-            split = [f"{column}.list.element" for column in arrays_of(first.schema)]
-            options |= {"compression": "zstd", "use_byte_stream_split": split}
-        with pq.ParquetWriter(folder / name, first.schema, **options) as writer:
-            writer.write_batch(first)
-            for _ in range(start + BATCH_ROWS, stop, BATCH_ROWS):
-                writer.write_batch(next(rows))
+    if quantized:  # rounded numbers are small once their like bytes are next to each other
+        split = [f"{column}.list.element" for column in arrays_of(schema)]
+        options |= {"compression": "zstd", "use_byte_stream_split": split}
+    (folder / "data").mkdir()
+    paths = []
+    for _, shard in itertools.groupby(numbered_by_shard(batches), key=lambda item: item[0]):
+        paths.append(folder / "data" / f"{len(paths)}.parquet")
+        with pq.ParquetWriter(paths[-1], schema, **options) as writer:
+            for _, batch in shard:
+                writer.write_batch(batch)
+    for path, name in zip(paths, shard_names(len(paths)), strict=True):
+        os.rename(path, folder / name)
+    return len(paths)
 
 
-def shard_bounds(table: pa.Table, row_bytes: int) -> list[int]:
-    """Return the first rows of shards of at most `SHARD_BYTES`, and the end. Key and value have `row_bytes` a row."""
-    bounds, size = [0], 0
-    for start in range(0, len(table), BATCH_ROWS):
-        batch = table[start : start + BATCH_ROWS]
-        added = batch.nbytes + row_bytes * len(batch)
-        if size and size + added > SHARD_BYTES:
-            bounds.append(start)
-            size = 0
-        size += added
-    return [*bounds, len(table)]
+def numbered_by_shard(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield batches with the number of their shard: as many are in one as make up at most `SHARD_BYTES`."""
+    number = size = 0
+    for batch in batches:
+        if size and size + batch.nbytes > SHARD_BYTES:
+            number, size = number + 1, 0
+        size += batch.nbytes
+        yield number, batch

@@ -49,6 +49,11 @@ def between(low: float, high: float) -> Callable[[object], None]:
     return check
 
 
+def broken_bank(found: str) -> ValueError:
+    """Return the error of a bank that is not what was saved, with what to do."""
+    return ValueError(f"{found}. Save or download the bank again.")
+
+
 def check_text(value: str | None) -> None:
     """Raise ValueError unless the value is a short printable text, or None where the field's type allows it."""
     if value is not None and not (value.isprintable() and 1 <= len(value) <= 1000):
@@ -228,7 +233,7 @@ class BankConfig:
                 )
         except (StrictDataclassError, ValueError) as error:
             text = " ".join(str(error).split())[:1000]
-            raise ValueError(f"{path}: {text}. Save or download the bank again.") from error
+            raise broken_bank(f"{path}: {text}") from error
         return config
 
     def to_json(self, path: Path) -> None:
@@ -261,9 +266,9 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {path.parent} is not a (whole) memory bank.") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}). Save or download the bank again.") from error
+        raise broken_bank(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object. Save the bank again.")
+        raise broken_bank(f"{path} holds a {type(content).__name__}, expected an object")
     return content
 
 
@@ -338,9 +343,7 @@ def check_schema(found: "pa.Schema", expected: "pa.Schema", name: str) -> None:
             for schema in (found, expected)
         ]
         if types[0] != types[1]:
-            raise ValueError(
-                f"{name}: column {column!r} is {types[0]}, expected {types[1]}. Save or download the bank again."
-            )
+            raise broken_bank(f"{name}: column {column!r} is {types[0]}, expected {types[1]}")
 
 
 def check_batch(batch: "pa.RecordBatch", start: int, name: str) -> None:
@@ -350,20 +353,18 @@ def check_batch(batch: "pa.RecordBatch", start: int, name: str) -> None:
         if np.any(wrong):
             row = int(np.argmax(wrong))
             text = found if isinstance(found, str) else repr(found[row])[:80]
-            raise ValueError(
-                f"{name}: row {start + row} has {column} {text}, expected {expected}. Save or download the bank again."
-            )
+            raise broken_bank(f"{name}: row {start + row} has {column} {text}, expected {expected}")
 
     try:
         batch.validate(full=True)
     except pa.ArrowException as error:
-        raise ValueError(f"{name}: the rows from {start} on are malformed ({error}).") from error
+        raise broken_bank(f"{name}: the rows from {start} on are malformed ({error})") from error
     arrays = arrays_of(batch.schema)
     for column in ("id", "source_id", "caption", *arrays):
         refuse(batch.column(column).is_null().to_numpy(False), column, "null", "a value")
     for column in arrays:
         if batch.column(column).flatten().null_count:
-            raise ValueError(f"{name}: {column} has nulls from row {start} on, expected numbers. Save the bank again.")
+            raise broken_bank(f"{name}: {column} has nulls from row {start} on, expected numbers")
         refuse(~np.isfinite(matrix(batch, column)).all(axis=1), column, "'NaN or infinity'", "finite numbers")
     norms = np.linalg.norm(matrix(batch, "key").astype(np.float64), axis=1)
     refuse(norms > MAX_KEY_NORM, "key", f"of length {norms.max():.3g}", "at most 1, or it would win every search")

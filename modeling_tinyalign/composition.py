@@ -1,7 +1,5 @@
 """The two models in a TinyAlign model: built of configs, or loaded where a checkpoint holds connectors alone."""
 
-import os
-
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -41,11 +39,6 @@ def add_rows(model: PreTrainedModel, rows: int):
                 weight[before:] = weight[:before].mean(0)
 
 
-def unless_local(name_or_path: str | None) -> str | None:
-    """Return the name of a Hub repository, or None for a path of this machine."""
-    return None if name_or_path is None or os.path.exists(name_or_path) else name_or_path
-
-
 def check_origins(config: TinyAlignConfig):
     """Raise `ValueError` unless the checkpoints are known that vision tower and language model are from."""
     unknown = [name for name in ("vision_model", "language_model") if vars(config)[name] is None]
@@ -58,8 +51,7 @@ def check_origins(config: TinyAlignConfig):
 
 
 def load_models(model: PreTrainedModel, kwargs: dict):
-    """
-    Give a model, whose connectors were loaded alone, the vision tower and language model that its config names.
+    """Give a model, whose connectors were loaded alone, the vision tower and language model that its config names.
 
     Args:
         kwargs: Of `from_pretrained`; what is for downloads is used.

@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -35,8 +34,7 @@ CODE_FIELDS = ("trust_remote_code", "attn_implementation", "_attn_implementation
 
 @strict
 class TinyAlignConfig(PreTrainedConfig):
-    r"""
-    Configuration of a vision tower, a language model, the connector between them and the memory.
+    r"""Configuration of a vision tower, a language model, the connector between them and the memory.
 
     > The two models
 
@@ -163,8 +161,7 @@ class TinyAlignConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """
-        Take `top_k` for `memory_top_k`, so that `from_pretrained(folder, top_k=0)` does.
+        """Take `top_k` for `memory_top_k`, so that `from_pretrained(folder, top_k=0)` does.
 
         Raises:
             ValueError: config.json is not that of a TinyAlign model.
@@ -206,9 +203,9 @@ class TinyAlignConfig(PreTrainedConfig):
 
 
 def public_name(name_or_path: str) -> str:
-    """A Hub name as it is, of a local folder the last part: configs are shared, the paths of a machine are not."""
+    """Return a Hub name as it is, of a local folder the last part: configs are shared, paths of a machine are not."""
     is_path = os.path.isabs(name_or_path) or os.path.isdir(name_or_path)
-    return Path(name_or_path).name if is_path else name_or_path
+    return os.path.basename(os.path.abspath(name_or_path)) if is_path else name_or_path
 
 
 def _without_code(config: dict) -> dict:

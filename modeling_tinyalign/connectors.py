@@ -69,8 +69,7 @@ class Connector(nn.Module):
 
 
 class MemoryConnector(nn.Module):
-    """
-    Turn what was retrieved into memory tokens (paper, section 4.1: the RAG connector).
+    """Turn what was retrieved into memory tokens (paper, section 4.1: the RAG connector).
 
     Captions are read as the language model's own tokens, in its embeddings. Latents go through a two-layer MLP, as in
     the paper, those of the neighbours side by side; with both, the two are added up. The neighbours' similarities are
@@ -99,8 +98,7 @@ class MemoryConnector(nn.Module):
         values: torch.Tensor | None,
         used: torch.Tensor,
     ) -> torch.Tensor:
-        """
-        Return memory tokens `(n, M, hidden_size)` in the connector's dtype.
+        """Return memory tokens `(n, M, hidden_size)` in the connector's dtype.
 
         Args:
             words, places: Embeddings `(n, M, hidden_size)` of the captions' tokens, and `(n, M)`, False where there is

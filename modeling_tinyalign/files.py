@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import importlib
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from huggingface_hub import (
     CommitInfo,
@@ -133,7 +135,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     try:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # held by another process, or the file system has no locks
-                handle = os.open(folder, os.O_RDONLY)
+                handle = os.open(folder, os.O_RDONLY)  # a folder can be locked as a file can: nothing is left in it
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
         yield held
@@ -266,3 +268,17 @@ def make_bank_card(repo_id: str, config: BankConfig) -> str:
         )
         return f"---\n{data.to_yaml()}\n---\n"
     return plain_bank_card(repo_id, config)
+
+
+def installed_package(module: str, task: str) -> ModuleType:
+    """Import a module of the installed package's `training`, for a task that a checkpoint's own code leaves to it.
+
+    Raises:
+        ImportError: the package is not installed; the task, "Building a memory bank" say, is named.
+    """
+    try:
+        return importlib.import_module(f"tinyalign_vlm.training.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != "tinyalign_vlm":
+            raise
+        raise ImportError(f"{task} needs the package: pip install tinyalign-vlm.") from error

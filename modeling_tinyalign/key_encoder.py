@@ -20,14 +20,15 @@ from transformers import PreTrainedModel
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 from transformers.utils import logging
 
-from .bank_format import KeyEncoderConfig, TowerConfig
+from .bank_format import KeyEncoderConfig, TowerConfig, broken_bank
+from .configuration_tinyalign import public_name
 from .connectors import Connector, pool_grid
 from .files import apply_umask
 
 logger = logging.get_logger(__name__)
 
 NUM_PROBES = 4
-MIN_PROBE_COSINE = 0.99
+MIN_PROBE_COSINE = 0.99  # bfloat16 has 0.999, see probe_pixels
 MAX_PROBE_DIFFERENCE = 1e-3
 TOWER_SIDE = 4096  # of a picture made for the tower: a bank's settings may be anybody's
 MAX_FEATURES = 2**26  # of one image
@@ -156,14 +157,9 @@ class KeyEncoder(nn.Module):
                 keys = keys @ self.projection.to(raw_keys.device)
             return F.normalize(keys, dim=-1)
 
-    def forward(
-        self,
-        vision_features: torch.Tensor,
-        query_input_ids: torch.Tensor | None = None,
-        query_attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`(batch, tokens, width)` features to unit-length keys `(batch, key_dim)`."""
-        return self.finish(self.raw_keys(vision_features, query_input_ids, query_attention_mask))
+    def forward(self, vision_features: torch.Tensor, *query: torch.Tensor | None) -> torch.Tensor:
+        """`(batch, tokens, width)` features, with the query of `raw_keys`, to unit-length keys `(batch, key_dim)`."""
+        return self.finish(self.raw_keys(vision_features, *query))
 
     def save(self, path: Path, probe_keys: torch.Tensor) -> None:
         """Write it as safetensors, with the bank's probe keys."""
@@ -184,10 +180,8 @@ class KeyEncoder(nn.Module):
                     raise ValueError(f"{name} is empty, of {tensor.dtype}, or holds numbers that are not finite")
             return cls._of_tensors(tensors, config, key_dim)
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} does not hold this bank's key encoder ({type(error).__name__}: {error}). Save or download "
-                "the bank again."
-            ) from error
+            found = f"{type(error).__name__}: {error}"
+            raise broken_bank(f"{path} does not hold this bank's key encoder ({found})") from error
 
     @classmethod
     def _of_tensors(
@@ -262,13 +256,13 @@ class KeyEncoder(nn.Module):
 
 
 @contextlib.contextmanager
-def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
+def evaluating(*modules: nn.Module | None) -> Iterator[None]:
     """Switch gradients off and eval mode on; the modes are put back afterwards."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
+    modes = [(part, part.training) for module in modules if module is not None for part in module.modules()]
     try:
         with torch.no_grad():
-            for module in modules:
-                module.eval()
+            for part, _ in modes:
+                part.training = False
             yield
     finally:
         for part, mode in modes:
@@ -292,15 +286,12 @@ def probe_pixels(image_shape: Sequence[int]) -> torch.Tensor:
 
 def tower_name(model: PreTrainedModel) -> str:
     """Return the name of a model's vision tower; that of a local folder without its path."""
-    name = model.config.vision_config._name_or_path or model.config.vision_config.model_type
-    is_path = os.path.isabs(name) or os.path.isdir(name)
-    return os.path.basename(os.path.abspath(name)) if is_path else name
+    config = model.config.vision_config
+    return public_name(config._name_or_path or config.model_type)
 
 
 def read_query_image(image: Image.Image | str | os.PathLike) -> Image.Image:
     """Return an image, upright and on white, as a bank's images are read; `ValueError` if it is none."""
-    if not isinstance(image, (Image.Image, str, os.PathLike)):
-        raise ValueError(f"Found a {type(image).__name__}, expected a PIL image or the path of one.")
     try:
         image = image if isinstance(image, Image.Image) else Image.open(image)
         image = ImageOps.exif_transpose(image).convert("RGBA")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import itertools
 import json
 import os
@@ -15,17 +16,28 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo, DatasetCard
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from .bank_arrays import SCRATCH_PREFIX, cache_root, lay_out
-from .bank_folder import lay_out_folder, open_folder, read_value_encoder, write_folder
-from .bank_format import BATCH_ROWS, CARD_FACTS_NAME, LEFT_OUT_NAME, BankConfig, CalibrationConfig
+from .bank_folder import lay_out_folder, open_folder, read_value_encoder, write_shards
+from .bank_format import (
+    CARD_FACTS_NAME,
+    CONFIG_NAME,
+    KEY_ENCODER_NAME,
+    LEFT_OUT_NAME,
+    VALUE_ENCODER_NAME,
+    BankConfig,
+    CalibrationConfig,
+    config_schema,
+    file_sha256,
+)
 from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
 from .connectors import check_tensor
-from .files import CARD_NAME, SHARDS, make_bank_card, push_files, replace_folder, scratch_folder
+from .files import CARD_NAME, SHARDS, installed_package, make_bank_card, push_files, replace_folder, scratch_folder
 from .key_encoder import KeyEncoder, evaluating
 from .row_encoder import LeftOutRow, PairReader, RowEncoder, check_many, finished, stored_images
 from .value_encoder import ValueEncoder
@@ -103,13 +115,8 @@ class MemoryBank(BankRows):
         Raises:
             ImportError: the package is not installed. A checkpoint's own code opens banks, but builds none.
         """
-        try:
-            from tinyalign_vlm.training.bank.build import build_bank
-        except ModuleNotFoundError as error:
-            if error.name != "tinyalign_vlm":
-                raise
-            raise ImportError("Building a memory bank needs the package: pip install tinyalign-vlm.") from error
-        return build_bank(dataset, model, processor, value_encoder, **settings)
+        build = installed_package("bank.build", "Building a memory bank")
+        return build.build_bank(dataset, model, processor, value_encoder, **settings)
 
     @classmethod
     def from_batches(
@@ -183,7 +190,7 @@ class MemoryBank(BankRows):
         settings["seen"] = None if keep_duplicates else self.image_names()
         reader = PairReader(processor.decode_image, image_column, caption_column, self.config.columns)
         encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)
-        with evaluating(model, *encoder.value_encoders):
+        with evaluating(model, encoder.value_encoder):
             added = finished(encoder.batches(enumerate(stored_images(rows, image_column))), self.key_encoder)
             bank = self.with_rows(itertools.chain(self.batches(), added), encoder.left_out)
         return self.keep_facts(bank, "parts", "limits")
@@ -231,28 +238,10 @@ class MemoryBank(BankRows):
         return self.with_rows(self.batches(keys_of)).with_calibration(None)
 
     @classmethod
-    def from_dataset(
-        cls,
-        dataset: Iterable[dict],
-        like: MemoryBank | str | os.PathLike,
-        revision: str | None = None,
-        quantized: bool | None = None,
-    ) -> MemoryBank:
-        """Make a bank of a bank's rows that were loaded with `datasets`, filtered or concatenated say.
-
-        Args:
-            dataset: with a bank's columns. Filter a streamed one after `.decode(False)`: `datasets` would encode its
-                thumbnails anew.
-            like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which no
-                rows are downloaded.
-
-        Raises:
-            ValueError: a column is missing or of another type, or there is no row.
-        """
-        if isinstance(dataset, dict):
-            raise ValueError(f"The dataset has the splits {list(dataset)}: pass one of them, dataset['train'] say.")
-        like = like if isinstance(like, MemoryBank) else cls.open_encoders(like, revision)
-        return like.with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), quantized=quantized)
+    def from_dataset(cls, dataset: Iterable[dict], like: MemoryBank | str | os.PathLike, **settings) -> MemoryBank:
+        """Make a bank of a bank's rows: see `tinyalign_vlm.training.bank.build.bank_of_dataset`, which does it."""
+        build = installed_package("bank.build", "Making a memory bank of a data set")
+        return build.bank_of_dataset(dataset, like, **settings)
 
     # ------------------------------------------------------------------ using it
 
@@ -349,12 +338,27 @@ class MemoryBank(BankRows):
 
     def write_files(self, folder: Path) -> None:
         """Write the files of the bank into an empty folder."""
-        write_folder(folder, self, self.key_encoder, self.probe_keys, self.value_encoder)
+        schema = config_schema(self.config)
+        self.write_encoders(folder, write_shards(folder, self.batches(), schema, self.config.quantized))
         if self.left_out:
             lines = (json.dumps(asdict(row)) + "\n" for row in self.left_out)
             (folder / LEFT_OUT_NAME).write_text("".join(lines), encoding="utf-8")
         if self.card_facts is not None:
             (folder / CARD_FACTS_NAME).write_text(self.card_facts, encoding="utf-8")
+
+    def write_encoders(self, folder: Path, num_shards: int) -> None:
+        """Write all of the bank but its rows: bank_config.json and the encoders."""
+        hashes = {}
+        try:
+            self.key_encoder.save(folder / KEY_ENCODER_NAME, self.probe_keys)
+            hashes["key_encoder"] = file_sha256(folder / KEY_ENCODER_NAME)
+            if self.value_encoder is not None:
+                self.value_encoder.save_pretrained(folder / "value_encoder")
+                hashes["value_encoder"] = file_sha256(folder / VALUE_ENCODER_NAME)
+        except SafetensorError as error:  # no OSError, though the disk is full
+            raise OSError(errno.EIO, f"safetensors could not write the encoders: {error}") from error
+        sha256 = replace(self.config.sha256, **hashes)
+        replace(self.config, num_shards=num_shards, sha256=sha256).to_json(folder / CONFIG_NAME)
 
     def push_to_hub(self, repo_id: str, *, card: DatasetCard | str | None = None, **kwargs) -> CommitInfo:
         """Upload the bank to a dataset repository, in one commit; shards of an earlier version are deleted.

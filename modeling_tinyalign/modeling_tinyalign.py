@@ -73,7 +73,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             config.projector_hidden_act,
         )
         self.trains_vision_tower = False  # set by training, which then says which of its parameters do
-        self._built_top_k = config.memory_top_k
+        self._built_top_k = config.memory_top_k  # read_memory refuses another one: its weights have this shape
         if config.memory_top_k > 0:
             self.memory_connector = MemoryConnector(config)
         self.language_model = build_part(config.text_config, "text_config")
@@ -126,8 +126,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         retrieval_threshold: float | None = None,
         **kwargs,
     ) -> TinyAlignImageFeatures:
-        r"""
-        Return the visual and memory tokens of each image. Retrieval happens here, once an image, and nowhere else.
+        r"""Return the visual and memory tokens of each image. Retrieval happens here, once an image, and nowhere else.
 
         Args:
             vision_features (`(n, T, C)`): What [`get_vision_features`] gave, instead of `pixel_values (n, 3, H, W)`.
@@ -183,7 +182,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         """Take the inputs of [`get_image_features`], with a query a row, or its output in `mm_encoder_outputs`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        kwargs |= kwargs.pop("call_settings", None) or {}
+        kwargs |= kwargs.pop("call_settings", None) or {}  # of a pipeline's call, through the processor
         image_inputs = take_image_inputs(kwargs)
         images_given = image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None
         images = (mm_encoder_outputs or {}).get("image")
@@ -267,24 +266,14 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        query_input_ids: torch.LongTensor | None = None,
-        query_attention_mask: torch.Tensor | None = None,
-        memory_ids: torch.LongTensor | None = None,
-        memory_input_ids: torch.LongTensor | None = None,
-        memory_values: torch.Tensor | None = None,
-        memory_scores: torch.Tensor | None = None,
-        exclude_ids: list | None = None,
-        memory: Literal["on", "off"] | None = None,
         mm_encoder_outputs: dict[str, TinyAlignImageFeatures] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         supervised_logits_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TinyAlignCausalLMOutputWithPast:
-        """
-        Take the image inputs of [`TinyAlignModel.get_image_features`] as well. With `labels`, `supervised_logits_only`
-        computes logits `(supervised positions, vocab_size)` only where there is a label: several times faster with a
-        large vocabulary, and the loss is the same.
+        """Take the image inputs of [`TinyAlignModel.get_image_features`] as well. With `labels`,
+        `supervised_logits_only` computes logits `(supervised positions, vocab_size)` only where there is a label:
+        several times faster with a large vocabulary, and the loss is the same.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -292,15 +281,6 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            vision_features=vision_features,
-            query_input_ids=query_input_ids,
-            query_attention_mask=query_attention_mask,
-            memory_ids=memory_ids,
-            memory_input_ids=memory_input_ids,
-            memory_values=memory_values,
-            memory_scores=memory_scores,
-            exclude_ids=exclude_ids,
-            memory=memory,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -318,7 +298,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             hidden_states = hidden_states[supervised]
             kwargs["shift_labels"] = shift_labels[supervised]
         elif isinstance(logits_to_keep, int):
-            # Of a slice with gaps, torch would copy a frozen head once for each row of the batch.
+            # 0 keeps all; of a slice with gaps, torch would copy a frozen head once for each row of the batch
             hidden_states = hidden_states[:, -logits_to_keep:].contiguous()
         else:
             hidden_states = hidden_states[:, logits_to_keep]
@@ -329,9 +309,8 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, sources: list | bool | None = None, **kwargs):
-        """
-        Generate like [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`], which are
-        encoded once. With `return_dict_in_generate=True` the output has `memory_ids` and `memory_scores` `(images,
+        """Generate like [`GenerationMixin.generate`], with the inputs of [`TinyAlignModel.get_image_features`], which
+        are encoded once. With `return_dict_in_generate=True` the output has `memory_ids` and `memory_scores` `(images,
         top_k)` as well. A chat goes on from a cache: whole, with all its images, or only with what is new.
 
         Args:

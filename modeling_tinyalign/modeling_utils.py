@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .composition import check_origins, load_models, unless_local
+from .composition import check_origins, load_models
 from .configuration_tinyalign import TinyAlignConfig
 from .connectors import (
     CaptionTokenizer,
@@ -86,8 +86,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
-        """
-        Load a model like every other; weights are read from safetensors only, never from pickles. Where there are
+        """Load a model like every other; weights are read from safetensors only, never from pickles. Where there are
         connectors alone, vision tower and language model are loaded from the checkpoints that the config names.
 
         Raises:
@@ -126,8 +125,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         state_dict: dict | None = None,
         **kwargs,
     ):
-        """
-        Save weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank.
+        """Save weights, config and the code that `trust_remote_code=True` loads them with; not the memory bank.
 
         Args:
             connectors_only: Save no weights but the connectors'. `from_pretrained` takes vision tower and language
@@ -161,7 +159,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             self.config.memory_bank = self.config.memory_bank_revision = None
         if not connectors_only:
             for name in ("vision_model", "language_model"):
-                setattr(self.config, name, unless_local(before[name]))
+                if os.path.exists(before[name] or ""):  # a path of this machine means nothing elsewhere
+                    setattr(self.config, name, None)
         self.config.connectors_only = connectors_only
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
@@ -215,8 +214,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         check_probes: bool = True,
     ):
-        """
-        Retrieve from this bank from now on. It is no part of the weights; the config names its Hub repository.
+        """Retrieve from this bank from now on. It is no part of the weights; the config names its Hub repository.
 
         Args:
             bank: A bank, or the folder or dataset repository (at `revision`) of one. None: see `detach_memory_bank`.
@@ -303,9 +301,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         retrieval_threshold: float | None = None,
         pixel_values: torch.Tensor | None = None,
     ) -> TinyAlignRetrieval:
-        """
-        Return the `top_k` (default: as many as the model reads) neighbours of each image. A bank that was calibrated
-        (`tinyalign bank calibrate`) also gives the probabilities that each of them is right, and that none is.
+        """Return the `top_k` (default: as many as the model reads) neighbours of each image; of a calibrated bank
+        (`tinyalign bank calibrate`) with the probabilities that each of them is right, and that none is.
 
         Those below `retrieval_threshold` (default: the config's) have id -1, and neither caption nor source.
 
@@ -357,8 +354,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     def read_memory(
         self, tokens: torch.Tensor, threshold: float | None, **memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor | None]:
-        """
-        Return memory tokens `(n, M, hidden_size)` for the images of `tokens`, and the ids and scores in use.
+        """Return memory tokens `(n, M, hidden_size)` for the images of `tokens`, and the ids and scores in use.
 
         Args:
             memory: Those of `memory_ids`, `memory_scores`, `memory_input_ids` and `memory_values` that are known.

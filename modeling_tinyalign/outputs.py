@@ -99,8 +99,7 @@ def language_model_fields(outputs: ModelOutput) -> dict[str, Any]:
 def uncached_images(
     config: TinyAlignConfig, features: list[torch.Tensor], mask: torch.Tensor, cache: Cache | None, whole: bool = False
 ) -> list[torch.Tensor]:
-    """
-    Return the image tokens that go into a prompt, those of images that a cache holds left out: they come first.
+    """Return the image tokens that go into a prompt, those of images that a cache holds left out: they come first.
 
     Args:
         whole: The prompt has what the cache holds as well, and not only what comes after it.
@@ -170,9 +169,8 @@ def check_no_placeholders(config: TinyAlignConfig, mask: torch.Tensor):
 
 
 def evidence(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """
-    Return the numbers `(n, k, 4)` that tell whether a neighbour is right: 1, how similar it is, how much less than the
-    first, and how much more than the mean of the first `top_k`. Empty slots, not finite, count as not similar at all.
+    """Return the numbers `(n, k, 4)` that tell whether a neighbour is right: 1, how similar it is, how much less than
+    the first, and how much more than the mean of the first `top_k`. Empty slots, not finite, are 0 similar.
     """
     scores = np.where(np.isfinite(scores), scores, 0.0)
     mean = scores[:, :top_k].mean(axis=1, keepdims=True)
@@ -180,9 +178,8 @@ def evidence(scores: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def probabilities(calibration: CalibrationConfig, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Return how probably each neighbour is right `(n, k)`, and that none of an image's is `(n,)`: logistic regressions
-    on the similarities `(n, k)`, best first, of as many neighbours as the bank was calibrated for, or of all.
+    """Return how probably each neighbour is right `(n, k)`, and that none of an image's is `(n,)`: logistic
+    regressions on similarities `(n, k)`, best first, of as many neighbours as the bank was calibrated for, or all.
     """
     numbers = evidence(scores.double().cpu().numpy(), calibration.top_k)
     logits = numbers @ calibration.right, numbers[:, 0] @ calibration.none

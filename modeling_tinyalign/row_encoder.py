@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .bank_arrays import require_bank_packages
-from .bank_format import MAX_THUMBNAIL, check_columns, list_column, matrix, row_schema
+from .bank_format import MAX_THUMBNAIL, broken_bank, check_columns, list_column, matrix, row_schema
 from .key_encoder import KeyEncoder
 from .value_encoder import ValueEncoder
 
@@ -149,11 +148,6 @@ class RowEncoder:
                 )
 
     @property
-    def value_encoders(self) -> list[ValueEncoder]:
-        """The value encoder, if there is one."""
-        return [] if self.value_encoder is None else [self.value_encoder]
-
-    @property
     def schema(self) -> pa.Schema:
         """The columns of the record batches; the keys are raw."""
         width, value_size = self.key_encoder.mean.numel(), 0
@@ -198,9 +192,10 @@ class RowEncoder:
             features = self.model.get_vision_features(pixels)
         else:
             features = torch.stack([torch.as_tensor(self.vision_features[row.number]) for row in rows])
-        captions = [row.caption for row in rows]
-        keys = self.key_encoder.to(features.device).raw_keys(features, *self._caption_ids(captions, features.device))
-        numbers = {"key": keys}
+        captions, query = [row.caption for row in rows], {}
+        if self.key_encoder.token_embeddings is not None:  # keys of the language space, with the text mixed in
+            query = self.processor.query_inputs(captions).to(features.device)
+        numbers = {"key": self.key_encoder.to(features.device).raw_keys(features, **query)}
         if self.value_encoder is not None:
             numbers["value"] = self.value_encoder.encode(features, captions).float().half().flatten(1)
         for name, tensor in numbers.items():
@@ -226,17 +221,6 @@ class RowEncoder:
             columns[name] = [row.kept[number] for row in rows]
         self.next_id += len(rows)
         return pa.record_batch(columns, schema=self.schema)
-
-    def _caption_ids(
-        self, captions: list[str], device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return token ids and mask `(batch, length)` of the captions, in language space only."""
-        if self.key_encoder.token_embeddings is None:
-            return None, None
-        ids = self.processor.tokenizer(captions, add_special_tokens=False)["input_ids"]
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], True)
-        padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], True)
-        return padded.to(device), mask.to(device)
 
 
 def finished(batches: Iterable[pa.RecordBatch], key_encoder: KeyEncoder) -> Iterator[pa.RecordBatch]:
@@ -317,7 +301,7 @@ def read_thumbnail(content: bytes | None) -> Image.Image:
         return image.convert("RGB")
     # PIL and its codecs raise OSError, SyntaxError, struct.error and others on broken files
     except Exception as error:
-        raise ValueError(
-            f"A thumbnail of the memory bank cannot be read ({type(error).__name__}: {error}), expected a JPEG or PNG "
-            f"of at most {MAX_THUMBNAIL} x {MAX_THUMBNAIL} pixels. Save or download the bank again."
+        expected = f"a JPEG or PNG of at most {MAX_THUMBNAIL} x {MAX_THUMBNAIL} pixels"
+        raise broken_bank(
+            f"A thumbnail of the memory bank cannot be read ({type(error).__name__}: {error}), expected {expected}"
         ) from error

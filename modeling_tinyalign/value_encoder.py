@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PerceiverConfig, PerceiverModel, PreTrainedConfig, PreTrainedModel
 
-from .bank_format import MAX_SIZE
+from .bank_format import MAX_SIZE, broken_bank
 from .files import apply_umask
 
-PADDING_BYTE = 256
+PADDING_BYTE = 256  # the first number that is no byte
 MAX_LAYERS = 1024
 SHARED_WITH_PERCEIVER = (
     *("num_latents", "d_model", "num_blocks", "num_self_attends_per_block"),
@@ -24,8 +24,7 @@ SHARED_WITH_PERCEIVER = (
 
 @strict
 class ValueEncoderConfig(PreTrainedConfig):
-    r"""
-    Sizes of the value encoder; the defaults are the paper's Table 4.
+    r"""Sizes of the value encoder; the defaults are the paper's Table 4.
 
     num_latents, latent_dim (`int`, *optional*, default to 32 and 96): Shape of a value (L, D).
     d_model (`int`, *optional*, defaults to 128): Width of the inputs that the latents attend to.
@@ -131,20 +130,16 @@ class ValueEncoder(PreTrainedModel):
                 if not (tensor.dtype == encoder.dtype and tensor.is_floating_point() and tensor.isfinite().all()):
                     raise ValueError(f"{name} is not made of finite floating-point numbers of one type")
         except (SafetensorError, StrictDataclassError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} does not hold this bank's value encoder ({type(error).__name__}: {error}). Save or download "
-                "the bank again."
-            ) from error
+            found = f"{type(error).__name__}: {error}"
+            raise broken_bank(f"{path} does not hold this bank's value encoder ({found})") from error
         return encoder.requires_grad_(False).eval()
 
     def forward(self, images: torch.Tensor, caption_bytes: torch.LongTensor) -> torch.Tensor:
-        """
+        """Return values `(n, num_latents, latent_dim)`, of mean 0 and variance 1 in each latent.
+
         Args:
             images: `(n, T, C)` vision features.
             caption_bytes: `(n, words, bytes_per_patch)` from [`tokenize`]; a word of 256s is padding.
-
-        Returns:
-            `(n, num_latents, latent_dim)`, of mean 0 and variance 1 in each latent.
         """
         images = self.image_projection(images)
         if images.shape[1] != self.image_position.num_embeddings:
@@ -159,25 +154,23 @@ class ValueEncoder(PreTrainedModel):
         return self.output_norm(latents)
 
     def tokenize(self, captions: list[str]) -> torch.LongTensor:
-        """Return bytes `(n, words, bytes_per_patch)` of captions: a word a row, at most `max_words` rows."""
-        return caption_patches(captions, self.config.max_words, self.config.bytes_per_patch)
+        """Return the UTF-8 bytes of captions `(n, words, bytes_per_patch)`, one word a row, padded with 256.
+
+        A longer word goes on in the next row; at most `max_words` rows are kept.
+        """
+        size, rows = self.config.bytes_per_patch, []
+        for caption in captions:
+            patches = []
+            for word in map(str.encode, caption.split()):
+                patches += [word[start : start + size] for start in range(0, len(word), size)]
+            rows.append(patches[: self.config.max_words])
+        patches = torch.full((len(rows), max(1, *map(len, rows)), size), PADDING_BYTE)
+        for row, words in enumerate(rows):
+            for column, word in enumerate(words):
+                patches[row, column, : len(word)] = torch.tensor(list(word))
+        return patches
 
     def encode(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """Return values `(n, num_latents, latent_dim)` of images (see [`forward`]) and their captions."""
         images = images.to(self.device, self.dtype)
         return self(images, self.tokenize(captions).to(self.device))
-
-
-def caption_patches(captions: list[str], max_words: int, bytes_per_patch: int) -> torch.LongTensor:
-    """Return the UTF-8 bytes of captions `(n, words, bytes_per_patch)`, one word a row, padded with 256."""
-    rows = []
-    for caption in captions:
-        patches = []
-        for word in map(str.encode, caption.split()):
-            patches += [word[start : start + bytes_per_patch] for start in range(0, len(word), bytes_per_patch)]
-        rows.append(patches[:max_words])
-    patches = torch.full((len(rows), max(1, *map(len, rows)), bytes_per_patch), PADDING_BYTE)
-    for row, words in enumerate(rows):
-        for column, word in enumerate(words):
-            patches[row, column, : len(word)] = torch.tensor(list(word))
-    return patches

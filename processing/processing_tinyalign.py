@@ -25,54 +25,13 @@ RETRIEVAL_SETTINGS = {"memory", "exclude_ids", "memory_top_k", "retrieval_thresh
 GENERATION_SETTINGS = vars(GenerationConfig()).keys() - {"max_length", "return_dict_in_generate"}
 CALL_SETTINGS = RETRIEVAL_SETTINGS | GENERATION_SETTINGS | {"generation_config", "logits_processor", "streamer"}
 
-# Both have images, and `{% generation %}` around answers, so that only they are trained on.
-_CONTENT = r"""
-{%- macro render(content) -%}
-{%- if content is string -%}{{ content }}{%- else -%}
-{%- for part in content -%}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}"""
-
-# SmolLM2, Qwen2, Qwen2.5: their own turns; no system prompt unless one is given.
-CHATML_TEMPLATE = (
-    _CONTENT
-    + r"""
-{{- '<|im_start|>' + message['role'] + '\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- render(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}
-{%- else -%}
-{{- render(message['content']) + '<|im_end|>' -}}
-{%- endif -%}
-{{- '\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
-)
-
-# Every other language model: the turns of LLaVA 1.5, which TinyLLaVA uses with TinyLlama and Phi-2. The space before
-# the answer is part of it, because byte-level tokenizers merge it with the first word.
-PLAIN_TEMPLATE = (
-    _CONTENT
-    + r"""
-{%- if message['role'] == 'assistant' -%}
-{{- 'ASSISTANT:' -}}
-{%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}
-{%- else -%}
-{{- 'USER: ' if message['role'] == 'user' -}}{{- render(message['content']) + ' ' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"""
-)
-
 
 class TinyAlignProcessor(ProcessorMixin):
-    r"""
-    An image processor and a tokenizer in one; each `<image>` becomes one image's placeholders. Padding is left.
+    r"""An image processor and a tokenizer in one; each `<image>` becomes one image's placeholders. Padding is left.
 
     Args:
         image_processor, tokenizer: Those of the vision tower and of the language model.
-        chat_template (`str`, *optional*):
-            Defaults to ChatML where the tokenizer has its tokens, else LLaVA's turns (after BOS, if it adds one).
+        chat_template (`str`, *optional*): Jinja; `from_vision_text_pretrained` chooses one by the tokenizer.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder; must be in the tokenizer.
         num_image_tokens (`int`, *optional*, defaults to 228):
             Placeholders of one image, `config.num_image_tokens`: visual tokens, then memory tokens.
@@ -115,11 +74,6 @@ class TinyAlignProcessor(ProcessorMixin):
                 f"The tokenizer has no token {image_token!r}: add it as a special token, or use "
                 "TinyAlignProcessor.from_vision_text_pretrained, which does."
             )
-        if chat_template is None:
-            chat_template = CHATML_TEMPLATE if "<|im_end|>" in tokenizer.get_vocab() else PLAIN_TEMPLATE
-            chat_template = chat_template.replace("<image>", image_token)
-            if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-                chat_template = "{{- bos_token -}}" + chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self._prepare_tokenizer()
 
@@ -157,7 +111,7 @@ class TinyAlignProcessor(ProcessorMixin):
     def _prepare_tokenizer(self):
         """Pad on the left, with the end token if there is no other, and let `CUT` vanish."""
         tokenizer = self.tokenizer
-        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         for token in self._control_tokens():
@@ -182,8 +136,7 @@ class TinyAlignProcessor(ProcessorMixin):
         query_text: str | list[str] | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """
-        Make the model's inputs of texts and images.
+        """Make the model's inputs of texts and images.
 
         Args:
             images: One image, a list of images, or a list with a list of images for each text: PIL images, paths,
@@ -219,10 +172,9 @@ class TinyAlignProcessor(ProcessorMixin):
         return inputs
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
-        """
-        Format and tokenize chats like every processor. Only the template writes control tokens and only parts of type
-        "image" become images: what looks like either in a text is text. Without images, `pixel_values (0, 3, H, W)`.
-        The query is the user's text before the first answer. Raises `ValueError` as [`read_chat`].
+        """Format and tokenize chats like every processor. Only the template writes control tokens and only parts of
+        type "image" become images: what looks like either in a text is text. Without images, `pixel_values (0, 3, H,
+        W)`. The query is the user's text before the first answer. Raises `ValueError` as [`read_chat`].
         """
         if not isinstance(conversation, (list, tuple)) or not conversation:
             raise ValueError(f"The chat is {conversation!r:.100}, expected a list of messages with role and content.")
@@ -358,8 +310,7 @@ def taken_settings(kwargs: dict) -> dict:
 
 
 def read_chat(messages: Sequence[Any], name: str = "") -> list[dict]:
-    """
-    A chat as the template takes it: messages and the parts of their content as dictionaries. `name` is the chat's.
+    """A chat as the template takes it: messages and the parts of their content as dictionaries. `name` is the chat's.
     Raises `ValueError` if a content is neither text nor a list of texts and images.
     """
     chat = [_as_dict(message) for message in messages]

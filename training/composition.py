@@ -5,7 +5,14 @@ from dataclasses import fields
 from difflib import get_close_matches
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the shortcut needs torchvision in 5.17
 from transformers.utils import cached_file, extract_commit_hash, logging
 
@@ -14,6 +21,45 @@ from ..modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
 from ..modeling_tinyalign.connectors import Connector, MemoryConnector, pool_grid, read_vision_tower
 
 logger = logging.get_logger(__name__)
+
+# Both have images, and `{% generation %}` around answers, so that only they are trained on.
+_CONTENT = r"""
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for part in content -%}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}"""
+
+# SmolLM2, Qwen2, Qwen2.5: their own turns; no system prompt unless one is given.
+CHATML_TEMPLATE = (
+    _CONTENT
+    + r"""
+{{- '<|im_start|>' + message['role'] + '\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- render(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- render(message['content']) + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+)
+
+# Every other language model: the turns of LLaVA 1.5, which TinyLLaVA uses with TinyLlama and Phi-2. The space before
+# the answer is part of it, because byte-level tokenizers merge it with the first word.
+PLAIN_TEMPLATE = (
+    _CONTENT
+    + r"""
+{%- if message['role'] == 'assistant' -%}
+{{- 'ASSISTANT:' -}}
+{%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- 'USER: ' if message['role'] == 'user' -}}{{- render(message['content']) + ' ' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"""
+)
 
 
 def compose(
@@ -184,6 +230,7 @@ def compose_processor(
     processor = processor_class(
         image_processor,
         tokenizer,
+        chat_template=chat_template_for(tokenizer, image_token),
         image_token=image_token,
         num_image_tokens=config.num_image_tokens,
         key_space=config.key_space,
@@ -195,3 +242,12 @@ def compose_processor(
             f"{config.image_token_id}: use the language model it was made from."
         )
     return processor
+
+
+def chat_template_for(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+    """Return ChatML where the tokenizer has its tokens, else LLaVA's turns; after BOS, if the tokenizer adds one."""
+    template = CHATML_TEMPLATE if "<|im_end|>" in tokenizer.get_vocab() else PLAIN_TEMPLATE
+    template = template.replace("<image>", image_token)
+    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        template = "{{- bos_token -}}" + template
+    return template

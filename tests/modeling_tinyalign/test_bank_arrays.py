@@ -29,7 +29,8 @@ def test_values_of_8_bits():
     assert (np.abs(rounded.astype(np.float32) - values) <= largest / 64).all()
     assert np.array_equal(quantize(rounded)[2], rounded), "rounding what is rounded changed it"
     bank = bank_of(unit(6000, 4), quantized=True, values=values)
-    assert np.array_equal(bank.values[:], rounded) and not np.signbit(bank.values[1:2]).any()
+    stored = bank.values.gather(np.arange(6000), "cpu", torch.float16).numpy()
+    assert np.array_equal(stored, rounded) and not np.signbit(stored[1]).any()
     for dtype in (torch.float32, torch.bfloat16):
         found = bank.gather(np.array([[5, 7], [5, 0]]), dtype)
         expected = torch.tensor(rounded[[[5, 7], [5, 0]]].astype(np.float32))

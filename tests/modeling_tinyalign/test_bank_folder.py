@@ -19,7 +19,7 @@ from banks import (
 )
 
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.modeling_tinyalign import bank_folder
+from tinyalign_vlm.modeling_tinyalign import bank_folder, bank_rows
 from tinyalign_vlm.modeling_tinyalign.bank_arrays import cache_root
 from tinyalign_vlm.modeling_tinyalign.bank_format import list_column
 
@@ -35,7 +35,7 @@ def test_load_dataset(saved, tmp_path, bank):
 
 def test_many_shards(bank, tmp_path, monkeypatch, empty_cache):
     monkeypatch.setattr(bank_folder, "SHARD_BYTES", 1000)
-    monkeypatch.setattr(bank_folder, "BATCH_ROWS", 2)
+    monkeypatch.setattr(bank_rows, "BATCH_ROWS", 2)
     bank.save_pretrained(tmp_path / "bank")
     shards = sorted((tmp_path / "bank" / "data").iterdir())
     assert len(shards) > 3 and sum(pq.read_metadata(shard).num_rows for shard in shards) == NUM_ROWS

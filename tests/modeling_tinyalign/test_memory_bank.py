@@ -273,7 +273,7 @@ def test_copies_share_the_files(bank):
         assert other.search(queries, 2)[1].equal(bank.search(queries, 2)[1])
         assert other.gather([1]).equal(bank.gather([1]))
     assert len(pickle.dumps(bank)) < 200_000
-    assert not bank.values[:1].base.flags.writeable, "mapped, not read"
+    assert not bank.key_array.flags.writeable, "mapped, not read"
 
 
 def test_no_such_bank(tmp_path, monkeypatch):

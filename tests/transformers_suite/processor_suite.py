@@ -6,6 +6,7 @@ from conftest import build_image_processor, build_tokenizer
 from transformers_tests.test_processing_common import ProcessorTesterMixin
 
 from tinyalign_vlm import TinyAlignProcessor
+from tinyalign_vlm.training.composition import chat_template_for
 
 
 class SuiteMixin(ProcessorTesterMixin):
@@ -26,7 +27,8 @@ class SuiteMixin(ProcessorTesterMixin):
 
     @classmethod
     def prepare_processor_dict(cls):
-        return {"num_image_tokens": 5, "key_space": cls.key_space}
+        template = chat_template_for(cls._setup_tokenizer(), "<image>")
+        return {"num_image_tokens": 5, "key_space": cls.key_space, "chat_template": template}
 
 
 class VisionKeysTest(SuiteMixin, unittest.TestCase):

@@ -286,7 +286,7 @@ class FileBuild:
 
                 encode_on_cluster(parts, ray, encoder, self.source, choice)
             else:
-                with evaluating(self.model, *encoder.value_encoders):
+                with evaluating(self.model, encoder.value_encoder):
                     parts.encode(encoder, self.source, choice)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(

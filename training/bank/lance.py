@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from PIL import Image
 from transformers.utils import logging
 
 from ...modeling_tinyalign.bank_arrays import SCRATCH_PREFIX, cache_root
-from ...modeling_tinyalign.bank_folder import write_encoders
 from ...modeling_tinyalign.bank_format import (
     BATCH_ROWS,
     CONFIG_NAME,
@@ -254,8 +252,7 @@ def _write_tables(bank: MemoryBank, connection: lancedb.DBConnection, index: str
     settings = {name: vars(searched)[name] for name in ("name", "k_factor", "recall", "nprobes")}
     contents = {SEARCH_NAME: json.dumps(settings).encode()}
     with scratch_folder(cache_root(), SCRATCH_PREFIX) as folder:
-        config = replace(bank.config, num_shards=1)
-        write_encoders(folder, config, bank.key_encoder, bank.probe_keys, bank.value_encoder)
+        bank.write_encoders(folder, 1)
         for name in (CONFIG_NAME, KEY_ENCODER_NAME, VALUE_ENCODER_NAME):
             if (folder / name).is_file():
                 contents[name] = (folder / name).read_bytes()

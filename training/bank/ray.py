@@ -181,7 +181,7 @@ class EncodePart:
         number, source, chunk, plan = pickle.loads(row["part"])
         encoder = self.encoder
         encoder.read_row, encoder.next_id, encoder.seen, encoder.left_out = source.read, plan["id"], None, []
-        with evaluating(encoder.model, *encoder.value_encoders):
+        with evaluating(encoder.model, encoder.value_encoder):
             batches = list(encoder.batches(chunk))
         if encoder.left_out:
             changed = encoder.left_out[0]

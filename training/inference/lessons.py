@@ -122,7 +122,7 @@ class Lessons:
             ValueError: the picture or the line cannot be used, or there is no bank (it is said why).
         """
         columns = dict.fromkeys(self.require_bank().config.columns)
-        with LOCK, evaluating(self.model, *self._encoder.value_encoders):
+        with LOCK, evaluating(self.model, self._encoder.value_encoder):
             row = self._encoder.read_row(0, {**columns, "image": image, "caption": caption})
             picture = self.look_at(row.image)
             self._encoder.vision_features = picture.features

@@ -263,7 +263,7 @@ def test_a_write_that_was_killed_is_begun_anew(bank, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lance, "write_encoders", killed)
+        patch.setattr(MemoryBank, "write_encoders", killed)
         with pytest.raises(KeyboardInterrupt):
             write_lance(bank, tmp_path / "lance")
     with pytest.raises(ValueError, match="no whole memory bank"):
