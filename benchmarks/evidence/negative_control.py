@@ -20,7 +20,7 @@ from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours
 from tinyalign_vlm.training.demo import systems
 from tinyalign_vlm.training.demo.pairs import load_pairs
-from tinyalign_vlm.training.demo.state import PROMPT, TOP_K, Clock, Demo, DemoConfig, write_json
+from tinyalign_vlm.training.demo.state import TOP_K, Clock, Demo, DemoConfig, write_json
 from tinyalign_vlm.training.evaluation.bootstrap import Interval, interval
 from tinyalign_vlm.training.evaluation.choices import score_answers
 from tinyalign_vlm.training.stages.precision import bfloat16_language_model
@@ -33,10 +33,13 @@ KINDS = ("shape", "color", "yes/no")
 BANKS = ("own", "foreign", "off")
 PUBLISHED_BLIND = 0.667  # of all test questions, answered from their words
 # Chosen on validation questions. `split="validation"` asks them again.
-CONFIG = DemoConfig(stage1_steps=40, stage2_steps=160, batch_size=4, split="test")
-NUM_TRAIN, NUM_BANK, NUM_ASKED = 300, 300, 100  # pictures
-QUESTIONS_A_PICTURE = 3  # when it is asked; in training it has one of each kind, and "What is this?"
-MEMORY_TOKENS = 16  # the captions of four neighbours
+CONFIG = DemoConfig(stage1_steps=8, stage2_steps=90, batch_size=4, split="test")
+NUM_TRAIN, NUM_BANK, NUM_ASKED = 400, 300, 100  # pictures
+YES_NO_A_CHAT = 3  # in training, before a question for the colour and one for the shape
+QUESTIONS_A_PICTURE = 2  # when it is asked
+# One visual token, and memory tokens for four captions of the longest kind, "a teal rectangle".
+BASELINE = {"vision_pool_size": 1, "memory_top_k": 0}
+TINYALIGN = {"vision_pool_size": 1, "memory_tokens": 24}
 
 
 @dataclass
@@ -61,14 +64,15 @@ class Data:
 
     Attributes:
         train, bank, asked: pictures to train on, for the bank, and to ask about.
-        lessons, questions: number of the picture in `train` or `asked`, question and answer, to train on and to ask.
+        lessons: the questions and answers of one chat about each picture of `train`.
+        questions: number of the picture in `asked`, question and answer, for all that is asked.
         blind: the most frequent answer to each of these questions, whatever the picture.
     """
 
     train: Drawings
     bank: Drawings
     asked: Drawings
-    lessons: list[tuple[int, str, str]]
+    lessons: list[list[tuple[str, str]]]
     questions: list[tuple[int, str, str]]
     blind: list[str]
 
@@ -110,7 +114,8 @@ def load_data(config: DemoConfig) -> Data:
     ]
     blind = blind_answers(known, [question for _, question, _ in questions])
     train = known.select(train)
-    return Data(train, known.select(bank), asked, lessons_about(train, rng), questions, blind)
+    lessons = [lesson_about(pairs, rng) for pairs in train.questions]
+    return Data(train, known.select(bank), asked, lessons, questions, blind)
 
 
 def kind_of(answer: str) -> str:
@@ -145,22 +150,23 @@ def blind_answers(known: Drawings, questions: Sequence[str]) -> list[str]:
     return [counts[question].most_common(1)[0][0] for question in questions]
 
 
-def lessons_about(drawings: Drawings, rng: np.random.Generator) -> list[tuple[int, str, str]]:
-    """Return what to learn of each picture, its number, question and answer: what it is, and one of each kind."""
-    lessons = []
-    for number, pairs in enumerate(drawings.questions):
-        lessons.append((number, PROMPT, caption_of(pairs)))
-        by_kind = {kind_of(answer): (question, answer) for question, answer in rng.permutation(pairs).tolist()}
-        lessons += [(number, *pair) for pair in by_kind.values()]
-    return lessons
+def lesson_about(questions: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Return the questions of one training chat: yes or no comes first, for it says least about later answers."""
+    by_kind: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
+    for row in rng.permutation(len(questions)):
+        by_kind[kind_of(questions[row][1])].append(questions[row])
+    return by_kind["yes/no"][:YES_NO_A_CHAT] + by_kind["color"][:1] + by_kind["shape"][:1]
 
 
-def to_rows(questions: Sequence[tuple[int, str, str]], answered: bool) -> datasets.Dataset:
-    """Return a chat a question, with its answer or without, and the number of its picture."""
-    messages = [to_messages(question, answer) for _, question, answer in questions]
-    if not answered:
-        messages = [turns[:1] for turns in messages]
-    return datasets.Dataset.from_dict({"messages": messages, "feature_index": [number for number, *_ in questions]})
+def to_chat(questions: Sequence[tuple[str, str]]) -> list[dict]:
+    """Return a chat about one picture, which stands in the first turn."""
+    messages = []
+    for question, answer in questions:
+        asked, said = to_messages(question, answer)
+        if messages:
+            asked = {**asked, "content": asked["content"][1:]}
+        messages += [asked, said]
+    return messages
 
 
 def prepare(study: Study, seed: int) -> tuple[Demo, Data]:
@@ -174,7 +180,7 @@ def prepare(study: Study, seed: int) -> tuple[Demo, Data]:
     folder.mkdir(parents=True, exist_ok=True)
     demo = Demo(folder, False, config, load_pairs(seed), study.weights, Clock(folder / "clock.json"))
     data = load_data(config)
-    model, processor = systems.compose_demo(demo.weights, config, memory_tokens=MEMORY_TOKENS)
+    model, processor = systems.compose_demo(demo.weights, config, **TINYALIGN)
     for name in ("train", "bank", "asked"):
         paths = vars(data)[name].paths
         demo.features[name] = cache_vision_features(model, processor, paths, folder / "features" / name, desc=name)
@@ -185,9 +191,7 @@ def prepare(study: Study, seed: int) -> tuple[Demo, Data]:
         rows, model, processor, keep_duplicates=True, vision_features=demo.features["bank"]
     )
     demo.banks["foreign"] = MemoryBank.from_pretrained(study.finished / "bank_with_heldout")
-    pictures = [number for number, *_ in data.lessons]
-    scores, ids = find_neighbours(demo.banks["own"], model, demo.features["train"], 2 * TOP_K)
-    demo.found["train"] = scores[pictures], ids[pictures]
+    demo.found["train"] = find_neighbours(demo.banks["own"], model, demo.features["train"], 2 * TOP_K)
     for name in ("own", "foreign"):
         demo.found[name] = find_neighbours(demo.banks[name], model, demo.features["asked"], TOP_K)
     scores, ids = demo.found["own"]
@@ -204,8 +208,9 @@ def right_answers(
     path = demo.out / "evaluation" / f"{name}.json"
     if path.exists():
         return np.array(json.loads(path.read_text()))
-    pictures, _, answers = zip(*data.questions, strict=True)
-    rows, read = to_rows(data.questions, answered=False), None
+    pictures, questions, answers = zip(*data.questions, strict=True)
+    messages = [to_messages(question, "-")[:1] for question in questions]
+    rows, read = datasets.Dataset.from_dict({"messages": messages, "feature_index": pictures}), None
     if bank is not None:
         read = demo.banks[bank]
         model[0].attach_memory_bank(read, tokenizer=model[1].tokenizer)
@@ -256,12 +261,12 @@ def compare(study: Study) -> Answers:
 def compare_one(study: Study, seed: int) -> Answers:
     """Return the answers of one seed."""
     demo, data = prepare(study, seed)
-    rows = to_rows(data.lessons, answered=True)
+    rows = datasets.Dataset.from_dict({"messages": [to_chat(lesson) for lesson in data.lessons]})
     numbers, _, answers = zip(*data.questions, strict=True)
     right = {"blind": (np.array(data.blind) == np.array(answers)).astype(float)}
-    baseline = systems.train_system(demo, "baseline", rows=rows, memory_top_k=0)
+    baseline = systems.train_system(demo, "baseline", rows=rows, **BASELINE)
     right["baseline"] = right_answers(demo, data, "baseline", baseline, None)
-    ours = systems.train_system(demo, "tinyalign", "own", rows=rows, memory_tokens=MEMORY_TOKENS)
+    ours = systems.train_system(demo, "tinyalign", "own", rows=rows, **TINYALIGN)
     for bank in BANKS:
         right[bank] = right_answers(demo, data, f"tinyalign_{bank}", ours, bank)
     kinds = [kind_of(answer) for answer in answers]

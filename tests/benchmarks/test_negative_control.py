@@ -76,27 +76,24 @@ def test_blind_answers_are_the_most_frequent():
     assert blind_answers(known, ["what?", "is it?", "is it?"]) == ["red", "no", "no"]
 
 
-def test_lessons_are_the_caption_and_a_question_of_each_kind():
-    from negative_control import PROMPT, Drawings, lessons_about
+def test_a_lesson_asks_yes_or_no_first():
+    from negative_control import lesson_about
 
-    drawings = Drawings(["1.png", "2.png"], [RED_CIRCLE, [("what is the teal shape?", "rectangle")]])
-    lessons = lessons_about(drawings, np.random.default_rng(0))
-    assert lessons[0] == (0, PROMPT, "a red circle")
-    assert lessons[3:] == [(1, PROMPT, "a teal rectangle"), (1, "what is the teal shape?", "rectangle")]
-    assert (0, *RED_CIRCLE[0]) in lessons[1:3]
-    assert all(tuple(pair) in RED_CIRCLE for _, *pair in lessons[1:3])
+    lesson = lesson_about([*RED_CIRCLE, ("is a teal shape present?", "no")], np.random.default_rng(0))
+    assert lesson[-1] == RED_CIRCLE[0]
+    assert len(lesson) == 4  # three of four, and the colour
+    assert {answer for _, answer in lesson[:3]} <= {"yes", "no"}
+    assert lesson_about([("what shape is present?", "circle")], np.random.default_rng(0))[0][1] == "circle"
 
 
-def test_rows_are_chats_about_a_picture():
-    from negative_control import to_rows
+def test_a_chat_shows_its_picture_once():
+    from negative_control import to_chat
 
-    (row,) = to_rows([(7, *RED_CIRCLE[0])], answered=True)
-    assert row["feature_index"] == 7
-    asked, said = row["messages"]
-    assert [part["type"] for part in asked["content"]] == ["image", "text"]
-    assert (asked["content"][1]["text"], said["content"][0]["text"]) == RED_CIRCLE[0]
-    (row,) = to_rows([(7, *RED_CIRCLE[0])], answered=False)
-    assert row["messages"] == [asked]
+    chat = to_chat(RED_CIRCLE)
+    assert [message["role"] for message in chat] == ["user", "assistant"] * 4
+    parts = [part for message in chat for part in message["content"]]
+    assert [part["type"] for part in parts] == ["image"] + ["text"] * 8
+    assert tuple(part["text"] for part in parts[1:3]) == RED_CIRCLE[0]
 
 
 def test_parts_of_the_data_are_apart(package, monkeypatch):

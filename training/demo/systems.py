@@ -35,7 +35,7 @@ def compose_demo(
     set_seed(config.seed)
     vision, text = str(weights["vision"]), str(weights["text"])
     model = TinyAlignForConditionalGeneration.from_vision_text_pretrained(
-        vision, text, text_kwargs={"dtype": torch.float32}, vision_pool_size=3, **model_config
+        vision, text, text_kwargs={"dtype": torch.float32}, **{"vision_pool_size": 3, **model_config}
     )
     return model.eval(), TinyAlignProcessor.from_vision_text_pretrained(vision, text, model.config)
 
