@@ -21,7 +21,7 @@ from tinyalign_vlm.training.data.neighbours import find_neighbours
 from tinyalign_vlm.training.demo import systems
 from tinyalign_vlm.training.demo.pairs import load_pairs
 from tinyalign_vlm.training.demo.state import TOP_K, Clock, Demo, DemoConfig, write_json
-from tinyalign_vlm.training.evaluation.bootstrap import Interval, interval
+from tinyalign_vlm.training.evaluation.bootstrap import Interval, bootstrap_interval
 from tinyalign_vlm.training.evaluation.choices import score_answers
 from tinyalign_vlm.training.stages.precision import bfloat16_language_model
 
@@ -244,7 +244,7 @@ class Answers:
         """Return the accuracy of a system, in questions of one kind or all, or by how much it is above another's."""
         values = self.right[system] - (0 if minus is None else self.right[minus])
         chosen = np.full(len(values), True) if kind is None else self.kinds == kind
-        return interval(values[chosen], self.pictures[chosen])
+        return bootstrap_interval(values[chosen], self.pictures[chosen])
 
 
 def compare(study: Study) -> Answers:
