@@ -40,7 +40,6 @@ from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_o
 from tinyalign_vlm.training.demo.pairs import load_pairs
 from tinyalign_vlm.training.demo.state import TOP_K, DemoConfig
 from tinyalign_vlm.training.demo.systems import add_neighbours, chats, compose_demo
-from tinyalign_vlm.training.stages.checkpoints import connectors_of
 from tinyalign_vlm.training.stages.precision import bfloat16_language_model
 
 # what is ours of each row: logits where there is a label, neighbours given, bfloat16, cached features
@@ -112,9 +111,8 @@ def measure(model, processor, bank, arguments, folder):
     from_images, from_cache = TrainingCollator(processor, None, bank), TrainingCollator(processor, features, bank)
     search = PlainBank(bank, top_k)
     model.requires_grad_(False)
-    connectors = [parameter for part in connectors_of(model).values() for parameter in part.parameters()]
-    for parameter in connectors:
-        parameter.requires_grad_(True)
+    parts = model.base_model.connector, model.base_model.memory_connector
+    connectors = [parameter.requires_grad_(True) for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(connectors, lr=1e-5, fused=True)
 
     def step(batch: list[dict], supervised: bool, given: bool, cached: bool) -> float:
