@@ -4,6 +4,7 @@
 import isolation
 
 # isort: split
+import gc
 import os
 import shutil
 import subprocess
@@ -40,6 +41,12 @@ from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 
 pytest_plugins = ["hub.fixtures"]  # of tests/hub and tests/training/hub
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Leave what imports and collection have made out of garbage collections, of which each training makes several."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

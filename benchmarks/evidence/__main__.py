@@ -57,8 +57,8 @@ other drawings of them with their names. Each seed asks two questions about {con
 and EfficientNet-Lite0, {config.stage1_steps} + {config.stage2_steps} steps of {config.batch_size} rows, {top_k}
 neighbours: it is the *kind* of claim that is tested, not the paper's benchmarks and models. Brackets are 95%
 intervals of {draws} bootstrap draws of concepts, over all seeds of a table; differences are paired.
-Seeds: {seeds}; the sections alternatives, data_efficiency, causes, stages, cost, real_captions, one_picture and easy_vqa
-train on seed 0 alone.
+Seeds: {seeds}; the sections alternatives, data_efficiency, causes, stages, cost, real_captions, one_picture and
+easy_vqa train on seed 0 alone.
 
 | claim | verdict |
 |---|---|

@@ -12,8 +12,22 @@ from PIL import Image
 from tinyalign_vlm import MemoryBank, ValueEncoder, ValueEncoderConfig
 from tinyalign_vlm.training.data.chats import to_messages
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
+from tinyalign_vlm.training.hub.run_facts import Curves
 
 NUM_ROWS = 12
+
+
+@pytest.fixture
+def curves():
+    """Ask for the pictures of training curves."""
+
+
+@pytest.fixture(autouse=True)
+def only_curves_that_are_asked_for(request, monkeypatch):
+    """Draw no curves where no test looks at them: they take half the time of a training of four steps."""
+    if "curves" not in request.fixturenames:
+        for event in ("on_evaluate", "on_train_end"):
+            monkeypatch.setattr(Curves, event, lambda *arguments, **keywords: None)
 
 
 @pytest.fixture(scope="package")

@@ -118,6 +118,7 @@ def message_of(command: list[str]) -> str | None:
         return error.code or None
 
 
+@pytest.mark.usefixtures("curves")
 @pytest.mark.parametrize("stage", [1, 2])
 def test_training_on_a_full_disk_and_again(stage, files, small_disk, monkeypatch):
     """A message in one line, whatever was being written; with space again, the same command ends with the same."""

@@ -30,6 +30,8 @@ from tinyalign_vlm.training.hub.run_facts import (
     run_snippet,
 )
 
+pytestmark = pytest.mark.usefixtures("curves")
+
 
 def run_without_package(code: str, folder: Path) -> str:
     """What code prints in a folder, in a new process that can't import this package."""

@@ -13,6 +13,8 @@ from tinyalign_vlm.training.stages.samples import SampleAnswers, write_samples
 
 from .short_runs import losses, run
 
+pytestmark = pytest.mark.usefixtures("curves")
+
 
 def samples_in(folder) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
