@@ -162,7 +162,7 @@ def easy_vqa(study: Study, folder: Path) -> Section:
         lines.append([text, *scores, more])
     cost = {bank: found.score(bank, minus="baseline") for bank in negative_control.BANKS}
     sees = all(is_more(found.score(system, minus="blind")) for system in ("baseline", "own"))
-    holds = sees and not is_less(cost["own"])
+    holds = sees and not (is_less(cost["own"]) or is_less(cost["foreign"]))
     config = negative_control.CONFIG
     return Section(
         title,
