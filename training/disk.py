@@ -71,7 +71,9 @@ def full_disk_error(error: BaseException) -> OSError | None:
     of_rust = re.search(r"\(os error (\d+)\)$", str(error))  # safetensors' and tokenizers' own exceptions
     if of_rust and int(of_rust[1]) in FULL:
         return OSError(int(of_rust[1]), str(error))
-    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "Reader" not in str(error):
+    # torch.save: of a block that it cannot write, or of the end of the file
+    of_torch = "inline_container.cc" in str(error) or "iostream error" in str(error)
+    if isinstance(error, RuntimeError) and of_torch and "Reader" not in str(error):
         return OSError(errno.EIO, f"torch.save could not write a whole file: {error}")
     earlier = error.__cause__ or error.__context__
     return None if earlier is None else full_disk_error(earlier)
