@@ -51,8 +51,7 @@ title, description and keywords as people wrote them. All systems were trained t
 pictures with such captions, in the demo's steps. The bank has those and the other pictures that are asked about, never
 the picture itself nor one of the same title. Memory and the text of text-only RAG are {tokens} tokens of the captions
 of {top_k} neighbours, in training, too. Before they are cut, these captions have {share:.0%} of the words of the right
-one, those of a random bank {random:.0%}. Brackets: bootstrap over pictures. For example, "{label}" has the neighbour
-"{near}\""""
+one, those of a random bank {random:.0%}. Brackets: bootstrap over pictures."""
 
 
 def split(groups: Sequence[str], asked: int) -> tuple[np.ndarray, np.ndarray]:
@@ -196,8 +195,8 @@ def share_of_words(demo: Demo, bank: str) -> float:
 
 
 def describe(demo: Demo) -> str:
-    """Return how it was done: the data, what the bank has, and an example."""
-    labels, near = demo.labels(demo.queried), demo.captions("with")
+    """Return how it was done: the data, and what the bank has."""
+    labels = demo.labels(demo.queried)
     return DESCRIPTION.format(
         prompt=PROMPT,
         asked=len(labels),
@@ -208,8 +207,6 @@ def describe(demo: Demo) -> str:
         top_k=TOP_K,
         share=share_of_words(demo, "with"),
         random=share_of_words(demo, "random"),
-        label=labels[0],
-        near=near[0][0],
     )
 
 
