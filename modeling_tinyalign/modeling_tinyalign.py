@@ -26,6 +26,7 @@ from .connectors import (
     pool_grid,
     read_vision_tower,
 )
+from .files import installed_package
 from .modeling_utils import TinyAlignPreTrainedModel
 from .outputs import (
     TinyAlignCausalLMOutputWithPast,
@@ -240,13 +241,8 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         cls, vision_name_or_path: str, text_name_or_path: str, **kwargs
     ) -> "TinyAlignForConditionalGeneration":
         """Compose a model, whose connectors are new, as `tinyalign_vlm.training.composition.compose` says."""
-        try:
-            from tinyalign_vlm.training.composition import compose
-        except ModuleNotFoundError as error:
-            if error.name != "tinyalign_vlm":
-                raise
-            raise ImportError("Composing a model needs the package: pip install tinyalign-vlm.") from error
-        return compose(cls, vision_name_or_path, text_name_or_path, **kwargs)
+        composition = installed_package("composition", "Composing a model")
+        return composition.compose(cls, vision_name_or_path, text_name_or_path, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

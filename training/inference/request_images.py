@@ -61,10 +61,13 @@ def download_image(url: str, allowed_hosts: Collection[str]) -> bytes:
     """
     try:
         parts = urlsplit(url)
-        usual = 443 if parts.scheme == "https" else 80
+        secure = parts.scheme == "https"
+        usual = 443 if secure else 80
         port = parts.port or usual
     except ValueError as error:
         raise ValueError(f"found {url[:200]!r}, expected a URL ({error})") from error
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"found {url[:200]!r}, expected a URL with http or https")
     host = (parts.hostname or "").lower()
     name = host if port == usual else f"{host}:{port}"
     if parts.username is not None or name not in {allowed.lower() for allowed in allowed_hosts}:
@@ -74,7 +77,7 @@ def download_image(url: str, allowed_hosts: Collection[str]) -> bytes:
         )
     try:
         with socket.create_connection((_public_address(host, port), port), timeout=MAX_SECONDS) as connection:
-            return _request(connection, parts, name, ssl.create_default_context() if usual == 443 else None)
+            return _request(connection, parts, name, ssl.create_default_context() if secure else None)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"{url[:200]!r} cannot be fetched ({error}), expected the URL of an image") from error
 
