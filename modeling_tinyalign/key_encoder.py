@@ -157,9 +157,14 @@ class KeyEncoder(nn.Module):
                 keys = keys @ self.projection.to(raw_keys.device)
             return F.normalize(keys, dim=-1)
 
-    def forward(self, vision_features: torch.Tensor, *query: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self,
+        vision_features: torch.Tensor,
+        query_input_ids: torch.Tensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """`(batch, tokens, width)` features, with the query of `raw_keys`, to unit-length keys `(batch, key_dim)`."""
-        return self.finish(self.raw_keys(vision_features, *query))
+        return self.finish(self.raw_keys(vision_features, query_input_ids, query_attention_mask))
 
     def save(self, path: Path, probe_keys: torch.Tensor) -> None:
         """Write it as safetensors, with the bank's probe keys."""

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .bank_arrays import SCRATCH_PREFIX, cache_root, lay_out
 from .bank_folder import lay_out_folder, open_folder, read_value_encoder, write_shards
 from .bank_format import (
+    BATCH_ROWS,
     CARD_FACTS_NAME,
     CONFIG_NAME,
     KEY_ENCODER_NAME,
@@ -238,10 +239,28 @@ class MemoryBank(BankRows):
         return self.with_rows(self.batches(keys_of)).with_calibration(None)
 
     @classmethod
-    def from_dataset(cls, dataset: Iterable[dict], like: MemoryBank | str | os.PathLike, **settings) -> MemoryBank:
-        """Make a bank of a bank's rows: see `tinyalign_vlm.training.bank.build.bank_of_dataset`, which does it."""
-        build = installed_package("bank.build", "Making a memory bank of a data set")
-        return build.bank_of_dataset(dataset, like, **settings)
+    def from_dataset(
+        cls,
+        dataset: Iterable[dict],
+        like: MemoryBank | str | os.PathLike,
+        revision: str | None = None,
+        quantized: bool | None = None,
+    ) -> MemoryBank:
+        """Make a bank of a bank's rows that were loaded with `datasets`, filtered or concatenated say.
+
+        Args:
+            dataset: with a bank's columns. Filter a streamed one after `.decode(False)`: `datasets` would encode its
+                thumbnails anew.
+            like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which no
+                rows are downloaded.
+
+        Raises:
+            ValueError: a column is missing or of another type, or there is no row.
+        """
+        if isinstance(dataset, dict):
+            raise ValueError(f"The dataset has the splits {list(dataset)}: pass one of them, dataset['train'] say.")
+        like = like if isinstance(like, MemoryBank) else cls.open_encoders(like, revision)
+        return like.with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), quantized=quantized)
 
     # ------------------------------------------------------------------ using it
 

@@ -103,7 +103,7 @@ def test_language_space(make_model, make_processor):
     torch.nn.init.normal_(connector.linear_1.weight)
     assert encoder(features).equal(before), "training the connector moved the keys"
     with pytest.raises(ValueError, match="Query token 999 is outside the 301 tokens"):
-        encoder(features, torch.tensor([[999], [1]]))
+        encoder(features, query_input_ids=torch.tensor([[999], [1]]))
 
 
 def test_save_and_load(make_model, make_processor, tmp_path):

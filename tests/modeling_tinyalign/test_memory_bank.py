@@ -159,6 +159,7 @@ def test_from_dataset_deletes_rows(bank, saved, tmp_path):
     table = datasets.load_dataset(str(saved), split="train", cache_dir=str(tmp_path))
     smaller = MemoryBank.from_dataset(table.filter(lambda row: row["id"] != 4), like=saved)
     assert smaller.captions == bank.captions[:4] + bank.captions[5:]
+    assert MemoryBank.from_dataset(table, saved, None, True).config.quantized
     torch.testing.assert_close(smaller.gather([4]), bank.gather([5]))
 
 

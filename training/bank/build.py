@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,8 +13,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, __version__
 
 from ...modeling_tinyalign.bank_arrays import QUANTIZED_ROWS, SCRATCH_PREFIX, cache_errors, cache_root
-from ...modeling_tinyalign.bank_format import BATCH_ROWS, BankConfig, KeyEncoderConfig, TowerConfig, matrix
-from ...modeling_tinyalign.bank_rows import renumbered
+from ...modeling_tinyalign.bank_format import BankConfig, KeyEncoderConfig, TowerConfig, matrix
 from ...modeling_tinyalign.files import scratch_folder
 from ...modeling_tinyalign.key_encoder import KeyEncoder, evaluating, probe_pixels, tower_name
 from ...modeling_tinyalign.memory_bank import MemoryBank
@@ -212,26 +210,3 @@ def fit_whitening(raw_keys: torch.Tensor, mean: torch.Tensor, dim: int) -> torch
     # the directions are centred^T scores / sqrt(rows variance)
     projection = centred.T @ scores / variance.clamp(min=floor) / rows**0.5
     return projection.float().contiguous()
-
-
-def bank_of_dataset(
-    dataset: Iterable[dict],
-    like: MemoryBank | str | os.PathLike,
-    revision: str | None = None,
-    quantized: bool | None = None,
-) -> MemoryBank:
-    """Make a bank of a bank's rows that were loaded with `datasets`, filtered or concatenated say.
-
-    Args:
-        dataset: with a bank's columns. Filter a streamed one after `.decode(False)`: `datasets` would encode its
-            thumbnails anew.
-        like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which no
-            rows are downloaded.
-
-    Raises:
-        ValueError: a column is missing or of another type, or there is no row.
-    """
-    if isinstance(dataset, dict):
-        raise ValueError(f"The dataset has the splits {list(dataset)}: pass one of them, dataset['train'] say.")
-    like = like if isinstance(like, MemoryBank) else MemoryBank.open_encoders(like, revision)
-    return like.with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), quantized=quantized)

@@ -93,8 +93,13 @@ def encode_chat(
 
     The same as `processor.apply_chat_template`, without needing the images. Raises `BadRow` when there is nothing to
     learn, or when the chat has more than `max_length` tokens and `truncation` is off, or would cut a placeholder or
-    all that is to be learnt.
+    all that is to be learnt. `ValueError` when the processor has no chat template.
     """
+    if processor.chat_template is None:  # a tokenizer's own does not mark what the assistant says
+        raise ValueError(
+            "The processor has no chat template, expected one that marks answers with {% generation %}: pass "
+            "chat_template, or make it with TinyAlignProcessor.from_vision_text_pretrained, which chooses one."
+        )
     encoded = processor.tokenizer.apply_chat_template(
         processor.as_text(read_chat(messages)),
         chat_template=processor.chat_template,

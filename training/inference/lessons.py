@@ -80,7 +80,7 @@ class Lessons:
         bank: the model's, whose encoders make the keys; shared, never copied. Without one nothing can be taught.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, pictures: Pictures | None = None):
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, pictures: Pictures | None = None):
         self.model, self.processor, self.bank = model, processor, model.memory_bank
         self.pictures = Pictures(model) if pictures is None else pictures
         self._lessons: list[Lesson] = []
@@ -112,7 +112,7 @@ class Lessons:
         if self.model.config.memory_top_k == 0:
             raise ValueError("This model has no memory: use one whose memory_top_k is not 0.")
         if self.bank is None:
-            raise ValueError("There is no memory bank to read or to teach: pass --memory_bank, or attach one.")
+            raise ValueError("There is no memory bank: pass --memory_bank, attach one, or answer with memory off.")
         return self.bank
 
     def teach(self, image: Any, caption: str) -> dict:

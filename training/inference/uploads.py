@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,17 +43,18 @@ def read_lessons(paths: list[str | Path]) -> Iterator[tuple[str, Image.Image, st
                 raise ValueError(f"The zip file holds {declared} bytes, expected at most {MAX_UPLOAD_BYTES}.")
             # bytes beyond a declared size are an error of zipfile's
             names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
-            yield from _lessons({name: zipfile.Path(archive, name) for name in names})
+            # not zipfile.Path: with a name that begins with "//", it never ends in Python before 3.11.10
+            yield from _lessons({name: partial(archive.open, name) for name in names})
     else:
-        yield from _lessons({Path(path).name: Path(path) for path in paths})
+        yield from _lessons({Path(path).name: partial(open, path, "rb") for path in paths})
 
 
-def _lessons(files: dict[str, Path | zipfile.Path]) -> Iterator[tuple[str, Image.Image, str]]:
+def _lessons(files: dict[str, Callable[[], io.BufferedIOBase]]) -> Iterator[tuple[str, Image.Image, str]]:
     tables = [name for name in files if name.lower().endswith(".csv")]
     if len(tables) != 1:
         raise ValueError(f"Found {len(tables)} CSV files among {len(files)} files, expected one, beside the pictures.")
     try:
-        text = _limited(files[tables[0]].open("rb"), tables[0]).decode("utf-8-sig")
+        text = _limited(files[tables[0]](), tables[0]).decode("utf-8-sig")
         rows = csv.DictReader(io.StringIO(text, newline=""))
         if not set(COLUMNS) <= set(rows.fieldnames or []):
             raise ValueError(f"its columns are {rows.fieldnames}, expected {' and '.join(COLUMNS)} in its first line")
@@ -68,7 +70,7 @@ def _lessons(files: dict[str, Path | zipfile.Path]) -> Iterator[tuple[str, Image
         if file is None:
             raise ValueError(f"{tables[0]} names the picture {name!r:.100}, which was not uploaded.")
         try:
-            picture = decode_image(io.BytesIO(_limited(file.open("rb"), name)), REQUEST_FORMATS)
+            picture = decode_image(io.BytesIO(_limited(file(), name)), REQUEST_FORMATS)
         except (ValueError, zipfile.BadZipFile, RuntimeError) as error:
             raise ValueError(f"{name:.100}: {error}") from error
         yield name, picture, row["caption"] or ""

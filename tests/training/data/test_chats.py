@@ -35,6 +35,15 @@ def test_a_chat_is_encoded_as_the_processor_does(text, make_model, make_processo
     assert "".join(spoken.split()) == f"aredsquare{end}blue{end}"
 
 
+def test_a_processor_without_a_template_is_refused(make_model, make_processor):
+    """The tokenizer's own, which would be taken instead, marks no answers."""
+    processor = make_processor(make_model())
+    processor.chat_template = None
+    processor.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="no chat template, expected one that marks answers"):
+        encode_chat(processor, to_messages("what?", "a cat"))
+
+
 @pytest.mark.parametrize("answer", [None, 3, "", " \n"])
 def test_an_answer_is_text(answer):
     with pytest.raises(ValueError, match=f"the answer is {re.escape(repr(answer))}, expected text that is not blank"):

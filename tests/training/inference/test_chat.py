@@ -141,7 +141,8 @@ def test_without_a_bank_it_says_what_to_do(folder, monkeypatch, capsys):
     say(monkeypatch, "/memory on", "/memory 1", "/teach 0.png a cat", "/save here", "what?", "/sources")
     main(["chat", "model", "--memory", "off", "--max_new_tokens", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:4] == ["There is no memory bank to read or to teach: pass --memory_bank, or attach one."] * 4
+    message = "There is no memory bank: pass --memory_bank, attach one, or answer with memory off."
+    assert lines[:4] == [message] * 4
     assert lines[5] == "No examples were read for the last answer."
 
 

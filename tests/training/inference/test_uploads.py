@@ -49,6 +49,7 @@ def test_lessons(put, zipped):
 def test_a_zip_file_of_a_folder(put):
     files = {f"birds/{name}": content for name, content in FILES.items()}
     assert len(list(read_lessons(put(files, True)))) == 2
+    files["//x.png"] = b"of no row"  # zipfile.Path never ends with it in some versions of Python
     files["birds/lessons.csv"] = b"\xef\xbb\xbfimage,caption\nbirds/a.png,one\n"  # Excel begins so
     assert [line for _, _, line in read_lessons(put(files, True))] == ["one"]
 
