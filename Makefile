@@ -29,7 +29,7 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## train, evaluate and report on real images (DEMO_ARGS=--quick: five minutes)
 	$(VENV)/bin/tinyalign demo $(DEMO_ARGS)
 
-evidence: demo  ## run every claim of the paper again: hours (EVIDENCE_ARGS="--only bank": a part of it)
+evidence: demo $(VENV)/.evidence  ## run every claim of the paper again: hours (EVIDENCE_ARGS="--only bank": a part of it)
 	$(VENV)/bin/python benchmarks/evidence evidence $(EVIDENCE_ARGS)
 
 test: $(VENV)/.dev  ## run the tests (PYTEST_ARGS="-x tests/processing" for a part of them)
@@ -80,6 +80,10 @@ $(VENV)/.demo: constraints.txt $(PACKAGING)
 $(VENV)/.dev: $(VENV)/.demo
 	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev,demo]"
 	$(VENV)/bin/python -m pip install --no-deps -c constraints.txt $(LMMS_EVAL)
+	touch $@
+
+$(VENV)/.evidence: $(VENV)/.demo
+	$(VENV)/bin/python -m pip install -c constraints.txt umap-learn==0.5.12 easy-vqa==1.0
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.demo

@@ -35,16 +35,17 @@ SECTIONS = {
     "towers": claims.towers,
     "neighbours": claims.neighbours,
     "sources": claims.sources,
+    "queries": claims.queries,
     "stages": claims.stages,
     "real_captions": claims.real_captions,
     "alternatives": rivals.alternatives,
+    "pictures": rivals.pictures,
     "one_picture": rivals.one_picture,
     "easy_vqa": rivals.easy_vqa,
 }
 # Asked for by a careful reader and not run, and why.
 NOT_RUN = {
-    "Query with text and without": "the demo has no bank with keys in the language model's space.",
-    "Neighbours as pictures in the prompt, a trained prefix": "they did not fit into the time.",
+    "A trained prefix": "it did not fit into the time.",
     "A second language model": "only one can be had without the Hub.",
 }
 
@@ -57,8 +58,8 @@ other drawings of them with their names. Each seed asks two questions about {con
 and EfficientNet-Lite0, {config.stage1_steps} + {config.stage2_steps} steps of {config.batch_size} rows, {top_k}
 neighbours: it is the *kind* of claim that is tested, not the paper's benchmarks and models. Brackets are 95%
 intervals of {draws} bootstrap draws of concepts, over all seeds of a table; differences are paired.
-Seeds: {seeds}; the sections alternatives, data_efficiency, causes, stages, cost, real_captions, one_picture and
-easy_vqa train on seed 0 alone.
+Seeds: {seeds}; the sections alternatives, data_efficiency, causes, stages, cost, real_captions, pictures,
+one_picture and easy_vqa train on seed 0 alone.
 
 | claim | verdict |
 |---|---|

@@ -35,13 +35,13 @@ def loss_curves(curves: dict[int, dict[str, list[LossCurve]]], path: Path) -> No
 
 
 def clouds(found: dict[str, Clouds], path: Path) -> None:
-    """Plot pictures and names in their first two principal components, one system beside the other."""
+    """Plot pictures and names by UMAP, one system beside the other."""
+    from umap import UMAP  # of umap-learn, which no other section needs
+
     figure = Figure(figsize=(4 * len(found), 4))
     for axis, (title, both) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
         vectors = np.concatenate([both.pictures, both.names])
-        vectors = vectors - vectors.mean(0)
-        _, _, directions = np.linalg.svd(vectors, full_matrices=False)
-        pictures, names = np.split(vectors @ directions[:2].T, 2)
+        pictures, names = np.split(UMAP(metric="cosine", random_state=0).fit_transform(vectors), 2)
         axis.scatter(*names.T, s=10, marker="x", color="black", linewidth=0.7, label="names")
         for number, kind in enumerate(SHOWN_KINDS):
             chosen = both.kinds == kind

@@ -3,13 +3,14 @@
 from io import BytesIO
 
 import numpy as np
+import torch
 from openclipart import ClipArt, bank_of_clip_art, bank_with_clip_art
 from PIL import Image
 from study import Study, add_bank, evaluate
 from transformers import PreTrainedModel, ProcessorMixin
 
-from tinyalign_vlm.training.demo import systems
-from tinyalign_vlm.training.demo.state import TOP_K, Demo
+from tinyalign_vlm.training.demo import run, systems
+from tinyalign_vlm.training.demo.state import PROMPT, TOP_K, Demo
 
 SEEDS = (0, 1, 2)
 BANK_SHARES = (0.1, 0.25, 0.5, 1.0)
@@ -96,6 +97,34 @@ def other_tower(demo: Demo) -> float:
     demo.found[name] = np.take_along_axis(scores, ids, 1).astype(np.float32), ids
     demo.results["tinyalign"][name] = evaluate(demo, "tinyalign", trained(demo), name)
     return recall(demo, name)
+
+
+def language_queries(study: Study) -> dict[int, dict[str, float]]:
+    """Evaluate with keys in the language model's space, the question in the query and not; return recalls.
+
+    Keys and queries go through the baseline's trained connector; a key has its row's caption in it (paper, eq. 4).
+    The model is TinyAlign as trained, and reads the captions of the rows that are found.
+    """
+    recalls = {}
+    for seed in [seed for seed in SEEDS if seed in study.seeds]:
+        demo = study.demo(seed)
+        baseline, _ = systems.train_system(demo, "baseline", memory_top_k=0)
+        model, processor = systems.compose_demo(demo.weights, demo.config, key_space="language")
+        model.model.connector.load_state_dict(baseline.model.connector.state_dict())
+        drawings, concepts = demo.pairs.noto, demo.concepts["with"]
+        settings = {"whiten_dim": run.key_settings(concepts)["whiten_dim"]}
+        bank = run.make_bank(model, processor, drawings, demo.features["noto"], concepts, **settings)
+        pictures = torch.from_numpy(np.array(demo.features["queries"]))
+        questions = {"image": {}, "question": processor.query_inputs([PROMPT] * len(pictures))}
+        recalls[seed] = {"with": recall(demo, "with")}
+        for name, question in questions.items():
+            scores, ids = bank.search(bank.encode_queries(pictures, **question), run.SEARCHED)
+            name = f"query_{name}"
+            demo.banks[name], demo.concepts[name] = demo.banks["with"], concepts
+            demo.found[name] = scores.numpy(), ids.numpy()
+            demo.results["tinyalign"][name] = evaluate(demo, "tinyalign", trained(demo), name)
+            recalls[seed][name] = recall(demo, name)
+    return recalls
 
 
 def small_pictures(images) -> np.ndarray:

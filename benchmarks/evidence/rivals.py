@@ -4,10 +4,11 @@ from pathlib import Path
 
 import negative_control
 import numpy as np
+import pictures_in_prompt
 import sceptic
 import teaching
-from pooling import is_less, is_more, score
-from sections import FAILS, HOLDS, UNTESTED, Section, better, demos_of, said
+from pooling import is_less, is_more, result_of, score
+from sections import FAILS, HOLDS, UNTESTED, Section, better, demos_of, said, scores_table
 from study import Study
 
 from tinyalign_vlm.hub_cards.markdown import table
@@ -73,6 +74,28 @@ def alternatives(study: Study, folder: Path) -> Section:
         "controls that are ahead of TinyAlign where the bank knows it: "
         + ("; ".join(f"{title} in {said(names)}" for title, names in beaten.items()) or "none")
         + ".",
+    )
+
+
+def pictures(study: Study, folder: Path) -> Section:
+    """Compare with the neighbours' pictures in the prompt."""
+    pictures_in_prompt.compare(study)
+    demos = demos_of(study, pictures_in_prompt.SEEDS)
+    names = {"tinyalign": "TinyAlign", "text_cut": "text-only RAG at equal tokens"}
+    names[pictures_in_prompt.NAME] = "pictures and captions in the prompt"
+    rows = {title: result_of(name, "with") for name, title in names.items()}
+    rows["baseline"] = result_of("baseline", "with")
+    rows |= {f"{title}, a bank that lacks the concepts": result_of(name, "without") for name, title in names.items()}
+    ours, theirs = rows["TinyAlign"], rows["pictures and captions in the prompt"]
+    more, less = better(demos, ours, theirs), better(demos, theirs, ours)
+    tokens = {name: demos[0].results[name]["with"].tokens for name in names}
+    return Section(
+        "Neighbours as pictures in the prompt",
+        "None.",
+        "Each neighbour's visual tokens and its caption stand before the question, in training and after; as many "
+        f"steps. A prompt has {tokens[pictures_in_prompt.NAME]:.0f} tokens so, {tokens['tinyalign']:.0f} with memory "
+        f"tokens, {tokens['text_cut']:.0f} with text alone.\n\n" + scores_table(demos, rows, ours),
+        f"beside pictures in the prompt TinyAlign is better in {said(more)}, worse in {said(less)}.",
     )
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tinyalign_vlm.training.data.chats import to_messages
 from tinyalign_vlm.training.demo.state import Result
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
@@ -64,6 +65,19 @@ def test_more_seeds_of_the_same_concepts_are_no_more_concepts():
 
     demo, base = made_up_demo(0, gain=0.5), result_of("baseline", "with")
     assert score([demo] * 3, base, "name_loss") == pytest.approx(score([demo], base, "name_loss"))
+
+
+def test_neighbours_stand_in_the_prompt_with_their_captions():
+    from pictures_in_prompt import pictures_of, show_neighbours
+
+    asked, answer = to_messages("what?", "a cat")
+    shown, said = show_neighbours([asked, answer], ["a dog", "a cow"])
+    texts = [part.get("text", "picture") for part in shown["content"]]
+    assert texts == ["picture", "a dog\n", "picture", "a cow\n", "picture", "what?"]
+    assert said == answer and len(asked["content"]) == 2
+    found = {"train": (np.zeros((1, 5)), np.array([[2, 0, 1, 2, 0]]))}
+    demo = SimpleNamespace(concepts={"with": np.array([7, 3, 9])}, found=found)
+    assert pictures_of(demo, "train", "with") == [[9, 7, 3, 9]]  # as many as are read
 
 
 def test_losses_at_equal_steps_and_seconds():

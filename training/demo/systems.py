@@ -1,8 +1,9 @@
 """The systems that the demo trains, all in as many steps, and what each of them answers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -173,38 +174,62 @@ def evaluate_system(
     """
     path = demo.out / "evaluation" / f"{name}.json"
     if path.exists():
-        kept = json.loads(path.read_text())
-        return Result(**{key: np.array(value) if isinstance(value, list) else value for key, value in kept.items()})
+        return read_result(path)
     features = demo.features["queries"] if features is None else features
     read = None if bank is None else demo.banks[bank]
     if read is not None:
         model.attach_memory_bank(read, tokenizer=processor.tokenizer)
 
+    ask = partial(questions, demo, bank=bank, captions=captions)
+    settings = {"bank": read, "vision_features": features, "batch_size": BATCH_SIZE, "desc": name}
+    with bfloat16_language_model(model, enabled=bfloat16_is_fast(use_cpu=not torch.cuda.is_available())):
+        result = score_system(demo, model, processor, ask, **settings)
+        if answer:
+            shown = ask(PROMPT, demo.answered)
+            result.tokens = prompt_tokens(processor, shown)
+            chatted = shown.map(lambda row: {"messages": [*row["messages"], to_messages("-", "-")[1]]})
+            answers = evaluate_answers(model, processor, chatted, max_new_tokens=ANSWER_TOKENS, **settings)
+            result.answers, result.seconds = answers.answers, float(answers.seconds.mean())
+    write_json(path, asdict(result))
+    return result
+
+
+def read_result(path: Path) -> Result:
+    """Read what was kept of a system's answers."""
+    kept = json.loads(path.read_text())
+    return Result(**{key: np.array(value) if isinstance(value, list) else value for key, value in kept.items()})
+
+
+def score_system(
+    demo: Demo,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    ask: Callable[[str, Sequence[int]], datasets.Dataset],
+    **settings,
+) -> Result:
+    """Return how likely a system finds the right answers to the queries, keywords and names.
+
+    Args:
+        ask: makes the rows of `score_answers` of a question and the numbers of queries.
+        settings: those of `score_answers`.
+    """
     labels, asked = demo.labels(demo.queried), demo.asked
     keywords = demo.keywords(demo.queried[asked])
-    answers = [[text, *demo.options[row]] for text, row in zip(keywords, asked, strict=True)]
-    settings = {"vision_features": features, "batch_size": BATCH_SIZE, "desc": name}
-    with bfloat16_language_model(model, enabled=bfloat16_is_fast(use_cpu=not torch.cuda.is_available())):
-        rows = questions(demo, KEYWORDS_PROMPT, asked, bank, captions)
-        words = score_answers(model, processor, rows, answers, read, **settings)
-        rows = questions(demo, PROMPT, range(len(labels)), bank, captions)
-        names = score_answers(model, processor, rows, [[label] for label in labels], read, **settings)
-        said = {}
-        if answer:
-            shown = rows.select(demo.answered)
-            chatted = shown.map(lambda row: {"messages": [*row["messages"], to_messages("-", "-")[1]]})
-            answers = evaluate_answers(model, processor, chatted, read, max_new_tokens=ANSWER_TOKENS, **settings)
-            lengths = [len(encode_chat(processor, row, add_generation_prompt=True)[0]) for row in shown["messages"]]
-            said = {"answers": answers.answers, "seconds": float(answers.seconds.mean())}
-            said["tokens"] = float(np.mean(lengths))
-    result = Result(
+    options = [[text, *demo.options[row]] for text, row in zip(keywords, asked, strict=True)]
+    words = score_answers(model, processor, ask(KEYWORDS_PROMPT, asked), options, **settings)
+    names = score_answers(model, processor, ask(PROMPT, range(len(labels))), [[label] for label in labels], **settings)
+    return Result(
         choice=(words.likelihoods[:, 1:].argmax(1) == 0).astype(float),
         exact_match=names.is_greedy[:, 0].astype(float),
         keyword_losses=words.losses[:, 0],
         keyword_tokens=words.num_tokens[:, 0],
         name_losses=names.losses[:, 0],
         name_tokens=names.num_tokens[:, 0],
-        **said,
     )
-    write_json(path, asdict(result))
-    return result
+
+
+def prompt_tokens(processor: ProcessorMixin, rows: datasets.Dataset) -> float:
+    """Return the mean number of tokens of questions, those of pictures and memory included."""
+    return float(
+        np.mean([len(encode_chat(processor, chat, add_generation_prompt=True)[0]) for chat in rows["messages"]])
+    )
