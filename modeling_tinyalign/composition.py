@@ -67,7 +67,8 @@ def load_models(model: PreTrainedModel, kwargs: dict):
             "Found quantization_config and a checkpoint of connectors alone: load it without, save_pretrained it, and "
             "load that with quantization_config."
         )
-    hub = {key: kwargs[key] for key in DOWNLOAD_KWARGS if key in kwargs}
+    hub = {"trust_remote_code": False, "use_safetensors": True}  # the checkpoint names them, not who loads it
+    hub |= {key: kwargs[key] for key in DOWNLOAD_KWARGS if key in kwargs}
     try:
         tower, _ = load_vision_tower(config.vision_model, {"revision": config.vision_model_revision or "main", **hub})
         text = AutoModelForCausalLM.from_pretrained(

@@ -42,7 +42,7 @@ class TinyAlignConfig(PreTrainedConfig):
         Any vision tower `AutoModel` can build. Of a dual tower (SigLIP, CLIP) the vision half is taken.
     text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama):
         Any causal language model `AutoModel` can build.
-    lm_head_bias (`bool`, *optional*, defaults to `False`): Whether the language model's head has a bias, as Phi's has.
+    lm_head_bias (`bool`, *optional*, defaults to `False`): The language model's head has a bias, as Phi's.
 
     > What an image becomes
 
@@ -70,7 +70,7 @@ class TinyAlignConfig(PreTrainedConfig):
     memory_tokens (`int`, *optional*, defaults to 32):
         Memory tokens of one image (M), however many neighbours there are and however long their captions.
     memory_input (`str`, *optional*, defaults to `"captions"`):
-        What is read of the neighbours. `"captions"`: their text, as running text in the language model's own tokens.
+        The part of the neighbours that is read. `"captions"`: their text, in the language model's own tokens.
         `"latents"`: the values of the bank, side by side, through a trained MLP (the paper's way; their number L is
         `memory_tokens`). `"both"`: the two added up.
     latent_dim (`int`, *optional*, defaults to 96):
@@ -81,7 +81,7 @@ class TinyAlignConfig(PreTrainedConfig):
     retrieval_threshold (`float`, *optional*):
         Similarity (the inner product of unit keys, -1 to 1) below which a neighbour is not used: its slot gets the
         learned "nothing retrieved". `None` uses all neighbours. `tinyalign bank calibrate` chooses one.
-    memory_scores (`bool`, *optional*, defaults to `True`): Whether the memory connector is told their similarities.
+    memory_scores (`bool`, *optional*, defaults to `True`): The memory connector is told their similarities.
     prompt_captions (`int`, *optional*, defaults to 0):
         Neighbours whose captions are written into the prompt. More than 0, with `memory_top_k=0`, is text-only RAG.
     vision_model, vision_model_revision, language_model, language_model_revision (`str`, *optional*):

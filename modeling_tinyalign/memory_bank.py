@@ -24,7 +24,6 @@ from transformers.utils import logging
 from .bank_arrays import SCRATCH_PREFIX, cache_root, lay_out
 from .bank_folder import lay_out_folder, open_folder, read_value_encoder, write_shards
 from .bank_format import (
-    BATCH_ROWS,
     CARD_FACTS_NAME,
     CONFIG_NAME,
     KEY_ENCODER_NAME,
@@ -40,7 +39,7 @@ from .bank_rows import BankRows, renumbered
 from .connectors import check_tensor
 from .files import CARD_NAME, SHARDS, installed_package, make_bank_card, push_files, replace_folder, scratch_folder
 from .key_encoder import KeyEncoder, evaluating
-from .row_encoder import LeftOutRow, PairReader, RowEncoder, check_many, finished, stored_images
+from .row_encoder import LeftOutRow, PairReader, RowEncoder, check_as_many, check_many, finished, stored_images
 from .value_encoder import ValueEncoder
 
 try:
@@ -99,8 +98,6 @@ class MemoryBank(BankRows):
         if isinstance(self._value_encoder, Path):
             self._value_encoder = read_value_encoder(self._value_encoder, self.config, self.repo_id is not None)
         return self._value_encoder
-
-    # ------------------------------------------------------------------ making one
 
     @classmethod
     def build(
@@ -186,8 +183,10 @@ class MemoryBank(BankRows):
             rows, captions = [rows], [captions]
         check_many(rows, "images_or_rows")
         if captions is not None:
+            check_as_many("captions", captions, rows)
             pairs = zip(rows, captions, strict=True)
             rows = ({**blank, image_column: image, caption_column: text} for image, text in pairs)
+        check_as_many("vision_features", settings.get("vision_features"), rows)
         settings["seen"] = None if keep_duplicates else self.image_names()
         reader = PairReader(processor.decode_image, image_column, caption_column, self.config.columns)
         encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)
@@ -246,23 +245,9 @@ class MemoryBank(BankRows):
         revision: str | None = None,
         quantized: bool | None = None,
     ) -> MemoryBank:
-        """Make a bank of a bank's rows that were loaded with `datasets`, filtered or concatenated say.
-
-        Args:
-            dataset: with a bank's columns. Filter a streamed one after `.decode(False)`: `datasets` would encode its
-                thumbnails anew.
-            like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which no
-                rows are downloaded.
-
-        Raises:
-            ValueError: a column is missing or of another type, or there is no row.
-        """
-        if isinstance(dataset, dict):
-            raise ValueError(f"The dataset has the splits {list(dataset)}: pass one of them, dataset['train'] say.")
-        like = like if isinstance(like, MemoryBank) else cls.open_encoders(like, revision)
-        return like.with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), quantized=quantized)
-
-    # ------------------------------------------------------------------ using it
+        """Make a bank of a bank's rows: see `tinyalign_vlm.training.bank.build.bank_of_dataset`, which does it."""
+        build = installed_package("bank.build", "Making a memory bank of a data set")
+        return build.bank_of_dataset(dataset, like, revision, quantized)
 
     def encode_queries(
         self,
@@ -299,8 +284,6 @@ class MemoryBank(BankRows):
     def check_probes(self, model: PreTrainedModel) -> None:
         """Refuse a model of another vision tower than the bank's keys were made with: see `KeyEncoder.check_tower`."""
         self.key_encoder.check_tower(model, self.config.tower, self.probe_keys)
-
-    # ------------------------------------------------------------------ files
 
     @classmethod
     def open_encoders(

@@ -74,7 +74,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             config.projector_hidden_act,
         )
         self.trains_vision_tower = False  # set by training, which then says which of its parameters do
-        self._built_top_k = config.memory_top_k  # read_memory refuses another one: its weights have this shape
+        self.built_top_k = config.memory_top_k  # read_memory refuses another one: its weights have this shape
         if config.memory_top_k > 0:
             self.memory_connector = MemoryConnector(config)
         self.language_model = build_part(config.text_config, "text_config")
@@ -336,7 +336,8 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         images, mask = self._encode_images(inputs, kwargs)
         found = [] if sources is True else sources
         if found is not None and mask is not None:
-            found += sources_of(self.memory_bank, images, mask)
+            reads = images is not None and images.memory_ids is not None and (images.memory_ids >= 0).any()
+            found += sources_of(self.memory_bank if reads else None, images, mask)  # else no bank is opened for it
         outputs = super().generate(inputs, *args, **kwargs)
         if images is not None and not torch.is_tensor(outputs):
             outputs["memory_ids"], outputs["memory_scores"] = images.memory_ids, images.memory_scores

@@ -360,9 +360,9 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             memory: Those of `memory_ids`, `memory_scores`, `memory_input_ids` and `memory_values` that are known.
                 Without `memory_input_ids` the captions of the bank's rows are read.
         """
-        if self.config.memory_top_k != self._built_top_k:
+        if self.config.memory_top_k != self.built_top_k:
             raise ValueError(
-                f"config.memory_top_k is {self.config.memory_top_k}, but the model was made for {self._built_top_k} "
+                f"config.memory_top_k is {self.config.memory_top_k}, but the model was made for {self.built_top_k} "
                 "neighbours: set it back (memory_top_k of a call takes fewer), or make and train another model."
             )
         memory = {name: torch.as_tensor(value) for name, value in memory.items() if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -101,7 +101,10 @@ class PairReader:
             image = self.decode_image(row[self.image_column])
         except ValueError as error:
             raise BadRow("broken image", str(error)) from error
-        caption = check_caption(row[self.caption_column])
+        caption = row[self.caption_column]
+        if isinstance(caption, list):  # as of Flickr30k and COCO
+            caption = next((text for text in caption if text), None)
+        caption = check_caption(caption)
         kept = [None if row[column] is None else str(row[column]) for column in self.keep_columns]
         return BankRow(number, image, image_source_id(image), caption, kept)
 
@@ -268,6 +271,12 @@ def check_many(rows: Any, name: str) -> None:
         iter(rows)
     except TypeError:
         raise TypeError(f"{name} is a {type(rows).__name__}, expected a data set or a list of rows.") from None
+
+
+def check_as_many(name: str, values: Sequence | None, rows: Any) -> None:
+    """Raise ValueError where `values`, named so, are not as many as the rows."""
+    if values is not None and isinstance(rows, Sized) and len(values) != len(rows):
+        raise ValueError(f"{name} has {len(values)} rows, but there are {len(rows)} images: pass one for each.")
 
 
 def check_row_settings(keep_columns: Sequence[str], batch_size: int, thumbnail_size: int | None) -> None:

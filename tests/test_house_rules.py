@@ -150,6 +150,10 @@ def test_a_line_has_one_condition_at_most():
     assert not crowded
 
 
+def is_own(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
 def test_private_members_stay_in_their_module():
     """`self._name` and `cls._name` are one's own or one's base class's; `other._name` is another module's."""
     defined = defaultdict(set)
@@ -157,7 +161,7 @@ def test_private_members_stay_in_their_module():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 defined[node.name].add(path)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node):
                 defined[node.attr].add(path)
     wrong = []
     for path, tree in TREES.items():
@@ -165,9 +169,8 @@ def test_private_members_stay_in_their_module():
             if isinstance(node, ast.ImportFrom) and (node.level or "tinyalign" in (node.module or "")):
                 wrong += [f"{path}: {name.name}" for name in node.names if re.match(r"_[a-z]", name.name)]
             elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
-                own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
                 if (
-                    not own
+                    not is_own(node)
                     and node.attr not in OF_TRANSFORMERS
                     and defined[node.attr]
                     and path not in defined[node.attr]

@@ -127,7 +127,7 @@ def widen_connector(model: PreTrainedModel):
     added = sum(parameter.numel() for parameter in base.memory_connector.parameters())
     of_a_unit = config.vision_feature_size + 1 + hidden_size
     config.connector_size = (config.connector_size or hidden_size) + round(added / of_a_unit)
-    config.memory_top_k = base._built_top_k = 0
+    config.memory_top_k = base.built_top_k = 0
     del base.memory_connector
     base.connector = Connector(
         config.vision_feature_size, config.connector_size, hidden_size, config.projector_hidden_act

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignModel, TinyAlignProcessor
@@ -76,6 +77,18 @@ def test_models_that_are_gone_or_others(checkpoints, tmp_path):
         TinyAlignForConditionalGeneration.from_pretrained(
             tmp_path / "alone", quantization_config=BitsAndBytesConfig(load_in_8bit=True)
         )
+    state = load_file(tmp_path / "llama" / "model.safetensors")
+    (tmp_path / "llama" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "llama" / "pytorch_model.bin")  # no pickle is read that a config names
+    with pytest.raises(OSError, match="holds connectors alone, and of .*safetensors"):
+        TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "alone")
+    theirs = {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"},
+    }
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(theirs))
+    with pytest.raises(ValueError, match="trust_remote_code"):  # nor is code run, nor anybody asked
+        TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "alone")
     shutil.rmtree(tmp_path / "llama")
     with pytest.raises(OSError, match="holds connectors alone, and of .*llama"):
         TinyAlignForConditionalGeneration.from_pretrained(tmp_path / "alone")

@@ -67,8 +67,21 @@ def test_build_from_hub_dataset_and_cached_features(bank, dataset, model, proces
     )
     torch.testing.assert_close(other.encode_queries(features), bank.encode_queries(features), atol=1e-4, rtol=0)
     assert other.thumbnail(0) is None
-    with pytest.raises(ValueError, match=f"vision_features has {NUM_ROWS - 1} rows, but the dataset has {NUM_ROWS}"):
-        MemoryBank.build(dataset, model, processor, value_encoder, vision_features=features[1:])
+    for other in (features[1:], torch.cat([features, features[:1]])):
+        with pytest.raises(
+            ValueError, match=f"vision_features has {len(other)} rows, but there are {NUM_ROWS} images"
+        ):
+            MemoryBank.build(dataset, model, processor, value_encoder, vision_features=other)
+
+
+def test_a_bank_of_one_row_grows(dataset, model, processor, value_encoder):
+    """A single row is its own mean: were it taken away, its key would be 0 for ever."""
+    bank = MemoryBank.build(dataset[:1], model, processor, value_encoder, keep_columns=["licence"])
+    bank = bank.add(dataset[1:3], model, processor)
+    queries = bank.encode_queries(features_of([row["image"] for row in dataset[:3]], model, processor))
+    scores, ids = bank.search(queries, 1)
+    assert ids.flatten().tolist() == [0, 1, 2]
+    torch.testing.assert_close(scores, torch.ones(3, 1), atol=1e-4, rtol=0)
 
 
 def test_build_leaves_the_models_alone(model, processor, value_encoder, dataset):
@@ -153,6 +166,9 @@ def test_add_one(bank, model, processor, tmp_path):
         bigger = bank.add(image, model, processor, captions="a new one")
         assert bigger.captions == [*bank.captions, "a new one"]
         assert bigger.rows([NUM_ROWS])[0]["licence"] is None  # a column that the bank keeps
+    for wrong in ({"captions": ["one"]}, {"captions": ["one", "two"], "vision_features": np.zeros((1, 16, 16))}):
+        with pytest.raises(ValueError, match="has 1 rows, but there are 2 images: pass one for each"):
+            bank.add([noise(100), noise(101)], model, processor, **wrong)
 
 
 def test_from_dataset_deletes_rows(bank, saved, tmp_path):

@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from banks import small_value_encoder
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
@@ -101,12 +103,23 @@ def test_sources_have_their_probability(with_bank, inputs, bank):
     assert [source["probability"] for source in sources(2, memory_top_k=1)] == [None] * 3
 
 
+def test_without_memory_no_bank_is_opened_for_sources(make_model, inputs):
+    model = make_model(memory_bank="org/none")
+    _, sources = model.generate(**inputs, sources=True, memory="off", max_new_tokens=1)
+    assert sources == [[] for _ in inputs["input_ids"]]
+
+
 def test_pictures_and_their_files_are_retrieved_with(with_bank, inputs, images, tmp_path):
     images[0].save(tmp_path / "red.png")
     expected = with_bank.retrieve(inputs["pixel_values"][:1])
     for picture in (images[0], [images[0]], tmp_path / "red.png", str(tmp_path / "red.png")):
         found = with_bank.retrieve(picture)
         assert torch.equal(found.ids, expected.ids)
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "grey.png")
+    Image.new("L", (2, 900)).save(tmp_path / "strip.png")
+    for name, size in (("grey.png", "8 x 8 pixels of mode I;16"), ("strip.png", "2 x 900 pixels of mode L")):
+        with pytest.raises(ValueError, match=f"{name}.*{size}: pass the processor's pixel_values"):
+            with_bank.retrieve(tmp_path / name)
     with_bank.attach_memory_bank(None)
     assert with_bank.memory_bank is None
 

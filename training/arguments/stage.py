@@ -90,8 +90,6 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
                 f"memory_dropout is {self.memory_dropout} and baseline {self.baseline!r}: they need neighbours "
                 "looked up beforehand, but those of streamed rows are looked up in every step. Set streaming: false."
             )
-        # in accelerate's other mode one process reads for all, and rows must have equal lengths
-        self.accelerator_config.dispatch_batches = False
 
     def _check_run(self):
         """Raise `ValueError` for values that would fail later, with less to go by."""

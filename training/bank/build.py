@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,11 +14,12 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, __version__
 
 from ...modeling_tinyalign.bank_arrays import QUANTIZED_ROWS, SCRATCH_PREFIX, cache_errors, cache_root
-from ...modeling_tinyalign.bank_format import BankConfig, KeyEncoderConfig, TowerConfig, matrix
+from ...modeling_tinyalign.bank_format import BATCH_ROWS, BankConfig, KeyEncoderConfig, TowerConfig, matrix
+from ...modeling_tinyalign.bank_rows import renumbered
 from ...modeling_tinyalign.files import scratch_folder
 from ...modeling_tinyalign.key_encoder import KeyEncoder, evaluating, probe_pixels, tower_name
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ...modeling_tinyalign.row_encoder import RowEncoder, check_many, check_row_settings, finished
+from ...modeling_tinyalign.row_encoder import RowEncoder, check_as_many, check_many, check_row_settings, finished
 from ...modeling_tinyalign.value_encoder import ValueEncoder
 from ..data.images import DatasetImages
 from ..hub.bank_facts import facts_of_dataset
@@ -68,7 +70,7 @@ def build_bank(
     check_many(dataset, "dataset")
     check_row_settings(keep_columns, batch_size, thumbnail_size)
     source = DatasetImages(dataset, image_column, caption_column, keep_columns)
-    source.check_features(vision_features)
+    check_as_many("vision_features", vision_features, dataset)
     if value_encoder is None and model.config.reads_latents:
         source.check_can_be_read_twice()
         value_encoder = train_new_value_encoder(
@@ -101,7 +103,8 @@ def finish_bank(
         raise no_usable_row(name, parts.left_out)
     key_encoder = encoder.key_encoder.cpu()
     mean, sample = mean_and_sample(parts.batches(), parts.num_rows)
-    key_encoder.mean = mean.float()
+    if parts.num_rows > 1:  # a single row is its own mean, and without it nothing of a key would be left
+        key_encoder.mean = mean.float()
     if whiten_dim is not None:
         key_encoder.projection = fit_whitening(sample, mean, whiten_dim)
     config = new_bank_config(encoder, parts.num_rows > QUANTIZED_ROWS if quantized is None else quantized)
@@ -210,3 +213,27 @@ def fit_whitening(raw_keys: torch.Tensor, mean: torch.Tensor, dim: int) -> torch
     # the directions are centred^T scores / sqrt(rows variance)
     projection = centred.T @ scores / variance.clamp(min=floor) / rows**0.5
     return projection.float().contiguous()
+
+
+def bank_of_dataset(
+    dataset: Iterable[dict],
+    like: MemoryBank | str | os.PathLike,
+    revision: str | None = None,
+    quantized: bool | None = None,
+) -> MemoryBank:
+    """Make a bank of a bank's rows that were loaded with `datasets`, filtered or concatenated say.
+
+    Args:
+        dataset: with a bank's columns. Filter a streamed one after `.decode(False)`: `datasets` would encode its
+            thumbnails anew.
+        like: the bank whose encoders made the rows, or its folder or repository (then at `revision`), of which no
+            rows are downloaded.
+
+    Raises:
+        ValueError: a column is missing or of another type, or there is no row.
+    """
+    if isinstance(dataset, dict):
+        raise ValueError(f"The dataset has the splits {list(dataset)}: pass one of them, dataset['train'] say.")
+    if isinstance(like, (str, os.PathLike)):
+        like = MemoryBank.open_encoders(like, revision)
+    return like.with_rows(renumbered(dataset.with_format("arrow").iter(BATCH_ROWS)), quantized=quantized)

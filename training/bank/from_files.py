@@ -257,7 +257,13 @@ class FileBuild:
             path = Path(settings.value_encoder)
             if path.is_dir() and not (path / CONFIG_NAME).is_file():
                 return ValueEncoder.from_pretrained(path).to(self.model.device).eval()
-            return MemoryBank.open_encoders(settings.value_encoder).value_encoder.to(self.model.device)
+            encoder = MemoryBank.open_encoders(settings.value_encoder).value_encoder
+            if encoder is None:
+                raise ValueError(
+                    f"value_encoder is {settings.value_encoder}, a bank without values, expected one for a model that "
+                    "reads latents, or the folder of a value encoder."
+                )
+            return encoder.to(self.model.device)
         if not self.model.config.reads_latents:
             return None
         folder = self.work.path / "value_encoder"

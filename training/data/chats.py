@@ -181,4 +181,5 @@ def name_row(row: dict[str, Any], images: list) -> str:
     paths = [image.get("path") if isinstance(image, dict) else image for image in images]
     origin = [f"id {row['id']}"] if row.get("id") is not None else []
     origin += [path for path in paths if isinstance(path, str) and not is_base64(path)]
-    return f"row {row['row']}" + (f" ({', '.join(origin)})" if origin else "")
+    name = f"row {row['row']}" if "row" in row else "a row"  # of a stream that somebody else made
+    return name + (f" ({', '.join(origin)})" if origin else "")

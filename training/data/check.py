@@ -116,7 +116,7 @@ def training_data(
         ValueError: As [`check_rows`]; or `config.strict` and a row is bad, or none is good.
     """
     if config.streaming:
-        keep = _Keep(config)
+        keep = _SkipBadRows(config)
         rows = _stream(config, row_reader(config, processor, name_images), keep)
         if next(iter(rows), None) is None:
             raise ValueError(f"{config.dataset} has no good row: none is left to train on.")
@@ -161,7 +161,7 @@ def _without_images(reader: RowReader, row: dict, number: int) -> dict:
     return {name: value for name, value in reader(row, number).items() if name != "images"}
 
 
-def _stream(config: StageArguments, reader: RowReader, keep: "_Keep") -> datasets.IterableDataset:
+def _stream(config: StageArguments, reader: RowReader, keep: "_SkipBadRows") -> datasets.IterableDataset:
     raw = open_rows(config)
     features = {**FEATURES, "images": datasets.List(STORED_IMAGE)}
     if reader.name_images:
@@ -170,7 +170,7 @@ def _stream(config: StageArguments, reader: RowReader, keep: "_Keep") -> dataset
     return rows.filter(keep).remove_columns(["kind", "problem"])
 
 
-class _Keep:
+class _SkipBadRows:
     """Return True for a good streamed row; print the first bad one of each kind, and how many all workers skipped."""
 
     def __init__(self, config: StageArguments):

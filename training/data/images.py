@@ -66,14 +66,6 @@ class DatasetImages(StoredImages):
                 "first: pass a list or a datasets.Dataset, or a value_encoder."
             )
 
-    def check_features(self, vision_features: Sequence | None) -> None:
-        """Raise `ValueError` if there are vision features, but not one for each row."""
-        if vision_features is not None and len(vision_features) < (self.total or 0):
-            raise ValueError(
-                f"vision_features has {len(vision_features)} rows, but the dataset has {self.total}: pass one row for "
-                "each, in the dataset's order."
-            )
-
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         return enumerate(self.dataset)
 

@@ -36,6 +36,11 @@ def training_rows(
         )
     if isinstance(dataset, datasets.IterableDataset):
         return dataset
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"The data set is a {type(dataset).__name__}, expected a datasets.Dataset: of several splits pass one, "
+            'dataset["train"] say; a list becomes one with datasets.Dataset.from_list.'
+        )
     if len(dataset) == 0:
         raise ValueError("The data set has no rows, expected at least one.")
     if vision_features is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from banks import content_of
+from banks import content_of, noise
 from huggingface_hub import constants
 from PIL import Image
 
@@ -164,6 +164,15 @@ def test_a_value_encoder_is_trained_once(place, tmp_path, monkeypatch, tinyalign
     tinyalign(*command, "--value_encoder_steps", "0", "--out", tmp_path / "c")
     encoder = Path("value_encoder/model.safetensors")
     assert content_of(tmp_path / "c")[encoder] != a[encoder]
+
+
+def test_a_bank_without_values_has_no_value_encoder(place, make_model, make_processor, tmp_path, tinyalign):
+    reader = make_model(memory_input="captions")
+    rows = [{"image": noise(number), "caption": "a cat"} for number in range(2)]
+    MemoryBank.build(rows, reader, make_processor(reader)).save_pretrained(tmp_path / "names")
+    command = ["build", "--model", place / "model", "--dataset", place / "data.parquet", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="names, a bank without values, expected one for a model that reads latents"):
+        tinyalign(*command, "--value_encoder", tmp_path / "names")
 
 
 def test_quantized_or_not(build, place, tmp_path, monkeypatch, capsys, tinyalign):

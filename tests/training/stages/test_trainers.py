@@ -382,3 +382,17 @@ def test_long_rows_are_cut_in_training(stage, make_model, processor, dataset, ba
         run(stage, make_model(), processor, dataset, bank, tmp_path / "a", features, **settings)
     trainer = run(stage, make_model(), processor, dataset, bank, tmp_path / "b", features, truncation=True, **settings)
     assert losses(trainer)[0] > 0
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stream_that_somebody_else_made(stage, make_model, processor, dataset, bank, tmp_path):
+    stream = dataset.to_iterable_dataset()
+    trainer = make_trainer(stage, make_model(), processor, stream, bank, tmp_path, max_steps=2)
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+@pytest.mark.parametrize("several", [lambda rows: {"a": rows}, lambda rows: rows.to_list()])
+def test_what_is_no_dataset(several, make_model, processor, dataset, bank, tmp_path):
+    with pytest.raises(ValueError, match="The data set is a (dict|list), expected a datasets.Dataset"):
+        make_trainer(1, make_model(), processor, several(dataset), bank, tmp_path)
