@@ -148,7 +148,7 @@ class TrainingCollator:
         return [self.dropout(*found, chat, number) for number, found in enumerate(zip(ids, scores, strict=True))]
 
     def for_evaluation(self) -> "TrainingCollator":
-        """The same without dropout and names."""
+        """Return a copy without dropout and names."""
         collator = copy.copy(self)
         collator.name_rows = False
         collator.dropout = None if self.dropout is None else MemoryDropout(0.0, self.dropout.top_k)

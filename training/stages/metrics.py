@@ -86,7 +86,7 @@ class Meter(TrainerCallback):
         self.on_host["own_images"] += sum(any(len(self.bank.ids_of(name)) for name in of_row) for of_row in names)
 
     def _count_slots(self, connector: torch.nn.Module, arguments: tuple):
-        """Before each call of the memory connector. A blank image (`with_blank_image`) is none."""
+        """Count the slots of each call of the memory connector, a blank image (`with_blank_image`) left out."""
         _, _, scores, _, used = arguments
         if not connector.training or not self.has_images:
             return

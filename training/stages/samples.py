@@ -83,7 +83,7 @@ def write_samples(path: Path, samples: list[dict]):
 
 
 def as_text(sample: dict) -> str:
-    """For the console."""
+    """Return a sample as the console shows it."""
     lines = [
         f"[step {sample['step']}, row {sample['row']}] {sample['prompt']}",
         f"  answer:     {sample['answer']}",
