@@ -298,15 +298,14 @@ def tower_name(model: PreTrainedModel) -> str:
 def read_query_image(image: Image.Image | str | os.PathLike) -> Image.Image:
     """Return an image, upright and on white, as a bank's images are read; `ValueError` if it is none."""
     try:
-        image = image if isinstance(image, Image.Image) else Image.open(image)
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF" or max(image.size) > 100 * min(image.size):
-            sides = " x ".join(map(str, image.size))
-            raise ValueError(f"{sides} pixels of mode {image.mode}: pass the processor's pixel_values")
-        image = image.convert("RGBA")
+        read = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+        if read.mode[0] in "IF" or max(read.size) > 100 * min(read.size):
+            sides = " x ".join(map(str, read.size))
+            raise ValueError(f"{sides} pixels of mode {read.mode}: pass the processor's pixel_values")
+        read = read.convert("RGBA")
     except Exception as error:  # PIL and its codecs raise many
         raise ValueError(f"Found {str(image)[:200]!r}, expected a PIL image or the path of one ({error}).") from error
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", read.size, "white"), read).convert("RGB")
 
 
 def query_pixels(preprocessing: dict, images: Any) -> torch.Tensor:

@@ -182,11 +182,11 @@ class MemoryBank(BankRows):
         if isinstance(captions, str):
             rows, captions = [rows], [captions]
         check_many(rows, "images_or_rows")
+        check_as_many("captions", captions, rows)
+        check_as_many("vision_features", settings.get("vision_features"), rows)
         if captions is not None:
-            check_as_many("captions", captions, rows)
             pairs = zip(rows, captions, strict=True)
             rows = ({**blank, image_column: image, caption_column: text} for image, text in pairs)
-        check_as_many("vision_features", settings.get("vision_features"), rows)
         settings["seen"] = None if keep_duplicates else self.image_names()
         reader = PairReader(processor.decode_image, image_column, caption_column, self.config.columns)
         encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)

@@ -72,7 +72,7 @@ def test_neighbours_stand_in_the_prompt_with_their_captions():
 
     asked, answer = to_messages("what?", "a cat")
     shown, said = show_neighbours([asked, answer], ["a dog", "a cow"])
-    texts = [part.get("text", "picture") for part in shown["content"]]
+    texts = [part.get("text") or "picture" for part in shown["content"]]
     assert texts == ["picture", "a dog\n", "picture", "a cow\n", "picture", "what?"]
     assert said == answer and len(asked["content"]) == 2
     found = {"train": (np.zeros((1, 5)), np.array([[2, 0, 1, 2, 0]]))}
