@@ -33,7 +33,7 @@ KINDS = ("shape", "color", "yes/no")
 BANKS = ("own", "foreign", "off")
 PUBLISHED_BLIND = 0.667  # of all test questions, answered from their words
 # Chosen on validation questions. `split="validation"` asks them again.
-CONFIG = DemoConfig(stage1_steps=8, stage2_steps=90, batch_size=4, split="test")
+CONFIG = DemoConfig(stage1_steps=20, stage2_steps=150, batch_size=4, split="test")
 NUM_TRAIN, NUM_BANK, NUM_ASKED = 400, 300, 100  # pictures
 YES_NO_A_CHAT = 3  # in training, before a question for the colour and one for the shape
 QUESTIONS_A_PICTURE = 2  # when it is asked
