@@ -58,6 +58,7 @@ BENCHMARKS = {
             "doc_to_text": "question",  # the shipped one asks for reasoning first
             "process_results": lambda row, results: {},  # `Questions.score` asks the judge
             "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+            "generation_kwargs": {"max_new_tokens": 1024, "num_beams": 1, "until": []},  # lmms-eval adds a blank line
         },
     ),
     "vqav2_val": Benchmark("VQAv2 val", "vqav2/vqav2_val.yaml", "image_id", lambda row: [row["answer_type"]]),
