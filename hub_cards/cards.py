@@ -280,7 +280,8 @@ def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
                 task_type=TASK,
                 dataset_type=evaluation.datasets.get(metric, evaluation.dataset),
                 dataset_name=evaluation.dataset_name,
-                dataset_split=evaluation.split,
+                dataset_split=evaluation.splits.get(metric, evaluation.split),
+                dataset_revision=evaluation.revisions.get(metric),
                 metric_type=metric,
                 metric_name=f"{evaluation.metrics[metric]} ({system})",
                 metric_value=score[0],
@@ -299,5 +300,5 @@ def _scores_table(evaluation: Evaluation) -> str:
 def _cell(score: list[float] | None) -> str:
     if score is None:
         return "-"
-    value, *interval = (f"{number:.3g}" for number in score)
+    value, *interval = (f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}" for number in score)
     return f"{value} ({' to '.join(interval)})" if interval else value

@@ -54,7 +54,10 @@ class Evaluation(Facts):
     # By system and metric: the value alone, or [value, low, high] with its 95% interval.
     systems: dict[str, dict[str, list[int | float]]]
     this_model: list[str]  # systems that are the model itself: their scores go into the card's metadata, too
-    datasets: dict[str, str] = field(default_factory=dict)  # by metric, where the metrics are of several
+    # By metric, where the metrics are of several.
+    datasets: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
 
     def validate_names(self):
         for name, scores in self.systems.items():
