@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     names = {"choices": (*USUAL_BENCHMARKS, *OTHER_BENCHMARKS), "default": USUAL_BENCHMARKS, "metavar": "NAME"}
     parser.add_argument("--tasks", nargs="+", **names, help=f"of {', '.join(names['choices'])}")
     parser.add_argument("--data", metavar="FOLDER", help="NAME.parquet files (default: lmms-lab-encoder's on the Hub)")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask about N images of each, drawn with a fixed seed")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask about N images of each; N a category of MME")
     parser.add_argument("--images", metavar="FILE", help="ids or file names of images, one a line: vqav2_val's")
     parser.add_argument("--judge", metavar="MODEL", help="of mmvet, asked at OPENAI_BASE_URL with OPENAI_API_KEY")
     parser.add_argument("--exclude", action="store_true", help="leave out questions about an image that a bank has")
     parser.add_argument("--card", action="store_true", help="write the results into the checkpoint's model card")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--output", default="evaluation", metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--output", metavar="DIR", help="(default: evaluation, with --compare comparison)")
     parser.add_argument("--compare", nargs="+", metavar="DIR", help="report on folders of answers; no model is loaded")
 
 
@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace):
     from pathlib import Path
 
     check(arguments)
+    if arguments.output is None:
+        arguments.output = "comparison" if arguments.compare else "evaluation"
     if arguments.compare:
         from tinyalign_vlm.training.vqa_benchmarks.report import compare_folders
 
@@ -66,9 +68,21 @@ def check(arguments: argparse.Namespace):
     if "vqav2_val" in tasks and arguments.images is None:
         raise ValueError(
             "vqav2_val has images that the usual training data have, too: pass --images FILE with those to ask about. "
-            "Those of COCO's val2017 are in none: ls val2017 > FILE."
+            "COCO's val2017 has none of train2017, which LLaVA's data name: ls val2017 > FILE."
         )
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"limit is {arguments.limit}, expected 1 image or more.")
-    if arguments.card and (arguments.limit is not None or not os.path.isdir(model or "")):
-        raise ValueError("card is for whole benchmarks and a checkpoint's folder: leave it out, or --limit.")
+    for name, unit in (("limit", "image"), ("batch_size", "question")):
+        value = vars(arguments)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected 1 {unit} or more.")
+    if arguments.card:
+        _check_card(arguments)
+
+
+def _check_card(arguments: argparse.Namespace):
+    narrowed = [f"--{name}" for name in ("limit", "exclude", "data", "images") if vars(arguments)[name]]
+    if narrowed:
+        raise ValueError(f"card is for whole benchmarks of the Hub: leave it out, or {', '.join(narrowed)}.")
+    if not os.path.isdir(arguments.model or ""):
+        raise ValueError(f"card is for a checkpoint's folder, found {arguments.model!r}: leave out --card.")
+    if set(arguments.tasks) == {"vqav2_testdev"}:
+        raise ValueError("card is for scores, and only EvalAI has those of vqav2_testdev: leave out --card.")

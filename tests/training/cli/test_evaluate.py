@@ -1,5 +1,7 @@
 """What `tinyalign evaluate` refuses before it loads anything."""
 
+from pathlib import Path
+
 import pytest
 
 from tinyalign_cli.main import main
@@ -14,7 +16,11 @@ from tinyalign_cli.main import main
         (["model", "--tasks", "mmvet", "--judge", "gpt"], "and set OPENAI_API_KEY and OPENAI_BASE_URL"),
         (["model", "--tasks", "vqav2_val"], "the usual training data have, too: pass --images FILE"),
         (["model", "--limit", "0"], "limit is 0, expected 1 image or more."),
-        (["model", "--limit", "8", "--card"], "card is for whole benchmarks and a checkpoint's folder"),
+        (["model", "--batch_size", "-1"], "batch_size is -1, expected 1 question or more."),
+        (["model", "--limit", "8", "--card"], "card is for whole benchmarks of the Hub: leave it out, or --limit."),
+        (["model", "--exclude", "--data", "x", "--images", "y", "--card"], "out, or --exclude, --data, --images."),
+        (["--compare", "a", "--card"], "card is for a checkpoint's folder, found None: leave out --card."),
+        (["model", "--card", "--tasks", "vqav2_testdev"], "only EvalAI has those of vqav2_testdev"),
         (["--compare", "nowhere"], "nowhere has no samples/VARIANT/BENCHMARK.parquet, expected a folder of results."),
         (["nowhere"], "model is 'nowhere': there is no "),
         (["model", "--against", "nowhere"], "against is 'nowhere': there is no "),
@@ -27,3 +33,10 @@ def test_what_is_wrong_is_said_in_a_line(arguments, message, tmp_path, monkeypat
     with pytest.raises(SystemExit) as end:
         main(["evaluate", *arguments])
     assert message in str(end.value) and "\n" not in str(end.value)
+
+
+def test_a_comparison_leaves_the_folder_of_answers_alone(monkeypatch):
+    seen, place = [], "tinyalign_vlm.training.vqa_benchmarks.report.compare_folders"
+    monkeypatch.setattr(place, lambda *arguments: seen.append(arguments))
+    main(["evaluate", "--compare", "evaluation"])
+    assert seen == [([Path("evaluation")], Path("comparison"), False)]
