@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import random
+import re
 import sys
 from collections import Counter
 from functools import cached_property
@@ -11,7 +13,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 from huggingface_hub import HfApi
-from jinja2.exceptions import UndefinedError
 
 from .benchmarks import ALIASES, BENCHMARKS
 from .judge import judge_answer
@@ -31,6 +32,7 @@ except ModuleNotFoundError as error:
 logger.remove()  # lmms-eval's, which tells of each task at length
 logger.add(sys.stderr, level="WARNING")
 TASK_FILES = Path(lmms_eval.api.metrics.__file__).parents[1] / "tasks"
+YES_NO = ("pope", "mme")  # are answered so
 
 
 class LocalTask(ConfigurableMessagesTask):
@@ -49,7 +51,7 @@ class Questions:
 
     Args:
         folder: Parquet files in the benchmark's schema: `NAME.parquet`, or a folder `NAME` of them. None: the Hub.
-        limit: ask about so many images, drawn with a fixed seed; all their questions.
+        limit: ask about so many images, drawn with a fixed seed, MME's within each category; all their questions.
         images: VQAv2's: ask only about the images with these ids.
         judge: MM-Vet's model.
         revisions: commits of the Hub's repositories; those that are asked for and missing are added.
@@ -76,33 +78,59 @@ class Questions:
         revisions = {} if revisions is None else revisions
         subset = config.get("dataset_name")
         self.version, self.rows = _load(ALIASES.get(name, name), folder, config, subset, revisions)
+        _check_images(name, self.rows)
         self.images = None
         if name == "gqa" and "image" not in self.rows.column_names:
             version, self.images = _load("gqa_images", folder, config, "testdev_balanced_images", revisions)
             self.version += "" if version == self.version else f", images {version}"
+            _check_images("gqa_images", self.images)
         unit = self.benchmark.unit
         try:
             self.task = LocalTask(config, self.rows)
             self.units = list(map(str, range(len(self.rows)) if unit is None else self.rows[unit]))
-            row = self.row(0)
-            self.chat(row), self.target(row), self.benchmark.categories(row)
-        except (KeyError, UndefinedError) as error:
-            raise ValueError(
-                f"The data of {name} lack a column ({error}), found {self.rows.column_names}, expected those of "
-                f"{self.source}."
-            ) from error
-        asked = sorted(set(self.units))
-        if images is not None:
-            asked = [unit for unit in asked if int(unit) in images]
-        if limit is not None:
-            asked = np.random.default_rng(0).permutation(asked)[:limit]
-        asked = set(asked)
+            asked = sorted(set(self.units))
+            if images is not None:
+                asked = [unit for unit in asked if int(unit) in images]
+            asked = set(asked if limit is None else self._drawn(asked, limit))
+        except Exception as error:  # whatever lmms-eval makes of it
+            raise self._other_schema(error) from error
         self.numbers = [number for number, unit in enumerate(self.units) if unit in asked]
         if not self.numbers:
             raise ValueError(f"{self.benchmark.title} has no question about the images that were asked for.")
         pictures = [column for column, kind in self.rows.features.items() if isinstance(kind, datasets.Image)]
         texts = self.rows.remove_columns(pictures)
-        self.prompts = {number: self.task.doc_to_text(texts[number]) for number in self.numbers}
+        self.prompts = {number: self._checked_prompt(number, texts[number]) for number in self.numbers}
+
+    def _drawn(self, units: list[str], limit: int) -> list[str]:
+        """Return `limit` units, or so many of each stratum of the metric."""
+        column = self.benchmark.metric.stratum  # MME's rows have it, too
+        stratum = dict(zip(self.units, self.rows[column], strict=True)) if column else dict.fromkeys(units)
+        drawn = {}
+        for unit in np.random.default_rng(0).permutation(units):
+            drawn.setdefault(stratum[unit], []).append(unit)
+        return [unit for those in drawn.values() for unit in those[:limit]]
+
+    def _checked_prompt(self, number: int, row: dict) -> str:
+        """Return the prompt of a row without its images, or refuse (`ValueError`) what would end a run later on."""
+        try:
+            prompt, target, _ = self.task.doc_to_text(row), self.target(row), self.benchmark.categories(row)
+            if self.images is not None and row["imageId"] not in self._image_rows:
+                raise ValueError(f"gqa_images has no {row['imageId']!r}")
+            if self.name in YES_NO and target.strip(" .").lower() not in ("yes", "no"):
+                raise ValueError(f"the answer is {target!r}, expected yes or no")
+            if number == self.numbers[0]:
+                self.chat(self.row(number))
+                if self.name != "mmvet":  # whose judge would be asked
+                    self.score(row, "")
+        except Exception as error:  # whatever lmms-eval makes of it
+            raise self._other_schema(error, number) from error
+        return prompt
+
+    def _other_schema(self, error: Exception, number: int = 0) -> ValueError:
+        return ValueError(
+            f"Row {number} of {self.name} cannot be asked ({type(error).__name__}: {error}): found the columns "
+            f"{self.rows.column_names}, expected those of {self.source}, and values like its."
+        )
 
     @property
     def generation(self) -> dict:
@@ -113,6 +141,8 @@ class Questions:
     def fingerprint(self) -> str:
         """A hash of all that is asked and of how it is scored."""
         content = [self.name, self.version, self.prompts, self.generation, self.judge]
+        if self.judge is not None:
+            content.append(os.environ.get("OPENAI_BASE_URL"))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -171,3 +201,17 @@ def _load(
         raise ValueError(f"{folder} has neither {name}.parquet nor a folder {name} of Parquet files, expected one.")
     content = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
     return content.hexdigest(), datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+
+
+def _check_images(name: str, rows: datasets.Dataset):
+    """Refuse (`ValueError`) images that are not stored as such, and rows without one."""
+    for column, kind in rows.features.items():
+        is_empty = kind == datasets.Value("null")
+        if re.fullmatch(r"image(_\d)?", column) and not isinstance(kind, datasets.Image) and not is_empty:
+            raise ValueError(
+                f"The column {column} of {name} is {kind}, expected images: cast it with "
+                f"cast_column({column!r}, datasets.Image()), and save it again."
+            )
+    missing = np.flatnonzero(rows.data.column("image").is_null()) if "image" in rows.features else []
+    if len(missing):
+        raise ValueError(f"Row {missing[0]} of {name} has no image, expected one in every row.")
