@@ -1,5 +1,6 @@
 """Answers to chats with images, in batches, generated as a benchmark asks for."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.chats import with_captions
+from ..models import context_length
 
 MAX_NEW_TOKENS = 128  # where a benchmark does not say
 SETTINGS = ("max_new_tokens", "num_beams", "temperature", "top_p", "top_k")
@@ -30,9 +32,9 @@ def stops_of(asked: dict) -> list[str]:
 @torch.no_grad()
 def answer_chats(
     model: PreTrainedModel, processor: ProcessorMixin, chats: Sequence[list[dict]], asked: dict, memory: str = "on"
-) -> tuple[list[str], list[list[dict[str, Any]]]]:
-    """Return the answers to a batch of chats, each as it would be answered alone, and the neighbours that each rests
-    on.
+) -> tuple[list[str], list[list[dict[str, Any]]], list[bool]]:
+    """Return the answers to a batch of chats, each as it would be answered alone, the neighbours that each rests on,
+    and for each whether its prompt leaves no room in the model's context.
 
     Args:
         chats: messages with their images, as the processor's chat template takes them.
@@ -51,7 +53,8 @@ def answer_chats(
     texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for stop in stops_of(asked):
         texts = [text.partition(stop)[0] for text in texts]
-    return texts, list(sources) or [[] for _ in texts]
+    too_long = inputs["attention_mask"].sum(1) >= (context_length(model) or math.inf)
+    return texts, list(sources) or [[] for _ in texts], too_long.tolist()
 
 
 def _with_captions(

@@ -23,20 +23,30 @@ def read_samples(paths: Sequence[tuple[str, Path]]) -> dict[str, Samples]:
         paths: what the names of a file's variants begin with, and the file.
 
     Raises:
-        ValueError: variants of a benchmark were not asked the same questions.
+        ValueError: variants of a benchmark differ in their questions, right answers or judge.
     """
     found = {}
     for prefix, path in paths:
         facts = read_sample_facts(path)
         found.setdefault(facts["benchmark"], {})[prefix + facts["name"]] = facts, pq.read_table(path).to_pandas()
     for benchmark, variants in found.items():
-        asked = {tuple(zip(frame["row"], frame["prompt"], strict=True)) for _, frame in variants.values()}
-        if len(asked) > 1:
-            raise ValueError(
-                f"The variants {list(variants)} were asked different questions of {benchmark}, expected the same: run "
-                "them on the same data with the same --limit."
-            )
+        _check_same(benchmark, variants)
     return {name: found[name] for name in BENCHMARKS if name in found}
+
+
+def _check_same(benchmark: str, variants: Samples):
+    frames = [frame for _, frame in variants.values()]
+    judges = [str(facts["judge"]) for facts, _ in variants.values()]
+    for what, values in (
+        ("questions", [tuple(zip(frame["row"], frame["prompt"], strict=True)) for frame in frames]),
+        ("right answers", [tuple(frame["target"]) for frame in frames]),
+        (f"judges ({', '.join(judges)})", judges),
+    ):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"The variants {list(variants)} of {benchmark} have different {what}, expected the same: run them on "
+                "the same data with the same --limit and --judge."
+            )
 
 
 def compare(benchmark: str, variants: Samples, exclude: bool = False) -> dict:
@@ -55,22 +65,25 @@ def compare(benchmark: str, variants: Samples, exclude: bool = False) -> dict:
         raise ValueError(f"The bank has all images of {benchmark}: leave out --exclude.")
     result = {name: facts[name] for name in ("source", "split", "data_version")}
     result |= {"prompts_sha256": facts["questions"], "judge": facts["judge"], "excluded": exclude}
-    result |= {"questions": len(first), "images": int(first["unit"].nunique())}
+    asked = first[~in_bank] if exclude else first
+    result |= {"questions": len(asked), "images": int(asked["unit"].nunique())}
+    result["near_unknown"] = [name for name, (facts, _) in variants.items() if facts["key_space"] == "language"]
     for name, rows in (("in_bank", in_bank), ("near_copies", near)):
         result[name] = {"rows": first["row"][rows].tolist(), "images": sorted(set(first["unit"][rows]))}
     result["variants"] = {}
     metric, shipped = BENCHMARKS[benchmark].metric, BENCHMARKS[benchmark].shipped
     base = None
-    for name, (_, frame) in variants.items():
+    for name, (facts, frame) in variants.items():
         frame = frame.assign(category=frame["categories"].str[0])  # the first of GQA's and MM-Vet's several
         frame = frame[~in_bank] if exclude else frame
+        entry = result["variants"][name] = {"too_long": int(frame["too_long"].sum())}
         if frame["score"].isna().any():
-            result["variants"][name] = {"to_submit": True}
+            entry["to_submit"] = facts["is_whole"]
             continue
         strata = metric.stratum and frame[metric.stratum]
         drawn = resampled(metric.sums(frame), frame["unit"], metric.main_value, strata)
         base = (drawn, frame["answer"]) if base is None else base
-        result["variants"][name] = {
+        entry |= {
             "value": list(interval_of(drawn)),
             "difference": list(interval_of(drawn - base[0])),
             "answers_that_differ": 100 * float((frame["answer"] != base[1]).mean()),

@@ -1,6 +1,7 @@
 """report.md and results.json of answers on disk, and the results in a checkpoint's card."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,9 +59,10 @@ def write_comparison(paths: Sequence[tuple[str, Path]], output: Path, exclude: b
     results = {benchmark: compare(benchmark, variants, exclude) for benchmark, variants in samples.items()}
     facts = {name: facts for variants in samples.values() for name, (facts, _) in variants.items()}
     output.mkdir(parents=True, exist_ok=True)
-    for name, (_, frame) in samples.get("vqav2_testdev", {}).items():
-        answers = frame[["question_id", "answer"]].astype({"question_id": int}).to_dict("records")
-        save_file(output / f"evalai-{file_name(name)}.json", json.dumps(answers).encode())
+    for name, (own, frame) in samples.get("vqav2_testdev", {}).items():
+        if own["is_whole"]:  # EvalAI takes no part of it
+            answers = frame[["question_id", "answer"]].astype({"question_id": int}).to_dict("records")
+            save_file(output / f"evalai-{file_name(name)}.json", json.dumps(answers).encode())
     save_file(output / RESULTS, json.dumps({"variants": facts, "benchmarks": results}, indent=2).encode())
     save_file(output / REPORT, _report(results, facts).encode())
     print(f"{output / REPORT} has the results.")
@@ -80,6 +82,11 @@ def _report(results: dict[str, dict], facts: dict[str, dict]) -> str:
         table2.append([text(name), *numbers, f"{_number(mean)} (mean of {count})"])
         versions = ", ".join(f"{package} {version}" for package, version in fact["versions"].items())
         origins.append([text(name), fact["weights"][:12], text(fact["bank_rows"] or "none")[:17], text(versions)])
+    judges = [
+        f"{titles[name]} was scored by the judge {text(result['judge'])}."
+        for name, result in results.items()
+        if result["judge"]
+    ]
     sections = {
         "Results": _values(results, titles),
         "The paper's Table 1": f"{NOTE}\n\n{table(['benchmark', *map(text, [*facts, *PUBLISHED])], table1)}",
@@ -87,7 +94,7 @@ def _report(results: dict[str, dict], facts: dict[str, dict]) -> str:
         "Images that a bank has": _images(results, titles),
         "Other readings of the same answers": _readings(results, titles),
         "By category": _categories(results, titles),
-        "Where it comes from": table(["variant", "weights", "bank", "versions"], origins),
+        "Where it comes from": "\n\n".join([table(["variant", "weights", "bank", "versions"], origins), *judges]),
     }
     return "\n\n".join(
         ["# Benchmarks", INTRODUCTION, *(f"## {name}\n\n{body}" for name, body in sections.items()), ""]
@@ -95,16 +102,19 @@ def _report(results: dict[str, dict], facts: dict[str, dict]) -> str:
 
 
 def _values(results: dict[str, dict], titles: dict[str, str]) -> str:
-    rows = []
+    rows, notes = [], []
     for benchmark, result in results.items():
         asked = f"{titles[benchmark]} ({result['questions']} questions, {result['images']} images)"
         for name, entry in result["variants"].items():
-            cells = ["to submit to EvalAI", "", ""]
+            if entry["too_long"]:
+                notes.append(f"{entry['too_long']} prompts of {asked} fill the context of {text(name)}, or more.")
+            cells = ["to submit to EvalAI" if entry.get("to_submit") else "not scored: a part", "", ""]
             if "value" in entry:
                 cells = [f"{Interval(*entry['value']):.1f}", _difference(entry["difference"])]
                 cells.append(f"{entry['answers_that_differ']:.1f} %")
             rows.append([asked, text(name), *cells])
-    return table(["benchmark", "variant", "value", "difference to the first", "answers that differ"], rows)
+    columns = ["benchmark", "variant", "value", "difference to the first", "answers that differ"]
+    return "\n\n".join([table(columns, rows), *notes])
 
 
 def _images(results: dict[str, dict], titles: dict[str, str]) -> str:
@@ -117,6 +127,9 @@ def _images(results: dict[str, dict], titles: dict[str, str]) -> str:
             f"pixel, {left}{_some(exact['images'])}; {len(near['rows'])} others are about one with a neighbour more "
             f"similar than {NEAR}, which may be a copy{_some(near['images'])}."
         )
+        if result["near_unknown"]:
+            names = text(", ".join(result["near_unknown"]))
+            lines.append(f"- {titles[benchmark]}, {names}: near copies cannot be told, as keys hold the question.")
     return "\n".join(lines)
 
 
@@ -150,10 +163,12 @@ def _categories(results: dict[str, dict], titles: dict[str, str]) -> str:
     return "\n\n".join(tables)
 
 
-def _difference(value: Sequence[float]) -> str:
-    _, low, high = value
-    noise = " noise" if low <= 0 <= high and (low, high) != (0, 0) else ""
-    return f"{Interval(*value):+.1f}{noise}"
+def _difference(interval: Sequence[float]) -> str:
+    value, low, high = interval
+    note = " noise" if low <= 0 <= high and (low, high) != (0, 0) else ""
+    if high - low < 1e-9 < abs(value):  # all draws are the same: one image, or one a stratum
+        note = " too few images"
+    return f"{Interval(*interval):+.1f}{note}"
 
 
 def _number(value: float | None) -> str:
@@ -172,8 +187,14 @@ def write_results_card(checkpoint: Path, results: dict[str, dict], own: str):
         datasets={name: result["source"] for name, result in scored.items()},
         dataset_name="benchmarks of visual question answering",
         split=", ".join(sorted({result["split"] for result in scored.values()})),
+        splits={name: result["split"] for name, result in scored.items()},
+        revisions={name: result["data_version"] for name, result in scored.items()},
         metrics={name: BENCHMARKS[name].title for name in scored},
         systems=systems,
         this_model=[own],
     )
-    write_card(checkpoint, replace(read_facts(checkpoint), evaluation=evaluation))
+    facts = read_facts(checkpoint)
+    # those of the training's card, whose only number was the loss
+    limits = [limit for limit in facts.limits if not limit.startswith("That loss ")]
+    limits = [re.sub("^Nothing .*was measured; bias", "Bias", limit) for limit in limits]
+    write_card(checkpoint, replace(facts, evaluation=evaluation, limits=limits))

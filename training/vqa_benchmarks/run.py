@@ -26,6 +26,7 @@ from .samples import NEIGHBOUR, file_name, is_answered, samples_path, save_sampl
 from .tasks import Questions
 
 REVISIONS = "revisions.json"  # commits of the data, by repository: the first run writes it, later ones obey
+IMAGE_NAME = re.compile(r"(?:.*/)?(?:[A-Za-z][\w-]*?)?(\d+)(?:\.[A-Za-z]+)?\s*")
 ANSWERING_PACKAGES = ("tinyalign-vlm", "lmms-eval", "transformers", "torch", "datasets")
 
 
@@ -68,10 +69,13 @@ def run_command(options: argparse.Namespace):
 
 def image_ids(path: Path) -> set[int]:
     """Return COCO's ids of the images in a list, one a line: `139`, or `val2017/000000000139.jpg`."""
-    found = [re.search(r"(\d+)\D*$", line) for line in path.read_text().splitlines()]
-    if not found or None in found:
-        raise ValueError(f"{path} has {len(found)} lines, expected one or more, each the id or file name of an image.")
-    return {int(number[1]) for number in found}
+    found = set()
+    for number, line in enumerate(path.read_text().splitlines() or [""], 1):
+        name = IMAGE_NAME.fullmatch(line)
+        if name is None:
+            raise ValueError(f"{path}, line {number}, is {line!r}, expected the id or the file name of one image.")
+        found.add(int(name[1]))
+    return found
 
 
 def variants_of(
@@ -150,11 +154,13 @@ def run_benchmarks(variants: Sequence[Variant], asked: Sequence[Questions], outp
                 "questions": questions.fingerprint,
                 "weights": weights,
                 "bank_rows": bank and bank.folder.name,
+                "key_space": bank and bank.config.key_encoder.key_space,
+                "is_whole": len(questions.numbers) == len(questions.rows),
                 "judge": questions.judge,
                 "versions": versions(ANSWERING_PACKAGES),
             }
             path = samples_path(output, variant.name, questions.name)
-            if is_answered(path, facts):
+            if is_answered(path, facts, len(questions.numbers)):
                 continue
             desc = f"{questions.benchmark.title}, {variant.name}"
             samples = answer_questions(model, processor, questions, variant.memory, bank, batch_size, desc)
@@ -190,8 +196,8 @@ def answer_questions(
     for batch in tqdm(shares[state.process_index :: state.num_processes], desc, unit="batch"):
         rows = [questions.row(numbers[place]) for place in batch]
         chats = [questions.chat(row) for row in rows]
-        texts, neighbours = answer_chats(model, processor, chats, questions.generation, memory)
-        for place, row, chat, text, found in zip(batch, rows, chats, texts, neighbours, strict=True):
+        answers = answer_chats(model, processor, chats, questions.generation, memory)
+        for place, row, chat, text, found, too_long in zip(batch, rows, chats, *answers, strict=True):
             number, text = numbers[place], text.strip()
             pictures = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
             images = [image_source_id(decode_image(picture)) for picture in pictures]
@@ -205,6 +211,7 @@ def answer_questions(
                 "target": questions.target(row),
                 "score": questions.score(row, text),
                 "images": images,
+                "too_long": too_long,
                 "in_bank": bank is not None and any(len(bank.ids_of(image)) for image in images),
                 "neighbours": [{name: one.get(name) for name in NEIGHBOUR.names} for one in found],
             }

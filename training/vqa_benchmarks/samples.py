@@ -24,6 +24,7 @@ SCHEMA = pa.schema(
         ("target", pa.string()),
         ("score", pa.float64()),
         ("images", pa.list_(pa.string())),  # their source_id
+        ("too_long", pa.bool_()),  # the prompt leaves no room in the model's context
         ("in_bank", pa.bool_()),  # the bank has one of the images, pixel for pixel
         ("neighbours", pa.list_(NEIGHBOUR)),
     ]
@@ -54,7 +55,9 @@ def read_sample_facts(path: Path) -> dict:
     return json.loads(pq.read_schema(path).metadata[FACTS])
 
 
-def is_answered(path: Path, facts: dict) -> bool:
-    """Return whether a file has the answers of these weights with this bank to these questions."""
+def is_answered(path: Path, facts: dict, count: int) -> bool:
+    """Return whether a file has the answers of these weights with this bank to these questions, `count` of them."""
     keys = ("weights", "bank_rows", "memory", "questions")
-    return path.exists() and all(read_sample_facts(path)[key] == facts[key] for key in keys)
+    if not path.exists() or pq.read_metadata(path).num_rows != count:
+        return False
+    return all(read_sample_facts(path)[key] == facts[key] for key in keys)

@@ -6,17 +6,20 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from vqa_rows import save, scienceqa_rows, write
+from vqa_rows import gqa_rows, mme_rows, mmvet_rows, pope_rows, save, scienceqa_rows, write
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.models import load_to_answer
 from tinyalign_vlm.training.vqa_benchmarks import run
 from tinyalign_vlm.training.vqa_benchmarks.benchmarks import BENCHMARKS
 from tinyalign_vlm.training.vqa_benchmarks.comparison import compare, read_samples
+from tinyalign_vlm.training.vqa_benchmarks.judge import judge_answer
 from tinyalign_vlm.training.vqa_benchmarks.metrics import StrictPopeF1
 from tinyalign_vlm.training.vqa_benchmarks.run import answer_questions, image_ids, variants_of, weights_sha256
 from tinyalign_vlm.training.vqa_benchmarks.samples import samples_path
@@ -149,6 +152,7 @@ def test_prompts_and_settings(questions):
     assert {name: asked.prompts[0] for name, asked in questions.items()} == PROMPTS
     tokens = {name: asked.generation.get("max_new_tokens") for name, asked in questions.items()}
     assert tokens == {name: TOKENS.get(name, 16) for name in questions}
+    assert questions["mmvet"].generation["until"] == []  # an answer has several paragraphs
     chat = questions["mmmu"].chat(questions["mmmu"].row(1))
     assert [part["type"] for part in chat[0]["content"]] == ["text", "image", "text", "image", "text"]
     assert questions["gqa"].row(4)["image"].size == (24, 24)
@@ -158,7 +162,8 @@ def test_a_limit_takes_whole_images(data):
     for name, each in {"mme": 2, "pope": 18, "gqa": 3, "scienceqa": 1}.items():
         asked = Questions(name, data, limit=2)
         assert set(Counter(asked.units[number] for number in asked.numbers).values()) == {each}
-        assert len(asked.numbers) == 2 * each
+        categories = 14 if name == "mme" else 1  # two images in each of MME's
+        assert len(asked.numbers) == 2 * each * categories
     assert {Questions("vqav2_val", data, images={1, 3}).units[n] for n in (2, 6)} == {"1", "3"}
     with pytest.raises(ValueError, match="VQAv2 val has no question about the images that were asked for"):
         Questions("vqav2_val", data, images={77})
@@ -173,20 +178,23 @@ def judge(monkeypatch_module):
     class Judge(BaseHTTPRequestHandler):
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            self.server.prompts.append(asked["messages"][0]["content"])
+            self.server.prompts.append(asked.pop("messages")[0]["content"])
+            self.server.settings = asked
             message = {"role": "assistant", "content": self.server.says}
             choice = {"index": 0, "finish_reason": "stop", "message": message}
             body = {"id": "1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [choice]}
+            content = self.server.body or json.dumps(body).encode()
+            kind = "text/html" if content.startswith(b"<") else "application/json"
             self.send_response(200)
-            self.send_header("content-type", "application/json")
+            self.send_header("content-type", kind)
             self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
+            self.wfile.write(content)
 
         def log_message(self, *args):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Judge)
-    server.prompts, server.says = [], "0.5"
+    server.prompts, server.says, server.body = [], "0.5", None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch_module.setenv("OPENAI_API_KEY", "none")
     monkeypatch_module.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
@@ -205,9 +213,29 @@ def test_a_judge_says_a_number_or_it_is_an_error(questions, judge, monkeypatch):
         judge.says = says
         with pytest.raises(ValueError, match="expected a number from 0 to 1"):
             values(questions["mmvet"], lambda row, target: "x = -1")
+    for body in (b"<html>\nWelcome</html>", b'{"choices": null}', b'{"error": "no key"}'):
+        monkeypatch.setattr(judge, "body", body)
+        with pytest.raises(
+            ValueError, match=r"judge cannot be asked \(it answers .*ends with /v1, OPENAI_API_KEY and"
+        ):
+            values(questions["mmvet"], lambda row, target: "x = -1")
+    monkeypatch.setattr(judge, "body", None)
+    before = questions["mmvet"].fingerprint
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert questions["mmvet"].fingerprint != before
     with pytest.raises(ValueError, match="The judge judge cannot be asked"):
         values(questions["mmvet"], lambda row, target: "x = -1")
+
+
+def test_a_judge_that_reasons_is_asked_without_a_temperature(judge):
+    judge.says, reasons = "1", {"model", "max_completion_tokens"}
+    for name, settings in {
+        "gpt-4.1": {"model", "temperature", "max_tokens"},
+        "openai/gpt-5-mini": reasons,
+        "o3": reasons,
+    }.items():
+        assert judge_answer(name, "What?", "1", "1") == 1
+        assert judge.settings.keys() == settings
 
 
 def test_batches_and_banks_do_not_change_answers(saved, data):
@@ -248,20 +276,73 @@ def test_names_of_variants(saved, make_model, tmp_path, monkeypatch):
 
 
 def test_images_of_a_list(tmp_path):
-    (tmp_path / "ids").write_text("139\n000000000285.jpg\nval2017/000000000632.jpg\n")
-    assert image_ids(tmp_path / "ids") == {139, 285, 632}
-    for text in ("", "139\nnone\n"):
+    (tmp_path / "ids").write_text("139\n000000000285.jpg\nval2017/000000000632.jpg\nCOCO_val2014_000000000724.jpg\n")
+    assert image_ids(tmp_path / "ids") == {139, 285, 632, 724}
+    for line, text in {1: "", 2: "139\nnone\n", 3: "139\n285.jpg\n632 724\n", 4: "1\n2\n3\n139,285\n"}.items():
         (tmp_path / "ids").write_text(text)
-        with pytest.raises(ValueError, match="ids has . lines, expected one or more, each the id or file name"):
+        with pytest.raises(
+            ValueError, match=f"ids, line {line}, is .*, expected the id or the file name of one image"
+        ):
             image_ids(tmp_path / "ids")
 
 
-def test_data_of_another_schema_are_refused(data, tmp_path):
-    for name, rows in (("scienceqa", scienceqa_rows()), ("mmvet", [{"question": "what?"}])):
-        rows = [{column: value for column, value in row.items() if column != "subject"} for row in rows]
+def without(rows: list[dict], column: str) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != column} for row in rows]
+
+
+def with_value(rows: list[dict], number: int, column: str, value) -> list[dict]:
+    return [row | {column: value} if place == number else row for place, row in enumerate(rows)]
+
+
+UNDECODED = [row | {"image": {"bytes": b"x", "path": None}} for row in mmvet_rows()]
+OTHER_SCHEMAS = {
+    "no subject": (
+        "scienceqa",
+        without(scienceqa_rows(), "subject"),
+        r"Row 0 .* \(KeyError: 'subject'\): found the col",
+    ),
+    "a question only": (
+        "mmvet",
+        [{"question": "what?"}],
+        "Row 0 of mmvet cannot be asked .*expected those of lmms-lab",
+    ),
+    "no image_source": ("pope", without(pope_rows(), "image_source"), "Column 'image_source' doesn't exist"),
+    "no question_id": ("pope", without(pope_rows(), "question_id"), r"Row 0 of pope .*\(KeyError: 'question_id'\)"),
+    "no category": ("mme", without(mme_rows(), "category"), "Column 'category' doesn't exist"),
+    "true": ("pope", with_value(pope_rows(), 7, "answer", "true"), "Row 7 of pope .*'true', expected yes or no"),
+    "false": ("mme", with_value(mme_rows(), 3, "answer", "False"), "Row 3 of mme .*'False', expected yes or no"),
+    "null": ("pope", with_value(pope_rows(), 4, "image", None), "Row 4 of pope has no image, expected one in every"),
+    "bytes": (
+        "mmvet",
+        UNDECODED,
+        r"The column image of mmvet is .*, expected images: cast it with cast_column\('image'",
+    ),
+    "more images": ("gqa", gqa_rows(5), "Row 12 of gqa .*: gqa_images has no 'n4'"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SCHEMAS)
+def test_data_of_another_schema_are_refused(tmp_path, case):
+    name, rows, message = OTHER_SCHEMAS[case]
+    write(tmp_path, "gqa")
+    if case == "bytes":
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
+    else:
         save(rows, tmp_path / f"{name}.parquet")
-        with pytest.raises(ValueError, match=f"The data of {name} lack a column .*, found .*, expected those of"):
-            Questions(name, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Questions(name, tmp_path, limit=99)
+
+
+def test_a_prompt_that_fills_the_context_is_told(saved, data, monkeypatch):
+    asked = Questions("scienceqa", data)  # every other question has a hint
+    model, processor = load_to_answer(saved["model"], memory="off", device="cpu")
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    chats = [asked.chat(asked.row(number)) for number in asked.numbers]
+    lengths = [len(processor.apply_chat_template([chat], **settings)["input_ids"][0]) for chat in chats]
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", max(lengths))
+    samples = answer_questions(model, processor, asked, "off", None, 8, "test")
+    assert [sample["too_long"] for sample in samples] == [length == max(lengths) for length in lengths]
+    assert min(lengths) < max(lengths)
 
 
 def test_images_of_the_bank_and_near_copies(saved, tmp_path):
@@ -298,6 +379,10 @@ def test_an_interrupted_command_goes_on(saved, data, tmp_path, monkeypatch):
     assert calls[3:] == [("scienceqa", "off"), ("gqa", "off")]
     run.run_benchmarks(variants, asked, tmp_path)
     assert len(calls) == 5
+    path = samples_path(tmp_path, variants[0].name, "gqa")
+    pq.write_table(pq.read_table(path).slice(1), path)
+    run.run_benchmarks(variants, asked, tmp_path)
+    assert calls[5:] == [("gqa", "on")]
     model, processor = load_to_answer(saved["model"], memory="off", device="cpu")
     first = weights_sha256(model, processor)
     model.generation_config.repetition_penalty = 1.2

@@ -5,11 +5,13 @@ import os
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from vqa_rows import mme_rows, pope_rows
 
+from tinyalign_vlm.hub_cards.facts import ModelFacts, read_facts, write_facts
 from tinyalign_vlm.training.vqa_benchmarks.comparison import mean_score, read_samples
 from tinyalign_vlm.training.vqa_benchmarks.published import PUBLISHED, published
-from tinyalign_vlm.training.vqa_benchmarks.report import compare_folders, write_comparison
+from tinyalign_vlm.training.vqa_benchmarks.report import compare_folders, write_comparison, write_results_card
 from tinyalign_vlm.training.vqa_benchmarks.samples import samples_path, save_samples
 
 FACTS = {
@@ -18,6 +20,8 @@ FACTS = {
     "data_version": "1",
     "questions": "1" * 64,
     "judge": None,
+    "key_space": None,
+    "is_whole": True,
     "weights": "0" * 64,
     "bank_rows": None,
     "versions": {"torch": "2"},
@@ -25,7 +29,7 @@ FACTS = {
 POPE, MME = pope_rows(20), mme_rows(5)
 
 
-def save(folder, variant: str, benchmark: str, answers: list[str], **more) -> tuple[str, object]:
+def save(folder, variant: str, benchmark: str, answers: list[str], facts=FACTS, **more) -> tuple[str, object]:
     """Write samples with these answers; of `more`, values by row: in_bank, neighbours."""
     samples, unit = [], {"pope": "image_source", "mme": "question_id"}.get(benchmark)
     rows = {"pope": POPE, "mme": MME}.get(benchmark) or [{"question": str(n)} for n in range(len(answers))]
@@ -35,9 +39,10 @@ def save(folder, variant: str, benchmark: str, answers: list[str], **more) -> tu
         sample |= {"categories": [row["category"]] if unit else [], "prompt": row["question"], "answer": answer}
         score = float("nan") if benchmark == "vqav2_testdev" else float(answer.lower() == target.lower())
         sample |= {"target": target, "score": score, "images": [], "in_bank": False, "neighbours": []}
+        sample["too_long"] = False
         samples.append(sample | {name: values[number] for name, values in more.items()})
     path = samples_path(folder, variant, benchmark)
-    save_samples(path, samples, {**FACTS, "name": variant, "benchmark": benchmark})
+    save_samples(path, samples, {**FACTS, **facts, "name": variant, "benchmark": benchmark})
     return "", path
 
 
@@ -122,6 +127,7 @@ def test_images_of_a_bank_are_listed_and_left_out(tmp_path):
     for exclude in (False, True):
         found = write_comparison(paths, tmp_path, exclude)["pope"]
         assert (found["in_bank"], found["near_copies"]) == (exact, copies)
+        assert (found["questions"], found["images"]) == ((342, 19) if exclude else (360, 20))
         assert all((entry["value"][0] == 0) == exclude for entry in found["variants"].values())
     report = (tmp_path / "report.md").read_text()
     assert "18 questions are about an image that a bank has" in report and "left out here: COCO_3; 1 others" in report
@@ -129,8 +135,56 @@ def test_images_of_a_bank_are_listed_and_left_out(tmp_path):
 
 def test_other_questions_are_refused(tmp_path):
     paths = [save(tmp_path, "a", "vqav2_val", ["1", "2"]), save(tmp_path, "b", "vqav2_val", ["1", "2", "3"])]
-    with pytest.raises(ValueError, match="were asked different questions of vqav2_val, expected the same"):
+    with pytest.raises(ValueError, match="of vqav2_val have different questions, expected the same"):
         read_samples(paths)
+
+
+def test_other_judges_and_right_answers_are_refused(tmp_path):
+    paths = [
+        save(tmp_path, "a", "mmvet", ["1", "2"], facts={"judge": "gpt-4.1"}),
+        save(tmp_path, "b", "mmvet", ["1", "2"], facts={"judge": "o3"}),
+    ]
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] of mmvet have different judges \(gpt-4.1, o3\), expected the"):
+        read_samples(paths)
+    write_comparison(paths[:1], tmp_path)
+    assert "MM-Vet was scored by the judge gpt-4.1." in (tmp_path / "report.md").read_text()
+    paths = [save(tmp_path, "c", "vqav2_val", ["1"]), save(tmp_path, "d", "vqav2_val", ["1"], target=["2"])]
+    with pytest.raises(ValueError, match="of vqav2_val have different right answers, expected the same"):
+        read_samples(paths)
+
+
+def test_what_limits_a_number_is_said(tmp_path):
+    """One image, prompts that fill the context, keys with which a near copy is not found, a part of test-dev."""
+    facts = {"key_space": "language", "is_whole": False}
+    paths = [
+        save(tmp_path, "right", "vqav2_val", ["", ""]),
+        save(tmp_path, "submitted", "vqav2_testdev", ["2", "2"], facts=facts),
+    ]
+    paths.append(save(tmp_path, "wrong", "vqav2_val", ["1", "1"], facts=facts, too_long=[True, False]))
+    write_comparison(paths, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "| -100.0 [-100.0, -100.0] too few images |" in report
+    assert "1 prompts of VQAv2 val (2 questions, 1 images) fill the context of wrong, or more." in report
+    assert "- VQAv2 val, wrong: near copies cannot be told" in report
+    assert "not scored: a part" in report and not list(tmp_path.glob("evalai*"))
+
+
+def test_the_card_has_the_data_and_the_split_of_each_benchmark(tmp_path):
+    """And no more says that nothing was measured."""
+    limits = [
+        "Nothing but the loss above was measured; bias and safety were not evaluated.",
+        "That loss is of rows.",
+        "Slow.",
+    ]
+    write_facts(tmp_path, ModelFacts(repo_id=tmp_path.name, limits=limits))
+    paths = [save(tmp_path, "own", "mme", answers_of(MME, 1, 0), facts={"split": "test", "data_version": "abc"})]
+    paths.append(save(tmp_path, "own", "vqav2_val", ["1", "2"], facts={"split": "validation"}))
+    write_results_card(tmp_path, write_comparison(paths, tmp_path), "own")
+    card = ModelCard.load(tmp_path / "README.md")
+    found = [(result.metric_type, result.dataset_split, result.dataset_revision) for result in card.data.eval_results]
+    assert sorted(found) == [("mme", "test", "abc"), ("vqav2_val", "validation", "1")]
+    assert "2000 (2000 to 2000)" in card.text
+    assert read_facts(tmp_path).limits == ["Bias and safety were not evaluated.", "Slow."]
 
 
 def test_published_numbers():
