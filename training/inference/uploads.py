@@ -6,10 +6,12 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
+from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,14 +19,18 @@ from ...processing.images import MAX_IMAGE_BYTES, decode_image
 from .request_images import REQUEST_FORMATS
 
 MAX_ROWS = 200  # of the CSV of one upload
+MAX_CSV_BYTES = 2**22
+MAX_FILES = 10_000  # in a zip file
 MAX_UPLOAD_BYTES = 8 * MAX_IMAGE_BYTES  # of one request, and of what a zip file holds
 MAX_CALL_BYTES = 2**20  # of a request without files: a question, two numbers
 COLUMNS = ["image", "caption"]
 
+Opener = Callable[[], io.BufferedIOBase]
+
 
 def read_picture(path: str | Path) -> Image.Image:
     """Return an uploaded picture; `ValueError` in words if it is broken, too large or of another format."""
-    return decode_image(io.BytesIO(_limited(Path(path).open("rb"), Path(path).name)), REQUEST_FORMATS)
+    return _decoded(partial(open, path, "rb"), Path(path).name)
 
 
 def read_lessons(paths: list[str | Path]) -> Iterator[tuple[str, Image.Image, str]]:
@@ -37,50 +43,85 @@ def read_lessons(paths: list[str | Path]) -> Iterator[tuple[str, Image.Image, st
         ValueError: there is no such CSV, a picture is missing or broken, or it is too much. Rows before were yielded.
     """
     if len(paths) == 1 and zipfile.is_zipfile(paths[0]):
-        with zipfile.ZipFile(paths[0]) as archive:
-            declared = sum(entry.file_size for entry in archive.infolist())
-            if declared > MAX_UPLOAD_BYTES:
-                raise ValueError(f"The zip file holds {declared} bytes, expected at most {MAX_UPLOAD_BYTES}.")
+        try:
+            archive = zipfile.ZipFile(paths[0])
+        except Exception as error:  # zipfile raises BadZipFile, NotImplementedError, struct.error and others
+            raise ValueError(f"The zip file cannot be read ({error}): pack it anew.") from error
+        with archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            declared = sum(entry.file_size for entry in entries)
+            if declared > MAX_UPLOAD_BYTES or len(entries) > MAX_FILES:
+                raise ValueError(
+                    f"The zip file holds {declared} bytes in {len(entries)} files, expected at most "
+                    f"{MAX_UPLOAD_BYTES} in {MAX_FILES}: make several of it."
+                )
             # bytes beyond a declared size are an error of zipfile's
-            names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
             # not zipfile.Path: with a name that begins with "//", it never ends in Python before 3.11.10
-            yield from _lessons({name: partial(archive.open, name) for name in names})
+            yield from _lessons([(entry.filename, partial(archive.open, entry.filename)) for entry in entries])
     else:
-        yield from _lessons({Path(path).name: partial(open, path, "rb") for path in paths})
+        yield from _lessons([(Path(path).name, partial(open, path, "rb")) for path in paths])
 
 
-def _lessons(files: dict[str, Callable[[], io.BufferedIOBase]]) -> Iterator[tuple[str, Image.Image, str]]:
+def _lessons(uploads: list[tuple[str, Opener]]) -> Iterator[tuple[str, Image.Image, str]]:
+    files: dict[str, Opener] = {}
+    for name, file in uploads:
+        if name in files:  # in subfolders, of which Gradio tells nothing
+            raise ValueError(f"There are several files named {name:.100}: upload the folder as a zip file.")
+        if not PurePosixPath(name).name.startswith("."):  # left by a system, "._a.png" of a Mac say
+            files[name] = file
     tables = [name for name in files if name.lower().endswith(".csv")]
     if len(tables) != 1:
         raise ValueError(f"Found {len(tables)} CSV files among {len(files)} files, expected one, beside the pictures.")
-    try:
-        text = _limited(files[tables[0]](), tables[0]).decode("utf-8-sig")
-        rows = csv.DictReader(io.StringIO(text, newline=""))
-        if not set(COLUMNS) <= set(rows.fieldnames or []):
-            raise ValueError(f"its columns are {rows.fieldnames}, expected {' and '.join(COLUMNS)} in its first line")
-        rows = list(rows)
-    except (ValueError, csv.Error, zipfile.BadZipFile, RuntimeError) as error:  # the last: a zip with a password
-        raise ValueError(f"{tables[0]} cannot be read: {error}.") from error
-    if len(rows) > MAX_ROWS:
-        raise ValueError(f"{tables[0]} has {len(rows)} rows, expected at most {MAX_ROWS} at once.")
     folder = PurePosixPath(tables[0]).parent
-    for row in rows:
+    for row in _rows(files[tables[0]], tables[0]):
         name = row["image"] or ""
-        file = files.get(str(folder / name)) or files.get(name) or files.get(PurePosixPath(name).name)
+        file = files.get(str(folder / name)) or files.get(name) or _only_end(files, name)
         if file is None:
             raise ValueError(f"{tables[0]} names the picture {name!r:.100}, which was not uploaded.")
         try:
-            picture = decode_image(io.BytesIO(_limited(file(), name)), REQUEST_FORMATS)
-        except (ValueError, zipfile.BadZipFile, RuntimeError) as error:
+            picture = _decoded(file, name)
+        except ValueError as error:
             raise ValueError(f"{name:.100}: {error}") from error
         yield name, picture, row["caption"] or ""
 
 
-def _limited(file: io.BufferedIOBase, name: str) -> bytes:
-    with file:
-        content = file.read(MAX_IMAGE_BYTES + 1)
-    if len(content) > MAX_IMAGE_BYTES:
-        raise ValueError(f"{name:.100} has more than {MAX_IMAGE_BYTES} bytes: make it smaller.")
+def _rows(file: Opener, name: str) -> list[dict[str, str | None]]:
+    try:
+        text = _limited(file, name, MAX_CSV_BYTES).decode("utf-8-sig")
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        if not set(COLUMNS) <= set(rows.fieldnames or []):
+            raise ValueError(
+                f"its columns are {rows.fieldnames!s:.300}, expected {' and '.join(COLUMNS)} in its first line"
+            )
+        rows = list(islice(rows, MAX_ROWS + 1))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{name} cannot be read: {error}.") from error
+    if len(rows) > MAX_ROWS:
+        raise ValueError(f"{name} has more than {MAX_ROWS} rows, expected at most so many at once: split it.")
+    return rows
+
+
+def _only_end(files: dict[str, Opener], name: str) -> Opener | None:
+    """Return the only file whose path ends with this name, or of whose path the name is a longer form; else None."""
+    ends = []
+    for path, file in files.items():
+        if f"/{path}".endswith(f"/{name}") or f"/{name}".endswith(f"/{path}"):
+            ends.append(file)
+    return ends[0] if len(ends) == 1 else None
+
+
+def _decoded(open_file: Opener, name: str) -> Image.Image:
+    return decode_image(io.BytesIO(_limited(open_file, name, MAX_IMAGE_BYTES)), REQUEST_FORMATS)
+
+
+def _limited(open_file: Opener, name: str, most: int) -> bytes:
+    try:
+        with open_file() as file:
+            content = file.read(most + 1)
+    except Exception as error:  # and its codecs zlib.error, LZMAError, EOFError
+        raise ValueError(f"the file is broken or has a password ({error})") from error
+    if len(content) > most:
+        raise ValueError(f"{name:.100} has more than {most} bytes: make it smaller.")
     return content
 
 
@@ -96,11 +137,16 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif any(f"/{word}=" in scope["path"] and "://" in scope["path"] for word in ("file", "proxy", "stream")):
-            await PlainTextResponse("No URL is fetched here.", 403)(scope, receive, send)
+            return
+        is_upload = scope["path"].endswith("/gradio_api/upload")
+        refusal = refusal_at_once(scope, MAX_UPLOAD_BYTES if is_upload else MAX_CALL_BYTES)
+        if refusal is not None:
+            while (await receive()).get("more_body"):  # a client that still writes would not see the answer
+                pass
+            await refusal(scope, receive, send)
         elif scope["method"] != "POST":
             await self.app(scope, receive, send)
-        elif scope["path"].rstrip("/").endswith("/upload"):
+        elif is_upload:
             await self.app(scope, counted(receive, MAX_UPLOAD_BYTES), send)
         else:
             body = await whole_body(receive)
@@ -109,6 +155,18 @@ class Guard:
                 await PlainTextResponse(refusal, 413 if body is None else 403)(scope, receive, send)
             else:
                 await self.app(scope, replayed(body, receive), send)
+
+
+def refusal_at_once(scope: Scope, most: int) -> PlainTextResponse | None:
+    """Return the answer to a request whose path, or size beyond `most` bytes, is refused; None to others."""
+    path, size = scope["path"], int(Headers(scope=scope).get("content-length", 0))
+    if any(f"/{word}=" in path and "://" in path for word in ("file", "proxy", "stream")):
+        return PlainTextResponse("No URL is fetched here.", 403)
+    if path.rstrip("/").endswith("/process_recording"):
+        return PlainTextResponse("No recording is taken here: upload a picture.", 403)
+    if size > most:
+        return PlainTextResponse(f"The request has {size} bytes, expected at most {most}: send less.", 413)
+    return None
 
 
 async def whole_body(receive: Receive) -> bytes | None:

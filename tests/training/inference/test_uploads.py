@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import tracemalloc
 import zipfile
 
 import pytest
@@ -55,6 +56,44 @@ def test_a_zip_file_of_a_folder(put):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
+def test_what_a_mac_leaves_behind(put, zipped):
+    folder = "__MACOSX/" if zipped else ""
+    files = {f"{folder}._{name}": b"of the Finder" for name in FILES} | {".DS_Store": b"of the Finder"}
+    assert len(list(read_lessons(put({**FILES, **files}, zipped)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures", "found"),
+    [
+        ("a.png", ["cats/a.png"], True),
+        ("a.png", ["cats/a.png", "dogs/a.png"], False),
+        ("cats/a.png", ["a.png"], True),
+        ("cats/a.png", ["all/cats/a.png", "b.png"], True),
+        ("cats/a.png", ["dogs/a.png"], False),
+        ("cats/a.png", ["cats/a.png", "dogs/a.png", "a.png"], True),
+        ("cats/a.png", ["all/cats/a.png", "all/dogs/a.png"], True),
+        ("a.png", ["ba.png"], False),
+    ],
+)
+def test_the_picture_of_a_row_of_a_zip_file(put, name, pictures, found):
+    files = {picture: png("blue") for picture in pictures} | {pictures[0]: png()}
+    lessons = read_lessons(put({**files, "lessons.csv": f"image,caption\n{name},x\n".encode()}, True))
+    if found:
+        ((_, picture, _),) = lessons
+        assert picture.getpixel((0, 0)) == (255, 0, 0)
+    else:
+        with pytest.raises(ValueError, match="which was not uploaded"):
+            list(lessons)
+
+
+def test_a_folder_with_two_pictures_of_one_name(put, tmp_path):
+    (tmp_path / "dogs").mkdir()
+    paths = put({**FILES, "dogs/a.png": png("blue")}, False)  # Gradio keeps the names alone
+    with pytest.raises(ValueError, match="several files named a.png: upload the folder as a zip file"):
+        list(read_lessons(paths))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -64,7 +103,7 @@ def test_a_zip_file_of_a_folder(put):
         ({"lessons.csv": b"image,caption\n../../etc/passwd,x\n"}, "which was not uploaded"),
         ({"other.csv": b""}, "Found 2 CSV files among 4 files, expected one"),
         ({"a.png": b"no picture"}, "a.png: the image cannot be read"),
-        ({"lessons.csv": b"image,caption\n" + b"a.png,x\n" * 201}, "has 201 rows, expected at most 200"),
+        ({"lessons.csv": b"image,caption\n" + b"a.png,x\n" * 201}, "has more than 200 rows, expected at most so many"),
     ],
 )
 def test_bad_lessons(put, zipped, changed, message):
@@ -76,7 +115,7 @@ def test_a_zip_bomb(put, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_IMAGE_BYTES", 2**16)
     with pytest.raises(ValueError, match="a.png.* has more than 65536 bytes"):
         list(read_lessons(put({**FILES, "a.png": bytes(2**17)}, True)))
-    with pytest.raises(ValueError, match="The zip file holds .* expected at most"):
+    with pytest.raises(ValueError, match="The zip file holds .* bytes in 4 files, expected at most"):
         list(read_lessons(put({**FILES, "c.png": bytes(uploads.MAX_UPLOAD_BYTES)}, True)))
 
 
@@ -86,6 +125,46 @@ def test_a_zip_file_that_lies_about_its_sizes(put, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="a.png"):
         list(read_lessons([path]))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_broken_picture_of_a_zip_file(tmp_path, method):
+    path = tmp_path / "lessons.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in FILES.items():
+            archive.writestr(name, content)
+        entry = archive.getinfo("a.png")
+    start, content = entry.header_offset + 30 + len("a.png"), bytearray(path.read_bytes())
+    content[start : start + entry.compress_size] = b"\xff" * entry.compress_size
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.png: the file is broken or has a password"):
+        list(read_lessons([path]))
+
+
+@pytest.mark.parametrize("place", [0, 6])  # the mark of the list of files, and the version it asks for
+def test_a_broken_zip_file(put, place):
+    (path,) = put(FILES, True)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + place] = 99
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="The zip file cannot be read .*: pack it anew"):
+        list(read_lessons([path]))
+
+
+def test_an_endless_table_takes_no_memory(put):
+    paths = put({**FILES, "lessons.csv": b"image,caption\n" + b"a.png,x\n" * 400_000}, False)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="has more than 200 rows"):
+        list(read_lessons(paths))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 32 * 2**20
+    with pytest.raises(ValueError, match=f"lessons.csv has more than {uploads.MAX_CSV_BYTES} bytes"):
+        list(read_lessons(put({**FILES, "lessons.csv": b"image,caption" + b"," * uploads.MAX_CSV_BYTES}, False)))
+    wide = b"image," * 200_000
+    with pytest.raises(ValueError, match=r"its columns are .* expected image and caption") as caught:
+        list(read_lessons(put({**FILES, "lessons.csv": wide}, False)))
+    assert len(str(caught.value)) < 1000
 
 
 def test_pictures(tmp_path):
@@ -111,7 +190,7 @@ def test_urls_are_found_wherever_they_are():
         assert not names_url(text.encode())
 
 
-def answer(method: str, path: str, *chunks: bytes) -> tuple[int, bytes]:
+def answer(method: str, path: str, *chunks: bytes, size: int | None = None) -> tuple[int, bytes]:
     """The guard's status, and what the application behind it has received."""
     received, sent = [], []
     messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
@@ -130,7 +209,8 @@ def answer(method: str, path: str, *chunks: bytes) -> tuple[int, bytes]:
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Guard(app)({"type": "http", "method": method, "path": path, "headers": []}, receive, send))
+    headers = [] if size is None else [(b"content-length", str(size).encode())]
+    asyncio.run(Guard(app)({"type": "http", "method": method, "path": path, "headers": headers}, receive, send))
     return sent[0]["status"], b"".join(received)
 
 
@@ -143,3 +223,8 @@ def test_the_guard(monkeypatch):
     assert answer("POST", "/gradio_api/call/ask", b"x" * 2**20, b"x") == (413, b"")
     assert answer("POST", "/gradio_api/upload", b"x" * 60, b"x" * 40) == (200, b"x" * 100)
     assert answer("POST", "/gradio_api/upload", b"x" * 60, b"x" * 60) == (200, b"x" * 60)
+    assert answer("POST", "/gradio_api/upload", b"x", size=100) == (200, b"x")
+    assert answer("POST", "/gradio_api/upload", b"x", size=101) == (413, b"")
+    assert answer("POST", "/gradio_api/call/ask", b"x", size=2**20 + 1) == (413, b"")
+    assert answer("POST", "/gradio_api/run/upload", b'{"path": "http://x"}') == (403, b"")  # is no upload
+    assert answer("POST", "/gradio_api/process_recording", b"x") == (403, b"")
