@@ -11,7 +11,7 @@ from typing import Any
 
 from ...modeling_tinyalign.connectors import check_retrieval
 from ..models import load_to_answer
-from .conversation import UNSURE, Conversation
+from .conversation import ERRORS, UNSURE, Conversation
 from .lessons import Neighbour
 
 try:
@@ -31,8 +31,6 @@ HELP = """\
 /quit              leave, as Ctrl-D does; Ctrl-C stops an answer
 Anything else is a question. Tab completes commands and paths."""
 PATH = re.compile(r"""("[^"]+"|'[^']+'|(?:\\ |\S)+)\s*(.*)""", re.DOTALL)
-# What a picture, a setting, a full disk or a lack of memory ends in.
-ERRORS = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 
 
 def chat(
@@ -60,7 +58,8 @@ def chat(
     if image is not None:
         conversation.show(image)
     if question is None:
-        TerminalChat(conversation, memory, sources).run(f"{model}, {conversation.lessons.bank or 'no memory bank'}.")
+        bank = conversation.model.memory_bank if wants_bank == "on" else None
+        TerminalChat(conversation, memory, sources).run(f"{model}, {bank or 'no memory bank'}.")
     elif sources:
         print(json.dumps(answer_with_sources(conversation, question, memory), ensure_ascii=False))
     else:
@@ -108,7 +107,7 @@ class TerminalChat:
             except KeyboardInterrupt:
                 print()
             except ERRORS as error:
-                print(printable(str(error)))
+                print(printable(str(error) or repr(error)))
 
     def do(self, line: str):
         command, _, rest = line.partition(" ")

@@ -19,6 +19,9 @@ from .pictures import Pictures
 
 UNSURE = 0.5  # from this probability on that no neighbour is right, the visitor is told
 QUERY = ("query_input_ids", "query_attention_mask")
+KEPT_TURNS, ASKED_TURNS = 100, 20  # that are remembered; before a question, at most
+# What a picture, a setting, a full disk or a lack of memory ends in.
+ERRORS = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 
 
 class Conversation:
@@ -32,7 +35,7 @@ class Conversation:
 
     Attributes:
         image: the picture, RGB, or None.
-        turns: questions and answers so far.
+        turns: the last questions and answers, `KEPT_TURNS` of them.
         sources: the neighbours of the picture that were found for the last question, best first.
         none_right: the probability that none of them is right; None unless the bank was calibrated.
     """
@@ -99,6 +102,7 @@ class Conversation:
             ValueError: a setting, the picture or the length of the question is wrong.
         """
         check_retrieval(self.model.config, memory, top_k, retrieval_threshold)
+        check_question(question)
         if image is not None:
             self.show(image)
         config = copy.deepcopy(self.model.generation_config)
@@ -109,12 +113,12 @@ class Conversation:
         for piece in Answer(self.model, self.processor, inputs, config, partial(self._look_up, **settings)).pieces():
             text += piece
             yield piece
-        self.turns.append((question, text))
+        self.turns = [*self.turns, (question, text)][-KEPT_TURNS:]
 
     def _prompt(self, question: str) -> dict:
         """Return the processor's inputs for this question, behind as many of the turns before it as fit."""
         context = context_length(self.model)
-        for start in range(len(self.turns) + 1):
+        for start in range(max(0, len(self.turns) - ASKED_TURNS), len(self.turns) + 1):
             messages = []
             for asked, answered in [*self.turns[start:], (question, None)]:
                 messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
@@ -144,7 +148,6 @@ class Conversation:
         top_k = config.memory_top_k if top_k is None else top_k
         if memory == "off" or top_k == 0:
             return {**inputs, "memory": "off"}
-        self.lessons.require_bank()
         threshold = config.retrieval_threshold if threshold is None else threshold
         search = partial(self.lessons.neighbours, picture, query=query, exclude=exclude)
         self.sources = search(top_k)
@@ -155,7 +158,7 @@ class Conversation:
 
     def _calibrate(self, search: partial):
         """Set the probabilities of the sources, and that none is right, if the bank was calibrated."""
-        bank = self.lessons.bank
+        bank = self.lessons.require_bank()
         calibration = None if bank.any_tower else bank.config.calibration
         if calibration is None:
             return
@@ -186,3 +189,11 @@ class Conversation:
         if config.reads_captions:
             memory["memory_input_ids"] = self.model.caption_tokenizer([[s.caption for s in sources if s.used]])
         return memory
+
+
+def check_question(question: str):
+    """Raise `ValueError` for a question that is no Unicode text, as half a character of a terminal is."""
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The question has half a character ({error}): type it again.") from error

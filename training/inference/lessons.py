@@ -5,7 +5,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,12 @@ class Lessons:
         pictures: shared by all visitors of a model.
 
     Attributes:
-        bank: the model's, whose encoders make the keys; shared, never copied. Without one nothing can be taught.
+        bank: the model's when one was needed first, whose encoders make the keys; shared, never copied. None before.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, pictures: Pictures | None = None):
-        self.model, self.processor, self.bank = model, processor, model.memory_bank
+        self.model, self.processor = model, processor
+        self.bank: MemoryBank | None = None
         self.pictures = Pictures(model) if pictures is None else pictures
         self._lessons: list[Lesson] = []
 
@@ -112,6 +113,8 @@ class Lessons:
         if self.model.config.memory_top_k == 0:
             raise ValueError("This model has no memory: use one whose memory_top_k is not 0.")
         if self.bank is None:
+            self.bank = self.model.memory_bank  # not before: it may have to be downloaded
+        if self.bank is None:
             raise ValueError("There is no memory bank: pass --memory_bank, attach one, or answer with memory off.")
         return self.bank
 
@@ -125,10 +128,10 @@ class Lessons:
         with LOCK, evaluating(self.model, self._encoder.value_encoder):
             row = self._encoder.read_row(0, {**columns, "image": image, "caption": caption})
             picture = self.look_at(row.image)
-            self._encoder.vision_features = picture.features
-            (batch,) = finished([self._encoder.encode([row])], self.bank.key_encoder)
+            encoder = replace(self._encoder, vision_features=picture.features)
+            (batch,) = finished([encoder.encode([row])], self.bank.key_encoder)
             lesson = self._lesson(batch, picture.name)
-            self._lessons = [other for other in self._lessons if other.row["source_id"] != row.source_id]
+            self._drop(row.source_id)
             self._lessons.append(lesson)
         return lesson.row
 
@@ -154,12 +157,15 @@ class Lessons:
     def forget(self, source_id: str | None = None) -> int:
         """Forget what was taught of a picture, or all of it; return how many lessons that were."""
         with LOCK:
-            gone = [lesson for lesson in self._lessons if source_id in (None, lesson.row["source_id"])]
-            self._lessons = [lesson for lesson in self._lessons if lesson not in gone]
-            for lesson in gone:
-                self.pictures.forget(lesson.picture)
-                if self.model.config.reads_captions:
-                    self.model.caption_tokenizer.captions.pop(lesson.row["caption"], None)
+            return self._drop(source_id)
+
+    def _drop(self, source_id: str | None) -> int:
+        gone = [lesson for lesson in self._lessons if source_id in (None, lesson.row["source_id"])]
+        self._lessons = [lesson for lesson in self._lessons if lesson not in gone]
+        for lesson in gone:
+            self.pictures.forget(lesson.picture)
+            if self.model.config.reads_captions:
+                self.model.caption_tokenizer.captions.pop(lesson.row["caption"], None)
         return len(gone)
 
     # ------------------------------------------------------------------ reading them
@@ -173,7 +179,7 @@ class Lessons:
             query: `query_input_ids` and `query_attention_mask`, for language-space keys.
             exclude: ids and source_ids to leave out.
         """
-        size = len(self.bank)
+        size = len(self.require_bank())
         shared = [item for item in exclude if isinstance(item, str) or item < size] + self._replaced
         scores, ids = picture.neighbours(self.bank, min(top_k, size), query, shared)
         found = [item for item in zip(scores[0].tolist(), ids[0].tolist(), strict=True) if item[1] >= 0]

@@ -174,7 +174,7 @@ def test_it_goes_on(parts, images, folder, monkeypatch, capsys):
 
     monkeypatch.setattr(conversation, "ask", broken)
     lines = ["/imag 0.png", "/image", "/teach 0.png", "/memory some", "stop", KeyboardInterrupt(), "memory", ""]
-    say(monkeypatch, *lines, "/forget", "/clear", "/save 0.png", QUESTION)
+    say(monkeypatch, *lines, "caf\udce9?", "/forget", "/clear", "/save 0.png", QUESTION)
     TerminalChat(conversation).run("")
     shown = capsys.readouterr().out
     for text in (
@@ -185,6 +185,7 @@ def test_it_goes_on(parts, images, folder, monkeypatch, capsys):
         assert text in shown
     for text in ("/memory is 'some', expected off, on, or", "out of memory", "Forgot 0 lessons.", "0.png"):
         assert text in shown
+    assert "The question has half a character" in shown
     assert conversation.turns[0][0] == QUESTION
 
 

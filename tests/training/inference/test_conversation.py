@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
+from tinyalign_vlm.training.inference import conversation as conversation_module
 from tinyalign_vlm.training.inference.conversation import Conversation
 from tinyalign_vlm.training.inference.lessons import Lessons
 from tinyalign_vlm.training.inference.pictures import Pictures
@@ -153,12 +154,51 @@ def test_a_long_conversation_loses_its_first_turns(parts, images):
     assert len(chat.turns) == 8 and answer(chat, QUESTION)
 
 
+def test_an_endless_conversation(parts, monkeypatch):
+    monkeypatch.setattr(conversation_module, "KEPT_TURNS", 4)
+    monkeypatch.setattr(conversation_module, "ASKED_TURNS", 2)
+    asked, template = [], parts.processor.apply_chat_template
+
+    def counted(messages, **settings):
+        asked.append(len(messages))
+        return template(messages, **settings)
+
+    monkeypatch.setattr(parts.processor, "apply_chat_template", counted)
+    chat = conversation(parts)
+    for number in range(6):
+        answer(chat, f"{number}?")
+    assert [question for question, _ in chat.turns] == ["2?", "3?", "4?", "5?"] and asked == [1, 3, 5, 5, 5, 5]
+
+
+def test_half_a_character(parts, images):
+    chat = conversation(parts)
+    with pytest.raises(ValueError, match="The question has half a character .*: type it again"):
+        answer(chat, "caf\udce9?", images[0])
+    assert chat.turns == []
+
+
+def test_the_bank_is_opened_when_it_is_needed(parts, images, monkeypatch):
+    """That of the config may have to be downloaded; one that is attached later is seen."""
+    opened = []
+    parts.model.detach_memory_bank()
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.model.config, "memory_bank", "org/bank")
+        patch.setattr(parts.model, "attach_memory_bank", lambda *arguments: opened.append(arguments))
+        chat = conversation(parts)
+        assert answer(chat, QUESTION, images[0], memory="off") and answer(chat, QUESTION, top_k=0) and opened == []
+        with pytest.raises(ValueError, match="There is no memory bank"):
+            answer(chat, QUESTION)
+        assert opened == [("org/bank", None)]
+    parts.model.attach_memory_bank(parts.bank)
+    assert answer(chat, QUESTION) and chat.sources and chat.lessons.bank is parts.bank
+
+
 def test_without_a_picture_and_without_a_bank(parts, images, make_model):
     assert answer(conversation(parts), "who are you?")
     model = make_model()
     chat = Conversation(model, parts.processor, max_new_tokens=2)
     assert answer(chat, QUESTION, images[0], memory="off")
-    with pytest.raises(ValueError, match="There is no memory bank to read"):
+    with pytest.raises(ValueError, match="There is no memory bank: pass --memory_bank, attach one"):
         answer(chat, QUESTION)
-    with pytest.raises(ValueError, match="There is no memory bank .* to teach: pass --memory_bank"):
+    with pytest.raises(ValueError, match="There is no memory bank: pass --memory_bank"):
         chat.teach(images[0], "a cat")
