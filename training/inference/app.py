@@ -12,13 +12,14 @@ except ImportError as error:
     raise ImportError("`tinyalign app` needs gradio: pip install tinyalign-vlm[app]") from error
 
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .app_html import CSS
 from .app_pages import Pages
 from .uploads import Guard
 from .visitor import MAY, Shared, load_shared
 
-SAFE_HOSTS = ("127.0.0.1", "localhost", "::1")
+SAFE_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 UPLOAD_SIZE = "32mb"
 KEPT_SECONDS = 3600  # an upload of somebody who has left without a word
 HEADLINE = "Ask about a picture, see which examples the answer rests on, and teach it what it does not know."
@@ -59,9 +60,11 @@ def serving(shared: Shared, host: str | None = "127.0.0.1", port: int | None = N
     with tempfile.TemporaryDirectory(prefix="tinyalign-app-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         try:
-            app = build_app(shared)
+            app, guards = build_app(shared), [Middleware(Guard)]
+            if host in SAFE_HOSTS:  # else a page whose name leads here could push with the user's token
+                guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=SAFE_HOSTS))
             # off is said where it is the default, too: environment variables and Spaces switch some of it on
-            app.queue(max_size=64).launch(
+            app.queue(max_size=64, api_open=False).launch(
                 server_name=host,
                 server_port=port,
                 share=False,
@@ -76,7 +79,7 @@ def serving(shared: Shared, host: str | None = "127.0.0.1", port: int | None = N
                 mcp_server=False,
                 pwa=False,
                 state_session_capacity=100,
-                app_kwargs={"middleware": [Middleware(Guard)]},
+                app_kwargs={"middleware": guards},
                 theme=gr.themes.Default(**FONTS),
                 css=CSS,
             )

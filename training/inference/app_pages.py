@@ -10,7 +10,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from .app_html import CARD_CLICK, Card, render_cards, render_view
-from .conversation import UNSURE
+from .conversation import ERRORS, UNSURE
 from .lessons import Neighbour
 from .uploads import read_lessons, read_picture
 from .visitor import Shared, Visitor, Visitors
@@ -25,8 +25,13 @@ def in_words() -> Iterator[None]:
     """Show what went wrong to the visitor, who goes on."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+    except ERRORS as error:
+        raise gr.Error(words(error), print_exception=False) from error
+
+
+def words(error: Exception) -> str:
+    """Return as HTML what an error says, or its kind."""
+    return html.escape(str(error) or repr(error))
 
 
 def uploaded_path(path: str) -> Path:
@@ -54,6 +59,8 @@ class Pages:
         self.alone = {"concurrency_limit": 1, "concurrency_id": "model"}
 
     def visitor(self, request: gr.Request) -> Visitor:
+        if request.session_hash is None:  # else all who have none would be one visitor
+            raise gr.Error("The request has no session_hash, expected one for each visitor.", print_exception=False)
         return self.visitors[request.session_hash]
 
     def leave(self, request: gr.Request):
@@ -123,8 +130,8 @@ class Pages:
         visitor.look_at(None)
         try:
             visitor.look_at(self.uploaded(picture, "picture", visitor))
-        except (ValueError, OSError) as error:  # the page shows no longer what was said of another picture
-            gr.Warning(html.escape(str(error)), title="Error")
+        except ERRORS as error:  # the page shows no longer what was said of another picture
+            gr.Warning(words(error), title="Error")
         return self.everything(visitor)
 
     def start_over(self, request: gr.Request) -> list:
@@ -227,12 +234,14 @@ class Pages:
             paths = [uploaded_path(path) for path in (files if isinstance(files, list) else [files])]
         problem = ""
         try:
+            visitor.check_allowed("teach")
             for _, picture, line in read_lessons(paths):
                 visitor.teach(picture, line)
-        except (ValueError, OSError) as error:
-            problem = f" Then: {html.escape(str(error))}"
-        for path in paths:
-            path.unlink(missing_ok=True)
+        except ERRORS as error:
+            problem = f" Then: {words(error)}"
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
         said, cards = self.taught(visitor)
         return [f"{len(visitor.lessons) - before} new. {said}{problem}", cards]
 
@@ -245,7 +254,7 @@ class Pages:
     def _forget(self, source_id: str | None, request: gr.Request) -> list:
         visitor = self.visitor(request)
         visitor.forget(source_id)
-        return [*self.taught(visitor), None, *self.everything(visitor)]
+        return [*self.taught(visitor), None, None, None, "", "", *self.everything(visitor)]
 
     def taught(self, visitor: Visitor) -> list[str]:
         """Return how much was taught, and the cards of it."""
@@ -318,7 +327,9 @@ class Pages:
             self.wanted.input(self.find_picture, self.wanted, self.found, api_name="find_picture", **unread)
 
     def _connect_lessons(self, page: list, settings: list, unread: dict):
-        taught, forgotten = [self.said, self.lessons], [self.said, self.lessons, self.picture, *page]
+        taught = [self.said, self.lessons]
+        shown = [self.picture, self.new_picture, self.wanted, self.text, self.found]
+        forgotten = [*taught, *shown, *page]
         named = [self.teach_this_button.click, self.line.submit]
         known = gr.on(named, self.teach_this, self.line, [self.line, *taught], api_name="teach_this", **self.alone)
         known.success(self.ask_again, settings, page, api_name=False, **self.alone)

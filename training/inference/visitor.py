@@ -17,7 +17,7 @@ from ...hub_cards.facts import FACTS_NAME
 from ..bank.folders import check_new_folder
 from ..models import load_to_answer
 from .answers import LOCK
-from .conversation import Conversation
+from .conversation import Conversation, check_question
 from .lessons import Lessons, Neighbour
 from .pictures import Pictures
 
@@ -25,7 +25,7 @@ MAY = ("ask", "teach", "save")
 MAX_VISITORS = 64
 MAX_TURNS = 20  # that are shown
 MAX_TAUGHT = 500  # of a visitor
-MAX_QUESTION = 2000  # letters
+MAX_QUESTION = 2000  # letters, and of a line that is taught
 ANSWER_TOKENS = 64
 FOUND = 24  # results of a search in the bank
 QUESTION = "What is this?"
@@ -129,6 +129,7 @@ class Visitor:
     def ask(self, question: str, top_k: int | None, threshold: float, compare: bool) -> Iterator[None]:
         """Answer a question in `turns`, yielding after each piece: with memory, then without."""
         question = question.strip()[:MAX_QUESTION] or self.shared.question
+        check_question(question)
         if self.with_memory.image is None:
             raise ValueError("There is no picture yet: upload one, or click one of the examples.")
         turn = [question, "", ""]
@@ -159,13 +160,15 @@ class Visitor:
 
     def teach(self, picture: Image.Image | None, line: str):
         """Remember a picture by a line; `ValueError` says why not."""
-        self._check_allowed("teach")
+        self.check_allowed("teach")
         if picture is None:
             raise ValueError("There is no picture to remember: upload one first.")
         if len(self.lessons) >= MAX_TAUGHT:
             raise ValueError(
                 f"You have taught {MAX_TAUGHT} pictures, expected no more: forget some, or save the bank."
             )
+        if len(line) > MAX_QUESTION:
+            raise ValueError(f"The line has {len(line)} letters, expected at most {MAX_QUESTION}: make it shorter.")
         self.with_memory.teach(picture, line.strip())
 
     def forget(self, source_id: str | None = None):
@@ -182,7 +185,7 @@ class Visitor:
 
     def save(self, name: str) -> Path:
         """Write a new bank with the lessons into a folder below the current one, and return it."""
-        self._check_allowed("save")
+        self.check_allowed("save")
         if not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise ValueError(f"The name is {name[:100]!r}, expected letters, digits, dots and dashes: my-bank, say.")
         check_new_folder(Path(name))
@@ -191,8 +194,14 @@ class Visitor:
 
     def push(self, repo_id: str) -> str:
         """Upload such a bank to the Hub, and return its address."""
-        self._check_allowed("save")
-        return self.lessons.push(repo_id.strip()).repo_url.url
+        self.check_allowed("save")
+        try:
+            return self.lessons.push(repo_id.strip()).repo_url.url
+        except Exception as error:  # the Hub's client has errors of its own, and of httpx
+            raise ValueError(
+                f"The bank was not pushed to {repo_id!r:.100} ({error!r}), expected a repository that you may write "
+                "to: check the name, your token and the network."
+            ) from error
 
     def find_caption(self, text: str) -> list[dict]:
         """Return rows of lessons and bank whose caption has this text, `{"caption", "thumbnail", "source_id"}`."""
@@ -209,7 +218,8 @@ class Visitor:
         with LOCK:
             return self.lessons.neighbours(self.lessons.look_at(picture), FOUND, {})
 
-    def _check_allowed(self, action: str):
+    def check_allowed(self, action: str):
+        """Raise `ValueError` for what visitors may not do here."""
         if not self.shared.allows(action):
             raise ValueError(
                 f"Visitors may not {action} here: whoever runs the app can allow it, --visitors_may {action}."
@@ -234,13 +244,15 @@ class Visitors:
             if session not in self._visitors:
                 self._visitors[session] = Visitor(self.shared)
             self._visitors.move_to_end(session)
-            if len(self._visitors) > MAX_VISITORS:
-                _, oldest = self._visitors.popitem(last=False)
-                oldest.delete_files(*oldest.files)
-            return self._visitors[session]
+            visitor, oldest = self._visitors[session], next(iter(self._visitors))
+            are_many = len(self._visitors) > MAX_VISITORS
+        if are_many:
+            self.leave(oldest)
+        return visitor
 
     def leave(self, session: Any):
+        """Forget a visitor, and all that was taught, asked and uploaded."""
         with self._lock:
             visitor = self._visitors.pop(session, None)
         if visitor is not None:
-            visitor.delete_files(*visitor.files)
+            visitor.forget()

@@ -16,7 +16,9 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -28,11 +30,13 @@ from tinyalign_vlm.hub_cards.cards import write_space
 from tinyalign_vlm.hub_cards.facts import ModelFacts
 from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
 from tinyalign_vlm.training.inference import visitor as visitor_module
+from tinyalign_vlm.training.inference.lessons import Lessons
 from tinyalign_vlm.training.inference.visitor import Shared, Visitors, load_shared
 
 BrowserTimeout = pytest.importorskip("playwright.sync_api", reason="pip install playwright").TimeoutError
 gradio_client = pytest.importorskip("gradio_client", reason="pip install tinyalign-vlm[app]")
 from tinyalign_vlm.training.inference import app as app_module  # noqa: E402
+from tinyalign_vlm.training.inference import app_pages  # noqa: E402
 
 # absolute, because a fixture goes elsewhere
 DEMO, SCREENSHOTS = (
@@ -201,8 +205,17 @@ def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions
     page.open("Teach")
     page.shoot("tiny-teach")
     assert len(page.cards("#lessons")) == 1 and NAME in page.cards("#lessons")[0]
+    page.upload("#new-picture", png(stranger))
+    page.open("Bank")
+    page.page.fill("#text textarea, #text input", NAME)
+    page.until("#found", NAME)
+    page.upload("#wanted", png(stranger))
+    page.until("#found", "taught by you")
+    page.open("Teach")
     page.page.locator("#lessons [data-row]").click()
     page.until("#said", "Nothing")
+    page.until("#found", NAME, gone=True)
+    assert page.page.locator("button[aria-label='Remove Image']").count() == 0  # nor is it shown anywhere
     uploads, home = Path(os.environ["GRADIO_TEMP_DIR"]), Path(os.environ["HF_HOME"])
     assert files_with(uploads, png(stranger)) == [] and files_with(home, NAME.encode()) == []
     page.open("Ask")
@@ -355,9 +368,22 @@ def test_visitors_are_bounded_and_freed(shared, images, tmp_path, monkeypatch):
     assert visitors[number] is not visitor
 
 
-def status(url: str, data: dict | None = None) -> int:
+def test_a_visitor_who_leaves_or_is_evicted_leaves_no_trace(shared, images, monkeypatch):
+    monkeypatch.setattr(visitor_module, "MAX_VISITORS", 1)
+    visitors, captions = Visitors(shared), shared.model.caption_tokenizer.captions
+    for session, end in [("first", lambda: visitors["second"]), ("second", lambda: visitors.leave("second"))]:
+        visitor = visitors[session]
+        visitor.teach(images[9], f"a {NAME}")
+        visitor.look_at(images[9])
+        list(visitor.ask("", 2, 0, compare=False))
+        assert f"a {NAME}" in captions
+        end()
+        assert f"a {NAME}" not in captions and len(visitor.lessons) == 0 and visitor.turns == []
+
+
+def status(url: str, data: dict | None = None, **headers: str) -> int:
     body = None if data is None else json.dumps(data).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status
@@ -372,6 +398,11 @@ def test_no_url_is_fetched_and_no_path_opened(app, shared, images, tmp_path):
     url, outside = f"{app.local_url}gradio_api", "http://example.com/x.png"
     assert status(f"{url}/file={outside}") == 403 and status(f"{url}/proxy={outside}") == 403
     assert status(f"{url}/file=http%3A%2F%2Fexample.com/x.png") == 403
+    refused = {"data": [{"path": outside, "meta": {"_type": "gradio.FileData"}}], "fn_index": 0}
+    assert status(f"{url}/run/upload", refused) == 403  # which is not /upload
+    assert status(f"{url}/run/ask", {"data": ["", 2, 0, True]}) in (403, 404)  # goes round the queue
+    assert status(f"{url}/process_recording", {}) == 403
+    assert status(f"{url}/info", Host="rebound.example:7860") == 400
     assert status(f"{url}/file={secret}") == 403 and status(f"{url}/file=/etc/passwd") == 403
     meta = {"_type": "gradio.FileData"}
     for function in ("look", "ask", "find_caption", "save"):
@@ -406,6 +437,49 @@ def test_teaching_is_off_for_strangers(shared, images, monkeypatch):
         visitor.save("bank")
     with pytest.raises(ValueError, match="Visitors may not save here"):
         visitor.push("me/bank")
+
+
+def test_what_a_visitor_may_not_say_or_cannot_push(shared, images, monkeypatch):
+    def push(*arguments):
+        raise httpx.ConnectError("no network")
+
+    visitor = Visitors(shared)["somebody"]
+    with pytest.raises(ValueError, match="The line has 2001 letters, expected at most 2000"):
+        visitor.teach(images[9], "x" * 2001)
+    visitor.look_at(images[9])
+    with pytest.raises(ValueError, match="half a character"):
+        list(visitor.ask("\ud800", 2, 0, compare=True))
+    assert visitor.turns == []  # they are shown, and could not be
+    monkeypatch.setattr(Lessons, "push", push)
+    with pytest.raises(
+        ValueError, match=r"not pushed to 'me/bank' \(ConnectError.*no network.*\), expected .* the network"
+    ):
+        visitor.push("me/bank")
+
+
+def test_uploads_of_lessons_are_deleted_whatever_comes(shared, tmp_path, monkeypatch):
+    def upload(content: bytes) -> str:
+        path = tmp_path / "lessons.zip"
+        path.write_bytes(content)
+        (said, _), left = pages.teach_many(str(path), SimpleNamespace(session_hash="a")), path.exists()
+        assert not left
+        return said
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    pages = app_pages.Pages(shared)
+    assert "0 new" in upload(b"nothing") and "Found 0 CSV files" in upload(b"nothing")
+    for error, words in [(MemoryError(), "MemoryError"), (RuntimeError("out of memory"), "out of memory")]:
+        monkeypatch.setattr(app_pages, "read_lessons", lambda paths, error=error: raise_(error))
+        assert words in upload(b"nothing")
+    monkeypatch.setattr(shared, "may", "ask")
+    monkeypatch.setattr(app_pages, "read_lessons", lambda paths: raise_(AssertionError("it is read")))
+    assert "Visitors may not teach here" in upload(b"nothing")
+    with pytest.raises(app_pages.gr.Error, match="no session_hash, expected one for each visitor"):
+        pages.visitor(SimpleNamespace(session_hash=None))
+
+
+def raise_(error: Exception):
+    raise error
 
 
 @pytest.mark.parametrize(("host", "may"), [("127.0.0.1", "save"), ("0.0.0.0", "ask"), (None, "ask")])
