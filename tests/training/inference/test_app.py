@@ -293,6 +293,9 @@ def test_pictures_of_the_docs(browser):
         page.upload("#wanted", drawings["shaking face", "twemoji"])
         page.until("#found", "similarity")
         page.page.frame_locator("#view iframe").locator("#map circle").first.wait_for()
+        page.page.mouse.move(700, 500)
+        page.page.mouse.wheel(0, 2000)
+        page.page.wait_for_timeout(1000)  # a browser paints a frame when it is scrolled to
         page.shoot("bank")
 
 
