@@ -26,7 +26,7 @@ PACKAGING = setup.cfg pyproject.toml
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
 
-demo: $(VENV)/.demo  ## train, evaluate and report on real images (DEMO_ARGS=--quick: five minutes)
+demo: $(VENV)/.demo  ## train, evaluate and report on real images (DEMO_ARGS=--quick: five to ten minutes)
 	$(VENV)/bin/tinyalign demo $(DEMO_ARGS)
 
 evidence: demo $(VENV)/.evidence  ## run every claim of the paper again: hours (EVIDENCE_ARGS="--only bank": a part of it)
