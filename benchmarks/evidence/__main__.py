@@ -98,8 +98,9 @@ def assemble(folder: Path, report: Path, seeds: list[int], seconds: dict[str, fl
     verdicts = {name: re.search(r"\*\*Verdict: (.*?)\*\*\n\n", text, re.DOTALL)[1] for name, text in found.items()}
     lines = [f"| {re.match('## (.*)', found[name])[1]} | {verdict} |" for name, verdict in verdicts.items()]
     missing = NOT_RUN | {name: "not run yet." for name in SECTIONS if name not in found}
+    controls = " ".join(verdicts[name] for name in ("alternatives", "pictures") if name in verdicts)
     text = REPORT.format(
-        first="In short: " + verdicts.get("alternatives", "the controls have not been run yet."),
+        first="In short: " + (controls or "the controls have not been run yet."),
         config=DemoConfig(),
         top_k=TOP_K,
         draws=DRAWS,

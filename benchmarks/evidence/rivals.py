@@ -95,7 +95,7 @@ def pictures(study: Study, folder: Path) -> Section:
         "Each neighbour's visual tokens and its caption stand before the question, in training and after; as many "
         f"steps. A prompt has {tokens[pictures_in_prompt.NAME]:.0f} tokens so, {tokens['tinyalign']:.0f} with memory "
         f"tokens, {tokens['text_cut']:.0f} with text alone.\n\n" + scores_table(demos, rows, ours),
-        f"beside pictures in the prompt TinyAlign is better in {said(more)}, worse in {said(less)}.",
+        f"Beside pictures in the prompt TinyAlign is better in {said(more)}, worse in {said(less)}.",
     )
 
 
