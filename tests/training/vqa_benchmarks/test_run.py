@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -80,7 +81,8 @@ def test_data_of_the_hub_are_pinned(hub, saved, tmp_path, monkeypatch):
     for folder, commit in (("pinned", first), ("missing", "0" * 40)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "revisions.json").write_text(json.dumps({name: commit}))
-    asked = ["evaluate", saved["model"], "--bank", saved["bank"], "--tasks", "gqa", "--output"]
+    model = shutil.copytree(saved["model"], tmp_path / "model")  # which gets a card
+    asked = ["evaluate", str(model), "--bank", saved["bank"], "--tasks", "gqa", "--output"]
     commands = [[*asked, str(tmp_path / folder)] for folder in ("pinned", "new", "missing")]
     commands[1].append("--card")
     environment = os.environ | hub.environment(tmp_path / "hf")
@@ -91,5 +93,5 @@ def test_data_of_the_hub_are_pinned(hub, saved, tmp_path, monkeypatch):
         result = json.loads((tmp_path / folder / "results.json").read_text())["benchmarks"]["gqa"]
         assert (result["data_version"], result["questions"]) == (commit, questions)
         assert json.loads((tmp_path / folder / "revisions.json").read_text()) == {name: commit}
-    (result,) = ModelCard.load(f"{saved['model']}/README.md").data.eval_results
+    (result,) = ModelCard.load(model / "README.md").data.eval_results
     assert (result.dataset_type, result.dataset_split, result.dataset_revision) == (name, "testdev", last)
