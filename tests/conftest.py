@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -41,6 +42,7 @@ from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 
 pytest_plugins = ["hub.fixtures"]  # of tests/hub and tests/training/hub
 torch.set_num_threads(1)
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # not 5 s after each epoch of streamed rows
 
 
 def pytest_collection_finish():
