@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 NUM_PROBES = 4
 MIN_PROBE_COSINE = 0.99  # bfloat16 has 0.999, see probe_pixels
 MAX_PROBE_DIFFERENCE = 1e-3
+MAX_RATIO = 100  # of an image's sides, as the processor's
 TOWER_SIDE = 4096  # of a picture made for the tower: a bank's settings may be anybody's
 MAX_FEATURES = 2**26  # of one image
 
@@ -299,9 +300,8 @@ def read_query_image(image: Image.Image | str | os.PathLike) -> Image.Image:
     """Return an image, upright and on white, as a bank's images are read; `ValueError` if it is none."""
     try:
         read = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
-        if read.mode[0] in "IF" or max(read.size) > 100 * min(read.size):
-            sides = " x ".join(map(str, read.size))
-            raise ValueError(f"{sides} pixels of mode {read.mode}: pass the processor's pixel_values")
+        if read.mode[0] in "IF" or max(read.size) > MAX_RATIO * min(read.size):
+            raise ValueError(f"{read.size} pixels, mode {read.mode}: pass the processor's pixel_values")
         read = read.convert("RGBA")
     except Exception as error:  # PIL and its codecs raise many
         raise ValueError(f"Found {str(image)[:200]!r}, expected a PIL image or the path of one ({error}).") from error

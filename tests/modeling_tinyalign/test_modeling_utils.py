@@ -117,7 +117,7 @@ def test_pictures_and_their_files_are_retrieved_with(with_bank, inputs, images, 
         assert torch.equal(found.ids, expected.ids)
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "grey.png")
     Image.new("L", (2, 900)).save(tmp_path / "strip.png")
-    for name, size in (("grey.png", "8 x 8 pixels of mode I;16"), ("strip.png", "2 x 900 pixels of mode L")):
+    for name, size in (("grey.png", r"\(8, 8\) pixels, mode I;16"), ("strip.png", r"\(2, 900\) pixels, mode L")):
         with pytest.raises(ValueError, match=f"{name}.*{size}: pass the processor's pixel_values"):
             with_bank.retrieve(tmp_path / name)
     with_bank.attach_memory_bank(None)

@@ -68,6 +68,8 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
         if self.eval_dataset is not None and self.eval_strategy == "no":
             self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1
         super().__post_init__()
+        # in accelerate's other mode one process reads a stream for all, and cuts what is not as long as the rows
+        self.accelerator_config.dispatch_batches = False
         self.check_tuning()
         self._check_machine()
         if self.tune_vision_tower != "frozen":

@@ -153,7 +153,9 @@ def unpacked(name: str) -> str:
                 archive.extractall(fresh)
                 if not folder.exists():  # another process may have been faster
                     fresh.rename(folder)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # broken, or with a password
+        except Exception as error:  # zipfile's own, and those of its codecs: zlib.error, LZMAError, EOFError, ...
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk
+                raise
             raise SourceError(f"{only} cannot be read ({error}), expected a whole .zip without a password.") from error
     return str(folder)
 

@@ -230,6 +230,5 @@ def score_system(
 
 def prompt_tokens(processor: ProcessorMixin, rows: datasets.Dataset) -> float:
     """Return the mean number of tokens of questions, those of pictures and memory included."""
-    return float(
-        np.mean([len(encode_chat(processor, chat, add_generation_prompt=True)[0]) for chat in rows["messages"]])
-    )
+    lengths = [len(encode_chat(processor, chat, add_generation_prompt=True)[0]) for chat in rows["messages"]]
+    return float(np.mean(lengths))

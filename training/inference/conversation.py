@@ -19,7 +19,7 @@ from .pictures import Pictures
 
 UNSURE = 0.5  # from this probability on that no neighbour is right, the visitor is told
 QUERY = ("query_input_ids", "query_attention_mask")
-KEPT_TURNS, ASKED_TURNS = 100, 20  # that are remembered; before a question, at most
+KEPT_TURNS = 20
 # What a picture, a setting, a full disk or a lack of memory ends in.
 ERRORS = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 
@@ -118,7 +118,7 @@ class Conversation:
     def _prompt(self, question: str) -> dict:
         """Return the processor's inputs for this question, behind as many of the turns before it as fit."""
         context = context_length(self.model)
-        for start in range(max(0, len(self.turns) - ASKED_TURNS), len(self.turns) + 1):
+        for start in range(len(self.turns) + 1):
             messages = []
             for asked, answered in [*self.turns[start:], (question, None)]:
                 messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})

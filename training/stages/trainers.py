@@ -75,9 +75,6 @@ class SupervisedTrainer(Trainer):
         set_trainable(args, model)
         if train_dataset is not None:
             train_dataset = training_rows(model, train_dataset, memory_bank, vision_features)
-        if isinstance(train_dataset, datasets.IterableDataset):
-            # in accelerate's other mode one process reads for all, and what is not as long as the rows is cut
-            args.accelerator_config.dispatch_batches = False
         neighbours = model.config.num_neighbours
         collator = TrainingCollator(
             processing_class,

@@ -315,6 +315,13 @@ def test_a_zip_of_classes_and_a_zip_that_has_changed(place, processor):
         save_classes(place / names[0], names)
         shutil.make_archive("all", "zip", names[0])
         assert read("all.zip", processor, answer_column="label") == [("red", names[0]), ("blue", "square")]
+    with zipfile.ZipFile("rot.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.json", json.dumps(list(range(1000))))
+    rot = bytearray(Path("rot.zip").read_bytes())
+    rot[60:90] = bytes(30)
+    Path("rot.zip").write_bytes(rot)
+    with pytest.raises(ValueError, match="rot.zip cannot be read .*expected a whole .zip"):
+        check_rows(config("rot.zip"))
     Path("all.zip").write_bytes(Path("all.zip").read_bytes()[:-30])
     with pytest.raises(ValueError, match="all.zip cannot be read"):
         check_rows(config("all.zip"))

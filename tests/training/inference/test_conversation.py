@@ -155,8 +155,7 @@ def test_a_long_conversation_loses_its_first_turns(parts, images):
 
 
 def test_an_endless_conversation(parts, monkeypatch):
-    monkeypatch.setattr(conversation_module, "KEPT_TURNS", 4)
-    monkeypatch.setattr(conversation_module, "ASKED_TURNS", 2)
+    monkeypatch.setattr(conversation_module, "KEPT_TURNS", 2)
     asked, template = [], parts.processor.apply_chat_template
 
     def counted(messages, **settings):
@@ -167,7 +166,7 @@ def test_an_endless_conversation(parts, monkeypatch):
     chat = conversation(parts)
     for number in range(6):
         answer(chat, f"{number}?")
-    assert [question for question, _ in chat.turns] == ["2?", "3?", "4?", "5?"] and asked == [1, 3, 5, 5, 5, 5]
+    assert [question for question, _ in chat.turns] == ["4?", "5?"] and asked == [1, 3, 5, 5, 5, 5]
 
 
 def test_half_a_character(parts, images):
