@@ -311,8 +311,9 @@ class Pages:
         settings = [self.top_k, self.threshold, self.compare]
         # unread: Gradio would open the file itself, with whatever program PIL has for it
         unread = {"preprocess": False, **self.alone}
-        self.picture.input(self.look, self.picture, page, api_name="look", **unread)
-        self.examples.click(self.look_at_example, None, [self.picture, *page], api_name=False, **self.alone)
+        last = {"trigger_mode": "always_last", **unread}  # else a picture that comes meanwhile is passed over
+        self.picture.input(self.look, self.picture, page, api_name="look", **last)
+        self.examples.click(self.look_at_example, None, [self.picture, *page], api_name=False, **last)
         cleared = [self.with_memory.clear, self.without.clear]
         gr.on(cleared, self.start_over, None, page, api_name="start_over", **self.alone)
         questions = [self.ask_button.click, self.question.submit]
@@ -324,12 +325,11 @@ class Pages:
         if self.shared.has_memory:
             self._connect_lessons(page, settings, unread)
             self.text.change(self.find_caption, self.text, self.found, api_name="find_caption", **self.alone)
-            self.wanted.input(self.find_picture, self.wanted, self.found, api_name="find_picture", **unread)
+            self.wanted.input(self.find_picture, self.wanted, self.found, api_name="find_picture", **last)
 
     def _connect_lessons(self, page: list, settings: list, unread: dict):
         taught = [self.said, self.lessons]
-        shown = [self.picture, self.new_picture, self.wanted, self.text, self.found]
-        forgotten = [*taught, *shown, *page]
+        forgotten = [*taught, self.picture, self.new_picture, self.wanted, self.text, self.found, *page]
         named = [self.teach_this_button.click, self.line.submit]
         known = gr.on(named, self.teach_this, self.line, [self.line, *taught], api_name="teach_this", **self.alone)
         known.success(self.ask_again, settings, page, api_name=False, **self.alone)

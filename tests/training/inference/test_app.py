@@ -31,7 +31,7 @@ from tinyalign_vlm.hub_cards.facts import ModelFacts
 from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
 from tinyalign_vlm.training.inference import visitor as visitor_module
 from tinyalign_vlm.training.inference.lessons import Lessons
-from tinyalign_vlm.training.inference.visitor import Shared, Visitors, load_shared
+from tinyalign_vlm.training.inference.visitor import Shared, Visitor, Visitors, load_shared
 
 BrowserTimeout = pytest.importorskip("playwright.sync_api", reason="pip install playwright").TimeoutError
 gradio_client = pytest.importorskip("gradio_client", reason="pip install tinyalign-vlm[app]")
@@ -156,6 +156,14 @@ def files_with(folder: Path, content: bytes) -> list[str]:
     return [str(path) for path in Path(folder).rglob("*") if path.is_file() and content in path.read_bytes()]
 
 
+def slowed(function):
+    def slow(*arguments):
+        time.sleep(1)
+        return function(*arguments)
+
+    return slow
+
+
 def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions, monkeypatch):
     page, stranger = Page(browser, app.local_url), images[9]
     # a broken and a huge picture: words, and the app goes on
@@ -163,6 +171,8 @@ def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions
     assert "cannot be read" in page.toast()
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # the browser takes its time to show a really huge one
+        # this one comes while the app still looks at the one before, or that it was removed
+        patch.setattr(Visitor, "look_at", slowed(Visitor.look_at))
         page.upload("#picture", png(Image.new("1", (200, 200))))
         assert "too large" in page.toast()
     page.page.click("#ask")
