@@ -9,6 +9,7 @@ import pytest
 # Chromium itself would ask Google for updates.
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FAKE_CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
 @contextmanager
@@ -19,6 +20,6 @@ def open_browser() -> Iterator:
     if program is None:
         pytest.skip("needs a browser on the PATH: apt-get install chromium")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=QUIET)
+        browser = playwright.chromium.launch(executable_path=program, args=QUIET + FAKE_CAMERA)
         yield browser
         browser.close()

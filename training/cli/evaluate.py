@@ -15,6 +15,7 @@ lmms-eval asks and scores; DIR/report.md has the numbers, their intervals, and w
   torchrun --nproc_per_node 8 -m tinyalign_cli evaluate out/stage2  # 8 GPUs
 
 A variant whose answers are in DIR already is not asked again: the same command goes on from where it was stopped.
+--card replaces the results that the checkpoint's card has.
 The default is all but MM-Vet (mmvet), which needs --judge, and VQAv2 (vqav2_val, vqav2_testdev). Install it with
 pip install tinyalign-vlm[eval] and then pip install --no-deps lmms-eval==0.7.3. docs/evaluation.md says what it costs.
 """
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--images", metavar="FILE", help="ids or file names of images, one a line: vqav2_val's")
     parser.add_argument("--judge", metavar="MODEL", help="of mmvet, asked at OPENAI_BASE_URL with OPENAI_API_KEY")
     parser.add_argument("--exclude", action="store_true", help="leave out questions about an image that a bank has")
-    parser.add_argument("--card", action="store_true", help="write the results into the checkpoint's model card")
+    parser.add_argument("--card", action="store_true", help="write the results into the checkpoint's card")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--output", metavar="DIR", help="(default: evaluation, with --compare comparison)")
     parser.add_argument("--compare", nargs="+", metavar="DIR", help="report on folders of answers; no model is loaded")
@@ -65,6 +66,8 @@ def check(arguments: argparse.Namespace):
         raise ValueError("evaluate needs a checkpoint, or --compare with folders of answers: one of them.")
     if "mmvet" in tasks and not (arguments.judge and os.environ.get("OPENAI_API_KEY")):
         raise ValueError("mmvet is scored by a judge: pass --judge MODEL, and set OPENAI_API_KEY and OPENAI_BASE_URL.")
+    if arguments.images is not None and "vqav2_val" not in tasks:
+        raise ValueError("--images are those of vqav2_val: leave it out, or add vqav2_val to --tasks.")
     if "vqav2_val" in tasks and arguments.images is None:
         raise ValueError(
             "vqav2_val has images that the usual training data have, too: pass --images FILE with those to ask about. "

@@ -23,11 +23,18 @@ def read_samples(paths: Sequence[tuple[str, Path]]) -> dict[str, Samples]:
         paths: what the names of a file's variants begin with, and the file.
 
     Raises:
-        ValueError: variants of a benchmark differ in their questions, right answers or judge.
+        ValueError: variants of a benchmark differ in their questions, right answers or judge; or benchmarks of a
+            variant in its weights or bank.
     """
-    found = {}
+    found, origins = {}, {}
     for prefix, path in paths:
         facts = read_sample_facts(path)
+        origin = origins.setdefault(prefix + facts["name"], facts)
+        if any(facts[key] != origin[key] for key in ("weights", "bank_rows")):
+            raise ValueError(
+                f"{path} is of other weights or another bank than {facts['name']}'s {origin['benchmark']}, expected "
+                "the same: delete it, or run it again."
+            )
         found.setdefault(facts["benchmark"], {})[prefix + facts["name"]] = facts, pq.read_table(path).to_pandas()
     for benchmark, variants in found.items():
         _check_same(benchmark, variants)

@@ -5,18 +5,13 @@ from pathlib import Path
 import datasets
 import pandas as pd
 from accelerate import PartialState
-from PIL import ImageFile
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..arguments.stage import StageArguments
 from .benchmarks import BENCHMARKS
-
-TRUNCATED = ImageFile.LOAD_TRUNCATED_IMAGES
-from .run import answer_questions  # noqa: E402
-from .tasks import Questions  # noqa: E402
-
-ImageFile.LOAD_TRUNCATED_IMAGES = TRUNCATED  # lmms-eval has set it, and broken images would be trained on
+from .run import answer_questions
+from .tasks import Questions
 
 logger = logging.get_logger(__name__)
 SCORED = [name for name in BENCHMARKS if name not in ("mmvet", "vqav2_testdev")]
@@ -51,8 +46,7 @@ def benchmark_as_chats(config: StageArguments) -> Questions:
 
 def _as_chat(questions: Questions, number: int) -> tuple[list, list[dict]]:
     """Return the images of a question, and the chat with its answer."""
-    row = questions.row(number)
-    (turn,) = questions.chat(row)
+    row, (turn,) = questions.ask(number)
     images = [part["image"] for part in turn["content"] if part["type"] == "image"]
     content = [{"type": "image"} if part["type"] == "image" else part for part in turn["content"]]
     answer = [{"type": "text", "text": questions.target(row)}]

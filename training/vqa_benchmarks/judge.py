@@ -6,7 +6,8 @@ from typing import Any
 TEMPERATURES = (0.0, 0.5, 1.0)  # of the tries, when no number comes
 SECONDS = 120  # that a judge may take
 REASONS = re.compile(r"(.*/)?(gpt-5|o[134])\b.*")  # take no temperature, and think before they speak
-NUMBER = re.compile(r"\s*([01](?:\.\d+)?)\.?(?:[\s|].*)?", re.DOTALL)  # the first word: not 0,5 nor 1/5
+# The first word: not 0,5 nor 1/5, nor 1 out of 5.
+NUMBER = re.compile(r"\s*([01](?:\.\d+)?)\.?(?:[\s|](?!\s*(?:/|-|\d|(?:out|of|to|or)\b)).*)?", re.DOTALL)
 
 
 def judge_answer(judge: str, question: str, truth: str, answer: str) -> float:

@@ -101,7 +101,7 @@ class PopeF1(BenchmarkMetric):
 
     @classmethod
     def sums(cls, questions: pd.DataFrame) -> np.ndarray:
-        says, is_yes = questions["answer"].map(says_yes), questions["target"].str.lower() == "yes"
+        says, is_yes = questions["answer"].map(says_yes), questions["target"].str.strip().str.lower() == "yes"
         counts = np.stack([says & is_yes, says & ~is_yes, ~says & is_yes, ~says & ~is_yes], axis=1)
         splits = pd.get_dummies(questions["category"]).to_numpy()
         return (splits[:, :, None] & counts[:, None]).reshape(len(questions), -1).astype(float)

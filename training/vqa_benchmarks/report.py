@@ -31,6 +31,7 @@ computed from its own tables, and is another number.
 
 def compare_folders(folders: Sequence[Path], output: Path, exclude: bool = False):
     """Report on all variants that folders have, compared with the first one of the first folder."""
+    folders = [folder.resolve() for folder in folders]
     names = [folder.name for folder in folders]
     paths = []
     for number, folder in enumerate(folders, 1):
@@ -43,9 +44,11 @@ def compare_folders(folders: Sequence[Path], output: Path, exclude: bool = False
 
 
 def _in_order(folder: Path) -> list[Path]:
-    """Return the files of answers in a folder, the variants in the order of its last report."""
-    results = folder / RESULTS
-    names = list(json.loads(results.read_text())["variants"]) if results.exists() else []
+    """Return the files of answers in a folder, the variants in the order of its last report, if it has one."""
+    try:
+        names = list(json.loads((folder / RESULTS).read_text())["variants"])
+    except (OSError, ValueError, LookupError, TypeError):
+        names = []
     folders = [*map(file_name, names), *sorted(path.name for path in folder.glob("samples/*"))]
     return [path for name in dict.fromkeys(folders) for path in sorted(folder.glob(f"samples/{name}/*.parquet"))]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -50,6 +51,7 @@ def run_command(options: argparse.Namespace):
     """Answer what `tinyalign evaluate` asks for with these options, and report."""
     variants = variants_of(options.model, options.banks, options.memory == "off", options.shuffled, options.against)
     output, asked = Path(options.output), []
+    output.mkdir(parents=True, exist_ok=True)
     pinned = output / REVISIONS
     revisions = json.loads(pinned.read_text()) if pinned.exists() else {}
     for name in options.tasks:
@@ -57,7 +59,6 @@ def run_command(options: argparse.Namespace):
         folder, judge = options.data and Path(options.data), options.judge if name == "mmvet" else None
         asked.append(Questions(name, folder, options.limit, images, judge, revisions))
     if revisions and PartialState().is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
         save_file(pinned, json.dumps(revisions, indent=2).encode())
     run_benchmarks(variants, asked, output, options.batch_size)
     if PartialState().is_main_process:
@@ -194,12 +195,11 @@ def answer_questions(
     shares = list(batches_by_length(lengths, [questions.generation] * len(numbers), batch_size))
     samples = []
     for batch in tqdm(shares[state.process_index :: state.num_processes], desc, unit="batch"):
-        rows = [questions.row(numbers[place]) for place in batch]
-        chats = [questions.chat(row) for row in rows]
+        rows, chats = zip(*(questions.ask(numbers[place]) for place in batch), strict=True)
         answers = answer_chats(model, processor, chats, questions.generation, memory)
-        for place, row, chat, text, found, too_long in zip(batch, rows, chats, *answers, strict=True):
+        for place, row, text, found, too_long in zip(batch, rows, *answers, strict=True):
             number, text = numbers[place], text.strip()
-            pictures = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
+            pictures = [value for value in row.values() if isinstance(value, Image.Image)]  # a chat's are RGB
             images = [image_source_id(decode_image(picture)) for picture in pictures]
             sample = {
                 "row": number,
@@ -225,7 +225,9 @@ def weights_sha256(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     for name in ("_name_or_path", "memory_bank", "memory_bank_revision", "transformers_version"):
         config.pop(name, None)
         generation.pop(name, None)
-    settings = [config, generation, processor.to_dict(), processor.chat_template]
+    tokens = getattr(processor.tokenizer, "backend_tokenizer", None)  # none of a tokenizer in Python
+    tokens = processor.tokenizer.get_vocab() if tokens is None else tokens.to_str()
+    settings = [config, generation, processor.to_dict(), processor.chat_template, tokens]
     content = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         content.update(name.encode())

@@ -51,8 +51,11 @@ def save_samples(path: Path, samples: list[dict], facts: dict):
 
 
 def read_sample_facts(path: Path) -> dict:
-    """Return the facts that [`save_samples`] wrote."""
-    return json.loads(pq.read_schema(path).metadata[FACTS])
+    """Return the facts that [`save_samples`] wrote; `ValueError` for a file of something else."""
+    try:
+        return json.loads(pq.read_schema(path).metadata[FACTS])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is none of `tinyalign evaluate`, expected its answers: move it away.") from error
 
 
 def is_answered(path: Path, facts: dict, count: int) -> bool:

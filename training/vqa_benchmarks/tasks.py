@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from huggingface_hub import HfApi
+from PIL import ImageFile
 
 from .benchmarks import ALIASES, BENCHMARKS
 from .judge import judge_answer
@@ -29,6 +30,7 @@ except ModuleNotFoundError as error:
         "pip install --no-deps lmms-eval==0.7.3."
     ) from error
 
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval has set it, and broken images would be answered and trained on
 logger.remove()  # lmms-eval's, which tells of each task at length
 logger.add(sys.stderr, level="WARNING")
 TASK_FILES = Path(lmms_eval.api.metrics.__file__).parents[1] / "tasks"
@@ -88,6 +90,8 @@ class Questions:
         try:
             self.task = LocalTask(config, self.rows)
             self.units = list(map(str, range(len(self.rows)) if unit is None else self.rows[unit]))
+            if name == "mme" and set(Counter(self.units).values()) != {2}:
+                raise ValueError("a question_id of MME is not that of two questions")
             asked = sorted(set(self.units))
             if images is not None:
                 asked = [unit for unit in asked if int(unit) in images]
@@ -112,16 +116,21 @@ class Questions:
 
     def _checked_prompt(self, number: int, row: dict) -> str:
         """Return the prompt of a row without its images, or refuse (`ValueError`) what would end a run later on."""
+        if number == self.numbers[0]:
+            self.ask(number)
         try:
-            prompt, target, _ = self.task.doc_to_text(row), self.target(row), self.benchmark.categories(row)
+            prompt, target, categories = self.task.doc_to_text(row), self.target(row), self.benchmark.categories(row)
             if self.images is not None and row["imageId"] not in self._image_rows:
                 raise ValueError(f"gqa_images has no {row['imageId']!r}")
+            truth = row.get("answers", row.get("answer"))
+            if truth in (None, []) and self.name != "vqav2_testdev":
+                raise ValueError("it has no right answer")
+            if None in categories:
+                raise ValueError("it has no category")
             if self.name in YES_NO and target.strip(" .").lower() not in ("yes", "no"):
                 raise ValueError(f"the answer is {target!r}, expected yes or no")
-            if number == self.numbers[0]:
-                self.chat(self.row(number))
-                if self.name != "mmvet":  # whose judge would be asked
-                    self.score(row, "")
+            if number == self.numbers[0] and self.name != "mmvet":  # whose judge would be asked
+                self.score(row, "")
         except Exception as error:  # whatever lmms-eval makes of it
             raise self._other_schema(error, number) from error
         return prompt
@@ -149,16 +158,15 @@ class Questions:
     def _image_rows(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.images["id"])}
 
-    def row(self, number: int) -> dict:
-        """Return a row with its image."""
-        row = self.rows[number]
-        if self.images is not None:
-            row["image"] = self.images[self._image_rows[row["imageId"]]]["image"]
-        return row
-
-    def chat(self, row: dict) -> list[dict]:
-        """Return the chat that asks a row's question."""
-        return ChatMessages(messages=self.task.doc_to_messages(row)).to_hf_messages()
+    def ask(self, number: int) -> tuple[dict, list[dict]]:
+        """Return a row with its images, and the chat that asks its question; `ValueError` where one is broken."""
+        try:
+            row = self.rows[number]
+            if self.images is not None:
+                row["image"] = self.images[self._image_rows[row["imageId"]]]["image"]
+            return row, ChatMessages(messages=self.task.doc_to_messages(row)).to_hf_messages()
+        except Exception as error:  # whatever lmms-eval makes of it
+            raise self._other_schema(error, number) from error
 
     def score(self, row: dict, answer: str) -> float:
         """Return the score of an answer, NaN where others keep the truth."""
@@ -200,7 +208,12 @@ def _load(
     if not files:
         raise ValueError(f"{folder} has neither {name}.parquet nor a folder {name} of Parquet files, expected one.")
     content = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
-    return content.hexdigest(), datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+    try:
+        return content.hexdigest(), datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+    except Exception as error:  # whatever pyarrow and datasets make of it
+        raise ValueError(
+            f"{name} in {folder} cannot be read ({error.__cause__ or error}), expected Parquet files with rows."
+        ) from error
 
 
 def _check_images(name: str, rows: datasets.Dataset):

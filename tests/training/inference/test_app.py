@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import huggingface_hub
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -164,7 +165,7 @@ def slowed(function):
     return slow
 
 
-def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions, monkeypatch):
+def test_a_story_of_teaching_in_a_browser(app, shared, hub, browser, images, captions, monkeypatch):
     page, stranger = Page(browser, app.local_url), images[9]
     # a broken and a huge picture: words, and the app goes on
     page.upload("#picture", b"\x89PNG\r\n\x1a\nbroken")
@@ -246,6 +247,13 @@ def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions
     page.until("#said", "Saved as")
     saved = MemoryBank.from_pretrained("my-bank")
     assert len(saved) == len(shared.model.memory_bank) + 1 and saved.captions[-1] == f"the {NAME}"
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        patch.setenv("HF_TOKEN", "hf_owner")
+        page.page.fill("#repository textarea, #repository input", "owner/my-bank")
+        page.page.click("#push")
+        page.until("#said", f"Pushed to {hub.url}/datasets/owner/my-bank")
+    assert {"bank_config.json", "README.md"} <= set(hub.files("owner/my-bank", "dataset"))
     # the bank
     page.open("Bank")
     frame = page.page.frame_locator("#view iframe")
@@ -260,6 +268,31 @@ def test_a_story_of_teaching_in_a_browser(app, shared, browser, images, captions
     page.shoot("tiny-bank")
     assert page.problems == []
     assert [url for url in page.requests if not url.startswith((app.local_url, "data:", "blob:", "about:"))] == []
+
+
+COPY = """async bytes => {
+    const blob = new Blob([new Uint8Array(bytes)], {type: "image/png"});
+    await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+}"""
+
+
+def test_pictures_of_the_clipboard_and_the_webcam(app, browser, images, captions):
+    page = Page(browser, app.local_url)
+    page.page.context.grant_permissions(["clipboard-read", "clipboard-write", "camera"])
+    page.page.evaluate(COPY, list(png(images[3])))
+    page.page.click("#picture button[aria-label='Paste from clipboard']")
+    page.page.wait_for_selector("#picture button[aria-label='Remove Image']")
+    page.ask("what is it?")
+    assert captions[3] in page.cards()[0] and "similarity 1.00" in page.cards()[0]
+    page.page.click("#picture button[aria-label='Remove Image']")
+    page.wait(f"!document.querySelector('{TURNS}')")
+    page.page.click("#picture button[aria-label='Capture from camera']")
+    page.page.get_by_text("Click to Access Webcam").click()
+    page.wait("document.querySelector('#picture video').videoWidth > 0")
+    page.page.click("#picture [aria-label='capture photo']")
+    page.page.wait_for_selector("#picture button[aria-label='Remove Image']")
+    page.ask("what is it?")
+    assert page.page.locator(TURNS).count() == 2 and page.problems == []
 
 
 EMOJI = Path(__file__).parents[3] / "examples/data/emoji_pairs.parquet"

@@ -1,5 +1,6 @@
 """Tests that import lmms-eval, which changes the process: test_tasks.py runs them in one of their own."""
 
+import io
 import json
 import random
 import threading
@@ -12,9 +13,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from vqa_rows import gqa_rows, mme_rows, mmvet_rows, pope_rows, save, scienceqa_rows, write
+from vqa_rows import gqa_rows, mme_rows, mmvet_rows, pope_rows, save, scienceqa_rows, textvqa_rows, write
 
 from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.modeling_tinyalign.row_encoder import image_source_id
+from tinyalign_vlm.processing.images import decode_image
 from tinyalign_vlm.training.models import load_to_answer
 from tinyalign_vlm.training.vqa_benchmarks import run
 from tinyalign_vlm.training.vqa_benchmarks.benchmarks import BENCHMARKS
@@ -66,12 +69,12 @@ def sampled(questions: Questions, answer) -> pd.DataFrame:
     """Return the samples of a model: `answer` takes a row and its target."""
     samples = []
     for number in questions.numbers:
-        row = questions.row(number)
+        row = questions.ask(number)[0]
         target = questions.target(row)
         text = answer(row, target)
         (category, *_) = [*questions.benchmark.categories(row), ""]
         sample = {"answer": text, "target": target, "category": category, "unit": questions.units[number]}
-        samples.append({**sample, "score": questions.score(questions.row(number), text)})
+        samples.append({**sample, "score": questions.score(questions.ask(number)[0], text)})
     return pd.DataFrame(samples)
 
 
@@ -112,7 +115,7 @@ def test_metrics_equal_the_aggregates_of_lmms_eval(questions, name):
     asked, generator = questions[name], np.random.default_rng(3)
     said, results = [], {}
     for number in asked.numbers:
-        row = asked.row(number)
+        row = asked.ask(number)[0]
         odd = generator.choice(["yes", "No", "Yes.", "A", "stop sign", "2", "B. two"])
         text = asked.target(row) if generator.random() < 0.4 else str(odd)
         said.append(text)
@@ -143,8 +146,8 @@ def test_metrics_equal_the_aggregates_of_lmms_eval(questions, name):
 
 def test_an_answer_that_mmmu_cannot_read_scores_the_same_whatever_came_before(questions):
     asked = questions["mmmu"]
-    scores = [asked.score(asked.row(number), "I do not know") for number in asked.numbers]
-    again = [asked.score(asked.row(number), "I do not know") for number in reversed(asked.numbers)]
+    scores = [asked.score(asked.ask(number)[0], "I do not know") for number in asked.numbers]
+    again = [asked.score(asked.ask(number)[0], "I do not know") for number in reversed(asked.numbers)]
     assert scores == again[::-1] and 0 < sum(scores) < len(scores)
 
 
@@ -153,9 +156,9 @@ def test_prompts_and_settings(questions):
     tokens = {name: asked.generation.get("max_new_tokens") for name, asked in questions.items()}
     assert tokens == {name: TOKENS.get(name, 16) for name in questions}
     assert questions["mmvet"].generation["until"] == []  # an answer has several paragraphs
-    chat = questions["mmmu"].chat(questions["mmmu"].row(1))
+    chat = questions["mmmu"].ask(1)[1]
     assert [part["type"] for part in chat[0]["content"]] == ["text", "image", "text", "image", "text"]
-    assert questions["gqa"].row(4)["image"].size == (24, 24)
+    assert questions["gqa"].ask(4)[0]["image"].size == (24, 24)
 
 
 def test_a_limit_takes_whole_images(data):
@@ -205,11 +208,25 @@ def judge(monkeypatch_module):
 def test_a_judge_says_a_number_or_it_is_an_error(questions, judge, monkeypatch):
     judge.says = "0.5"
     assert values(questions["mmvet"], lambda row, target: "x = -1") == {"accuracy": 50}
-    judge.says = " 0.5.\nIt has one of two."
-    assert values(questions["mmvet"], lambda row, target: "x = -1") == {"accuracy": 50}
+    for says in (" 0.5.\nIt has one of two.", "0.5 | one of two", "0.5 since one of two is there"):
+        judge.says = says
+        assert values(questions["mmvet"], lambda row, target: "x = -1") == {"accuracy": 50}
     assert judge.prompts[-1].endswith("\nWhat is x in 3? | -1 <AND> -5 | x = -1 |")
     assert "\nQuestion | Ground truth | Prediction" in judge.prompts[-1]
-    for says in ("1.7", "I would say so", "-0.5", "", "0,5", "1/5", "0.5x", "10"):
+    for says in (
+        "1.7",
+        "I would say so",
+        "-0.5",
+        "",
+        "0,5",
+        "1/5",
+        "0.5x",
+        "10",
+        "1 out of 10",
+        "1 / 10",
+        "0 to 1",
+        "1 7",
+    ):
         judge.says = says
         with pytest.raises(ValueError, match="expected a number from 0 to 1"):
             values(questions["mmvet"], lambda row, target: "x = -1")
@@ -239,7 +256,7 @@ def test_a_judge_that_reasons_is_asked_without_a_temperature(judge):
 
 
 def test_batches_and_banks_do_not_change_answers(saved, data):
-    asked = Questions("mmmu", data)
+    asked = Questions("mmmu", data, limit=5)
     model, processor = load_to_answer(saved["model"], memory="off", device="cpu")
     bank = MemoryBank.from_pretrained(saved["bank"])
 
@@ -317,6 +334,11 @@ OTHER_SCHEMAS = {
         UNDECODED,
         r"The column image of mmvet is .*, expected images: cast it with cast_column\('image'",
     ),
+    "no category of one": ("pope", with_value(pope_rows(), 5, "category", None), "Row 5 of pope .*no category"),
+    "no truth": ("gqa", with_value(gqa_rows(4), 3, "answer", None), "Row 3 of gqa .*no right answer"),
+    "no truths": ("textvqa", with_value(textvqa_rows(), 1, "answers", []), "Row 1 of textvqa .*no right answer"),
+    "half a pair": ("mme", mme_rows()[:-1], "a question_id of MME is not that of two questions"),
+    "no rows": ("pope", pope_rows()[:0], "pope in .* cannot be read .*expected Parquet files with rows"),
     "more images": ("gqa", gqa_rows(5), "Row 12 of gqa .*: gqa_images has no 'n4'"),
 }
 
@@ -337,7 +359,7 @@ def test_a_prompt_that_fills_the_context_is_told(saved, data, monkeypatch):
     asked = Questions("scienceqa", data)  # every other question has a hint
     model, processor = load_to_answer(saved["model"], memory="off", device="cpu")
     settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-    chats = [asked.chat(asked.row(number)) for number in asked.numbers]
+    chats = [asked.ask(number)[1] for number in asked.numbers]
     lengths = [len(processor.apply_chat_template([chat], **settings)["input_ids"][0]) for chat in chats]
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", max(lengths))
     samples = answer_questions(model, processor, asked, "off", None, 8, "test")
@@ -348,7 +370,7 @@ def test_a_prompt_that_fills_the_context_is_told(saved, data, monkeypatch):
 def test_images_of_the_bank_and_near_copies(saved, tmp_path):
     """In a bank of noise: its first image, the second one stored anew, and one that it does not have."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)  # those of `saved`
-    images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1] ^ 1), Image.new("RGB", (24, 24), "red")]
+    images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1] ^ 1), Image.new("RGBA", (24, 24), "#ff000080")]
     rows = [row | {"image": image} for row, image in zip(scienceqa_rows(3), images, strict=True)]
     save(rows, tmp_path / "scienceqa.parquet")
     asked = [Questions("scienceqa", tmp_path)]
@@ -358,6 +380,8 @@ def test_images_of_the_bank_and_near_copies(saved, tmp_path):
     for exclude in (False, True):
         found = compare("scienceqa", read_samples(paths)["scienceqa"], exclude)
         assert (found["in_bank"]["rows"], found["near_copies"]["rows"]) == ([0], [1])
+    kept = pq.read_table(paths[0][1])["images"].to_pylist()
+    assert kept == [[image_source_id(decode_image(image))] for image in images]  # as a bank has them
 
 
 def test_an_interrupted_command_goes_on(saved, data, tmp_path, monkeypatch):
@@ -388,4 +412,20 @@ def test_an_interrupted_command_goes_on(saved, data, tmp_path, monkeypatch):
     model.generation_config.repetition_penalty = 1.2
     second = weights_sha256(model, processor)
     processor.chat_template += " "
-    assert len({first, second, weights_sha256(model, processor)}) == 3
+    third = weights_sha256(model, processor)
+    processor.tokenizer.add_tokens(["zyx"])
+    assert len({first, second, third, weights_sha256(model, processor)}) == 4
+
+
+def test_a_broken_image_is_refused_with_its_row(saved, tmp_path):
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 99).save(file, "PNG")
+    write(tmp_path, "mmmu", "pope")
+    for name, column in (("pope", "image"), ("mmmu", "image_1")):
+        path = tmp_path / f"{name}.parquet"
+        rows = datasets.Dataset.from_parquet(str(path)).cast_column(column, datasets.Image(decode=False)).to_list()
+        rows[1][column] = {"bytes": file.getvalue()[:-2000], "path": None} if name == "pope" else None
+        features = datasets.Dataset.from_parquet(str(path)).features
+        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+        with pytest.raises(ValueError, match=f"Row 1 of {name} cannot be asked"):
+            Questions(name, tmp_path).ask(1)

@@ -4,6 +4,8 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import ModelCard
 from vqa_rows import mme_rows, pope_rows
@@ -137,6 +139,17 @@ def test_other_questions_are_refused(tmp_path):
     paths = [save(tmp_path, "a", "vqav2_val", ["1", "2"]), save(tmp_path, "b", "vqav2_val", ["1", "2", "3"])]
     with pytest.raises(ValueError, match="of vqav2_val have different questions, expected the same"):
         read_samples(paths)
+
+
+def test_answers_of_other_weights_or_of_something_else_are_refused(tmp_path):
+    save(tmp_path, "a", "pope", answers_of(POPE, 0.8, 0), facts={"weights": "1" * 64})
+    save(tmp_path, "a", "mme", answers_of(MME, 0.8, 0))
+    (tmp_path / "results.json").write_text('{"variants"')
+    with pytest.raises(ValueError, match="pope.parquet is of other weights or another bank than a's mme, expected"):
+        compare_folders([tmp_path], tmp_path / "out")
+    pq.write_table(pa.table({"row": [1]}), samples_path(tmp_path, "a", "gqa"))
+    with pytest.raises(ValueError, match=r"gqa.parquet is none of `tinyalign evaluate`, expected its answers"):
+        compare_folders([tmp_path], tmp_path / "out")
 
 
 def test_other_judges_and_right_answers_are_refused(tmp_path):
