@@ -24,6 +24,7 @@ LIMITS = {
     "latent_dim": (1, 2**16),
     "memory_connector_size": (1, 2**20),
     "query_alpha": (0, 1),
+    "retrieval_threshold": (-1, 1),
     "prompt_captions": (0, 2**10),
 }
 # Of the fields of a part, by name: layers and times that a block is repeated, sizes and numbers of things.
@@ -166,10 +167,14 @@ class TinyAlignConfig(PreTrainedConfig):
         Raises:
             ValueError: config.json is not that of a TinyAlign model.
         """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(f"config.json is of a {kind} model, expected a TinyAlign checkpoint.")
         if "top_k" in kwargs:
             kwargs["memory_top_k"] = kwargs.pop("top_k")
         try:
-            return super().from_dict(_without_code(config_dict), **kwargs)
+            limited = {name: kwargs.pop(name) for name in LIMITS.keys() & kwargs.keys()}  # else set unchecked
+            return super().from_dict(_without_code(config_dict | limited), **kwargs)
         except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"config.json does not describe a TinyAlign model ({type(error).__name__}: {error}). Save or download "

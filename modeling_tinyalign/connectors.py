@@ -121,7 +121,7 @@ class MemoryConnector(nn.Module):
                     "config.memory_scores: this model is told the similarity of each neighbour. Pass memory_scores "
                     "(images, top_k) with memory_ids, memory_input_ids or memory_values, or let the model retrieve."
                 )
-            scores = torch.where(used, scores.to(tokens), 0.0)
+            scores = torch.where(used & scores.to(used.device).isfinite(), scores.to(tokens), 0.0)
             tokens = tokens + self.score(scores).unsqueeze(1)
         return tokens
 
@@ -228,7 +228,7 @@ class CaptionTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int):
-        if not tokenizer.is_fast:
+        if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"The tokenizer is a {type(tokenizer).__name__}, which says nothing of where in a text its tokens "
                 "stand, expected a fast one: load it with AutoTokenizer."
@@ -273,7 +273,7 @@ class CaptionTokenizer:
         if text not in self.captions:
             if len(self.captions) >= MAX_CACHED:
                 self.captions.clear()
-            plain = text.strip()
+            plain = text.strip()[: 256 * self.size]  # more than fits
             cuts = [0, *(match.end() for match in self.control.finditer(plain)), len(plain)]
             pieces = [plain[start:end] for start, end in itertools.pairwise(cuts)]
             caption = self._behind(SEPARATOR, f" {pieces[0]}")

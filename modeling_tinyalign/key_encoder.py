@@ -300,7 +300,7 @@ def read_query_image(image: Image.Image | str | os.PathLike) -> Image.Image:
     """Return an image, upright and on white, as a bank's images are read; `ValueError` if it is none."""
     try:
         read = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
-        if read.mode[0] in "IF" or max(read.size) > MAX_RATIO * min(read.size):
+        if read.mode[0] in "IF" or not 0 < max(read.size) <= MAX_RATIO * min(read.size):
             raise ValueError(f"{read.size} pixels, mode {read.mode}: pass the processor's pixel_values")
         read = read.convert("RGBA")
     except Exception as error:  # PIL and its codecs raise many

@@ -279,6 +279,7 @@ class MemoryBank(BankRows):
         """Return this bank with the weights that `retrieve` makes probabilities with, or without them."""
         bank = copy.copy(self)
         bank.config = replace(self.config, calibration=calibration)
+        bank.repo_id = bank.revision = None  # which have another
         return bank
 
     def check_probes(self, model: PreTrainedModel) -> None:

@@ -133,7 +133,8 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             vision_features (`(n, T, C)`): What [`get_vision_features`] gave, instead of `pixel_values (n, 3, H, W)`.
             query_input_ids, query_attention_mask (`(n, Q)`): The question, for language-space keys.
             memory_ids (`(n, top_k)`): Rows of the bank to use; -1: none. Or what the model reads of them:
-                `memory_input_ids (n, M)`, tokens of captions, -1: none, and `memory_values (n, top_k, L, D)`.
+                `memory_input_ids (n, M)`, tokens of captions, -1: none, and `memory_values (n, top_k, L, D)`. No
+                threshold leaves out given captions.
             memory_scores (`(n, top_k)`): With these the rows' similarities.
             exclude_ids: For each image `None`, a `source_id`, a row id or a list; or one of these for all images.
             memory: `"off"` fills all slots with "nothing retrieved".
@@ -155,7 +156,8 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
                 given = no_memory(self.config, tokens.shape[0])
             elif not is_known(self.config, memory_input_ids, memory_values):
                 queries = vision_features, query_input_ids, query_attention_mask
-                given |= self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
+                found = self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
+                given |= found if memory_values is None else found | {"memory_values": memory_values}
             memory_tokens, memory_ids, memory_scores = self.read_memory(tokens, retrieval_threshold, **given)
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
         elif any(value is not None for value in (memory_ids, memory_input_ids, memory_values)):
@@ -335,7 +337,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         kwargs |= merged_settings(kwargs.pop("call_settings", None))
         images, mask = self._encode_images(inputs, kwargs)
         found = [] if sources is True else sources
-        if found is not None and mask is not None:
+        if isinstance(found, list) and mask is not None:
             reads = images is not None and images.memory_ids is not None and (images.memory_ids >= 0).any()
             found += sources_of(self.memory_bank if reads else None, images, mask)  # else no bank is opened for it
         outputs = super().generate(inputs, *args, **kwargs)

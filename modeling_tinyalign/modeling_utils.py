@@ -276,6 +276,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
 
     def read_captions_with(self, tokenizer: PreTrainedTokenizerBase):
         """Set the language model's tokenizer; a loaded model finds it beside its weights."""
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         self.base_model._caption_tokenizer = CaptionTokenizer(tokenizer, self.config.memory_tokens)
 
     def require_bank(self) -> MemoryBank:
@@ -329,6 +330,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         found.source_ids = [[neighbour["source_id"] for neighbour in row] for row in rows]
         return found
 
+    @torch.compiler.disable  # the search is no part of a graph
     def look_up(
         self,
         queries: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
@@ -338,15 +340,15 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         top_k: int | None = None,
     ) -> dict[str, torch.Tensor | None]:
         """Return ids, scores and values that the model reads: of these rows, or of the nearest to the queries."""
-        bank = self.require_bank()
+        bank, slots = self.require_bank(), self.config.memory_top_k
+        top_k = slots if top_k is None else top_k
         if memory_ids is None:
             keys = bank.encode_queries(*queries)
-            slots = self.config.memory_top_k
-            top_k = slots if top_k is None else top_k
             memory_scores, memory_ids = bank.search(keys, top_k, exclude=for_each(exclude_ids, len(keys)))
-            memory_ids = F.pad(memory_ids, (0, slots - top_k), value=-1)
-            memory_scores = F.pad(memory_scores, (0, slots - top_k), value=-torch.inf)
-        memory = {"memory_ids": torch.as_tensor(memory_ids), "memory_scores": memory_scores}
+        memory = {"memory_ids": F.pad(torch.as_tensor(memory_ids)[..., :top_k], (0, slots - top_k), value=-1)}
+        if memory_scores is not None:
+            scores = torch.as_tensor(memory_scores)[..., :top_k]
+            memory["memory_scores"] = F.pad(scores, (0, slots - top_k), value=-torch.inf)
         if self.config.reads_latents:
             memory["memory_values"] = bank.gather(memory["memory_ids"])
         return memory

@@ -149,9 +149,7 @@ def _local_file(name: str) -> str | bytes:
         with fsspec.open(name, "rb") as file:
             return file.read()
     if REMOTE.match(name):
-        raise MissingImage(
-            f"found the URL {shown}, expected a file: download the images, no URL in a data set is fetched"
-        )
+        raise MissingImage(f"found the URL {shown}, expected a file: download the images, no URL is fetched here")
     if not os.path.isfile(name):
         raise MissingImage(f"{shown} is no file, expected a file, a URL, base64 text, bytes or a PIL image")
     return name
@@ -266,13 +264,19 @@ def load_image(image: Any, name: str = "image") -> Any:
     try:
         if isinstance(image, np.ndarray) or is_torch_tensor(image):
             check_proportions(sorted(image.shape)[-2:])  # the channels are fewest
-            return image
+            if image.ndim != 2 or is_torch_tensor(image):
+                return image
         source = image_source(image)
         if isinstance(source, str) and source.startswith(("http://", "https://")):
             source = download(source)
         return decode_image(source)
     except ValueError as error:
         raise ValueError(f"{name}: {error}. Replace it or leave it out.") from error
+
+
+def is_scaled(image: Any) -> bool:
+    """Return whether an image is an array or a tensor whose numbers are 0 to 1, not 0 to 255."""
+    return "float" in str(getattr(image, "dtype", "")) and 0 < float(image.max()) <= 1
 
 
 def download(url: str) -> bytes:

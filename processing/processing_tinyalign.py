@@ -12,7 +12,7 @@ from transformers import BatchFeature, GenerationConfig, PreTrainedConfig, Proce
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_numpy_array, is_torch_tensor
 
-from .images import check_output, check_sizes, decode_image, load_image, padding_to_square
+from .images import check_output, check_sizes, decode_image, is_scaled, load_image, padding_to_square
 
 MAX_IMAGE_TOKENS = 2**20
 # Cuts the control tokens that stand in a text. The tokenizer looks for those, drops this, and reads on as if it had
@@ -158,6 +158,9 @@ class TinyAlignProcessor(ProcessorMixin):
             if self.tokenizer.bos_token and all(sample.startswith(self.tokenizer.bos_token) for sample in texts):
                 kwargs.setdefault("add_special_tokens", False)  # what a template wrote is not written again
         images = self._load_images(images, texts)
+        asked = kwargs | kwargs.get("images_kwargs", {})
+        if asked.get("do_rescale", self.image_processor.do_rescale) and any(map(is_scaled, images or [])):
+            raise ValueError("Found an image of numbers up to 1, expected 0 to 255, or do_rescale=False with it.")
         inputs = super().__call__(images=images, text=texts, **kwargs)
         if "offset_mapping" in inputs:
             inputs["offset_mapping"] = self._offsets_before_expansion(inputs["offset_mapping"], texts)
@@ -317,7 +320,7 @@ def read_chat(messages: Sequence[Any], name: str = "") -> list[dict]:
     for number, message in enumerate(chat):
         if not isinstance(message.get("role"), str):
             raise ValueError(f"{name}messages[{number}]: found no role, expected user, assistant or system.")
-        content = message.get("content", "")
+        content = message.setdefault("content", "")
         if isinstance(content, (list, tuple)):
             message["content"] = [_read_part(part, f"{name}messages[{number}]") for part in content]
         elif not isinstance(content, str):
@@ -329,7 +332,7 @@ def _read_part(part: Any, name: str) -> dict:
     part = {"type": None} if isinstance(part, str) else _as_dict(part)
     kind, url = part.get("type"), part.get("image_url")
     if kind == "image_url" and url is not None:
-        return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+        return {"type": "image", "url": url.get("url") if isinstance(url, dict) else url}
     if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
         raise ValueError(
             f"{name}: found a part of type {kind!r} with {sorted(part)}, expected "
@@ -340,7 +343,7 @@ def _read_part(part: Any, name: str) -> dict:
 
 def _as_dict(message: Any) -> dict:
     """A message, or a part of its content, as a new dict: it may be a dataclass or a pydantic model as well."""
-    if isinstance(message, (str, int, list)):
+    if not isinstance(message, dict) and not hasattr(message, "__dict__"):
         raise ValueError(f"Found the message {message!r:.100}, expected a dictionary with a role and a content.")
     fields = message if isinstance(message, dict) else vars(message)
     return {name: value for name, value in fields.items() if value is not None}

@@ -79,9 +79,9 @@ def test_urls_are_refused_in_a_line(stored, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     (problem,) = check_rows(settings(str(tmp_path / "rows.json")))[1].problems.values()
     assert problem.startswith("missing image: found the URL 'https://images.example/a.png'")
-    assert "no URL in a data set is fetched" in problem
+    assert "no URL is fetched here" in problem
     source = CaptionedImages(settings(str(tmp_path / "rows.json")), None, [], {})
-    with pytest.raises(ValueError, match="no URL in a data set is fetched"):
+    with pytest.raises(ValueError, match="no URL is fetched here"):
         [source.read(number, row) for number, row in source]
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from banks import small_value_encoder
 from isolation import set_hf_home
 from transformers import AutoTokenizer
 
@@ -166,3 +167,36 @@ def test_fewer_neighbours_and_a_threshold_leave_captions_out(captioned, images):
     pixels = inputs_of(processor, images[:2])["pixel_values"]
     for settings in ({"memory_top_k": 1}, {"retrieval_threshold": 0.999}):
         assert text_of(model, model.get_image_features(pixels, **settings).memory_ids) == list(CAPTIONS[:2])
+
+
+def test_given_memory_is_read_as_it_is_given(captioned, images, make_model):
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    bank = MemoryBank.from_pretrained(captioned / "bank")
+    model.attach_memory_bank(bank, tokenizer=processor)  # whose tokenizer it is
+    inputs = inputs_of(processor, images[:2])
+    plain = model(**inputs).logits
+    compiled = torch.compile(model, backend="eager")(**inputs).logits
+    assert torch.equal(compiled, plain)
+    ids = torch.tensor([[3, 1], [1, 2]])
+    fewer = model(**inputs, memory_ids=ids, memory_scores=torch.ones(2, 2), memory_top_k=1)
+    assert fewer.image_outputs.memory_ids.tolist() == [[3, -1], [1, -1]]
+    no_words = torch.full((2, 40), -1)
+    given = model(**inputs, memory_input_ids=no_words, memory_scores=torch.full((2, 2), -torch.inf))
+    assert torch.equal(given.logits, model(**inputs, memory="off").logits)
+    assert torch.is_tensor(model.generate(**inputs, max_new_tokens=1, sources=False))
+    with pytest.raises(ValueError, match="The tokenizer is a str, .* expected a fast one"):
+        model.attach_memory_bank(bank, tokenizer="tokenizer")
+
+
+def test_values_that_are_given_beside_rows(captioned, images, make_model):
+    model = make_model(**{**MEMORY, "memory_tokens": 3, "memory_input": "both"})
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model", num_image_tokens=model.config.num_image_tokens)
+    rows = [{"image": image, "caption": caption} for image, caption in zip(images, CAPTIONS, strict=True)]
+    bank = MemoryBank.build(rows, model, processor, small_value_encoder())
+    model.attach_memory_bank(bank, tokenizer=processor)
+    inputs = {**inputs_of(processor, images[:2]), "memory_ids": torch.tensor([[3, 1], [1, 2]])}
+    inputs["memory_scores"] = torch.ones(2, 2)
+    own, swapped = bank.gather(inputs["memory_ids"]), bank.gather(inputs["memory_ids"].flip(0))
+    assert torch.equal(model(**inputs, memory_values=own).logits, model(**inputs).logits)
+    assert not torch.equal(model(**inputs, memory_values=swapped).logits, model(**inputs).logits)

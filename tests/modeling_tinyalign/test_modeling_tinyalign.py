@@ -727,6 +727,15 @@ def test_connectors_stay_float32(make_model, ragged, tmp_path):
     assert again(**batch).logits.equal(loaded(**batch).logits)
 
 
+def test_configs_that_are_none_of_a_model(checkpoints, make_model, tmp_path):
+    for name in ("llama", "siglip"):
+        with pytest.raises(ValueError, match="config.json is of a .* model, expected a TinyAlign checkpoint"):
+            TinyAlignForConditionalGeneration.from_pretrained(checkpoints[name])
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="retrieval_threshold is 80.0, expected -1 or more, and at most 1"):
+        TinyAlignConfig.from_pretrained(tmp_path, retrieval_threshold=80.0)
+
+
 def test_a_local_bank_is_not_saved(make_model, tmp_path, caplog):
     model = make_model()
     model.config.memory_bank = str(tmp_path)

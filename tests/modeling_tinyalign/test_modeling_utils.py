@@ -120,6 +120,8 @@ def test_pictures_and_their_files_are_retrieved_with(with_bank, inputs, images, 
     for name, size in (("grey.png", r"\(8, 8\) pixels, mode I;16"), ("strip.png", r"\(2, 900\) pixels, mode L")):
         with pytest.raises(ValueError, match=f"{name}.*{size}: pass the processor's pixel_values"):
             with_bank.retrieve(tmp_path / name)
+    with pytest.raises(ValueError, match=r"\(0, 0\) pixels, mode RGB: pass the processor's pixel_values"):
+        with_bank.retrieve(Image.new("RGB", (0, 0)))
     with_bank.attach_memory_bank(None)
     assert with_bank.memory_bank is None
 

@@ -257,9 +257,9 @@ def test_names_that_no_message_prints_whole(tmp_path):
         (f"data:image/png;base64,{text}!", "whole base64 text"),
         (f"data:image/svg+xml;utf8,<svg>{text}", "whole base64 text"),
         ("x" * 5000, "is no file"),
-        (f"https://images.example/{'x' * 5000}", "no URL in a data set is fetched"),
-        ({"url": "http://images.example/a.png"}, "no URL in a data set is fetched"),
-        ("ftp://images.example/a.png", "no URL in a data set is fetched"),
+        (f"https://images.example/{'x' * 5000}", "no URL is fetched here"),
+        ({"url": "http://images.example/a.png"}, "no URL is fetched here"),
+        ("ftp://images.example/a.png", "no URL is fetched here"),
         ({"type": "image"}, "there is no image"),
         ({"path": "", "bytes": b""}, "there is no image"),
     ):

@@ -174,6 +174,16 @@ class TestImages:
         expected = pixels(processor, images[0])
         for source in (path, str(path), text, f"data:image/png;base64,{text}", np.asarray(images[0])):
             assert pixels(processor, source).equal(expected)
+        grey = images[0].convert("L")
+        assert pixels(processor, np.asarray(grey)).equal(pixels(processor, grey))
+
+    def test_numbers_up_to_1(self, processor, images):
+        scaled = np.asarray(images[0], np.float32) / 255
+        for image in (scaled, torch.from_numpy(scaled).permute(2, 0, 1)):
+            with pytest.raises(ValueError, match="numbers up to 1, expected 0 to 255, or do_rescale=False"):
+                pixels(processor, image)
+            inputs = processor(images=image, text="<image>", do_rescale=False, return_tensors="pt")
+            torch.testing.assert_close(inputs["pixel_values"], pixels(processor, images[0]))
 
     def test_broken_files(self, processor, images, tmp_path):
         path = tmp_path / "image.png"
@@ -229,10 +239,26 @@ class TestBadInput:
             TinyAlignProcessor.from_vision_text_pretrained(checkpoints["siglip"], checkpoints["llama"], config)
 
 
-@pytest.mark.parametrize("wrong", [None, [], "hello", {"role": "user", "content": "hello"}, ["hello"], [3], [{}]])
+@pytest.mark.parametrize(
+    "wrong", [None, [], "hello", {"role": "user", "content": "hello"}, ["hello"], [3], [{}], [0.5]]
+)
 def test_things_that_are_no_chat(wrong, processor):
     with pytest.raises(ValueError, match="expected"):
         processor.apply_chat_template(wrong)
+
+
+@pytest.mark.parametrize("part", [None, 0.5, ("text",), {"type": "image_url", "image_url": {}}])
+def test_things_that_are_no_part_of_a_chat(part, processor):
+    with pytest.raises(ValueError, match="expected|0. images were passed"):
+        processor.apply_chat_template(
+            [{"role": "user", "content": [part, {"type": "text", "text": "a"}]}], tokenize=True
+        )
+
+
+def test_a_message_of_nothing_asks_nothing(language_processor):
+    chat = [{"role": "user", "content": None}, {"role": "user", "content": "what is it?"}]
+    inputs = language_processor.apply_chat_template([chat], tokenize=True, return_dict=True, return_tensors="pt")
+    assert language_processor.decode(inputs["query_input_ids"][0]).strip() == "what is it?"
 
 
 @pytest.mark.parametrize("wrong", [3, [3], [], {"text": "hello"}])

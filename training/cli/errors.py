@@ -31,7 +31,7 @@ def reported_errors(resumable: bool = False) -> Iterator[None]:
 
 def message_of(error: Exception) -> str | None:
     """Return the message for what a user can mend; None for an error of the package itself."""
-    if not isinstance(error, (ValueError, OSError, ImportError)):
+    if not isinstance(error, (ValueError, OSError, ImportError, OverflowError)):
         import yaml
         from huggingface_hub.errors import StrictDataclassError
 

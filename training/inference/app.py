@@ -48,9 +48,13 @@ def start_app(
     if visitors_may not in MAY:
         raise ValueError(f"visitors_may is {visitors_may!r}, expected one of {', '.join(MAY)}.")
     shared = load_shared(model, revision, memory_bank, device, may=visitors_may, **settings)
-    with serving(shared, host, port) as app:
-        print(f"Open {app.local_url}  (Ctrl-C ends it; visitors may {', '.join(MAY[: MAY.index(visitors_may) + 1])})")
-        app.block_thread()
+    may = ", ".join(MAY[: MAY.index(visitors_may) + 1])
+    try:
+        with serving(shared, host, port) as app:
+            print(f"Open {app.local_url}  (Ctrl-C ends it; visitors may {may})")
+            app.block_thread()
+    except (OSError, OverflowError) as error:  # Gradio's tells of its own arguments
+        raise OSError(f"Nothing can be opened at {host}, port {port}: pass another --port or --host.") from error
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ class Pages:
     def __init__(self, shared: Shared):
         self.shared, self.visitors = shared, Visitors(shared)
         self.alone = {"concurrency_limit": 1, "concurrency_id": "model"}
+        self.each = {"trigger_mode": "multiple", **self.alone}  # else what comes meanwhile is passed over
 
     def visitor(self, request: gr.Request) -> Visitor:
         if request.session_hash is None:  # else all who have none would be one visitor
@@ -154,6 +155,10 @@ class Pages:
             for _ in visitor.ask(question, int(top_k), threshold, compare):
                 yield [*self.chats(visitor), *[gr.skip()] * 4]
         yield self.everything(visitor)
+
+    def without_asked(self, text: str, request: gr.Request) -> str:
+        """Return what the question's box has, but for the question that was answered: another may be there by now."""
+        return "" if text.strip() == self.visitor(request).last_question() else text
 
     def ask_again(self, top_k: float, threshold: float, compare: bool, request: gr.Request) -> Iterator[list]:
         """Ask the last question anew, as another turn."""
@@ -311,16 +316,16 @@ class Pages:
         settings = [self.top_k, self.threshold, self.compare]
         # unread: Gradio would open the file itself, with whatever program PIL has for it
         unread = {"preprocess": False, **self.alone}
-        last = {"trigger_mode": "always_last", **unread}  # else a picture that comes meanwhile is passed over
+        last = {**unread, "trigger_mode": "always_last"}
         self.picture.input(self.look, self.picture, page, api_name="look", **last)
         self.examples.click(self.look_at_example, None, [self.picture, *page], api_name=False, **last)
         cleared = [self.with_memory.clear, self.without.clear]
         gr.on(cleared, self.start_over, None, page, api_name="start_over", **self.alone)
         questions = [self.ask_button.click, self.question.submit]
         asked = gr.on(questions, self.ask, [self.question, *settings], page, api_name="ask", **self.alone)
-        asked.success(lambda: "", None, self.question, api_name=False)  # else it is there to be corrected
+        asked.success(self.without_asked, self.question, self.question, api_name=False)
         self.compare.change(lambda shown: gr.update(visible=shown), self.compare, self.without, api_name=False)
-        self.gallery.click(self.leave_out, settings, page, api_name=False, **self.alone)
+        self.gallery.click(self.leave_out, settings, page, api_name=False, **self.each)
         self.put_back.click(self.use_all, settings, page, api_name="use_all", **self.alone)
         if self.shared.has_memory:
             self._connect_lessons(page, settings, unread)
@@ -336,8 +341,8 @@ class Pages:
         inputs, given = [self.new_picture, self.new_line], [self.teach_button.click, self.new_line.submit]
         gr.on(given, self.teach, inputs, [*inputs, *taught], api_name="teach", **unread)
         for button in (self.zip, self.folder):
-            button.upload(self.teach_many, button, taught, api_name="teach_many", **self.alone)
-        self.lessons.click(self.forget, None, forgotten, api_name=False, **self.alone)
+            button.upload(self.teach_many, button, taught, api_name="teach_many", **self.each)
+        self.lessons.click(self.forget, None, forgotten, api_name=False, **self.each)
         self.forget_button.click(self.forget_all, None, forgotten, api_name="forget_all", **self.alone)
         self.save_button.click(self.save, self.name, self.said, api_name="save", **self.alone)
         self.push_button.click(self.push, self.repository, self.said, api_name="push", **self.alone)

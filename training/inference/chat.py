@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable
 from glob import escape, glob
 from pathlib import Path
@@ -30,6 +31,7 @@ HELP = """\
 /help              this list
 /quit              leave, as Ctrl-D does; Ctrl-C stops an answer
 Anything else is a question. Tab completes commands and paths."""
+STEERING, HARMLESS = ("Cc", "Cf", "Cs"), set("\n\t\u200c\u200d")  # the last two join letters and emoji
 PATH = re.compile(r"""("[^"]+"|'[^']+'|(?:\\ |\S)+)\s*(.*)""", re.DOTALL)
 
 
@@ -207,7 +209,8 @@ def print_pieces(pieces: Iterable[str]):
 
 def printable(text: str) -> str:
     """Return a text without what would steer a terminal: models and banks may be anybody's."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+    steering = (letter for letter in set(text) - HARMLESS if unicodedata.category(letter) in STEERING)
+    return text.translate(dict.fromkeys(map(ord, steering), "\ufffd"))
 
 
 def complete_lines(commands: Iterable[str]):
@@ -220,7 +223,7 @@ def complete_lines(commands: Iterable[str]):
             found = [f"{command} " for command in commands if command.startswith(text)]
         else:
             paths = sorted(glob(f"{escape(os.path.expanduser(text))}*"))
-            found = [os.path.join(path, "") if os.path.isdir(path) else path for path in paths]
+            found = [(f"{path}/" if os.path.isdir(path) else path).replace(" ", "\\ ") for path in paths]
         return found[state] if state < len(found) else None
 
     readline.set_completer(complete)

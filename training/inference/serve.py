@@ -29,6 +29,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 MAX_BODY_BYTES = 64 * 2**20
 MAX_IMAGES = 16
 MAX_STOPS = 4
+LEAST_TEMPERATURE = 1e-5  # below it the likeliest tokens are taken: probabilities would overflow
 ROLES = ("system", "developer", "user", "assistant")
 # Fields of OpenAI's that are not supported, and the values that ask for nothing.
 UNSUPPORTED = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "presence_penalty": 0, "store": False}
@@ -84,6 +85,8 @@ def serve(
     Raises:
         ValueError: The model has a memory, but no bank is named here or in its config.
     """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more.")
     loaded = load_to_answer(model, revision, memory_bank, memory, device)
     uvicorn.run(build_app(model, *loaded, memory, allow_image_host, max_tokens), host=host, port=port)
 
@@ -134,6 +137,7 @@ def build_app(
 
 
 def error_response(message: str, status: int, code: str | None = None) -> JSONResponse:
+    message = message.encode(errors="replace").decode()  # it may quote half a character
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return JSONResponse({"error": error}, status)
 
@@ -204,10 +208,10 @@ def sampling_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> Ge
     """Return how to generate: what the model's generation_config.json says, changed by a request."""
     config = copy.deepcopy(model.generation_config)
     temperature = body.get("temperature")
-    config.do_sample = config.do_sample if temperature is None else temperature > 0
-    if temperature:
-        config.temperature = float(temperature)
-    if body.get("top_p"):
+    if temperature is not None:
+        config.do_sample = temperature >= LEAST_TEMPERATURE
+        config.temperature = float(temperature) if config.do_sample else None
+    if body.get("top_p") is not None:
         config.top_p = float(body["top_p"])
     stops = body.get("stop") or None
     config.stop_strings = [stops] if isinstance(stops, str) else stops

@@ -1,6 +1,5 @@
 """A visitor of the app, and the parts that all visitors share."""
 
-import json
 import re
 import threading
 from collections import OrderedDict
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ...hub_cards.facts import FACTS_NAME
+from ...hub_cards.facts import FACTS_NAME, read_facts
 from ..bank.folders import check_new_folder
 from ..models import load_to_answer
 from .answers import LOCK
@@ -71,9 +70,8 @@ def load_shared(name: str, revision: str, memory_bank: str | None, device: str, 
     except (ValueError, OSError, ImportError) as error:
         model.detach_memory_bank()
         shared.problem = str(error)
-    card = Path(name, FACTS_NAME)
-    if card.is_file() and "question" not in settings:
-        shared.question = json.loads(card.read_text(encoding="utf-8"))["example"]["prompt"]
+    if Path(name, FACTS_NAME).is_file() and "question" not in settings:
+        shared.question = read_facts(name).example.prompt
     shared.examples = list(examples_of(name, model))
     return shared
 
@@ -151,10 +149,9 @@ class Visitor:
 
     def take_back(self) -> str:
         """Return the last question, and forget it with its answers: it will be asked anew."""
-        question = self.last_question()
-        self.turns = self.turns[:-1]
-        for conversation in (self.with_memory, self.without):
-            if conversation.turns and conversation.turns[-1][0] == question:
+        question, *answers = self.turns.pop() if self.turns else [""]
+        for conversation, answer in zip((self.with_memory, self.without), answers, strict=False):
+            if conversation.turns[-1:] == [(question, answer)]:
                 conversation.turns.pop()
         return question
 

@@ -225,8 +225,7 @@ def weights_sha256(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     for name in ("_name_or_path", "memory_bank", "memory_bank_revision", "transformers_version"):
         config.pop(name, None)
         generation.pop(name, None)
-    tokens = getattr(processor.tokenizer, "backend_tokenizer", None)  # none of a tokenizer in Python
-    tokens = processor.tokenizer.get_vocab() if tokens is None else tokens.to_str()
+    tokens = processor.tokenizer.backend_tokenizer.to_str()
     settings = [config, generation, processor.to_dict(), processor.chat_template, tokens]
     content = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,6 +250,7 @@ def test_a_story_of_teaching_in_a_browser(app, shared, hub, browser, images, cap
     assert len(saved) == len(shared.model.memory_bank) + 1 and saved.captions[-1] == f"the {NAME}"
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         patch.setenv("HF_TOKEN", "hf_owner")
         page.page.fill("#repository textarea, #repository input", "owner/my-bank")
         page.page.click("#push")
@@ -268,6 +270,36 @@ def test_a_story_of_teaching_in_a_browser(app, shared, hub, browser, images, cap
     page.shoot("tiny-bank")
     assert page.problems == []
     assert [url for url in page.requests if not url.startswith((app.local_url, "data:", "blob:", "about:"))] == []
+
+
+def test_what_comes_while_the_app_is_busy_is_not_lost(app, browser, images, monkeypatch):
+    page = Page(browser, app.local_url)
+    page.page.locator(".cards.small button").nth(2).click()
+    page.settle()
+    monkeypatch.setattr(Visitor, "ask", slowed(Visitor.ask))
+    page.page.fill("#question textarea", "what is it?")
+    page.page.click("#ask")
+    page.page.fill("#question textarea", "and then?")
+    page.wait(f"document.querySelectorAll('{TURNS}').length == 2")
+    page.settle()
+    assert page.page.input_value("#question textarea") == "and then?"
+    page.open("Teach")
+    monkeypatch.setattr(Visitor, "teach", slowed(Visitor.teach))
+    for number in (8, 9):
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as file:
+            file.writestr("a.png", png(images[number]))
+            file.writestr("a.csv", f"image,caption\na.png,lesson {number}\n")
+        file = {"name": f"{number}.zip", "mimeType": "application/zip", "buffer": content.getvalue()}
+        page.page.set_input_files("input[type=file][accept='.zip']", file)
+    page.until("#lessons", "lesson 8")
+    page.until("#lessons", "lesson 9")
+    page.settle()
+    monkeypatch.setattr(Visitor, "forget", slowed(Visitor.forget))
+    page.page.locator("#lessons [data-row]").nth(0).click()
+    page.page.locator("#lessons [data-row]").nth(1).click()
+    page.until("#said", "Nothing was taught")
+    assert page.problems == []
 
 
 COPY = """async bytes => {

@@ -209,6 +209,8 @@ def test_it_says_that_it_may_not_know(parts, monkeypatch, capsys):
 
 def test_nothing_steers_the_terminal(capsys):
     assert printable("a\x1b[2J\x07cat\n\u009b1m") == "a\ufffd[2J\ufffdcat\n\ufffd1m"
+    for text in ("چای\u200cخانه", "日本\u3000語", "4\u202f%", "\U0001f468\u200d\U0001f469\u200d\U0001f467"):
+        assert printable(text) == text
     chat_module.print_pieces(iter(["\x1b]0;title", "ok"]))
     assert capsys.readouterr().out == "\ufffd]0;titleok\n"
 
