@@ -273,21 +273,20 @@ def _parts_table(parts: list[Part]) -> str:
 
 def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     """Return the model's own scores as the Hub's metadata."""
-    results = []
-    for system in evaluation.this_model:
-        for metric, score in evaluation.systems[system].items():
-            result = EvalResult(
-                task_type=TASK,
-                dataset_type=evaluation.datasets.get(metric, evaluation.dataset),
-                dataset_name=evaluation.dataset_name,
-                dataset_split=evaluation.splits.get(metric, evaluation.split),
-                dataset_revision=evaluation.revisions.get(metric),
-                metric_type=metric,
-                metric_name=f"{evaluation.metrics[metric]} ({system})",
-                metric_value=score[0],
-            )
-            results.append(result)
-    return results
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=evaluation.datasets.get(metric, evaluation.dataset),
+            dataset_name=evaluation.dataset_name,
+            dataset_split=evaluation.splits.get(metric, evaluation.split),
+            dataset_revision=evaluation.revisions.get(metric),
+            metric_type=metric,
+            metric_name=f"{evaluation.metrics[metric]} ({system})",
+            metric_value=score[0],
+        )
+        for system in evaluation.this_model
+        for metric, score in evaluation.systems[system].items()
+    ]
 
 
 def _scores_table(evaluation: Evaluation) -> str:

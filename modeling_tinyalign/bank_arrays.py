@@ -167,22 +167,18 @@ class RowWriter:
         keys = matrix(batch, "key")
         keys = keys.astype(np.float16) if self.config.quantized else keys
         self.files[KEYS].write(keys.tobytes())
-        values = self.write_values(matrix(batch, "value")) if self.config.value_size else NO_VALUES
+        values = matrix(batch, "value") if self.config.value_size else NO_VALUES
+        if VALUES in self.files:
+            self.files[VALUES].write(values.tobytes())
+        elif CODES in self.files:
+            codes, exponents, values = quantize(values.reshape(len(values), *self.config.value_shape))
+            self.files[CODES].write(codes.tobytes())
+            self.files[EXPONENTS].write(exponents.tobytes())
         rows = batch.drop_columns(arrays_of(batch.schema))
         self.rows.write_batch(rows)
         self.num_rows += len(batch)
         # as they are in the Parquet files, not as they lie here
         update_hashes(self.hashes, keys.astype(np.float32, copy=False), values, rows)
-
-    def write_values(self, values: np.ndarray) -> np.ndarray:
-        """Write the values of a batch and return them, as they are rounded."""
-        if not self.config.quantized:
-            self.files[VALUES].write(values.tobytes())
-            return values
-        codes, exponents, values = quantize(values.reshape(len(values), *self.config.value_shape))
-        self.files[CODES].write(codes.tobytes())
-        self.files[EXPONENTS].write(exponents.tobytes())
-        return values
 
     def finish(self) -> BankConfig:
         """Complete the files; see `lay_out`."""
@@ -245,28 +241,23 @@ class Values:
         8-bit numbers are moved to the device as such.
         """
         flat, shape = torch.from_numpy(rows.reshape(-1)), self._numbers.shape[1:]
-        if self._exponents is not None:
-            return self._multiply(flat, device, dtype).view(*rows.shape, *shape)
-        values = empty_tensor((len(flat), *shape), self._numbers.dtype, "cpu")
-        torch.index_select(self._numbers, 0, flat, out=values)
-        values = values.view(*rows.shape, *shape).to(device)
-        return values if dtype == values.dtype else empty_tensor(values.shape, dtype, device).copy_(values)
-
-    def _multiply(self, rows: torch.Tensor, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-        """Return the multiples of some rows times their steps."""
-        shape = self._numbers.shape[1:]
-        steps = self._exponents.index_select(0, rows).to(device).float().exp2().unsqueeze(-1)
-        values = empty_tensor((len(rows), *shape), dtype, device)
+        if self._exponents is None:
+            values = empty_tensor((len(flat), *shape), self._numbers.dtype, "cpu")
+            torch.index_select(self._numbers, 0, flat, out=values)
+            values = values.view(*rows.shape, *shape).to(device)
+            return values if dtype == values.dtype else empty_tensor(values.shape, dtype, device).copy_(values)
+        steps = self._exponents.index_select(0, flat).to(device).float().exp2().unsqueeze(-1)
+        values = empty_tensor((len(flat), *shape), dtype, device)
         # processors have a fast way from 8 bits to float32, and from there to half precision, but none around it
         scratch = None if dtype == torch.float32 else torch.empty((GATHER_ROWS, *shape), device=device)
-        for start in range(0, len(rows), GATHER_ROWS):
+        for start in range(0, len(flat), GATHER_ROWS):
             block = slice(start, start + GATHER_ROWS)
-            codes = self._numbers.index_select(0, rows[block]).to(device)
+            codes = self._numbers.index_select(0, flat[block]).to(device)
             numbers = values[block] if scratch is None else scratch[: len(codes)]
             numbers.copy_(codes).mul_(steps[block])
             if scratch is not None:
                 values[block] = numbers
-        return values
+        return values.view(*rows.shape, *shape)
 
 
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -180,22 +179,15 @@ def write_shards(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sch
         split = [f"{column}.list.element" for column in arrays_of(schema)]
         options |= {"compression": "zstd", "use_byte_stream_split": split}
     (folder / "data").mkdir()
-    paths = []
-    for _, shard in itertools.groupby(numbered_by_shard(batches), key=lambda item: item[0]):
-        paths.append(folder / "data" / f"{len(paths)}.parquet")
-        with pq.ParquetWriter(paths[-1], schema, **options) as writer:
-            for _, batch in shard:
-                writer.write_batch(batch)
+    paths, size = [], 0
+    with contextlib.ExitStack() as stack:
+        for batch in batches:
+            if not paths or (size and size + batch.nbytes > SHARD_BYTES):
+                stack.close()  # the shard before
+                paths.append(folder / "data" / f"{len(paths)}.parquet")
+                writer, size = stack.enter_context(pq.ParquetWriter(paths[-1], schema, **options)), 0
+            writer.write_batch(batch)
+            size += batch.nbytes
     for path, name in zip(paths, shard_names(len(paths)), strict=True):
         os.rename(path, folder / name)
     return len(paths)
-
-
-def numbered_by_shard(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield batches with the number of their shard: as many are in one as make up at most `SHARD_BYTES`."""
-    number = size = 0
-    for batch in batches:
-        if size and size + batch.nbytes > SHARD_BYTES:
-            number, size = number + 1, 0
-        size += batch.nbytes
-        yield number, batch

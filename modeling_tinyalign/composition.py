@@ -24,8 +24,7 @@ def load_vision_tower(name_or_path: str, kwargs: dict) -> tuple[PreTrainedModel,
     if "vision_config" in config.sub_configs:  # a dual tower
         config = config.vision_config
         config._name_or_path = name_or_path
-    model, info = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
-    return model, info
+    return AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
 
 
 def add_rows(model: PreTrainedModel, rows: int):

@@ -233,9 +233,8 @@ def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, name: s
             "own can be no part of a TinyAlign model; a newer transformers may know more."
         )
     for key, value in config.items():
-        numbers = [
-            number for number in (value if isinstance(value, list) else [value]) if type(number) in (int, float)
-        ]
+        values = value if isinstance(value, list) else [value]
+        numbers = [number for number in values if type(number) in (int, float)]
         for pattern, (low, high) in PART_LIMITS.items():
             if re.search(pattern, key) and not all(low <= number <= high for number in numbers):
                 raise ValueError(f"{name}.{key} is {str(value)[:100]}, expected {low} to {high}.")

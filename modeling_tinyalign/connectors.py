@@ -254,10 +254,11 @@ class CaptionTokenizer:
         """Return at most `size` tokens of these captions."""
         room = self.size + len(self.separator)  # each caption counts with a separator, the last has none
         lengths = [len(caption.ids) + len(self.separator) for caption in captions]
-        kept = [
-            _last_end(caption, share - len(self.separator))
-            for caption, share in zip(captions, shares(lengths, room), strict=True)
-        ]
+        kept = []
+        for caption, share in zip(captions, shares(lengths, room), strict=True):
+            share -= len(self.separator)
+            words, characters = ([end for end in ends if end <= share] for ends in caption[1:])
+            kept.append(max(words or characters, default=0))  # characters of a first word that is longer
         for number, caption in enumerate(captions):  # what cutting at words has left
             left = room - sum(count + len(self.separator) for count in kept if count)
             free = left + kept[number] if kept[number] else left - len(self.separator)
@@ -293,13 +294,13 @@ class CaptionTokenizer:
                 ends.append(end)
         characters, words = [], []
         for count, end in enumerate(ends, start=1):
-            is_last = end == len(whole)
             if count < len(ends) and (ends[count] == end or unicodedata.combining(whole[end])):
                 continue  # the next token goes on with the same character
-            if whole[end - 1].isspace():
+            last, after = whole[end - 1], whole[end : end + 1]
+            if last.isspace():
                 continue
             characters.append(count)
-            if is_last or _is_word_end(whole, end):
+            if not after.strip() or (SPACELESS.match(after) and SPACELESS.match(last)):  # "" at the end
                 words.append(count)
         return Caption(ids, words, characters)
 
@@ -319,18 +320,6 @@ def shares(lengths: Sequence[int], room: int) -> list[int]:
         found[number] = min(lengths[number], room // (len(lengths) - done))
         room -= found[number]
     return found
-
-
-def _last_end(caption: Caption, share: int) -> int:
-    """Tokens of a caption that fit into a share: whole words, or characters of a first word that is longer."""
-    fitting = [end for end in caption.word_ends if end <= share]
-    return max(fitting or [0, *(end for end in caption.character_ends if end <= share)])
-
-
-def _is_word_end(text: str, end: int) -> bool:
-    """Tell whether a word ends before the character at `end`."""
-    after = text[end]
-    return after.isspace() or bool(SPACELESS.match(after) and SPACELESS.match(text[end - 1]))
 
 
 def find_tokenizer(config: TinyAlignConfig) -> PreTrainedTokenizerBase:

@@ -104,14 +104,11 @@ def _swap(fresh: Path, target: Path) -> None:
 
 def put_back(target: Path) -> None:
     """Put the earlier bank back in its place, if a process was killed while it replaced it."""
-    if target.exists() or not target.name:
-        return
-    old = target.with_name(f".{target.name}.old")
-    if not old.is_dir():
-        return
-    with locked(target.parent):  # another process may be between the two renames
-        if not target.exists() and (old / CONFIG_NAME).is_file():
-            os.rename(old, target)
+    old = target.parent / f".{target.name}.old"
+    if not target.exists() and old.is_dir():
+        with locked(target.parent):  # another process may be between the two renames
+            if not target.exists() and (old / CONFIG_NAME).is_file():
+                os.rename(old, target)
 
 
 def apply_umask(folder: str | os.PathLike) -> None:

@@ -68,10 +68,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         self.vision_tower = build_part(config.vision_config, "vision_config")
         hidden_size = config.text_config.hidden_size
         self.connector = Connector(
-            config.vision_feature_size,
-            config.connector_size or hidden_size,
-            hidden_size,
-            config.projector_hidden_act,
+            config.vision_feature_size, config.connector_size or hidden_size, hidden_size, config.projector_hidden_act
         )
         self.trains_vision_tower = False  # set by training, which then says which of its parameters do
         self.built_top_k = config.memory_top_k  # read_memory refuses another one: its weights have this shape
@@ -143,11 +140,10 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features.")
         check_retrieval(self.config, memory, memory_top_k, retrieval_threshold)
-        if vision_features is not None:
-            check_tensor("vision_features", vision_features, "(images, tokens, width)")
         tower = {}
         if vision_features is None:
             vision_features, tower = self._read_vision_tower(pixel_values, **kwargs)
+        check_tensor("vision_features", vision_features, "(images, tokens, width)")
         tokens = self._visual_tokens(vision_features)
         if self.config.memory_top_k > 0:
             given = {"memory_ids": memory_ids, "memory_scores": memory_scores}

@@ -111,13 +111,27 @@ def uncached_images(
         features = features[len(features) - int(mask.sum()) // size :]
         if not features:
             return features
-    check_image_places(config, mask, features)
+    found = mask.sum(1).tolist()
+    for row, count in enumerate(found):  # each row has those of its own: two wrong ones could cancel out
+        if count % size:
+            raise ValueError(
+                f"Row {row} has {count} image placeholders (token {config.image_token_id}), expected a "
+                f"multiple of {size}: {config.image_seq_length} visual + "
+                f"{size - config.image_seq_length} memory tokens an image. Make the prompt with the "
+                "processor saved with this model, and do not truncate it."
+            )
+    images = [count // size for count in found]
+    if sum(images) != len(features):
+        raise ValueError(
+            f"The rows have placeholders for {images} images, {sum(images)} in all, but {len(features)} images "
+            "were given. Pass one image for each."
+        )
     left, new = iter(features), []
-    for row in mask:
+    for row, count in zip(mask, images, strict=True):
         cached = int(row[:past].sum())
         if cached % size:
             raise ValueError(f"The cache ends within an image, after {cached % size} of its {size} tokens.")
-        new += list(islice(left, int(row.sum()) // size))[cached // size :]
+        new += list(islice(left, count))[cached // size :]
     return new
 
 
@@ -137,26 +151,6 @@ def repeat_queries(config: TinyAlignConfig, inputs: dict, mask: torch.Tensor) ->
         return inputs
     counts = mask.sum(1) // config.num_image_tokens
     return inputs | {name: inputs[name].repeat_interleave(counts.to(inputs[name].device), 0) for name in queries}
-
-
-def check_image_places(config: TinyAlignConfig, mask: torch.Tensor, features: list[torch.Tensor]):
-    """Raise ValueError unless each row has its images' placeholders: two wrong rows could cancel out."""
-    size = len(features[0])
-    found = mask.sum(1).tolist()
-    for row, count in enumerate(found):
-        if count % size:
-            raise ValueError(
-                f"Row {row} has {count} image placeholders (token {config.image_token_id}), expected a "
-                f"multiple of {size}: {config.image_seq_length} visual + "
-                f"{size - config.image_seq_length} memory tokens an image. Make the prompt with the "
-                "processor saved with this model, and do not truncate it."
-            )
-    images = [count // size for count in found]
-    if sum(images) != len(features):
-        raise ValueError(
-            f"The rows have placeholders for {images} images, {sum(images)} in all, but {len(features)} images "
-            "were given. Pass one image for each."
-        )
 
 
 def check_no_placeholders(config: TinyAlignConfig, mask: torch.Tensor):

@@ -209,14 +209,11 @@ class RowEncoder:
                     "infinite in the bank's precision. Check the vision tower and the value encoder; float16 towers "
                     "overflow."
                 )
-        return self._record_batch(rows, {name: tensor.cpu().numpy() for name, tensor in numbers.items()})
-
-    def _record_batch(self, rows: list[BankRow], numbers: dict[str, np.ndarray]) -> pa.RecordBatch:
         columns = {
             "id": np.arange(self.next_id, self.next_id + len(rows)),
             "source_id": [row.source_id for row in rows],
-            "caption": [row.caption for row in rows],
-            **{name: list_column(array) for name, array in numbers.items()},
+            "caption": captions,
+            **{name: list_column(tensor.cpu().numpy()) for name, tensor in numbers.items()},
         }
         if self.thumbnail_size is not None:
             columns["thumbnail"] = [{"bytes": thumbnail_bytes(row.image, self.thumbnail_size)} for row in rows]

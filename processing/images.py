@@ -1,6 +1,7 @@
 """Images as users have them, to upright RGB, and the settings of image processors, which may be anybody's."""
 
 import base64
+import itertools
 import os
 import re
 import time
@@ -297,14 +298,12 @@ def download(url: str) -> bytes:
 def collect(chunks: Iterable[bytes], deadline: float) -> bytes:
     """Return the chunks in one; ValueError when they are too many or come too late."""
     data = bytearray()
-    for chunk in chunks:
+    for chunk in itertools.chain(chunks, [b""]):  # the end, too, may be that of the connection
         data += chunk
         if len(data) > MAX_IMAGE_BYTES:
             raise ValueError(f"more than {MAX_IMAGE_BYTES} bytes")
         if time.monotonic() > deadline:
             raise ValueError(f"not complete after {MAX_SECONDS} seconds")
-    if time.monotonic() > deadline:  # the end may be that of the connection
-        raise ValueError(f"not complete after {MAX_SECONDS} seconds")
     return bytes(data)
 
 

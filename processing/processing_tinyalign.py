@@ -150,10 +150,9 @@ class TinyAlignProcessor(ProcessorMixin):
         """
         settings = taken_settings(kwargs)
         texts = [text] if isinstance(text, str) else text
-        many = isinstance(texts, (list, tuple)) and len(texts) > 0 and all(isinstance(item, str) for item in texts)
-        if texts is not None and not many:
-            raise TypeError(f"text is {text!r:.100}, expected a text or a list of texts.")
         if texts is not None:
+            if not (isinstance(texts, (list, tuple)) and texts and all(isinstance(item, str) for item in texts)):
+                raise TypeError(f"text is {text!r:.100}, expected a text or a list of texts.")
             texts = [re.sub(r"\s?<rag>", "", sample) for sample in texts]
             if self.tokenizer.bos_token and all(sample.startswith(self.tokenizer.bos_token) for sample in texts):
                 kwargs.setdefault("add_special_tokens", False)  # what a template wrote is not written again

@@ -63,9 +63,9 @@ def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> StageA
 def config_class_of(settings: dict, named: str) -> type[StageArguments]:
     """Return the class of the stage that files ask for; `named` is what an error calls them."""
     stage = settings.get("stage")
-    if stage not in STAGE_CONFIGS:
+    if stage not in list(STAGE_CONFIGS):
         raise ValueError(
-            f"{named} has stage: {stage}, expected `stage: 1` (connectors) or `stage: 2` (and the language model). "
+            f"{named} has stage: {stage!r}, expected `stage: 1` (connectors) or `stage: 2` (and the language model). "
             "A recipe of a model needs that of a stage before it: tinyalign train stage1.yaml qwen2-0.5b-siglip.yaml"
         )
     return STAGE_CONFIGS[stage]

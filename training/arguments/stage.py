@@ -17,6 +17,7 @@ from .tuning import TuningArguments
 
 LEAST_STEPS = 100  # of a run whose length the user leaves to the data
 ONE_OR_MORE = ("max_length", "global_batch_size", "per_device_train_batch_size", "num_proc", "eval_benchmark_images")
+ONE_OR_MORE += ("gradient_accumulation_steps",)
 ZERO_OR_MORE = ("eval_samples", "eval_steps", "weight_decay", "dataloader_num_workers")
 
 
@@ -181,7 +182,8 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is {rows} rows x {steps} accumulated batches, but "
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: leave one of the two out."
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: for that, set global_batch_size "
+                f"to {rows * self.gradient_accumulation_steps}."
             )
         self.gradient_accumulation_steps = steps
 

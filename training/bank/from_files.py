@@ -88,6 +88,9 @@ class BuildSettings(RowSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.like is None:
+            known = {*self.keep, "image", "caption", self.caption_column}
+            self.keep = [*self.keep, *(name for name in self.constants() if name not in known)]
         check_row_settings(self.keep, 1, self.thumbnail_size or None)
         if self.value_encoder_steps < 0:
             raise ValueError(f"value_encoder_steps is {self.value_encoder_steps}, expected 0 or more.")

@@ -27,20 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(arguments: argparse.Namespace):
-    settings = parse_storage_options(arguments.storage_option)
+    settings = {}
+    for option in arguments.storage_option:
+        name, equals, value = option.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--storage_option is {option!r}, expected NAME=VALUE, region=eu-west-1 say.")
+        settings[name] = value
     from tinyalign_vlm import MemoryBank
     from tinyalign_vlm.training.bank.lance import write_lance
 
     bank = MemoryBank.from_pretrained(arguments.bank)
     print(f"{arguments.uri}: {write_lance(bank, arguments.uri, settings or None, arguments.index)}")
-
-
-def parse_storage_options(options: list[str]) -> dict[str, str]:
-    """Read NAME=VALUE pairs. Raises `ValueError` for anything else."""
-    settings = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not name or not equals:
-            raise ValueError(f"--storage_option is {option!r}, expected NAME=VALUE, region=eu-west-1 say.")
-        settings[name] = value
-    return settings

@@ -77,11 +77,8 @@ def check(arguments: argparse.Namespace):
         value = vars(arguments)[name]
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected 1 {unit} or more.")
-    if arguments.card:
-        _check_card(arguments)
-
-
-def _check_card(arguments: argparse.Namespace):
+    if not arguments.card:
+        return
     narrowed = [f"--{name}" for name in ("limit", "exclude", "data", "images") if vars(arguments)[name]]
     if narrowed:
         raise ValueError(f"card is for whole benchmarks of the Hub: leave it out, or {', '.join(narrowed)}.")

@@ -130,7 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         group, _, word = name.rpartition(" ")
         if group not in groups:
-            groups[group] = add_group(commands, group)
+            summary, description = GROUPS[group]
+            first_word = commands.add_parser(group, help=summary, description=description, allow_abbrev=False)
+            groups[group] = first_word.add_subparsers(required=True, metavar="COMMAND")
         texts = {"help": command.SUMMARY, "description": command.HELP}
         command_parser = groups[group].add_parser(
             word, **texts, formatter_class=RAW, allow_abbrev=False, add_help=command not in FILE_COMMANDS
@@ -138,13 +140,6 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_arguments(command_parser)
         command_parser.set_defaults(command_module=command, command_parser=command_parser)
     return parser
-
-
-def add_group(commands: argparse._SubParsersAction, name: str) -> argparse._SubParsersAction:
-    """Add the first word of commands of two words; return what takes the second."""
-    summary, description = GROUPS[name]
-    group = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
-    return group.add_subparsers(required=True, metavar="COMMAND")
 
 
 class PrintVersion(argparse.Action):

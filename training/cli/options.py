@@ -16,24 +16,16 @@ def add_model_to_ask(parser: argparse.ArgumentParser):
 
 def add_row_options(parser: argparse.ArgumentParser):
     """Add the fields of `RowSettings`, and `--ray`."""
-    add_model_options(parser.add_argument_group("the model, whose vision tower makes the keys"))
-    add_data_options(parser.add_argument_group("the data set"))
     parser.add_argument(
         "--ray", nargs="?", type=int, const=0, metavar="ACTORS", help="on a Ray cluster (default: one for each GPU)"
     )
-
-
-def add_model_options(group: argparse._ArgumentGroup):
-    """Add a model, or the parts to compose one from."""
+    group = parser.add_argument_group("the model, whose vision tower makes the keys")
     group.add_argument("--model", metavar="MODEL", help="a TinyAlign checkpoint: folder or repository; or")
     group.add_argument("--vision_model", metavar="MODEL", help="a vision tower and")
     group.add_argument("--language_model", metavar="MODEL", help="a language model, to compose one, with")
     group.add_argument("--model_kwargs", metavar="JSON", help='fields of its config: {"num_latents": 8}')
     group.add_argument("--batch_size", type=int, metavar="N", help="images at once (default: 8 on a CPU, else 64)")
-
-
-def add_data_options(group: argparse._ArgumentGroup):
-    """Add a data set of images with captions, and which of its rows are taken."""
+    group = parser.add_argument_group("the data set")
     group.add_argument("--dataset", required=True, metavar="DATA", help="files, folder or repository")
     group.add_argument("--dataset_config", metavar="NAME", help="of a repository")
     group.add_argument("--dataset_revision", metavar="REVISION", help="of a repository: branch, tag or commit")

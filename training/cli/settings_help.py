@@ -50,16 +50,12 @@ def groups_of_settings(config_class: type, everything: bool) -> dict[str, list[d
     classes = [base for base in reversed(config_class.__mro__) if dataclasses.is_dataclass(base)]
     # stable: this package's classes first, whose defaults and help are the ones that count
     for base in sorted(classes, key=lambda base: not base.__module__.startswith("tinyalign_vlm.")):
-        group = groups.setdefault(title_of(base), [])
+        title = TITLES.get(base.__name__, TITLES["StageArguments"])
+        if not base.__module__.startswith("tinyalign_vlm."):
+            title = f"{base.__name__} of {base.__module__.partition('.')[0]}"
+        group = groups.setdefault(title, [])
         group += [fields.pop(name) for name in inspect.get_annotations(base) if name in fields]
     return {title: group for title, group in groups.items() if everything or title in TITLES.values()}
-
-
-def title_of(base: type) -> str:
-    """Return the title of the group that has the settings of a class."""
-    if base.__module__.startswith("tinyalign_vlm."):
-        return TITLES.get(base.__name__, TITLES["StageArguments"])
-    return f"{base.__name__} of {base.__module__.partition('.')[0]}"
 
 
 def value_name(field: dataclasses.Field, kind: Any) -> str:

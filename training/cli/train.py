@@ -46,17 +46,12 @@ looked for in CONFIGS: RECIPES.
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.usage = "tinyalign train FILE.yaml [FILE.yaml ...] [--FIELD VALUE ...]"
-    configs = configs_folder()
+    package = Path(__file__).parents[1]
+    # installed from a clone with `pip install -e`, or as a wheel; the package is not imported for it
+    places = [package / "configs", package / "tinyalign_vlm" / "training" / "configs"]
+    configs = next(place for place in places if place.is_dir())
     recipes = ", ".join(sorted(path.name for path in configs.glob("*.yaml")))
     parser.description = HELP.replace("CONFIGS", str(configs)).replace("RECIPES", recipes)
-
-
-def configs_folder() -> Path:
-    """Return training/configs, without importing the package that it belongs to."""
-    package = Path(__file__).parents[1]
-    # installed from a clone with `pip install -e`, or as a wheel
-    places = [package / "configs", package / "tinyalign_vlm" / "training" / "configs"]
-    return next(place for place in places if place.is_dir())
 
 
 def run(arguments: argparse.Namespace):

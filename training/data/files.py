@@ -28,7 +28,7 @@ from ..arguments.names import check_name
 from ..arguments.stage import StageArguments
 from .text_rows import csv_rows, json_rows
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".jp2")
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 ARROW_SUFFIXES = (".parquet", ".arrow")
 TAR_SUFFIXES = (".tar", ".tgz")

@@ -70,6 +70,9 @@ class DatasetImages(StoredImages):
         return enumerate(self.dataset)
 
     def read(self, number: int, row: dict[str, Any]) -> BankRow:
+        column = self.reader.caption_column
+        if isinstance(row, dict) and column in row:
+            row = row | {column: first_caption(row[column])}
         return self.reader(number, row)
 
 

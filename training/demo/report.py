@@ -138,12 +138,9 @@ def question_table(demo: Demo, metrics: tuple[str, str], titles: tuple[str, str]
         row = [name]
         for metric in metrics:
             row += [interval_cell(demo.score(system, bank, metric)) for bank in (has_it, lacks_it)]
-        if system == "tinyalign":
-            row += ["", ""]
-        else:
-            row += [
-                interval_cell(demo.difference("tinyalign", has_it, metric, minus=system), "+") for metric in metrics
-            ]
+        others = () if system == "tinyalign" else metrics
+        row += [interval_cell(demo.difference("tinyalign", has_it, metric, minus=system), "+") for metric in others]
+        row += [""] * (len(header) - len(row))
         rows.append(row)
     return markdown_table(header, rows)
 
@@ -152,9 +149,8 @@ def bank_table(demo: Demo) -> str:
     """Return TinyAlign's scores with all banks."""
     rows = []
     for bank, title in BANK_TITLES.items():
-        if bank not in demo.results["tinyalign"]:
-            continue
-        rows.append([title, *(interval_cell(demo.score("tinyalign", bank, metric)) for metric in METRICS)])
+        if bank in demo.results["tinyalign"]:
+            rows.append([title, *(interval_cell(demo.score("tinyalign", bank, metric)) for metric in METRICS)])
     return markdown_table(["the bank has", *METRICS.values()], rows)
 
 

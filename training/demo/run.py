@@ -124,10 +124,8 @@ def prepare_demo(demo: Demo) -> None:
     for name, bank in demo.banks.items():
         demo.found[name] = find_neighbours(bank, model, demo.features["queries"], min(SEARCHED, len(bank)))
     scores, ids = demo.found["without"]
-    demo.banks["off"], demo.found["off"] = (
-        demo.banks["without"],
-        (np.full_like(scores, -np.inf), np.full_like(ids, -1)),
-    )
+    demo.banks["off"] = demo.banks["without"]
+    demo.found["off"] = np.full_like(scores, -np.inf), np.full_like(ids, -1)
     rng = np.random.default_rng(config.seed)
     near = demo.concepts["without"][demo.found["without"][1]]
     demo.options = [options_of(pairs, *query, rng) for query in zip(demo.queried, near, strict=True)]

@@ -167,8 +167,7 @@ class Demo:
 
     def score(self, system: str, bank: str, metric: str) -> Interval | None:
         """Return a metric with its interval, or None where it was not measured."""
-        result = self.results[system].get(bank, Result())
-        values, weights = result.column(metric)
+        values, weights = self.results[system].get(bank, Result()).column(metric)
         return None if values is None else bootstrap_interval(values, self.groups(metric), weights)
 
     def difference(self, system: str, bank: str, metric: str, minus: str) -> Interval | None:

@@ -22,11 +22,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(
-    values: Sequence[float],
-    groups: Sequence | None = None,
-    weights: Sequence[float] | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
+    values: Sequence[float], groups: Sequence | None = None, weights: Sequence[float] | None = None, seed: int = 0
 ) -> Interval:
     """Return `sum(values) / sum(weights)` with its 95% interval: whole groups are drawn with replacement.
 
@@ -48,7 +44,7 @@ def bootstrap_interval(
             "at least one."
         )
     sums = np.stack([values, weights], axis=1)
-    return interval_of(resampled(sums, groups, lambda drawn: drawn[:, 0] / drawn[:, 1], draws=draws, seed=seed))
+    return interval_of(resampled(sums, groups, lambda drawn: drawn[:, 0] / drawn[:, 1], seed=seed))
 
 
 def resampled(

@@ -2,7 +2,6 @@
 
 import contextlib
 import html
-import os
 import tempfile
 from collections.abc import Iterator
 
@@ -11,6 +10,7 @@ try:
 except ImportError as error:
     raise ImportError("`tinyalign app` needs gradio: pip install tinyalign-vlm[app]") from error
 
+from accelerate.utils import patch_environment
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -60,39 +60,32 @@ def start_app(
 @contextlib.contextmanager
 def serving(shared: Shared, host: str | None = "127.0.0.1", port: int | None = None) -> Iterator[gr.Blocks]:
     """Serve the app meanwhile; what was uploaded is deleted at the end. A `port` of None is the first that is free."""
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="tinyalign-app-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        try:
-            app, guards = build_app(shared), [Middleware(Guard)]
-            if host in SAFE_HOSTS:  # else a page whose name leads here could push with the user's token
-                guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=SAFE_HOSTS))
-            # off is said where it is the default, too: environment variables and Spaces switch some of it on
-            app.queue(max_size=64, api_open=False).launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                prevent_thread_lock=True,
-                quiet=True,
-                max_file_size=UPLOAD_SIZE,
-                allowed_paths=[],
-                enable_monitoring=False,
-                run_history=False,
-                footer_links=[],
-                ssr_mode=False,
-                mcp_server=False,
-                pwa=False,
-                state_session_capacity=100,
-                app_kwargs={"middleware": guards},
-                theme=gr.themes.Default(**FONTS),
-                css=CSS,
-            )
-            yield app
-            app.close()
-        finally:
-            os.environ.pop("GRADIO_TEMP_DIR")
-            if before is not None:
-                os.environ["GRADIO_TEMP_DIR"] = before
+    with tempfile.TemporaryDirectory(prefix="tinyalign-app-") as uploads, patch_environment(GRADIO_TEMP_DIR=uploads):
+        app, guards = build_app(shared), [Middleware(Guard)]
+        if host in SAFE_HOSTS:  # else a page whose name leads here could push with the user's token
+            guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=SAFE_HOSTS))
+        # off is said where it is the default, too: environment variables and Spaces switch some of it on
+        app.queue(max_size=64, api_open=False).launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=UPLOAD_SIZE,
+            allowed_paths=[],
+            enable_monitoring=False,
+            run_history=False,
+            footer_links=[],
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            state_session_capacity=100,
+            app_kwargs={"middleware": guards},
+            theme=gr.themes.Default(**FONTS),
+            css=CSS,
+        )
+        yield app
+        app.close()
 
 
 def build_app(shared: Shared) -> gr.Blocks:

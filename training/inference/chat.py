@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from glob import escape, glob
 from pathlib import Path
-from typing import Any
 
 from ...modeling_tinyalign.connectors import check_retrieval
 from ..models import load_to_answer
@@ -63,16 +62,12 @@ def chat(
         bank = conversation.model.memory_bank if wants_bank == "on" else None
         TerminalChat(conversation, memory, sources).run(f"{model}, {bank or 'no memory bank'}.")
     elif sources:
-        print(json.dumps(answer_with_sources(conversation, question, memory), ensure_ascii=False))
+        answer, rows = "".join(conversation.ask(question, memory=memory)), map(vars, conversation.sources)
+        found = [{name: value for name, value in row.items() if name != "thumbnail"} for row in rows]
+        answered = {"answer": answer, "sources": found, "none_right": conversation.none_right}
+        print(json.dumps(answered, ensure_ascii=False))
     else:
         print_pieces(conversation.ask(question, memory=memory))
-
-
-def answer_with_sources(conversation: Conversation, question: str, memory: str) -> dict[str, Any]:
-    """Return an answer and the examples that were found for it, as JSON has them."""
-    answer = "".join(conversation.ask(question, memory=memory))
-    rows = [{name: value for name, value in vars(row).items() if name != "thumbnail"} for row in conversation.sources]
-    return {"answer": answer, "sources": rows, "none_right": conversation.none_right}
 
 
 class TerminalChat:

@@ -254,25 +254,19 @@ def read_messages(messages: list, allowed_hosts: Collection[str]) -> list[dict]:
     checked, images = [], []
     for number, message in enumerate(messages):
         try:
-            role, parts = check_message(message)
+            role = message.get("role") if isinstance(message, dict) else None
+            if role not in ROLES:
+                raise ValueError(f"found the role {role!r}, expected one of {', '.join(ROLES)}")
+            parts = message.get("content")
+            if isinstance(parts, str):
+                parts = [{"type": "text", "text": parts}]
+            if not isinstance(parts, list):
+                raise ValueError("expected text or a list of parts as content")
             content = [read_part(part, images, allowed_hosts) for part in parts]
         except ValueError as error:
             raise ValueError(f"messages[{number}]: {error}") from error
-        checked.append({"role": role, "content": content})
+        checked.append({"role": "system" if role == "developer" else role, "content": content})
     return checked
-
-
-def check_message(message: Any) -> tuple[str, list]:
-    """Return the role, as the chat template knows it, and the parts of the content."""
-    role = message.get("role") if isinstance(message, dict) else None
-    if role not in ROLES:
-        raise ValueError(f"found the role {role!r}, expected one of {', '.join(ROLES)}")
-    parts = message.get("content")
-    if isinstance(parts, str):
-        parts = [{"type": "text", "text": parts}]
-    if not isinstance(parts, list):
-        raise ValueError("expected text or a list of parts as content")
-    return "system" if role == "developer" else role, parts
 
 
 def read_part(part: Any, images: list[Image.Image], allowed_hosts: Collection[str]) -> dict:

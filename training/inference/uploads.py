@@ -103,11 +103,8 @@ def _rows(file: Opener, name: str) -> list[dict[str, str | None]]:
 
 def _only_end(files: dict[str, Opener], name: str) -> Opener | None:
     """Return the only file whose path ends with this name, or of whose path the name is a longer form; else None."""
-    ends = []
-    for path, file in files.items():
-        if f"/{path}".endswith(f"/{name}") or f"/{name}".endswith(f"/{path}"):
-            ends.append(file)
-    return ends[0] if len(ends) == 1 else None
+    ends = [path for path in files if f"/{path}".endswith(f"/{name}") or f"/{name}".endswith(f"/{path}")]
+    return files[ends[0]] if len(ends) == 1 else None
 
 
 def _decoded(open_file: Opener, name: str) -> Image.Image:

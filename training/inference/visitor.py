@@ -66,7 +66,12 @@ def load_shared(name: str, revision: str, memory_bank: str | None, device: str, 
     model, processor = load_to_answer(name, revision, memory="off", device=device)
     shared = Shared(model, processor, Path(name).name, **settings)
     try:
-        _attach_bank(shared, name, memory_bank)
+        if model.config.memory_top_k == 0:
+            raise ValueError(f"{name} was trained without memory (its memory_top_k is 0).")
+        if memory_bank is not None:
+            model.attach_memory_bank(memory_bank, tokenizer=processor.tokenizer)
+        if model.memory_bank is None:
+            raise ValueError("No memory bank was named: start the app with --memory_bank FOLDER_OR_REPOSITORY.")
     except (ValueError, OSError, ImportError) as error:
         model.detach_memory_bank()
         shared.problem = str(error)
@@ -74,15 +79,6 @@ def load_shared(name: str, revision: str, memory_bank: str | None, device: str, 
         shared.question = read_facts(name).example.prompt
     shared.examples = list(examples_of(name, model))
     return shared
-
-
-def _attach_bank(shared: Shared, name: str, memory_bank: str | None):
-    if shared.model.config.memory_top_k == 0:
-        raise ValueError(f"{name} was trained without memory (its memory_top_k is 0).")
-    if memory_bank is not None:
-        shared.model.attach_memory_bank(memory_bank, tokenizer=shared.processor.tokenizer)
-    if shared.model.memory_bank is None:
-        raise ValueError("No memory bank was named: start the app with --memory_bank FOLDER_OR_REPOSITORY.")
 
 
 def examples_of(name: str, model: PreTrainedModel, count: int = 8) -> Iterator[Image.Image]:

@@ -27,8 +27,12 @@ TRAJECTORY = (
     "lora_target_modules weight_decay optim optim_args adam_beta1 adam_beta2 adam_epsilon lr_scheduler_kwargs "
     "max_grad_norm neftune_noise_alpha num_train_epochs max_steps seed data_seed train_sampling_strategy "
     "dataloader_drop_last bf16 fp16 memory_dropout max_length truncation save_only_model model vision_model "
-    "language_model"
+    "language_model streaming image_folder"
 ).split()
+# The same of a stream, whose rows are not read before.
+STREAM = (
+    "dataset dataset_config dataset_revision dataset_split image_column messages_column answer_column prompt".split()
+)
 MODEL_TRAJECTORY = (
     "vision_feature_layer vision_feature_select_strategy vision_pool_size image_seq_length connector_size "
     "projector_hidden_act memory_top_k memory_tokens memory_input latent_dim memory_connector_size key_space "
@@ -73,6 +77,8 @@ def trajectory_settings(
     if isinstance(rows, datasets.Dataset):
         settings["rows"] = len(rows)
         settings["rows_hash"] = content_hash(rows)
+    else:
+        settings |= {name: vars(args)[name] for name in STREAM}
     settings["memory_bank"] = None
     if bank is not None:
         settings["memory_bank"] = {"keys": bank.config.sha256.keys, "values": bank.config.sha256.values}

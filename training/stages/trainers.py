@@ -142,6 +142,8 @@ class SupervisedTrainer(Trainer):
             if self.is_world_process_zero():
                 print(table_of_parts(self.parts), flush=True)
             if checkpoint is not None and self._load_finished(checkpoint):
+                if self.is_world_process_zero():
+                    print(f"{self.args.output_dir} is finished: nothing to train. Another output_dir trains anew.")
                 losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
                 return TrainOutput(self.state.global_step, fmean(losses) if losses else math.nan, {})
             if checkpoint is not None and self.args.save_only_model:
@@ -282,9 +284,19 @@ class SupervisedTrainer(Trainer):
                     (part, decay), {"params": [], "lr": self.args.rate(part), "weight_decay": decay}
                 )
                 group["params"].append(parameter)
-            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
+            try:
+                optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+                self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"optim {self.args.optim}, optim_args {self.args.optim_args!r}: {error}.") from error
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            kind, kwargs = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
+            raise ValueError(f"lr_scheduler_type {kind}, lr_scheduler_kwargs {kwargs!r}: {error}.") from error
 
     def _init_training_state(self, max_steps, *args):
         """Count epochs of streamed rows: these have no length, and `Trainer` takes all steps for one epoch."""

@@ -233,7 +233,7 @@ def test_formats(build, place, pictures, tmp_path):
     assert kinds(tmp_path / "odd") == ["no caption", "several images", "missing image", "no text"]
     labelled = [{"image": name, "label": name} for name in names]
     (tmp_path / "labels.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in labelled))
-    options = ["--caption_column", "label", "--set", "license=cc0", "--keep", "license"]
+    options = ["--caption_column", "label", "--set", "license=cc0"]
     bank = build(*options, out="labels", dataset=tmp_path / "labels.jsonl")
     assert bank.captions == names and bank.rows([5])[0]["license"] == "cc0"
     with tarfile.open(tmp_path / "0.tar", "w") as tar:

@@ -18,7 +18,11 @@ from tinyalign_cli.main import main
         (["model", "--limit", "0"], "limit is 0, expected 1 image or more."),
         (["model", "--batch_size", "-1"], "batch_size is -1, expected 1 question or more."),
         (["model", "--limit", "8", "--card"], "card is for whole benchmarks of the Hub: leave it out, or --limit."),
-        (["model", "--exclude", "--data", "x", "--images", "y", "--card"], "out, or --exclude, --data, --images."),
+        (["model", "--images", "y"], "--images are those of vqav2_val: leave it out, or add vqav2_val to --tasks"),
+        (
+            ["model", "--tasks", "vqav2_val", "--exclude", "--data", "x", "--images", "y", "--card"],
+            "out, or --exclude, --data, --images.",
+        ),
         (["--compare", "a", "--card"], "card is for a checkpoint's folder, found None: leave out --card."),
         (["model", "--card", "--tasks", "vqav2_testdev"], "only EvalAI has those of vqav2_testdev"),
         (["--compare", "nowhere"], "nowhere has no samples/VARIANT/BENCHMARK.parquet, expected a folder of results."),

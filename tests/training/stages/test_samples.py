@@ -97,6 +97,9 @@ def test_evaluation_data_of_a_run(files, monkeypatch):
 
     streamed = ["--dataset", "chats.json", "--streaming", "True", "--output_dir", "streamed"]
     main(["train", "stage1.yaml", *fields, *streamed])
+    (files / "other.json").write_bytes((files / "chats.json").read_bytes())
+    with pytest.raises(SystemExit, match="streamed holds checkpoints of another run .dataset: 'chats.json' then"):
+        main(["train", "stage1.yaml", *fields, "--dataset", "other.json", *streamed[2:]])
     state = json.loads((files / "streamed/checkpoint-4/trainer_state.json").read_text())
     logged = [entry for entry in state["log_history"] if "loss" in entry]
     assert all(entry["own_samples_excluded"] == 1.0 and 0 < entry["neighbour_similarity"] < 1 for entry in logged)

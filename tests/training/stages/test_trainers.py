@@ -147,7 +147,9 @@ def test_killed_while_a_checkpoint_is_written_again(
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_finished_run_is_loaded_and_not_trained(stage, make_model, processor, dataset, bank, features, tmp_path):
+def test_a_finished_run_is_loaded_and_not_trained(
+    stage, make_model, processor, dataset, bank, features, tmp_path, capsys
+):
     """4 steps end within the second epoch of 3: `Trainer` would do a fifth."""
     first, again = make_model(), make_model()
     trainer = run(stage, first, processor, dataset, bank, tmp_path, features)
@@ -155,6 +157,7 @@ def test_a_finished_run_is_loaded_and_not_trained(stage, make_model, processor, 
     assert loaded.state.global_step == 4 and losses(loaded) == losses(trainer)
     assert not changed_parts(weights(first), weights(again))
     assert not again.training and "forward" not in vars(again)
+    assert f"{tmp_path} is finished: nothing to train" in capsys.readouterr().out
 
 
 def test_other_rows_or_another_reading_are_another_run(make_model, processor, dataset, bank, features, tmp_path):
