@@ -104,8 +104,13 @@ class ModelFacts(Facts):
     limits: list[str] = field(default_factory=list)  # what the model can't do, one sentence an item
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def pictures(self) -> list[str]:
+        """The names of the card's pictures, files beside it."""
+        return list(filter(None, (self.curves, self.example.image)))
+
     def validate_pictures(self):
-        for name in filter(None, (self.curves, self.example.image)):
+        for name in self.pictures:
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise ValueError(f"a picture is {name!r}, expected the name of a file beside the card, without spaces")
 
@@ -166,12 +171,12 @@ def read_facts(folder: str | os.PathLike) -> ModelFacts | BankFacts:
     """
     folder = Path(folder).resolve()
     path, config_path = folder / FACTS_NAME, folder / BANK_CONFIG_NAME
-    content = {"repo_id": folder.name, **(_read_object(path) if path.is_file() else {})}
+    content = {"repo_id": folder.name, **(read_object(path) if path.is_file() else {})}
     try:
         if not config_path.is_file():
             return _parse_facts(ModelFacts, content)
         size = sum(file.stat().st_size for file in (folder / "data").glob("*.parquet"))
-        known = {"config": _read_object(config_path), "size_mb": size / 1e6}
+        known = {"config": read_object(config_path), "size_mb": size / 1e6}
         if path.is_file():
             return _parse_facts(BankFacts, content | known)
         return replace(facts_of_bank_config(folder.name, known["config"]), size_mb=known["size_mb"])
@@ -204,7 +209,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(item)
 
 
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

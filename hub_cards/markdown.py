@@ -1,4 +1,4 @@
-"""Facts as Markdown that shows them as plain text: none can become a heading, a link, a table cell or HTML."""
+"""Facts as Markdown that shows them as plain text: none becomes a heading, a named link, a table cell or HTML."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 def text(value: object) -> str:
     """Return `value` on one line, with the characters that mean something in Markdown escaped."""
     line = re.sub(r"[\s\x00-\x1f\x7f]+", " ", str(value))
-    line = re.sub(r"[\\`*\[\]<>|~]", r"\\\g<0>", line)
+    line = re.sub(r"[\\`*\[\]<>|~]|^#", r"\\\g<0>", line)
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)  # not within_words
 
 

@@ -232,13 +232,20 @@ def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, name: s
             f"{name}.model_type is {model_type!r}, expected one that transformers knows. A model with code of its "
             "own can be no part of a TinyAlign model; a newer transformers may know more."
         )
+    _check_limits(config, name)
+    return CONFIG_MAPPING[model_type](**config)
+
+
+def _check_limits(config: dict, name: str):
+    """Refuse (`ValueError`) what is not sane in a part, and in the parts of it."""
     for key, value in config.items():
+        if isinstance(value, dict):
+            _check_limits(value, f"{name}.{key}")
         values = value if isinstance(value, list) else [value]
         numbers = [number for number in values if type(number) in (int, float)]
         for pattern, (low, high) in PART_LIMITS.items():
-            if re.search(pattern, key) and not all(low <= number <= high for number in numbers):
+            if re.search(pattern, str(key)) and not all(low <= number <= high for number in numbers):
                 raise ValueError(f"{name}.{key} is {str(value)[:100]}, expected {low} to {high}.")
-    return CONFIG_MAPPING[model_type](**config)
 
 
 __all__ = ["TinyAlignConfig"]

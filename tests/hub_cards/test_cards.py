@@ -37,7 +37,7 @@ from tinyalign_vlm.hub_cards.facts import (
 TOWER = Part(role="vision tower", source="org/tower", revision="1234abcd", license="Apache-2.0", hub_type="model")
 IMAGES = Part(role="images and labels", source="npm emoji-datasource", revision="16.0.0", license="CC-BY-4.0")
 BANK = Part(role="memory bank", source="org/bank", revision="99ff", license="MIT", hub_type="dataset")
-HOSTILE = "a|b\n# c <script>x</script> [d](javascript:e) `f` ```g {{ 7 * 7 }} *h* \x07"
+HOSTILE = "# a|b\n# c <script>x</script> [d](javascript:e) `f` ```g {{ 7 * 7 }} *h* \x07"
 
 
 def assert_no_blanks(text: str) -> None:
@@ -195,14 +195,14 @@ def test_facts_are_text_and_not_markdown(model_facts, bank_facts):
     bank_facts = dataclasses.replace(bank_facts, parts=[part], config=config, **changes)
     for card in (model_card(model_facts), bank_card(bank_facts)):
         prose = re.sub(r"(?ms)^(````?`?)\w*\n.*?^\1$", "", card.text)
-        assert "\n# c" not in prose and "\x07" not in prose
+        assert "\n# c" not in prose and "\n# a" not in prose and "\x07" not in prose
         assert not re.search(r"(?<!\\)<script|(?<!\\)\[d\]|(?<!\\)`f|(?<!\\)\*h", prose)
         assert "{{ 7 * 7 }}" in card.text.replace("\\", "") and "49" not in prose
         for line in prose.splitlines():
-            if line.startswith("| a"):
+            if line.startswith("| \\# a"):
                 assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4, 5), line
         assert type(card)(str(card)).data.to_dict() == card.data.to_dict()
-        assert re.search(r"^````bash\na\|b\n# c .*?^````$", card.text, re.M | re.S)
+        assert re.search(r"^````bash\n# a\|b\n# c .*?^````$", card.text, re.M | re.S)
     compile(usage_snippet(model_facts), "snippet", "exec")
     assert r'"text": "\"); import os #"' in usage_snippet(model_facts)
     with pytest.raises(ValueError):

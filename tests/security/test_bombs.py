@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.modeling_tinyalign import bank_folder as folder_of_banks
+from tinyalign_vlm.training.bank.verify import bank_problems
 
 CONFIG = "bank_config.json"
 
@@ -105,7 +106,10 @@ def test_text_that_unpacks_to_gigabytes(column, bank_folder):
     assert path.stat().st_size < 3_000_000
     edit_json(bank_folder / CONFIG, lambda config: config.update(num_rows=rows))
     sign(bank_folder)
-    refused(bank_folder, "1000 rows hold 2000000000 bytes of text or pictures, expected at most")
+    message = "1000 rows hold 2000000000 bytes of text or pictures, expected at most"
+    refused(bank_folder, message)
+    with little_memory():
+        assert message in "".join(bank_problems(bank_folder))
 
 
 def test_numbers_that_unpack_to_gigabytes(bank_folder):
@@ -183,6 +187,14 @@ MODELS = [
     ({"memory_top_k": 10**9}, "memory_top_k is 1000000000, expected"),
     ({"memory_connector_size": 10**12}, "memory_connector_size is 1000000000000, expected"),
     ({"vision_feature_size": 10**12}, "vision_feature_size is 1000000000000, expected"),
+    (
+        {"vision_config": {"model_type": "siglip", "vision_config": {"num_hidden_layers": 10**9}}},
+        "vision_config.vision_config.num_hidden_layers is 1000000000, expected",
+    ),
+    (
+        {"text_config": {"model_type": "llava", "text_config": {"model_type": "llama", "hidden_size": 10**9}}},
+        "text_config.text_config.hidden_size is 1000000000, expected",
+    ),
     ({"vision_config": 3}, "config.json does not describe a TinyAlign model"),
     ({"image_seq_length": "many"}, "config.json does not describe a TinyAlign model"),
 ]

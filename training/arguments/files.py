@@ -56,7 +56,14 @@ def read_config(paths: Sequence[str | os.PathLike], fields: list[str]) -> StageA
     if config.stage != stage:
         raise ValueError(f"{named} is of stage {stage}, found --stage {config.stage}: name the file of that stage.")
     config.model_kwargs = {**settings["model_kwargs"], **(config.model_kwargs or {})}
-    _check_together(config, named)
+    trained = config.baseline == "wider_connector" and config.model is not None
+    if config.baseline is not None and config.model_kwargs.get("memory_top_k") == 0 and not trained:
+        raise ValueError(
+            f"baseline is {config.baseline} and memory_top_k 0: it takes as many neighbours, or parameters, as the "
+            "TinyAlign that it is compared with has. Leave baseline or memory_top_k out."
+        )
+    if config.output_dir in NO_OUTPUT_DIR:
+        raise ValueError(f"{named} has no output_dir: say where checkpoints and the trained model go.")
     return config
 
 
@@ -69,17 +76,6 @@ def config_class_of(settings: dict, named: str) -> type[StageArguments]:
             "A recipe of a model needs that of a stage before it: tinyalign train stage1.yaml qwen2-0.5b-siglip.yaml"
         )
     return STAGE_CONFIGS[stage]
-
-
-def _check_together(config: StageArguments, named: str):
-    trained = config.baseline == "wider_connector" and config.model is not None
-    if config.baseline is not None and config.model_kwargs.get("memory_top_k") == 0 and not trained:
-        raise ValueError(
-            f"baseline is {config.baseline} and memory_top_k 0: it takes as many neighbours, or parameters, as the "
-            "TinyAlign that it is compared with has. Leave baseline or memory_top_k out."
-        )
-    if config.output_dir in NO_OUTPUT_DIR:
-        raise ValueError(f"{named} has no output_dir: say where checkpoints and the trained model go.")
 
 
 def parse_settings(config_class: type[StageArguments], settings: dict, fields: list[str], prog: str) -> StageArguments:

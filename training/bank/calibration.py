@@ -149,7 +149,8 @@ def similarity_where(probability: float, scores: np.ndarray, right: np.ndarray) 
             "More similar neighbours are not right more often, so no similarity is a threshold: use a bank closer to "
             "the data, or leave min_probability out."
         )
-    return float((np.log(probability / (1 - probability)) - offset) / slope)
+    probability = min(probability, 1 - 1e-9)
+    return float(np.clip((np.log(probability / (1 - probability)) - offset) / slope, -1, 1))
 
 
 def calibrate_rows(
@@ -254,12 +255,13 @@ def calibrate_from_files(
         raise ValueError(f"memory_top_k is {run.model.config.memory_top_k}: there are no neighbours to calibrate.")
     calibration, scores, right = calibrate_rows(run.rows, run.bank, run.model.config.num_neighbours, min_agreement)
     print(describe(calibration, scores, right))
+    threshold = None if min_probability is None else similarity_where(min_probability, scores, right)
     fresh = folder / f"{CONFIG_NAME}.new"
     replace(run.bank.config, calibration=calibration).to_json(fresh)
     os.replace(fresh, folder / CONFIG_NAME)
     print(f"Written to {folder / CONFIG_NAME}.")
-    if min_probability is not None:
-        write_threshold(config.model, similarity_where(min_probability, scores, right))
+    if threshold is not None:
+        write_threshold(config.model, threshold)
 
 
 def write_threshold(model: str | None, threshold: float) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
 
 from ...modeling_tinyalign import MemoryBank, ValueEncoder
 from ...modeling_tinyalign.bank_format import CONFIG_NAME, LEFT_OUT_NAME
-from ...modeling_tinyalign.files import replace_folder
 from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import DUPLICATE, RowEncoder, check_row_settings, finished
 from ..arguments.alignment import AlignmentConfig
@@ -21,7 +19,7 @@ from ..data.features import hash_weights
 from ..data.images import CaptionedImages, fingerprint_files
 from ..data.rows import batch_size_of
 from ..disk import full_disk_advice
-from ..hub.bank_facts import DATA, command_of_settings, record_bank
+from ..hub.bank_facts import DATA, command_of_settings, save_with_facts
 from ..hub.parts import describe_part
 from ..models import load_model
 from .build import finish_bank, new_key_encoder
@@ -176,23 +174,13 @@ def _write_bank(
                     bank = old.with_rows(rows, parts.left_out, settings.quantized)
                     # `with_rows` has added those that the other bank left out
                     bank.config.num_left_out = len(parts.left_out)
-            replace_folder(folder, partial(write_with_facts, bank, settings, old_rows_of))
+            words, names = (["add", str(old_rows_of)], [old_rows_of]) if with_old_rows else (["build"], [])
+            data = describe_part(DATA, settings.dataset, "dataset", settings.dataset_revision)
+            save_with_facts(bank, folder, command_of_settings(words, settings), names, data)
         work.clear()
     new = f", {parts.num_rows} of them new" if with_old_rows else ""
     listed = f", listed in {Path(out, LEFT_OUT_NAME)}" if parts.left_out else ""
     print(f"{out}: {len(bank)} rows{new}; {count_kinds(parts.left_out)}{listed}.")
-
-
-def write_with_facts(
-    bank: MemoryBank, settings: RowSettings, old_rows_of: str | os.PathLike | None, folder: Path
-) -> None:
-    """Write a bank into an empty folder, and what its card will say of how it was made."""
-    bank.write_files(folder)
-    data = describe_part(DATA, settings.dataset, "dataset", settings.dataset_revision)
-    if old_rows_of is None:
-        record_bank(folder, bank, command_of_settings(["build"], settings), data)
-    else:
-        record_bank(folder, bank, command_of_settings(["add", str(old_rows_of)], settings), data, [old_rows_of])
 
 
 @dataclass
@@ -227,7 +215,9 @@ class FileBuild:
         columns = settings.keep if bank is None else bank.config.columns
         source = CaptionedImages(config, settings.caption_column, columns, settings.constants())
         batch_size = settings.batch_size or batch_size_of(config)
-        used |= {"batch_size": batch_size, "tower": fingerprint_tower(model)}
+        tower = hashlib.sha256(model.config.vision_config.to_json_string().encode())
+        hash_weights(tower, model.base_model.vision_tower)
+        used |= {"batch_size": batch_size, "tower": tower.hexdigest()}
         used |= {"torch": torch.__version__, "transformers": __version__}
         if work.has_work:
             check_same_work(work, earlier.get("settings", {}), used)
@@ -328,10 +318,3 @@ def count_rows(settings: RowSettings, source: CaptionedImages, is_local: bool) -
     if settings.rows is not None and not 1 <= settings.rows <= total:
         raise ValueError(f"--rows is {settings.rows}, but {settings.dataset} has {total} rows, expected 1 to {total}.")
     return total
-
-
-def fingerprint_tower(model: PreTrainedModel) -> str:
-    """Return a hash of the vision tower's weights and settings."""
-    digest = hashlib.sha256(model.config.vision_config.to_json_string().encode())
-    hash_weights(digest, model.base_model.vision_tower)
-    return digest.hexdigest()

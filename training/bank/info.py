@@ -18,9 +18,10 @@ def bank_info(name: str | os.PathLike) -> str:
     """Return what is in a bank, by its folder or repository, a line each; raises `ValueError` if there is none."""
     folder = folder_of_bank(name)
     config, bank = BankConfig.from_json(folder / CONFIG_NAME), MemoryBank.from_pretrained(folder)
-    encoders = size_of(folder / "value_encoder") + (folder / KEY_ENCODER_NAME).stat().st_size
+    encoders = (size_of(folder / "value_encoder") + (folder / KEY_ENCODER_NAME).stat().st_size) / 2**20
     images = len(np.unique(bank.source_order[0]))
-    shards = f"{_mib(size_of(folder / 'data'))} rows in {config.num_shards} shards, {_mib(encoders)} encoders"
+    rows = size_of(folder / "data") / 2**20
+    shards = f"{rows:.1f} MiB rows in {config.num_shards} shards, {encoders:.1f} MiB encoders"
     revision = f" at {config.tower.revision}" if config.tower.revision else ""
     index = [f"{value}" if name == "index" else f"{name} {value}" for name, value in bank.index_facts.items()]
     values = "none: for models that read captions"
@@ -67,10 +68,6 @@ def _describe_calibration(bank: MemoryBank) -> str:
         return "no"
     advice = "; stale, run `tinyalign bank calibrate` again" if bank.config.is_calibration_stale else ""
     return f"for {calibration.top_k} neighbours, with {calibration.num_rows:,} rows{advice}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
 
 
 def _common_values(column: pa.ChunkedArray) -> str:

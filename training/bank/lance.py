@@ -63,7 +63,7 @@ class LanceRows(BankRows):
     @cached_property
     def columns(self) -> LanceColumns:
         """The rows table."""
-        return LanceColumns(self.database.open()[0], len(self))
+        return LanceColumns(self.database.open()[0])
 
     @cached_property
     def key_array(self) -> LanceMatrix:
@@ -201,11 +201,14 @@ def write_lance(
     if index not in (None, *KINDS):
         raise ValueError(f"index is {index!r}, expected one of {list(KINDS)}, or None.")
     connection = LanceDatabase(str(uri), storage_options).connect()
-    index = index or default_index(bank)
+    if index is None:
+        large = "IVF_SQ" if bank.config.key_dim % 8 else "IVF_RQ"
+        index = EXACT if len(bank) <= EXACT_ROWS else large
     found = connection.list_tables().tables
     if FILES in found and _is_whole(connection):
         there = LanceBank.from_pretrained(uri, storage_options)
-        if there.folder == bank.folder:  # named after the sha256 of the same rows
+        # a folder is named after the sha256 of its rows
+        if (there.folder, there.config.calibration) == (bank.folder, bank.config.calibration):
             return there  # killed at the very end
         raise ValueError(f"{uri} holds another memory bank already: delete it, or choose another place.")
     for name in {FILES, ROWS}.intersection(found):  # of a process that was killed
@@ -218,13 +221,6 @@ def write_lance(
             "else is wrong there, and run the same again: it starts anew."
         ) from error
     return LanceBank.from_pretrained(uri, storage_options)
-
-
-def default_index(bank: MemoryBank) -> str:
-    """Return the kind of index that suits a bank: RaBitQ takes keys of a width that 8 divides."""
-    if len(bank) <= EXACT_ROWS:
-        return EXACT
-    return "IVF_SQ" if bank.config.key_dim % 8 else "IVF_RQ"
 
 
 def _is_whole(connection: lancedb.DBConnection) -> bool:

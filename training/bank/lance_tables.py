@@ -68,9 +68,8 @@ class LanceDatabase:
 class LanceColumns:
     """Columns of the rows table, read where they lie: row i is at offset i, for the table is written once."""
 
-    def __init__(self, table: lancedb.table.Table, num_rows: int):
+    def __init__(self, table: lancedb.table.Table):
         self._table = table
-        self.num_rows = num_rows
 
     @property
     def table(self) -> lancedb.table.Table:
@@ -102,16 +101,16 @@ class LanceMatrix(LanceColumns):
     """A column of vectors: `matrix[rows]` is `(..., *shape[1:])`."""
 
     def __init__(self, table: lancedb.table.Table, column: str, shape: tuple[int, ...]):
-        super().__init__(table, shape[0])
+        super().__init__(table)
         self.column = column
         self.shape = shape
         self.dtype = table.schema.field(column).type.value_type.to_pandas_dtype()
 
     def __len__(self) -> int:
-        return self.num_rows
+        return self.shape[0]
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        rows = np.arange(*rows.indices(self.num_rows)) if isinstance(rows, slice) else np.asarray(rows)
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
         if rows.size == 0:
             return np.empty((*rows.shape, *self.shape[1:]), self.dtype)
         table, places = self.take(rows, [self.column])

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...modeling_tinyalign.key_encoder import evaluating
 from ...modeling_tinyalign.row_encoder import DUPLICATE_REASON, BadRow, LeftOutRow, RowEncoder, is_duplicate
@@ -114,14 +113,13 @@ def _plan_round(
                 there.add(number)
     plans = []
     for number in range(first, len(there) if count is None else first + count):
-        left_out, rows = [], 0
-        for row, name, problem in _names(parts, number):
+        names, left_out = _names(parts, number), []
+        for row, name, problem in names:
             if problem is None and is_duplicate(name, encoder.seen):
                 problem = DUPLICATE_REASON
-            if problem is None:
-                rows += 1
-            else:
+            if problem is not None:
                 left_out.append(LeftOutRow(row, problem))
+        rows = len(names) - len(left_out)
         plans.append({"rows": rows, "id": encoder.next_id + parts.num_rows, "left_out": left_out})
         parts.num_rows += rows
     return plans
@@ -171,11 +169,12 @@ class EncodePart:
     """A Ray actor, with model and encoders."""
 
     def __init__(self, encoder: list):
-        self.encoder, *modules = ray.get(encoder[0])
+        self.encoder, modules = ray.get(encoder[0])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder.model, self.encoder.value_encoder = (
-            module and _rebuilt(*module).to(device) for module in modules
-        )
+        for name, (model_class, config, state) in modules.items():
+            model = model_class(config)
+            model.load_state_dict(state, assign=True)
+            setattr(self.encoder, name, model.eval().to(device))
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, Any]:
         number, source, chunk, plan = pickle.loads(row["part"])
@@ -194,22 +193,12 @@ def _to_ray(encoder: RowEncoder) -> list:
     shell = copy.copy(encoder)
     shell.model = shell.value_encoder = shell.read_row = shell.seen = None
     shell.key_encoder = copy.deepcopy(encoder.key_encoder).cpu()
-    values = None if encoder.value_encoder is None else _taken_apart(encoder.value_encoder)
-    return [ray.put((shell, _taken_apart(encoder.model), values))]
-
-
-def _taken_apart(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, torch.Tensor]]:
-    """Return class, config and weights: transformers hooks itself into models that have run, which can't be sent."""
-    return type(model), model.config, {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-
-
-def _rebuilt(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, torch.Tensor]
-) -> PreTrainedModel:
-    """Put together what was taken apart."""
-    model = model_class(config)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    modules = {}  # class, config and weights: transformers hooks itself into models that have run, which can't be sent
+    for name, model in (("model", encoder.model), ("value_encoder", encoder.value_encoder)):
+        if model is not None:
+            state = {key: tensor.cpu() for key, tensor in model.state_dict().items()}
+            modules[name] = type(model), model.config, state
+    return [ray.put((shell, modules))]
 
 
 def _anywhere(source: CaptionedImages) -> CaptionedImages:

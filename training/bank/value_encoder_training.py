@@ -146,32 +146,30 @@ def train_new_value_encoder(
     config = config or ValueEncoderTrainingConfig()
     rows = sample_rows(source)
     if vision_features is None:
-        features = encode_images(model, processor, rows, batch_size)
+        images = [row.image for row in rows]
+        with evaluating(model):
+            batches = feature_batches(model, processor, images, range(len(images)), batch_size)
+            features = torch.cat([part.half().cpu() for _, part in batches]).numpy()
     else:
         features = np.stack([np.asarray(vision_features[row.number]) for row in rows])
-    encoder = new_value_encoder(model, features.shape[1:], config.seed)
+    heads = math.gcd(8, model.config.latent_dim)  # attention takes only a number that divides the width
+    settings = ValueEncoderConfig(
+        num_latents=model.config.memory_tokens,
+        latent_dim=model.config.latent_dim,
+        num_self_attention_heads=heads,
+        num_cross_attention_heads=heads,
+        num_vision_tokens=features.shape[1],
+        vision_feature_size=features.shape[2],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        encoder = ValueEncoder(settings).to(model.device)
     if config.steps:
         print(f"Training a value encoder on {len(rows):,} images, {config.steps:,} steps.", flush=True)
         began = time.perf_counter()
         train_value_encoder(encoder, features, [row.caption for row in rows], config, checkpoint)
         print(f"The value encoder took {time.perf_counter() - began:.0f} seconds.")
     return encoder.requires_grad_(False).eval()
-
-
-def new_value_encoder(model: PreTrainedModel, features_shape: tuple[int, int], seed: int) -> ValueEncoder:
-    """Return an untrained value encoder whose latents a model reads, for features `(tokens, width)`."""
-    heads = math.gcd(8, model.config.latent_dim)  # attention takes only a number that divides the width
-    config = ValueEncoderConfig(
-        num_latents=model.config.memory_tokens,
-        latent_dim=model.config.latent_dim,
-        num_self_attention_heads=heads,
-        num_cross_attention_heads=heads,
-        num_vision_tokens=features_shape[0],
-        vision_feature_size=features_shape[1],
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return ValueEncoder(config).to(model.device)
 
 
 def sample_rows(source: StoredImages) -> list[BankRow]:
@@ -190,13 +188,3 @@ def sample_rows(source: StoredImages) -> list[BankRow]:
             "least one image with a caption."
         )
     return rows
-
-
-def encode_images(
-    model: PreTrainedModel, processor: ProcessorMixin, rows: Sequence[BankRow], batch_size: int
-) -> np.ndarray:
-    """Return vision features `(rows, tokens, width)`, float16."""
-    images = [row.image for row in rows]
-    with evaluating(model):
-        batches = feature_batches(model, processor, images, range(len(images)), batch_size)
-        return torch.cat([features.half().cpu() for _, features in batches]).numpy()

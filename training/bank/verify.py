@@ -2,9 +2,9 @@
 
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from ...modeling_tinyalign import KeyEncoder, MemoryBank, ValueEncoder
 from ...modeling_tinyalign.bank_arrays import NO_VALUES, update_hashes
-from ...modeling_tinyalign.bank_folder import shard_names
+from ...modeling_tinyalign.bank_folder import read_shards, shard_names
 from ...modeling_tinyalign.bank_format import (
-    BATCH_ROWS,
     CONFIG_NAME,
     KEY_ENCODER_NAME,
     VALUE_ENCODER_NAME,
@@ -24,7 +23,6 @@ from ...modeling_tinyalign.bank_format import (
     arrays_of,
     check_batch,
     check_file,
-    check_schema,
     config_schema,
     file_sha256,
     matrix,
@@ -129,14 +127,11 @@ def shard_problems(paths: Sequence[Path], config: BankConfig) -> Iterator[str]:
 
 
 def read_shard(path: Path, config: BankConfig) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a shard; raises `ValueError` if some are missing, and whatever pyarrow does."""
-    schema = config_schema(config)
-    with pq.ParquetFile(path) as shard:
-        check_schema(shard.schema_arrow, schema, str(path))
-        rest = shard.metadata.num_rows
-        for batch in shard.iter_batches(BATCH_ROWS):
-            rest -= len(batch)
-            yield batch.select(schema.names).cast(schema)
+    """Yield the rows of a shard; raises `ValueError` as `read_shards`, or if some are missing."""
+    schema, rest = config_schema(config), pq.read_metadata(path).num_rows
+    for batch in read_shards([path], replace(config, num_rows=rest)) if rest else ():
+        rest -= len(batch)
+        yield batch.select(schema.names).cast(schema)
     if rest:
         raise ValueError(f"{path} is damaged: {rest} of its rows cannot be read.")
 
@@ -155,15 +150,11 @@ def copy_problems(bank: MemoryBank, paths: Sequence[Path]) -> Iterator[str]:
     for problem in hashes.differences(bank.config, "this machine's copy"):
         yield f"{problem} {advice}"
     for path in folder.glob("*.faiss"):
-        expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
+        record = path.with_suffix(".json")
+        expected = read_json(record).get("sha256") if record.is_file() else "that of a record beside it"
         if file_sha256(path) != expected:
             yield f"The index {path} is damaged: its sha256 is {file_sha256(path)}, expected {expected}. {advice}"
             return
-    yield from search_problems(bank, paths)
-
-
-def search_problems(bank: MemoryBank, paths: Sequence[Path]) -> Iterator[str]:
-    """Name rows, of a sample, that the index does not find by their own key."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(bank))[:NUM_TESTED])
     batches = (batch for path in paths for batch in read_shard(path, bank.config))
     keys = np.concatenate([matrix(batch, "key")[np.isin(batch["id"].to_numpy(), chosen)] for batch in batches])
@@ -173,5 +164,5 @@ def search_problems(bank: MemoryBank, paths: Sequence[Path]) -> Iterator[str]:
         if score < expected - 1e-5:
             yield (
                 f"The index does not find row {row} by its own key: it returns row {neighbour} with {score:.4f}, "
-                f"expected {expected:.4f}. Delete {bank.folder} and load the bank again."
+                f"expected {expected:.4f}. {advice}"
             )

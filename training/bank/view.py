@@ -85,11 +85,8 @@ def page_data(bank: MemoryBank, chosen: np.ndarray, top_k: int, queries: list[di
     keys = bank.keys(chosen)
     names = [row["source_id"] for row in bank.rows(chosen)]
     scores, ids = bank.search(keys, top_k, exclude=names)
-    found = [ids.ravel()]
-    if queries:
-        query_scores, query_ids = bank.search(query_keys, top_k)
-        found.append(query_ids.ravel())
-    found = np.setdiff1d(np.concatenate(found), chosen)
+    query_scores, query_ids = bank.search(query_keys, top_k)
+    found = np.setdiff1d(np.concatenate([ids, query_ids]), chosen)
     shown = np.concatenate([chosen, found[found >= 0]])
     all_keys = np.concatenate([keys, bank.keys(shown[len(chosen) :]), query_keys])
     places, explained = principal_components(all_keys, len(keys))

@@ -15,15 +15,13 @@ from ...processing.images import is_base64
 class _Shown(reprlib.Repr):
     """The start of a value, for messages; of bytes their number."""
 
-    def __init__(self):
-        super().__init__()
-        self.maxstring = self.maxother = 60
-
     def repr_bytes(self, value: bytes, level: int) -> str:
         return f"<{len(value)} bytes>"
 
 
-shown = _Shown().repr
+_shown = _Shown()
+_shown.maxstring = _shown.maxother = 60
+shown = _shown.repr
 
 
 def to_messages(prompt: str, answer: str) -> list[dict]:

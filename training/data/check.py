@@ -21,7 +21,7 @@ from ..arguments.stage import StageArguments
 from ..disk import full_disk_advice, save_file
 from ..models import context_length, load_model
 from .chats import images_of
-from .files import STORED_IMAGE, item_of, open_rows, unpacked
+from .files import STORED_IMAGE, Rows, item_of, open_rows, unpacked
 from .rows import FEATURES, IMAGE_COLUMNS, RowReader
 
 logger = logging.get_logger(__name__)
@@ -95,17 +95,14 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
     if column is not None:
         feature = raw.features[column]
         name = "image" if item_of(feature) is feature else "images"
-        images = raw.select_columns([column])
-        images = images if column == name else images.rename_column(column, name)
+        images = raw.select_columns([column]).rename_columns({column: name})
         rows = datasets.concatenate_datasets([images, rows], axis=1)
     if found:
         rows = rows.select([number for number in range(len(rows)) if number not in found])
     return rows, DataCheck(len(raw), found, kinds)
 
 
-def training_data(
-    config: StageArguments, processor: ProcessorMixin, name_images: bool = False
-) -> datasets.Dataset | datasets.IterableDataset:
+def training_data(config: StageArguments, processor: ProcessorMixin, name_images: bool = False) -> Rows:
     """The rows to train on. Bad ones are skipped, counted and written to `bad_rows.json` in `config.output_dir`;
     streamed ones are checked as they come.
 
@@ -116,8 +113,13 @@ def training_data(
         ValueError: As [`check_rows`]; or `config.strict` and a row is bad, or none is good.
     """
     if config.streaming:
-        keep = _SkipBadRows(config)
-        rows = _stream(config, row_reader(config, processor, name_images), keep)
+        raw, keep = open_rows(config), _SkipBadRows(config)
+        features = datasets.Features({**FEATURES, "images": datasets.List(STORED_IMAGE)})
+        if name_images:
+            features["source_ids"] = datasets.List(datasets.Value("string"))
+        reader = row_reader(config, processor, name_images)
+        rows = raw.map(reader, with_indices=True, remove_columns=list(raw.features), features=features)
+        rows = rows.filter(keep).remove_columns(["kind", "problem"])
         if next(iter(rows), None) is None:
             raise ValueError(f"{config.dataset} has no good row: none is left to train on.")
         keep.skipped.zero_()  # these rows come again
@@ -159,15 +161,6 @@ def _column_with_images(raw: datasets.Dataset, config: StageArguments) -> str | 
 def _without_images(reader: RowReader, row: dict, number: int) -> dict:
     """They stay where they are: no second copy of a data set's images is written."""
     return {name: value for name, value in reader(row, number).items() if name != "images"}
-
-
-def _stream(config: StageArguments, reader: RowReader, keep: "_SkipBadRows") -> datasets.IterableDataset:
-    raw = open_rows(config)
-    features = {**FEATURES, "images": datasets.List(STORED_IMAGE)}
-    if reader.name_images:
-        features["source_ids"] = datasets.List(datasets.Value("string"))
-    rows = raw.map(reader, with_indices=True, remove_columns=list(raw.features), features=datasets.Features(features))
-    return rows.filter(keep).remove_columns(["kind", "problem"])
 
 
 class _SkipBadRows:

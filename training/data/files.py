@@ -38,6 +38,7 @@ NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "config.json
 LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 STORED_IMAGE = datasets.Image(decode=False)
 TEXT = datasets.Value("string")
+Rows = datasets.Dataset | datasets.IterableDataset
 # The column with the folder of a row's file.
 FOLDER = "__folder__"
 
@@ -46,7 +47,7 @@ class SourceError(ValueError):
     """The rows that are asked for are not there; the message says what is."""
 
 
-def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDataset:
+def open_rows(config: StageArguments) -> Rows:
     """Return the rows of `config.dataset` as they are stored, images undecoded and classes by their names.
 
     Of text files and WebDatasets the column `json` is the row's text: rows need not have the same fields or types.
@@ -71,7 +72,7 @@ def open_rows(config: StageArguments) -> datasets.Dataset | datasets.IterableDat
     return _with_class_names(undecoded(rows))
 
 
-def undecoded(rows: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+def undecoded(rows: Rows) -> Rows:
     """Return the rows with images as they are stored."""
     for name, feature in rows.features.items():
         item = item_of(feature)
@@ -85,7 +86,7 @@ def item_of(feature: Any) -> Any:
     return feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
 
 
-def _open_part(config: StageArguments, part: str) -> datasets.Dataset | datasets.IterableDataset:
+def _open_part(config: StageArguments, part: str) -> Rows:
     """Return the rows of a split, or of a part of it: "train[:100]"."""
     split, numbers = re.fullmatch(r"([^[]*)(.*)", part).groups()
     if not numbers:
@@ -108,7 +109,7 @@ def _open_part(config: StageArguments, part: str) -> datasets.Dataset | datasets
     return rows.select(range(chosen.from_, chosen.to))
 
 
-def _open_split(config: StageArguments, split: str) -> datasets.Dataset | datasets.IterableDataset:
+def _open_split(config: StageArguments, split: str) -> Rows:
     name = unpacked(config.dataset)
     if any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")):
         rows = datasets.load_from_disk(name)
@@ -180,12 +181,10 @@ def find_files(config: StageArguments, name: str, split: str) -> list[str]:
         raise SourceError(f"{name} does not exist, expected a file, a folder or a dataset repository.")
     files = sorted(file for file in files if os.path.isfile(file)) or files
     chosen = [file for file in files if kind_of(file)]
-    if chosen:
-        return _of_one_kind(chosen, config)
-    chosen = [file for file in files if is_image(file)]
-    if not chosen:
+    images = [file for file in files if is_image(file)]
+    if not chosen and not images:
         raise SourceError(f"{files[0]} is no data set, expected a file ending in {', '.join(SUFFIXES)}.")
-    return chosen
+    return _of_one_kind(chosen, config) if chosen else images
 
 
 def is_image(name: str) -> bool:
@@ -277,7 +276,7 @@ def _no_split(config: StageArguments, split: str, splits: Iterable[str]) -> Sour
     return SourceError(f"{config.dataset} has no split {split!r}, found {found}: set dataset_split, or eval_split.")
 
 
-def _with_class_names(rows: datasets.Dataset | datasets.IterableDataset):
+def _with_class_names(rows: Rows) -> Rows:
     """Return the rows with names in place of the numbers of their classes; a number without a name is None."""
     for column, feature in rows.features.items():
         label = item_of(feature)

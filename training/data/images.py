@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,12 @@ class StoredImages:
     """
 
     def rows(self, numbers: np.ndarray | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the rows with these ascending numbers, or all."""
+        """Iterate over the rows with these ascending numbers, or all."""
         if numbers is None:
-            yield from self
-        elif len(numbers):
-            wanted = iter(numbers.tolist())
-            following = next(wanted)
-            for number, row in self:
-                if number == following:
-                    yield number, row
-                    following = next(wanted, None)
-                    if following is None:
-                        return
+            return iter(self)
+        wanted = set(numbers.tolist())
+        chosen = (numbered for numbered in self if numbered[0] in wanted)
+        return islice(chosen, len(wanted))  # nothing is read behind the last one
 
 
 class DatasetImages(StoredImages):

@@ -20,6 +20,7 @@ from ..disk import full_disk_advice
 from ..models import attach_bank, context_length, load_model, neighbours_of_baseline, read_bank
 from .check import training_data
 from .features import cache_vision_features
+from .files import Rows
 from .neighbour_table import neighbour_table, read_neighbours, summary
 from .rows import RowImages, batch_size_of
 
@@ -35,7 +36,7 @@ class Run:
     model: PreTrainedModel
     processor: ProcessorMixin
     bank: MemoryBank | None
-    rows: datasets.Dataset | datasets.IterableDataset
+    rows: Rows
     features: np.ndarray | None
     eval_rows: datasets.Dataset | None = None
 
@@ -68,11 +69,8 @@ def prepare(config: StageArguments) -> Run:
 
 
 def with_features(
-    config: StageArguments,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    rows: datasets.Dataset | datasets.IterableDataset,
-) -> tuple[datasets.Dataset | datasets.IterableDataset, np.ndarray | None]:
+    config: StageArguments, model: PreTrainedModel, processor: ProcessorMixin, rows: Rows
+) -> tuple[Rows, np.ndarray | None]:
     """Return the visual features, with `config.cache_features`, and the rows with `feature_index`. They are kept under
     `HF_HOME`, for other runs with the same images, tower and preprocessing.
 
@@ -90,11 +88,11 @@ def with_neighbours(
     config: StageArguments,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    rows: datasets.Dataset | datasets.IterableDataset,
+    rows: Rows,
     bank: MemoryBank,
     top_k: int,
     features: np.ndarray | None = None,
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> Rows:
     """Return the rows with `memory_ids` and `memory_scores`, lists of `2 * top_k` for each of their images: the second
     half are spare ones, for [`MemoryDropout`]. And `source_ids`, the names of the images: no row of the bank that is
     of one of a row's images is a neighbour of any of them. Streamed rows get none: the model retrieves for each batch.

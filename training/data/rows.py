@@ -158,8 +158,7 @@ class RowReader:
         path = image_path(image)
         if path is not None and "://" not in path and not os.path.isfile(path):
             raise BadRow(
-                "missing image",
-                f"{path} is no file: set image_folder (or eval_image_folder), or remove the row",
+                "missing image", f"{path} is no file: set image_folder (or eval_image_folder), or remove the row"
             )
         try:
             decoded = decode_image(image)

@@ -9,15 +9,12 @@ from transformers import PreTrainedModel
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from .features import refuse_transforms
-from .files import undecoded
+from .files import Rows, undecoded
 
 
 def training_rows(
-    model: PreTrainedModel,
-    dataset: datasets.Dataset | datasets.IterableDataset,
-    bank: MemoryBank | None,
-    vision_features: np.ndarray | None,
-) -> datasets.Dataset | datasets.IterableDataset:
+    model: PreTrainedModel, dataset: Rows, bank: MemoryBank | None, vision_features: np.ndarray | None
+) -> Rows:
     """The columns the collator reads, with `feature_index` added where the features are those of the rows, in order.
     Images stay as they are stored: the collator decodes them, and names the one that it cannot.
 
@@ -45,7 +42,13 @@ def training_rows(
         raise ValueError("The data set has no rows, expected at least one.")
     if vision_features is not None:
         refuse_transforms(dataset)
-        dataset = _with_feature_index(dataset, len(vision_features))
+        if "feature_index" not in dataset.column_names:
+            if len(vision_features) != len(dataset):
+                raise ValueError(
+                    f"There are {len(vision_features)} vision_features for {len(dataset)} rows: give the data set a "
+                    "column feature_index that says which features are whose."
+                )
+            dataset = dataset.add_column("feature_index", list(range(len(dataset))))
     columns = _columns_to_read(model, dataset, bank, vision_features)
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
@@ -58,25 +61,13 @@ def training_rows(
     if "row" not in rows.column_names:
         rows = rows.add_column("row", list(range(len(rows))))
     rows = undecoded(rows)
-    found = None if bank is None else _neighbours_of_an_image(rows[0]["memory_ids"])
-    if found is not None and found < top_k:
+    ids = None if bank is None else rows[0]["memory_ids"]  # one list, or a list for each image; none for text
+    if ids and (found := len(ids[0] if isinstance(ids[0], list) else ids)) < top_k:
         raise ValueError(
             f"A row has {found} memory_ids an image, expected memory_top_k = {top_k} or more: look them up with "
             "find_neighbours(..., top_k=model.config.memory_top_k)."
         )
     return rows
-
-
-def _with_feature_index(dataset: datasets.Dataset, num_features: int) -> datasets.Dataset:
-    """Return the data set with a `feature_index`; without one, the features are those of the rows, in order."""
-    if "feature_index" in dataset.column_names:
-        return dataset
-    if num_features != len(dataset):
-        raise ValueError(
-            f"There are {num_features} vision_features for {len(dataset)} rows: give the data set a column "
-            "feature_index that says which features are whose."
-        )
-    return dataset.add_column("feature_index", list(range(len(dataset))))
 
 
 def _columns_to_read(
@@ -94,13 +85,6 @@ def _columns_to_read(
     if scores_wanted or "memory_scores" in dataset.column_names:
         columns.append("memory_scores")
     return columns
-
-
-def _neighbours_of_an_image(memory_ids: list) -> int | None:
-    """Count the neighbours of an image in a row's `memory_ids`, one list or a list for each image; None for text."""
-    if not memory_ids:
-        return None
-    return len(memory_ids[0] if isinstance(memory_ids[0], list) else memory_ids)
 
 
 def evaluation_rows(

@@ -34,12 +34,14 @@ def record_bank(
     write_facts(folder, with_facts_of_hub(facts))
 
 
-def save_with_facts(bank: MemoryBank, out: str | os.PathLike, command: Sequence[str], old: Sequence[Any]) -> None:
-    """Save a bank that was made of others; arguments as of `record_bank`. Raises as `MemoryBank.save_pretrained`."""
+def save_with_facts(
+    bank: MemoryBank, out: str | os.PathLike, command: Sequence[str], old: Sequence[Any], data: Part | None = None
+) -> None:
+    """Save a new bank; arguments as of `record_bank`. Raises as `MemoryBank.save_pretrained`."""
 
     def write(folder: Path) -> None:
         bank.write_files(folder)
-        record_bank(folder, bank, command, old=old)
+        record_bank(folder, bank, command, data, old)
 
     replace_folder(Path(out), write)
 

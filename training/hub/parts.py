@@ -3,9 +3,11 @@
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi, RepoCard, try_to_load_from_cache
+from yaml import YAMLError
 
 from ...hub_cards.cards import is_hub_id
 from ...hub_cards.facts import FACTS_NAME, Part, read_facts
@@ -34,9 +36,9 @@ def public_source(name: str) -> str:
 
 def license_of(license: str | Sequence[str] | None) -> str:
     """Return one text of the licences of a part."""
-    if isinstance(license, str) or not license:
-        return license or UNKNOWN
-    return ", ".join(license)
+    if not license or not isinstance(license, (list, tuple)):
+        return str(license or UNKNOWN)
+    return ", ".join(map(str, license))
 
 
 def common_license(parts: Sequence[Part]) -> str:
@@ -57,7 +59,7 @@ def _public(argument: str, option: str) -> str:
     name, equals, value = argument.partition("=")
     if equals and re.fullmatch(r"[\w-]+", name):
         return f"{name}={_public(value, name)}"
-    if option.endswith("_token"):
+    if option.endswith("token") or re.search(r"\bhf_\w+", argument):
         return "..."
     if argument.startswith(("{", "[")):  # JSON
         return re.sub(r'"([^"]+)"', lambda text: f'"{_public(text[1], "")}"', argument)
@@ -71,7 +73,8 @@ def _license_of_folder(path: Path) -> str:
     if (path / FACTS_NAME).is_file():
         return license_of(read_facts(path).license)
     if (path / "README.md").is_file():
-        return license_of(RepoCard.load(path / "README.md", ignore_metadata_errors=True).data.get("license"))
+        with suppress(ValueError, YAMLError):  # somebody's README.md
+            return license_of(RepoCard.load(path / "README.md", ignore_metadata_errors=True).data.get("license"))
     return UNKNOWN
 
 
@@ -80,12 +83,9 @@ def _ask_hub(name: str, hub_type: str, revision: str | None) -> tuple[str, str]:
     try:
         info = HfApi().repo_info(name, repo_type=hub_type, revision=revision, timeout=HUB_SECONDS)
     except Exception:  # of huggingface_hub, and of an HTTP library that changes from version to version
-        return _ask_cache(name, hub_type, revision)
-    return info.sha, license_of(info.card_data and info.card_data.get("license"))
-
-
-def _ask_cache(name: str, hub_type: str, revision: str | None) -> tuple[str, str]:
-    commit, license = revision or UNKNOWN, UNKNOWN
+        commit, license = revision or UNKNOWN, UNKNOWN
+    else:
+        return info.sha, license_of(info.card_data and info.card_data.get("license"))
     for file in ("config.json", "bank_config.json", "README.md"):
         cached = try_to_load_from_cache(name, file, repo_type=hub_type, revision=revision)
         if isinstance(cached, str):

@@ -5,10 +5,20 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ...hub_cards.cards import bank_card, model_card, plain_model_card, write_space
-from ...hub_cards.facts import FACTS_NAME, ModelFacts, bank_on_hub, facts_json, model_on_hub, read_facts, write_facts
+from ...hub_cards.facts import (
+    FACTS_NAME,
+    ModelFacts,
+    bank_on_hub,
+    facts_json,
+    model_on_hub,
+    read_facts,
+    read_object,
+    write_facts,
+)
 from ...modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
 from ...modeling_tinyalign.files import CARD_NAME, WEIGHTS, push_files, resolve_commit
 from ...modeling_tinyalign.memory_bank import MemoryBank
@@ -46,6 +56,9 @@ def push(
         OSError: the Hub refused, or cannot be reached.
     """
     options = {"private": private, "revision": revision}
+    for name in (model and model[1], bank and bank[1], space):
+        if name is not None:
+            validate_repo_id(name)
     facts = None if model is None else checked_facts(Path(model[0]), has_bank=bank is not None)
     if space is not None and facts is None:
         raise ValueError(f"A Space needs a checkpoint with {FACTS_NAME}, which says what to ask it.")
@@ -80,6 +93,7 @@ def push_checkpoint(
     files = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHT_SUFFIXES}
     files["config.json"] = config.to_json_string().encode()
     if facts is not None:
+        files |= {name: folder / name for name in facts.pictures}
         files |= {FACTS_NAME: facts_json(facts).encode(), CARD_NAME: str(model_card(facts)).encode()}
     elif (folder / CARD_NAME).is_file():
         files[CARD_NAME] = folder / CARD_NAME
@@ -95,8 +109,8 @@ def checked_facts(folder: Path, has_bank: bool) -> ModelFacts | None:
     """
     missing = [] if list(folder.glob(WEIGHTS)) else [WEIGHTS]
     for name, classes in AUTO_CLASSES.items():
-        content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
-        auto_map = content.get("auto_map", {})
+        content = read_object(folder / name) if (folder / name).is_file() else {}
+        auto_map = content.get("auto_map") or {}
         missing += [f"{auto_class} in the auto_map of {name}" for auto_class in classes if auto_class not in auto_map]
         modules = [auto_map[auto_class].split(".")[0] for auto_class in classes if auto_class in auto_map]
         for module in modules:  # grows
@@ -113,6 +127,11 @@ def checked_facts(folder: Path, has_bank: bool) -> ModelFacts | None:
     if not (folder / FACTS_NAME).is_file():
         return None
     facts = read_facts(folder)
+    lost = [name for name in facts.pictures if not (folder / name).is_file()]
+    if lost:
+        raise ValueError(
+            f"The card of {folder} shows {', '.join(lost)}, which is not there: put it there, or correct {FACTS_NAME}."
+        )
     if facts.bank is not None and facts.bank.hub_type is None and not has_bank:
         raise ValueError(f"The card of {folder} names the local bank {facts.bank.source}: push it too, with --bank.")
     return facts

@@ -104,10 +104,9 @@ def _composed_of(model: PreTrainedModel) -> list[Part]:
 
 
 def _data_part(config: StageArguments) -> Part:
-    part, run = describe_part("training data", config.dataset, "dataset", config.dataset_revision), {}
+    part = describe_part("training data", config.dataset, "dataset", config.dataset_revision)
     path = Path(config.output_dir, RUN_NAME)
-    if path.is_file():
-        run = json.loads(path.read_text(encoding="utf-8"))
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if part.hub_type is None and run.get("rows_hash"):
         part.revision = f"sha256 of the rows: {run['rows_hash'][:12]}"
     return part

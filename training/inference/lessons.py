@@ -77,7 +77,8 @@ class Lessons:
         pictures: shared by all visitors of a model.
 
     Attributes:
-        bank: the model's when one was needed first, whose encoders make the keys; shared, never copied. None before.
+        bank: the model's, whose encoders make the keys; shared, never copied. None before one is needed. Lessons stay
+            beside the bank that they were taught beside.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, pictures: Pictures | None = None):
@@ -112,8 +113,9 @@ class Lessons:
         """Return the bank; `ValueError` if there is none to read or to teach."""
         if self.model.config.memory_top_k == 0:
             raise ValueError("This model has no memory: use one whose memory_top_k is not 0.")
-        if self.bank is None:
-            self.bank = self.model.memory_bank  # not before: it may have to be downloaded
+        if not self._lessons and self.bank is not self.model.memory_bank:  # not before: it may have to be downloaded
+            self.bank = self.model.memory_bank
+            vars(self).pop("_encoder", None)
         if self.bank is None:
             raise ValueError("There is no memory bank: pass --memory_bank, attach one, or answer with memory off.")
         return self.bank

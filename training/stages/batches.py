@@ -19,8 +19,7 @@ def without_dropout(language_model: PreTrainedModel):
 def align_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
     """Give the model the special tokens of its tokenizer: `Trainer` does the same, and warns of each."""
     config, generation = model.config.get_text_config(), model.generation_config
-    for name in ("bos_token_id", "pad_token_id"):
-        value = tokenizer.bos_token_id if name == "bos_token_id" else tokenizer.pad_token_id
+    for name, value in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", tokenizer.pad_token_id)):
         if value is not None:
             setattr(config, name, value)
             setattr(generation, name, value)
@@ -45,11 +44,8 @@ def with_blank_image(model: PreTrainedModel, processor: ProcessorMixin, inputs: 
     """
     length = max(inputs["input_ids"].shape[1], processor.num_image_tokens)
     inputs = dict(inputs)
-    for name, padding in (
-        ("input_ids", processor.tokenizer.pad_token_id or 0),
-        ("attention_mask", 0),
-        ("labels", -100),
-    ):
+    fill = {"input_ids": processor.tokenizer.pad_token_id or 0, "attention_mask": 0, "labels": -100}
+    for name, padding in fill.items():
         inputs[name] = F.pad(inputs[name], (0, length - inputs[name].shape[1], 0, 1), value=padding)
     inputs["input_ids"][-1, : processor.num_image_tokens] = processor.image_token_id
     inputs["attention_mask"][-1, : processor.num_image_tokens] = 1

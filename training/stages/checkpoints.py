@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,9 @@ def trajectory_settings(
         settings["rows_hash"] = content_hash(rows)
     else:
         settings |= {name: vars(args)[name] for name in STREAM}
-    settings["memory_bank"] = None
-    if bank is not None:
-        settings["memory_bank"] = {"keys": bank.config.sha256.keys, "values": bank.config.sha256.values}
-    settings["image_aspect_ratio"] = processor.image_aspect_ratio
-    for name in MODEL_TRAJECTORY:
-        settings[name] = vars(model.config)[name]
-    return settings
+    shas = None if bank is None else {"keys": bank.config.sha256.keys, "values": bank.config.sha256.values}
+    settings |= {"memory_bank": shas, "image_aspect_ratio": processor.image_aspect_ratio}
+    return settings | {name: vars(model.config)[name] for name in MODEL_TRAJECTORY}
 
 
 def last_checkpoint(
@@ -124,13 +121,9 @@ def last_checkpoint(
 
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[str]:
     """Return the folders of the checkpoints that were written to their end, the last one last."""
-    return [path for path in sort_checkpoints(str(output_dir)) if _is_whole(Path(path))]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Return True if the last file, the trainer's state, is there and whole: the disk may have been full."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
+    complete = []
+    for path in sort_checkpoints(str(output_dir)):
+        with suppress(FileNotFoundError, ValueError):  # the last file is missing or cut: the disk may have been full
+            json.loads(Path(path, TRAINER_STATE_NAME).read_text())
+            complete.append(path)
+    return complete

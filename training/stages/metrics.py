@@ -1,9 +1,8 @@
 """Metrics logged beside the loss: speed, memory, gradient norms, and what retrieval gave."""
 
-import contextlib
 import re
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -57,17 +56,11 @@ class Meter(TrainerCallback):
         self.has_images = False
         self._reset()
 
-    @contextlib.contextmanager
-    def counting_slots(self) -> Iterator[None]:
+    def counting_slots(self) -> AbstractContextManager:
         """Count the slots that the memory connector reads inside; the model is left as it was."""
         if self.model.config.memory_top_k == 0:
-            yield
-            return
-        hook = self.model.base_model.memory_connector.register_forward_pre_hook(self._count_slots)
-        try:
-            yield
-        finally:
-            hook.remove()
+            return nullcontext()
+        return self.model.base_model.memory_connector.register_forward_pre_hook(self._count_slots)
 
     def _reset(self):
         device = self.trainer.args.device
@@ -135,7 +128,11 @@ class Meter(TrainerCallback):
             flops = counts["tokens"] * flops_per_token(self.trainer.parts)
             metrics["mfu"] = flops / seconds / (self.peak_flops * accelerator.num_processes)
         metrics["memory_gb"] = memory
-        metrics |= self._norms_before_clipping(logs)
+        norms, self.norms = {part: norm.item() for part, norm in self.norms.items()}, {}
+        clipped = sum(norm**2 for norm in norms.values()) ** 0.5
+        # all gradients were clipped by the same factor, the norm in `logs` is from before
+        factor = logs["grad_norm"] / clipped if clipped and "grad_norm" in logs else 1.0
+        metrics |= {f"grad_norm_{part}": norm * factor for part, norm in norms.items()}
         if counts["similarities"]:
             metrics["neighbour_similarity"] = similarity / counts["similarities"]
         if counts["named_images"]:
@@ -144,14 +141,6 @@ class Meter(TrainerCallback):
             metrics["memory_slots_off"] = counts["slots_off"] / counts["slots"]
         self._reset()
         return {name: float(f"{value:.5g}") for name, value in metrics.items()}
-
-    def _norms_before_clipping(self, logs: dict[str, float]) -> dict[str, float]:
-        """All gradients were clipped by the same factor, the norm in `logs` is from before."""
-        norms = {part: norm.item() for part, norm in self.norms.items()}
-        clipped = sum(norm**2 for norm in norms.values()) ** 0.5
-        factor = logs["grad_norm"] / clipped if clipped and "grad_norm" in logs else 1.0
-        self.norms = {}
-        return {f"grad_norm_{part}": norm * factor for part, norm in norms.items()}
 
 
 def gradient_norms(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -67,11 +67,9 @@ def _tune_vision_tower(model: PreTrainedModel, first_layer: int | None):
     height, width = (size, size) if isinstance(size, int) else size
     with torch.enable_grad():  # what comes behind the layer that is read, a pooling head say, would never get any
         features = model.get_vision_features(torch.zeros(1, config.num_channels, height, width))
-        gradients = (
-            torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-            if features.requires_grad
-            else [None] * len(parameters)
-        )
+        gradients = [None] * len(parameters)
+        if features.requires_grad:
+            gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     if all(gradient is None for gradient in gradients):

@@ -280,10 +280,8 @@ class SupervisedTrainer(Trainer):
                     continue
                 part = part_of(name)
                 decay = self.args.weight_decay if name in decayed else 0.0
-                group = groups.setdefault(
-                    (part, decay), {"params": [], "lr": self.args.rate(part), "weight_decay": decay}
-                )
-                group["params"].append(parameter)
+                group = {"params": [], "lr": self.args.rate(part), "weight_decay": decay}
+                groups.setdefault((part, decay), group)["params"].append(parameter)
             try:
                 optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
                 self.optimizer = optimizer_cls(list(groups.values()), **kwargs)

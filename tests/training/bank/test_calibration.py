@@ -121,6 +121,7 @@ def test_the_threshold_is_where_the_probability_is_reached():
     assert similarity_where(0.2, scores, right) == pytest.approx(0.5 + np.log(0.25) / 10, abs=0.03)
     with pytest.raises(ValueError, match="More similar neighbours are not right more often"):
         similarity_where(0.5, scores, ~right)
+    assert similarity_where(1, scores, right) == 1
 
 
 def test_the_description_and_the_plot_say_how_good_it_is(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from isolation import set_hf_home
 
 from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.modeling_tinyalign.bank_format import config_schema, list_column
+from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig, config_schema, list_column
 from tinyalign_vlm.training.bank import lance, lance_tables
 from tinyalign_vlm.training.bank.lance import LanceBank, write_lance
 
@@ -278,6 +278,8 @@ def test_a_write_that_was_killed_at_its_very_end(bank, tmp_path):
     before = versions.stat().st_mtime_ns
     assert write_lance(bank, tmp_path / "lance").rows([1]) == bank.rows([1])
     assert versions.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="holds another memory bank already"):
+        write_lance(bank.with_calibration(CalibrationConfig(2, 5, [0.0] * 4, [0.0] * 4)), tmp_path / "lance")
     shutil.rmtree(versions)
     assert write_lance(bank, tmp_path / "lance").rows([1]) == bank.rows([1])
 

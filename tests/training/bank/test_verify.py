@@ -147,3 +147,5 @@ def test_verify_the_index(tmp_path, monkeypatch):
     content[-100] ^= 0x10
     index.write_bytes(content)
     assert f"The index {index} is damaged" in "".join(bank_problems(tmp_path / "bank"))
+    index.with_suffix(".json").unlink()
+    assert "expected that of a record beside it" in "".join(bank_problems(tmp_path / "bank"))

@@ -56,6 +56,14 @@ def test_a_command_line_without_paths(argument, public):
 def test_a_command_line_without_tokens_and_with_the_words_of_a_prompt():
     arguments = ["--prompt", "what is in the image, a/b or c?", "--hub_token", "hf_secret", "--hub_token=hf_secret"]
     assert public_command(arguments) == "--prompt 'what is in the image, a/b or c?' --hub_token ... --hub_token=..."
+    for more in (["--token", "hf_secret"], ["--model_kwargs", '{"token": "hf_secret"}'], ["--report_to", "hf_secret"]):
+        assert public_command(more) == f"{more[0]} ..."
+
+
+@pytest.mark.parametrize(("license", "known"), [("[mit", "unknown"), ("2.0", "2.0"), ("[mit, 3]", "mit, 3")])
+def test_somebodys_readme(license, known, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+    assert describe_part("data", str(tmp_path), "dataset").license == known
 
 
 def test_the_current_folder_has_a_name(tmp_path, monkeypatch):

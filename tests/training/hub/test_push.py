@@ -65,6 +65,7 @@ def folders(saved, tmp_path) -> dict[str, str]:
     for name in ("training_args.bin", "checkpoint-3/model.safetensors", "optimizer.pt"):
         (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "model" / name).write_bytes(b"not for the Hub")
+    (tmp_path / "model" / "curves.png").write_bytes(b"a picture")
     return {name: str(tmp_path / name) for name in ("model", "bank")}
 
 
@@ -149,6 +150,11 @@ def test_what_is_missing_is_said_before_anything_is_pushed(hub, owner, folders, 
     path.write_text(json.dumps({**draft, "summary": " "}))
     assert "card_facts.json has no facts of a card: " in push(*both)
     path.write_text(json.dumps({**draft, "summary": "Noise.", "license": ["mit"]}))
+    example = {**MODEL_FACTS, "example": {"prompt": "What is it?", "image": "query.jpg"}}
+    write(folders["model"], example)
+    assert "shows query.jpg, which is not there: put it there, or correct card_facts.json" in push(*both)
+    (tmp_path / "model" / "card_facts.json").unlink()
+    assert "me/a b" in push(folders["model"], "me/a b", *both[2:])
     (tmp_path / "model" / "connectors.py").unlink()
     (tmp_path / "model" / "processor_config.json").unlink()
     end = push(*both)

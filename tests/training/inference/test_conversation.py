@@ -192,6 +192,18 @@ def test_the_bank_is_opened_when_it_is_needed(parts, images, monkeypatch):
     assert answer(chat, QUESTION) and chat.sources and chat.lessons.bank is parts.bank
 
 
+def test_a_changed_bank_is_seen_at_once(parts, images):
+    chat = conversation(parts)
+    answer(chat, QUESTION, images[9])
+    bank = parts.bank.add([images[9]], parts.model, parts.processor, captions=["new"])
+    parts.model.attach_memory_bank(bank)
+    answer(chat, QUESTION)
+    parts.model.attach_memory_bank(parts.bank)
+    assert chat.sources[0].caption == "new"
+    answer(chat, QUESTION)
+    assert "new" not in [source.caption for source in chat.sources]
+
+
 def test_without_a_picture_and_without_a_bank(parts, images, make_model):
     assert answer(conversation(parts), "who are you?")
     model = make_model()

@@ -47,10 +47,9 @@ def test_saved_as_a_new_bank(parts, images, captions, tmp_path, monkeypatch, qua
     bank = parts.bank.with_rows(parts.bank.batches(), quantized=quantized)
     parts.model.attach_memory_bank(bank)
     lessons = Lessons(parts.model, parts.processor)
-    lessons.require_bank()
-    parts.model.attach_memory_bank(parts.bank)
     for image, caption in zip(images[8:], captions[8:], strict=True):
         row = lessons.teach(image, caption)
+        parts.model.attach_memory_bank(parts.bank)  # beside which nothing was taught
     assert row["caption"] == captions[-1] and row["thumbnail"].size == images[-1].size
     lessons.save(tmp_path / "saved")
     set_hf_home(monkeypatch, tmp_path / "another_home")
