@@ -55,7 +55,7 @@ def test_many_questions(demo, saved, images, capsys):
     space["model"].base_model.vision_tower = tower
     exec(snippet("docs/clients.md", "Conversation("), space)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{expected[0]}a (255, 0, 0) square") and second.endswith(" a zorblax")
+    assert first.startswith(f"{expected[0]} a (255, 0, 0) square") and second.endswith(" a zorblax")
 
 
 def test_peft(demo):
