@@ -106,7 +106,9 @@ class Page:
         if remove.count():
             remove.click()
         file = {"name": name, "mimeType": "image/png", "buffer": content}
-        with self.page.expect_response(lambda response: "/upload?" in response.url):
+        # a picture to teach is only uploaded; one to look at, or to search with, is then sent to the app
+        sent = (lambda one: "/upload?" in one.url) if where == "#new-picture" else (lambda one: is_sent(one, name))
+        with self.page.expect_response(sent):
             self.page.set_input_files(f"{where} input[type=file]", file)
         if where == "#picture":  # a new conversation
             self.wait(f"!document.querySelector('{TURNS}')")
@@ -151,6 +153,11 @@ class Page:
             Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
             picture = Image.open(io.BytesIO(self.page.screenshot(full_page=True)))
             picture.convert("RGB").quantize(256).save(Path(SCREENSHOTS, f"{name}.png"), optimize=True)
+
+
+def is_sent(response, name: str) -> bool:
+    """Tell whether a function of the app was called with an upload of this name."""
+    return "/queue/join" in response.url and name in (response.request.post_data or "")
 
 
 def files_with(folder: Path, content: bytes) -> list[str]:

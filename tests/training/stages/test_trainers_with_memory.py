@@ -71,7 +71,7 @@ def test_scores_are_asked_for_where_the_model_needs_them(
     trained = run(make_model(memory_scores=True), processor, scored_rows, bank, features, tmp_path / "scores")
     assert np.isfinite(losses(trained)).all()
     everything = run(make_model(), processor, scored_rows, bank, features, tmp_path / "everything")
-    nothing = run(make_model(retrieval_threshold=1.1), processor, scored_rows, bank, features, tmp_path / "nothing")
+    nothing = run(make_model(retrieval_threshold=1.0), processor, scored_rows, bank, features, tmp_path / "nothing")
     assert losses(everything) != losses(nothing)
     spare = dataset.add_column("memory_scores", [row[:2] for row in scored_rows["memory_scores"]])
     assert losses(run(make_model(), processor, spare, bank, features, tmp_path / "2")) == losses(everything)
