@@ -5,8 +5,8 @@ from study import Study, run_system, training_on
 
 from tinyalign_vlm.training.demo.state import Demo
 
-# In equal epochs, each picture once, and in equal steps. The shares between take as long again.
-SHARES = {"epoch": (0.2, 0.4, 1.0), "steps": (0.4, 1.0)}
+# In equal epochs, each picture once, and in equal steps.
+SHARES = {"epoch": (0.2, 0.4, 0.6, 0.8, 1.0), "steps": (0.4, 1.0)}
 SEEDS = (0,)  # a third seed takes 35 minutes more
 SYSTEMS = {"baseline": False, "tinyalign": True}  # does it read memory?
 STAGE1 = 0.25  # of the steps
