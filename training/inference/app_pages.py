@@ -318,7 +318,7 @@ class Pages:
         unread = {"preprocess": False, **self.alone}
         last = {**unread, "trigger_mode": "always_last"}
         self.picture.input(self.look, self.picture, page, api_name="look", **last)
-        self.examples.click(self.look_at_example, None, [self.picture, *page], api_name=False, **last)
+        self.examples.click(self.look_at_example, None, [self.picture, *page], api_name=False, **self.each)
         cleared = [self.with_memory.clear, self.without.clear]
         gr.on(cleared, self.start_over, None, page, api_name="start_over", **self.alone)
         questions = [self.ask_button.click, self.question.submit]

@@ -279,8 +279,15 @@ def test_a_story_of_teaching_in_a_browser(app, shared, hub, browser, images, cap
     assert [url for url in page.requests if not url.startswith((app.local_url, "data:", "blob:", "about:"))] == []
 
 
-def test_what_comes_while_the_app_is_busy_is_not_lost(app, browser, images, monkeypatch):
+def test_what_comes_while_the_app_is_busy_is_not_lost(app, browser, images, captions, monkeypatch):
     page = Page(browser, app.local_url)
+    with monkeypatch.context() as patch:
+        patch.setattr(Visitor, "look_at", slowed(Visitor.look_at))
+        for number in (2, 5):
+            page.page.locator(".cards.small button").nth(number).click()
+        page.settle()
+    page.ask("what is it?")
+    assert captions[5] in page.cards()[0] and "similarity 1.00" in page.cards()[0]
     page.page.locator(".cards.small button").nth(2).click()
     page.settle()
     monkeypatch.setattr(Visitor, "ask", slowed(Visitor.ask))
