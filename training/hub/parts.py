@@ -59,7 +59,7 @@ def _public(argument: str, option: str) -> str:
     name, equals, value = argument.partition("=")
     if equals and re.fullmatch(r"[\w-]+", name):
         return f"{name}={_public(value, name)}"
-    if option.endswith("token") or re.search(r"\bhf_\w+", argument):
+    if option.endswith("token") or re.search(r"\bhf_\w{30,}", argument):
         return "..."
     if argument.startswith(("{", "[")):  # JSON
         return re.sub(r'"([^"]+)"', lambda text: f'"{_public(text[1], "")}"', argument)

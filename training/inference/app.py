@@ -54,7 +54,7 @@ def start_app(
             print(f"Open {app.local_url}  (Ctrl-C ends it; visitors may {may})")
             app.block_thread()
     except (OSError, OverflowError) as error:  # Gradio's tells of its own arguments
-        raise OSError(f"Nothing can be opened at {host}, port {port}: pass another --port or --host.") from error
+        raise OSError(f"{host}, port {port}, cannot be opened ({error}): pass other --host or --port.") from error
 
 
 @contextlib.contextmanager

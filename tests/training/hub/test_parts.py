@@ -56,8 +56,10 @@ def test_a_command_line_without_paths(argument, public):
 def test_a_command_line_without_tokens_and_with_the_words_of_a_prompt():
     arguments = ["--prompt", "what is in the image, a/b or c?", "--hub_token", "hf_secret", "--hub_token=hf_secret"]
     assert public_command(arguments) == "--prompt 'what is in the image, a/b or c?' --hub_token ... --hub_token=..."
-    for more in (["--token", "hf_secret"], ["--model_kwargs", '{"token": "hf_secret"}'], ["--report_to", "hf_secret"]):
+    token = f"hf_{'x' * 34}"  # as long as the Hub's are
+    for more in (["--token", "hf_secret"], ["--model_kwargs", f'{{"token": "{token}"}}'], ["--report_to", token]):
         assert public_command(more) == f"{more[0]} ..."
+    assert public_command(["--dataset", "hf_pairs.json"]) == "--dataset hf_pairs.json"
 
 
 @pytest.mark.parametrize(("license", "known"), [("[mit", "unknown"), ("2.0", "2.0"), ("[mit, 3]", "mit, 3")])
