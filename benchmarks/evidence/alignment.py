@@ -32,6 +32,8 @@ class LossCurve:
         """Return the mean loss of the last steps that fit into so many seconds; None: of all."""
         last = self.steps[-1] if seconds is None else min(1.0, seconds / self.seconds) * self.steps[-1]
         counted = (self.steps <= last) & (self.steps > (1 - LAST) * last)
+        if not counted.any():  # slow, and nothing was recorded so early
+            counted = self.steps == self.steps[0]
         return float(self.losses[counted].mean())
 
 

@@ -88,7 +88,7 @@ def clusters(study: Study, folder: Path) -> Section:
 def data_efficiency(study: Study, folder: Path) -> Section:
     """Compare systems that are trained on shares of the data."""
     runs = training_data.runs(study)
-    demos = demos_of(study, training_data.SEEDS)
+    demos = list({demo.config.seed: demo for demo, *_ in runs}.values())
     names = {(plan, share, name.split("_")[0]): name for _, plan, share, name in runs}
     plots.data_efficiency(demos, names, folder / "data_efficiency.png")
     lines, verdicts = [], {}
@@ -111,7 +111,7 @@ def data_efficiency(study: Study, folder: Path) -> Section:
         "The baseline's level with 40% of the fine-tuning data",
         "TinyAlign with 40% of the data reaches the baseline with 100% (Fig. 3).",
         "Shares of the training concepts; the bank stays whole, and has the concepts that are asked for. *epoch*: "
-        "each picture once, so fewer steps with less data; *steps*: always as many as the demo takes.\n\n"
+        "each picture once, so fewer steps with less data; *steps*: always as many as all of the data take.\n\n"
         + table(["plan", "data", "system", *METRICS.values()], lines)
         + "\n\n![Scores by share of the data](evidence/data_efficiency.png)",
         f"{HOLDS if holds else FAILS}: 40% with TinyAlign against 100% with the baseline, {told}. The bank brings "

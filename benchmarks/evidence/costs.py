@@ -104,4 +104,4 @@ def scores(demo: Demo) -> dict[str, dict[int, Result]]:
 
 def measure(study: Study) -> dict[int, dict[str, dict[int, Result]]]:
     """Return the scores by seed."""
-    return {seed: scores(study.demo(seed)) for seed in SEEDS}
+    return {seed: scores(study.demo(seed)) for seed in study.of(SEEDS)}

@@ -39,7 +39,7 @@ def in_one_stage(demo: Demo) -> Demo:
 
 def compare(study: Study) -> None:
     """Add static RAG, more data, both and one stage to the results of the demos."""
-    for seed in SEEDS:
+    for seed in study.of(SEEDS):
         demo = study.demo(seed)
         text = systems.train_system(demo, "text_rag", in_text=True, memory_top_k=0)
         demo.results["static_rag"] = dict.fromkeys(

@@ -28,18 +28,19 @@ def show_neighbours(messages: list[dict], captions: list[str]) -> list[dict]:
     return [{**first, "content": [*shown, *first["content"]]}, *later]
 
 
-def pictures_of(demo: Demo, queries: str, bank: str) -> list[list[int]]:
+def pictures_of(demo: Demo, bank: str) -> list[list[int]]:
     """Return which drawings the neighbours of each query show, as rows of `demo.features["noto"]`."""
-    return demo.concepts[bank][demo.found[queries][1][:, :TOP_K]].tolist()
+    return demo.concepts[bank][demo.found[bank][1][:, :TOP_K]].tolist()
 
 
 def trained(demo: Demo) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Train the system on the demo's rows, in as many steps as the others, with its neighbours in each prompt."""
     train = demo.pairs.train
     chats = systems.chats(demo.labels(train), demo.keywords(train))["messages"]
-    messages = map(show_neighbours, chats, demo.captions("train", "without"))
-    own = len(demo.features["noto"]) + np.arange(len(train))
-    indices = [[*near, int(row)] for near, row in zip(pictures_of(demo, "train", "without"), own, strict=True)]
+    messages = map(show_neighbours, chats, demo.training_captions())
+    own, concepts = len(demo.features["noto"]) + np.arange(len(train)), demo.concepts["without"]
+    near = [concepts[ids].tolist() for ids in demo.training_neighbours()]
+    indices = [[*shown, int(row)] for shown, row in zip(near, own, strict=True)]
     rows = datasets.Dataset.from_dict({"messages": list(messages), "feature_index": indices})
     features = np.concatenate([demo.features["noto"], demo.features["train"]])
     view = replace(demo, features=demo.features | {"train": features})
@@ -52,7 +53,7 @@ def evaluate(demo: Demo, model: PreTrainedModel, processor: ProcessorMixin, bank
     if path.exists():
         return systems.read_result(path)
     features = np.concatenate([demo.features["noto"], demo.features["queries"]])
-    near, captions, first = pictures_of(demo, bank, bank), demo.captions(bank), len(demo.features["noto"])
+    near, captions, first = pictures_of(demo, bank), demo.captions(bank), len(demo.features["noto"])
 
     def ask(prompt: str, rows: Sequence[int]) -> datasets.Dataset:
         messages = [show_neighbours(to_messages(prompt, "-")[:1], captions[row]) for row in rows]
@@ -69,7 +70,7 @@ def evaluate(demo: Demo, model: PreTrainedModel, processor: ProcessorMixin, bank
 
 def compare(study: Study) -> None:
     """Add the system to the results of the demos."""
-    for seed in SEEDS:
+    for seed in study.of(SEEDS):
         demo = study.demo(seed)
         model = trained(demo)
         demo.results[NAME] = {bank: evaluate(demo, *model, bank) for bank in BANKS}

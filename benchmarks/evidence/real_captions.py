@@ -155,7 +155,7 @@ def trained(demo: Demo, system: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     captions = None
     if system == "text_cut":
         _, processor = systems.compose_demo(demo.weights, demo.config, memory_top_k=0)
-        captions = cut(processor.tokenizer, demo.captions("train", "without"))
+        captions = cut(processor.tokenizer, demo.training_captions())
     return systems.train_system(demo, system, rows=chats(demo, captions), memory_top_k=0)
 
 

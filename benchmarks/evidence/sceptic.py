@@ -63,6 +63,13 @@ def fine_tuned(demo: Demo, name: str, full: bool, negatives: bool) -> tuple[PreT
     return model, processor
 
 
+def num_taught(demo: Demo, name: str) -> int:
+    """Return how many of the bank's concepts a fine-tuned system has seen."""
+    full, negatives = FINE_TUNED[name]
+    rows = (FULL_STEPS if full else STEPS) * demo.config.batch_size // (1 + negatives)
+    return min(rows, len(demo.pairs.heldout))
+
+
 def answers_of(demo: Demo, model: PreTrainedModel, processor: ProcessorMixin, name: str, **read) -> list[str]:
     """Return greedy answers to "What is this?" about all queries; `read` is as of `questions`."""
     path = demo.out / "answers" / f"{name}.json"
@@ -154,7 +161,7 @@ def compare(study: Study) -> tuple[dict, dict, dict[str, list[str]]]:
         concepts and seconds to forget one.
     """
     found, triggered, costs = {}, {}, {}
-    for seed in [seed for seed in SEEDS if seed in study.seeds]:
+    for seed in study.of(SEEDS):
         demo = study.demo(seed)
         others = asking_about(demo, demo.pairs.validation, "others")
         found[seed], triggered[seed] = compare_one(demo, others)
@@ -206,5 +213,5 @@ def costs_of(demo: Demo) -> dict[str, list[str]]:
     tokens = f"{demo.results['baseline']['with'].tokens:.0f}"
     for name in FINE_TUNED:
         seconds = read_records(demo.out / f"fine_tuned_{name}" / "model")[0].seconds
-        found[name] = [tokens, f"{seconds * TAUGHT / len(demo.pairs.heldout):.0f}", f"{seconds:.0f}"]
+        found[name] = [tokens, f"{seconds * TAUGHT / num_taught(demo, name):.0f}", f"{seconds:.0f}"]
     return found | {"baseline": [tokens, "-", "-"]}

@@ -59,4 +59,4 @@ def said(names: Sequence[str]) -> str:
 
 
 def demos_of(study: Study, seeds: Sequence[int]) -> list[Demo]:
-    return [study.demo(seed) for seed in seeds if seed in study.seeds]
+    return [study.demo(seed) for seed in study.of(seeds)]

@@ -46,6 +46,10 @@ class Study:
         folder = self.finished / "weights"
         return {"vision": folder / "efficientnet-lite0", "text": folder / "smollm2-135m-instruct"}
 
+    def of(self, seeds: Sequence[int]) -> list[int]:
+        """Return those of these seeds that are asked for."""
+        return [seed for seed in seeds if seed in self.seeds]
+
     def demo(self, seed: int) -> Demo:
         """Return the demo of a seed with all rows of its table, trained and evaluated."""
         if seed not in self.demos:

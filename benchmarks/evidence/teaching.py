@@ -69,7 +69,7 @@ def write_lesson(demo: Demo, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(demo.config.seed)
     taught = np.sort(rng.permutation(demo.pairs.heldout)[:NUM_CONCEPTS])
-    unknown = np.sort(rng.permutation(demo.pairs.validation)[:NUM_ASKED])
+    unknown = np.sort(rng.permutation(np.setdiff1d(demo.pairs.heldout, taught))[:NUM_ASKED])
     names = rng.permutation(made_up_names(len(taught), rng)).tolist()
     for style, rows in (("noto", taught), ("twemoji", taught), ("twemoji", unknown)):
         for row, image in zip(rows, getattr(demo.pairs, style).select(rows)["image"], strict=True):

@@ -75,9 +75,9 @@ def test_neighbours_stand_in_the_prompt_with_their_captions():
     texts = [part.get("text") or "picture" for part in shown["content"]]
     assert texts == ["picture", "a dog\n", "picture", "a cow\n", "picture", "what?"]
     assert said == answer and len(asked["content"]) == 2
-    found = {"train": (np.zeros((1, 5)), np.array([[2, 0, 1, 2, 0]]))}
+    found = {"with": (np.zeros((1, 5)), np.array([[2, 0, 1, 2, 0]]))}
     demo = SimpleNamespace(concepts={"with": np.array([7, 3, 9])}, found=found)
-    assert pictures_of(demo, "train", "with") == [[9, 7, 3, 9]]  # as many as are read
+    assert pictures_of(demo, "with") == [[9, 7, 3, 9]]  # as many as are read
 
 
 def test_losses_at_equal_steps_and_seconds():
@@ -87,6 +87,8 @@ def test_losses_at_equal_steps_and_seconds():
     assert curve.end() == pytest.approx(np.mean([3, 2, 1]))  # the last 30% of ten steps
     assert curve.end(seconds=10.0) == pytest.approx(np.mean([7, 6]))  # of five
     assert curve.end(seconds=99.0) == curve.end()
+    slow = LossCurve(steps=np.array([5.0, 10]), losses=np.array([3.0, 2]), seconds=20.0)
+    assert slow.end(seconds=1.0) == 3  # nothing was recorded so early: the first record
 
 
 def test_clouds():

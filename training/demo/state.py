@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 
 from ...modeling_tinyalign import MemoryBank
+from ..data.memory_dropout import MemoryDropout
 from ..disk import save_file
 from ..evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
 from .pairs import NUM_KEYWORDS, Pairs
@@ -155,6 +156,22 @@ class Demo:
         """Return the names of the neighbours that were found for these queries, in the bank of that name."""
         _, ids = self.found[queries]
         return [[row["caption"] for row in rows] for rows in self.banks[bank or queries].rows(ids[:, :TOP_K])]
+
+    def training_neighbours(self) -> list[np.ndarray]:
+        """Return the rows of each training drawing's neighbours in the bank "without", less what memory dropout takes:
+        for systems that do not read them as memory tokens.
+        """
+        dropout = MemoryDropout(self.config.memory_dropout, TOP_K, self.config.seed)
+        found = []
+        for number, (scores, ids) in enumerate(zip(*self.found["train"], strict=True)):
+            left, _ = dropout(ids, scores, str(number), 0)
+            found.append(left[left >= 0])
+        return found
+
+    def training_captions(self) -> list[list[str]]:
+        """Return the names of `training_neighbours`."""
+        labels = np.array(self.pairs.labels)[self.concepts["without"]]
+        return [labels[ids].tolist() for ids in self.training_neighbours()]
 
     def is_right(self, concepts: np.ndarray, found: tuple[np.ndarray, np.ndarray], queried: np.ndarray) -> np.ndarray:
         """Return which neighbours show the concept that is asked for, `(queries, k)`; `concepts` are the bank's."""

@@ -74,13 +74,13 @@ def train_system(
     **model_config,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Train a system in both stages as training/configs/ has them, in fewer and smaller steps, the second with
-    adapters.
+    adapters. Each stage has training drawings of its own.
 
     Each goes on where it stopped. The model, its record and its processor are kept in the folder of this name.
 
     Args:
         bank: name of the bank that it reads in training; None for one without memory tokens.
-        in_text: write the names of the neighbours into the question.
+        in_text: write the names of the neighbours into the question; memory dropout takes as many of them away.
         rows: chats about the training drawings, one each, in place of the demo's.
     """
     config, train, final = demo.config, demo.pairs.train, demo.out / name / "model"
@@ -90,21 +90,22 @@ def train_system(
         processor.num_image_tokens = model.config.num_image_tokens
     if (final / RECORD_NAME).exists():
         return TinyAlignForConditionalGeneration.from_pretrained(final).eval(), processor
-    captions = demo.captions("train", "without") if in_text else None
     if rows is None:
-        rows = chats(demo.labels(train), demo.keywords(train), captions)
-    parts = {"processing_class": processor, "vision_features": demo.features["train"]}
+        rows = chats(demo.labels(train), demo.keywords(train), demo.training_captions() if in_text else None)
+    parts = {"processing_class": processor}
     if bank is not None:
         model.attach_memory_bank(demo.banks[bank], tokenizer=processor.tokenizer)
         rows = add_neighbours(rows, demo.found["train"])
         parts["memory_bank"] = demo.banks[bank]
     memory = {} if bank is None else {"memory_dropout": config.memory_dropout}
     stages = {1: {"max_steps": config.stage1_steps, "save_steps": 50}, 2: stage2_settings(config)}
-    records = [
-        train_stage(demo, name, stage, model, rows, settings | memory, **parts)
-        for stage, settings in stages.items()
-        if settings["max_steps"]
-    ]
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    first = config.stage1_steps * config.batch_size
+    records = []
+    for (stage, settings), chosen in zip(stages.items(), (order[:first], order[first:]), strict=True):
+        if settings["max_steps"]:
+            parts["vision_features"] = demo.features["train"][chosen]
+            records.append(train_stage(demo, name, stage, model, rows.select(chosen), settings | memory, **parts))
     model.save_pretrained(final)
     processor.save_pretrained(final)
     write_records(final, records)
