@@ -27,6 +27,7 @@ CARD_FACTS_NAME = "card_facts.json"
 FORMAT_VERSION = 1
 BATCH_ROWS = 1024  # that are read, written and passed on together
 FIXED_COLUMNS = ("id", "source_id", "caption", "key", "value", "thumbnail")
+SOURCE_COLUMNS = ("image", "score", "probability")  # that `generate` adds to the rows it has read
 
 # Limits far above any real bank, and far below what would exhaust a machine: a bank may be anybody's.
 MAX_CONFIG_BYTES = 32 * 2**20
@@ -74,12 +75,13 @@ def check_weights(weights: Sequence[float]) -> None:
 
 def check_columns(columns: Sequence[str]) -> None:
     """Raise ValueError unless these columns of a data set can be kept with a bank's rows."""
-    distinct = {*columns, *FIXED_COLUMNS}
+    taken = FIXED_COLUMNS + SOURCE_COLUMNS
+    distinct = {*columns, *taken}
     named = all(column.isprintable() and 1 <= len(column) <= 1000 for column in columns)
-    if isinstance(columns, str) or len(distinct) < len(columns) + len(FIXED_COLUMNS) or not named:
+    if isinstance(columns, str) or len(distinct) < len(columns) + len(taken) or not named:
         raise ValueError(
             f"the columns to keep are {columns!r}, expected a list of printable names, each once, other than "
-            f"{', '.join(FIXED_COLUMNS)}: rename those columns first"
+            f"{', '.join(taken)}: rename those columns first"
         )
 
 

@@ -94,6 +94,7 @@ class TinyAlignConfig(PreTrainedConfig):
 
     _auto_class = "AutoConfig"
     model_type = "tinyalign"
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]  # by Trainer
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None

@@ -18,6 +18,7 @@ from .configuration_tinyalign import TinyAlignConfig
 
 SEPARATOR = ";"
 MAX_CACHED = 100_000  # captions
+JOINER = "\u200d"  # of an emoji that is made of several
 # Thai, Lao, Tibetan, Burmese, Khmer, kana and Chinese characters: written without spaces between words.
 SPACELESS = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -152,6 +153,8 @@ def check_memory(config: TinyAlignConfig, n: int, **given: torch.Tensor | None) 
     }
     for name, tensor in given.items():
         axes, expected = shapes[name]
+        if name == "memory_values" and not config.reads_latents:
+            continue  # a bank may have what this model does not read
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected ({axes}) = {expected}.")
 
@@ -252,6 +255,7 @@ class CaptionTokenizer:
 
     def pack(self, captions: Sequence[Caption]) -> list[int]:
         """Return at most `size` tokens of these captions."""
+        captions = [caption for caption in captions if caption.character_ends]  # the others are blank
         room = self.size + len(self.separator)  # each caption counts with a separator, the last has none
         lengths = [len(caption.ids) + len(self.separator) for caption in captions]
         kept = []
@@ -263,10 +267,12 @@ class CaptionTokenizer:
             left = room - sum(count + len(self.separator) for count in kept if count)
             free = left + kept[number] if kept[number] else left - len(self.separator)
             kept[number] = max([kept[number], *(end for end in caption.word_ends if end <= free)])
+        whole_words = {len(captions[-1].ids), *captions[-1].word_ends} if captions else set()
+        if len(kept) > 1 and (0 in kept or kept[-1] not in whole_words):
+            return self.pack(captions[:-1])  # so many that of the last one not a word is read, or of another nothing
         tokens = []
         for caption, count in zip(captions, kept, strict=True):
-            if count:
-                tokens += [*(self.separator if tokens else []), *caption.ids[:count]]
+            tokens += [*(self.separator if tokens else []), *caption.ids[:count]]
         return tokens
 
     def tokenize(self, text: str) -> Caption:
@@ -280,13 +286,18 @@ class CaptionTokenizer:
             caption = self._behind(SEPARATOR, f" {pieces[0]}")
             for piece in pieces[1:]:
                 caption = _joined(caption, self._behind(SEPARATOR, piece))
-            self.captions[text] = caption
+            limit = self.size + 1  # no more of it is ever read
+            ends = ([end for end in part if end <= limit] for part in caption[1:])
+            self.captions[text] = Caption(caption.ids[:limit], *ends)
         return self.captions[text]
 
     def _behind(self, before: str, text: str) -> Caption:
-        """Tokens of a text as they are behind another one."""
-        whole, start = before + text, len(before)
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        """Tokens of a text as they are behind another one, or behind a letter if the two share a token."""
+        for behind in (before, "a", "1"):
+            whole, start = behind + text, len(behind)
+            encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            if any(end == start for _, end in encoded["offset_mapping"]):
+                break
         ids, ends = [], []
         for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if end > start:
@@ -294,7 +305,7 @@ class CaptionTokenizer:
                 ends.append(end)
         characters, words = [], []
         for count, end in enumerate(ends, start=1):
-            if count < len(ends) and (ends[count] == end or unicodedata.combining(whole[end])):
+            if count < len(ends) and (ends[count] == end or goes_on(whole[end - 1 : end + 1])):
                 continue  # the next token goes on with the same character
             last, after = whole[end - 1], whole[end : end + 1]
             if last.isspace():
@@ -303,6 +314,11 @@ class CaptionTokenizer:
             if not after.strip() or (SPACELESS.match(after) and SPACELESS.match(last)):  # "" at the end
                 words.append(count)
         return Caption(ids, words, characters)
+
+
+def goes_on(pair: str) -> bool:
+    """Return True if the second of two characters is a part of what the first one writes, as a vowel sign is."""
+    return unicodedata.category(pair[1]).startswith("M") or JOINER in pair
 
 
 def _joined(first: Caption, second: Caption) -> Caption:
@@ -322,11 +338,10 @@ def shares(lengths: Sequence[int], room: int) -> list[int]:
     return found
 
 
-def find_tokenizer(config: TinyAlignConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer saved with the model of this config, at its revision, from the network only if it must."""
-    name_or_path = config.name_or_path
+def find_tokenizer(config: TinyAlignConfig, name_or_path: str, **settings) -> PreTrainedTokenizerBase:
+    """Return the tokenizer saved with a model, loaded as it was, from the network only if it must."""
     # with the config transformers need not read it again, which would ask whether its code can be trusted
-    settings = {"config": config, "revision": vars(config).get("_commit_hash")}
+    settings["config"] = config
     advice = "pass that of its processor: model.attach_memory_bank(bank, tokenizer=processor.tokenizer)"
     if not name_or_path:
         raise ValueError(
@@ -334,7 +349,7 @@ def find_tokenizer(config: TinyAlignConfig) -> PreTrainedTokenizerBase:
         )
     try:
         try:
-            return AutoTokenizer.from_pretrained(name_or_path, **settings, local_files_only=True)
+            return AutoTokenizer.from_pretrained(name_or_path, **settings | {"local_files_only": True})
         except OSError:
             return AutoTokenizer.from_pretrained(name_or_path, **settings)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -154,6 +154,8 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
                 queries = vision_features, query_input_ids, query_attention_mask
                 found = self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
                 given |= found if memory_values is None else found | {"memory_values": memory_values}
+            elif memory_top_k is not None:
+                raise ValueError("memory_top_k is of a search, but what is read is given: give fewer neighbours.")
             memory_tokens, memory_ids, memory_scores = self.read_memory(tokens, retrieval_threshold, **given)
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
         elif any(value is not None for value in (memory_ids, memory_input_ids, memory_values)):

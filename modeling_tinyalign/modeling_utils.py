@@ -39,6 +39,7 @@ CONNECTORS = r"^(model\.)?(memory_)?connector\."
 # What a broken config.json or broken weights make transformers raise, beside ValueError and OSError.
 BROKEN_MODEL = (SafetensorError, StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError)
 BROKEN_MODEL += (RecursionError, TypeError)
+HUB_ARGUMENTS = "revision", "subfolder", "cache_dir", "token", "local_files_only"
 
 
 class TinyAlignPreTrainedModel(PreTrainedModel):
@@ -59,6 +60,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     # The attached bank, and what reads its captions; of TinyAlignForConditionalGeneration they are its base model's.
     _memory_bank: MemoryBank | None = None
     _caption_tokenizer: CaptionTokenizer | None = None
+    _loaded_from: tuple[str, dict] | None = None  # where its tokenizer is, and how to load it
 
     def __init__(self, config: TinyAlignConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -102,6 +104,10 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             if model.config.connectors_only:
                 load_models(model, kwargs)
+            place = str(pretrained_model_name_or_path)
+            place = os.path.abspath(place) if os.path.isdir(place) else place
+            settings = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            model.base_model._loaded_from = place, settings
             return loaded
         except OSError as error:
             if os.path.isfile(os.path.join(str(pretrained_model_name_or_path), "trainer_state.json")):
@@ -237,8 +243,6 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
                 f"The bank has (key_space, num_latents, latent_dim) = {found}, the model expects {expected}. Build a "
                 "bank for this model, or use the model the bank was built for."
             )
-        if tokenizer is not None:
-            self.read_captions_with(tokenizer)
         if len(bank) < config.num_neighbours:
             raise ValueError(
                 f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.num_neighbours}: add rows."
@@ -247,6 +251,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             bank = bank.for_any_tower()
         if not bank.any_tower:
             bank.check_probes(self)
+        if tokenizer is not None:
+            self.read_captions_with(tokenizer)
         self.base_model._memory_bank = bank
         config.memory_bank, config.memory_bank_revision = bank.repo_id, bank.revision
 
@@ -271,7 +277,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     def caption_tokenizer(self) -> CaptionTokenizer:
         """The reader of captions, with the tokenizer that lies beside the model's weights unless one was given."""
         if self.base_model._caption_tokenizer is None:
-            self.read_captions_with(find_tokenizer(self.config))
+            place, settings = self.base_model._loaded_from or (self.config.name_or_path, {})
+            self.read_captions_with(find_tokenizer(self.config, place, **settings))
         return self.base_model._caption_tokenizer
 
     def read_captions_with(self, tokenizer: PreTrainedTokenizerBase):
@@ -376,6 +383,11 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             input_ids = memory.get("memory_input_ids")
             if input_ids is None:
                 input_ids = self.caption_tokenizer(captions_of(self.require_bank().rows(ids)))
+                if input_ids.max() >= (known := self.get_input_embeddings().num_embeddings):
+                    raise ValueError(
+                        f"A caption has token {input_ids.max()}, the language model knows {known}: its tokenizer is "
+                        "another model's, attach the bank with that of the processor saved with the model."
+                    )
             places = input_ids.to(tokens.device) >= 0
             words = self.get_input_embeddings()(input_ids.to(tokens.device).clamp(min=0))
         values = memory["memory_values"].to(tokens.device) if self.config.reads_latents else None

@@ -138,8 +138,8 @@ def uncached_images(
 def take_image_inputs(kwargs: dict) -> dict:
     """Take what says what an image is, and what is remembered about it, out of the arguments of a call."""
     inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
-    pixel_values = inputs["pixel_values"]
-    if torch.is_tensor(pixel_values) and not is_tracing(pixel_values) and len(pixel_values) == 0:
+    images = inputs["vision_features"] if inputs["pixel_values"] is None else inputs["pixel_values"]
+    if torch.is_tensor(images) and not is_tracing(images) and len(images) == 0:
         return dict.fromkeys(IMAGE_INPUTS)  # a batch of chats without images
     return inputs
 
@@ -179,7 +179,9 @@ def probabilities(calibration: CalibrationConfig, scores: torch.Tensor) -> tuple
     logits = numbers @ calibration.right, numbers[:, 0] @ calibration.none
     right, none = (torch.from_numpy(part).float().sigmoid().to(scores.device) for part in logits)
     right = right.masked_fill(~scores.isfinite(), 0.0)
-    return right, torch.minimum(none, 1 - right.amax(1))  # the two were fitted apart
+    # the two were fitted apart; where nothing was found, none is right
+    none = none.masked_fill(~scores.isfinite().any(1), 1.0)
+    return right, torch.minimum(none, 1 - right[:, : calibration.top_k].amax(1))
 
 
 def search_with_probabilities(bank: Any, keys: torch.Tensor, top_k: int, exclude: list | None) -> TinyAlignRetrieval:
@@ -188,7 +190,7 @@ def search_with_probabilities(bank: Any, keys: torch.Tensor, top_k: int, exclude
     if calibration is None:
         return TinyAlignRetrieval(*bank.search(keys, top_k, exclude))
     calibrated = min(calibration.top_k, len(bank))
-    depth = calibrated if top_k in range(1, calibrated) else top_k
+    depth = calibrated if type(top_k) is int and 1 <= top_k < calibrated else top_k
     scores, ids = bank.search(keys, depth, exclude)
     right, none = probabilities(calibration, scores)
     scores, ids, right = scores[:, :top_k], ids[:, :top_k], right[:, :top_k]
@@ -214,8 +216,10 @@ def sources_of(bank: Any, images: TinyAlignImageFeatures | None, mask: torch.Ten
     if images.memory_scores is not None:
         scores = images.memory_scores.tolist()
         right = source_probabilities(bank, images.memory_scores)
-    found = iter(zip(bank.rows(images.memory_ids), scores, right, strict=True))
-    for row, count in enumerate((mask.sum(1) // len(images.pooler_output[0])).tolist()):
+    counts = (mask.sum(1) // len(images.pooler_output[0])).tolist()
+    found = zip(bank.rows(images.memory_ids), scores, right, strict=True)
+    found = islice(found, len(images.memory_ids) - sum(counts), None)  # a cache holds the first ones
+    for row, count in enumerate(counts):
         for number, (neighbours, similar, likely) in enumerate(islice(found, count)):
             for slot, neighbour in enumerate(neighbours):
                 if neighbour is not None:

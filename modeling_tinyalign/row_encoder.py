@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import itertools
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -24,6 +27,7 @@ try:
 except ImportError:
     pa = Image = None
 
+CAPTION_FIELDS = ("raw", "caption", "text", "answer")  # of a caption that is an object
 DUPLICATE = "duplicate"
 DUPLICATE_REASON = f"{DUPLICATE}: the image, pixel for pixel, is that of an earlier row"
 
@@ -97,14 +101,18 @@ class PairReader:
                 raise BadRow("missing column", text)
         if row[self.image_column] is None:
             raise BadRow("missing image", "there is no image, expected a PIL image, bytes or a path")
+        image = row[self.image_column]
+        if isinstance(image, list):
+            if len(image) != 1:
+                raise BadRow(
+                    "several images" if image else "missing image", f"found {len(image)} images, expected one"
+                )
+            image = image[0]
         try:
-            image = self.decode_image(row[self.image_column])
+            image = self.decode_image(image)
         except ValueError as error:
             raise BadRow("broken image", str(error)) from error
-        caption = row[self.caption_column]
-        if isinstance(caption, list):  # as of Flickr30k and COCO
-            caption = next((text for text in caption if text), None)
-        caption = check_caption(caption)
+        caption = check_caption(first_caption(row[self.caption_column]))
         kept = [None if row[column] is None else str(row[column]) for column in self.keep_columns]
         return BankRow(number, image, image_source_id(image), caption, kept)
 
@@ -249,6 +257,30 @@ def is_duplicate(source_id: str, seen: set[bytes] | None) -> bool:
     before = len(seen)
     seen.add(bytes.fromhex(source_id))
     return len(seen) == before
+
+
+def first_caption(value: Any) -> Any:
+    """Return the first of several captions, of a list, as text (Flickr30k's table, pandas) or of `{"raw": ...}`."""
+    if isinstance(value, str) and value.startswith(('["', "['")) and value.endswith("]"):
+        value = _list_in(value)
+    if isinstance(value, list):
+        return first_caption(next((item for item in value if item), None))
+    if isinstance(value, dict):
+        return next((value[name] for name in CAPTION_FIELDS if value.get(name)), value)
+    return value
+
+
+def _list_in(text: str) -> list:
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:  # as Python writes it
+        if re.search(r"""['"]\s+['"]""", text):  # of numpy, which Python would read as one text
+            raise ValueError("no commas in it")
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise BadRow("no caption", f"the caption is {text[:80]!r} ({error}), expected text or a JSON list") from error
 
 
 def check_caption(caption: object) -> str:

@@ -69,7 +69,7 @@ def open_rows(config: StageArguments) -> Rows:
             f"{config.dataset} cannot be read ({readable(str(cause))}), expected JSON, CSV, Parquet or WebDataset "
             "(.tar) files, a folder, or a dataset repository."
         ) from error
-    return _with_class_names(undecoded(rows))
+    return with_class_names(undecoded(rows))
 
 
 def undecoded(rows: Rows) -> Rows:
@@ -276,7 +276,7 @@ def _no_split(config: StageArguments, split: str, splits: Iterable[str]) -> Sour
     return SourceError(f"{config.dataset} has no split {split!r}, found {found}: set dataset_split, or eval_split.")
 
 
-def _with_class_names(rows: Rows) -> Rows:
+def with_class_names(rows: Rows) -> Rows:
     """Return the rows with names in place of the numbers of their classes; a number without a name is None."""
     for column, feature in rows.features.items():
         label = item_of(feature)

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets.table import CastError
 
@@ -17,14 +18,15 @@ from ...modeling_tinyalign.row_encoder import (
     BankRow,
     PairReader,
     check_caption,
+    first_caption,
     image_source_id,
     stored_images,
 )
 from ...processing.images import decode_image
 from ..arguments.stage import StageArguments
 from .check import row_reader
-from .files import is_leftover, open_rows
-from .rows import columns_of, first_caption
+from .files import is_leftover, open_rows, undecoded, with_class_names
+from .rows import columns_of
 
 CAPTION_COLUMNS = ("caption", "txt")
 
@@ -49,6 +51,8 @@ class DatasetImages(StoredImages):
     """Rows of an object in Python: a data set of the Hub, a list of dictionaries. Arguments as of `build_bank`."""
 
     def __init__(self, dataset: Iterable[dict], image_column: str, caption_column: str, keep_columns: Sequence[str]):
+        if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None:
+            dataset = with_class_names(undecoded(dataset))
         self.dataset = stored_images(dataset, image_column)
         self.total = len(dataset) if isinstance(dataset, Sized) else None
         self.reader = PairReader(decode_image, image_column, caption_column, keep_columns)
@@ -65,9 +69,6 @@ class DatasetImages(StoredImages):
         return enumerate(self.dataset)
 
     def read(self, number: int, row: dict[str, Any]) -> BankRow:
-        column = self.reader.caption_column
-        if isinstance(row, dict) and column in row:
-            row = row | {column: first_caption(row[column])}
         return self.reader(number, row)
 
 

@@ -1,6 +1,5 @@
 """A row of any format, to what both stages train on: checked, with its features and neighbours."""
 
-import ast
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import datasets
 import numpy as np
 from transformers import ProcessorMixin
 
-from ...modeling_tinyalign.row_encoder import image_source_id, readable
+from ...modeling_tinyalign.row_encoder import first_caption, image_source_id, readable
 from ...processing.images import MissingImage, decode_image, image_path, image_source
 from ..arguments.stage import StageArguments
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, shown, to_messages
@@ -31,7 +30,6 @@ IMAGE_COLUMNS = ("images", "image", *(suffix[1:] for suffix in IMAGE_SUFFIXES), 
 IMAGE_PARTS = ("image", "image_url", "input_image")
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-CAPTION_FIELDS = ("raw", "caption", "text", "answer")
 
 # What every format becomes; `row` is its number. Rows that are bad have no messages but a `problem`, whose first words
 # are `kind`.
@@ -200,30 +198,6 @@ def find_image(name: str, folders: Sequence[str]) -> str:
                 if os.path.isfile(path):
                     return path
     return os.path.join(folders[0], name)
-
-
-def first_caption(value: Any) -> Any:
-    """Return the first of several captions, of a list, as text (Flickr30k's table, pandas) or of `{"raw": ...}`."""
-    if isinstance(value, str) and value.startswith(('["', "['")) and value.endswith("]"):
-        value = _list_in(value)
-    if isinstance(value, list):
-        return first_caption(next((item for item in value if item), None))
-    if isinstance(value, dict):
-        return next((value[name] for name in CAPTION_FIELDS if value.get(name)), value)
-    return value
-
-
-def _list_in(text: str) -> list:
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    try:  # as Python writes it
-        if re.search(r"""['"]\s+['"]""", text):  # of numpy, which Python would read as one text
-            raise ValueError("no commas in it")
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
-        raise BadRow("no caption", f"the caption is {shown(text)} ({error}), expected text or a JSON list") from error
 
 
 def _parse(text: str) -> dict:

@@ -89,13 +89,17 @@ def _columns_to_read(
 
 def evaluation_rows(
     model: PreTrainedModel,
-    dataset: datasets.Dataset | None,
+    dataset: Rows | dict[str, Rows] | None,
     bank: MemoryBank | None,
     vision_features: np.ndarray | None,
-) -> datasets.Dataset | None:
-    """[`training_rows`] of an `eval_dataset`, with images or a `feature_index` into the training rows' features."""
-    if dataset is None:
-        return None
+) -> Rows | dict[str, Rows] | None:
+    """[`training_rows`] of an `eval_dataset`, or of each by name, with images or a `feature_index` into the training
+    rows' features.
+    """
+    if isinstance(dataset, dict):
+        return {name: evaluation_rows(model, rows, bank, vision_features) for name, rows in dataset.items()}
+    if dataset is None or isinstance(dataset, datasets.IterableDataset):
+        return dataset
     if vision_features is not None and "feature_index" not in dataset.column_names:
         if not {"image", "images"} & set(dataset.column_names):
             raise ValueError(

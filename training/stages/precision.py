@@ -23,3 +23,14 @@ def bfloat16_language_model(model: PreTrainedModel, enabled: bool = True, frozen
     finally:
         for parameter, data in kept.items():
             parameter.data = data.to(parameter.device)
+
+
+@contextlib.contextmanager
+def ready_to_answer(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the model in evaluation mode, and free of what accelerate and TRL put around its forward."""
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+        model.eval()

@@ -48,8 +48,9 @@ class SampleAnswers(TrainerCallback):
         """One a row: its number, prompt, answer, reference, and neighbours."""
         trainer = self.trainer
         collator, model = trainer.data_collator.for_evaluation(), trainer.model
-        samples = []
-        for number, row in enumerate(islice(trainer.eval_dataset, trainer.args.eval_samples)):
+        samples, rows = [], trainer.eval_dataset
+        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows  # of several, the first
+        for number, row in enumerate(islice(rows, trainer.args.eval_samples)):
             inputs = send_to_device(collator([row]), model.device)
             chat = collator.messages(row)
             (answer,), ids, scores = greedy_answers(model, collator.processor, [chat[:-1]], inputs, SAMPLE_TOKENS)

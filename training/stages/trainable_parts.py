@@ -131,3 +131,14 @@ def table_of_parts(parts: list[TrainedPart]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def parameter_groups(config: TuningArguments, model: nn.Module, decayed: set[str]) -> list[dict]:
+    """Return what trains as groups of an optimizer: each part with its learning rate, `decayed` with weight decay."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part, decay = part_of(name), config.weight_decay if name in decayed else 0.0
+            group = {"params": [], "lr": config.rate(part), "weight_decay": decay}
+            groups.setdefault((part, decay), group)["params"].append(parameter)
+    return list(groups.values())

@@ -10,10 +10,11 @@ from statistics import fmean
 import datasets
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
@@ -21,21 +22,22 @@ from ...modeling_tinyalign.modeling_tinyalign import TinyAlignForConditionalGene
 from ..arguments.alignment import AlignmentConfig
 from ..arguments.instruction import InstructionConfig
 from ..arguments.stage import StageArguments
-from ..arguments.tuning import part_of
 from ..data.collator import TrainingCollator
 from ..data.memory_dropout import MemoryDropout, TellEpoch
 from ..data.training_rows import evaluation_rows, training_rows
 from ..hub.run_facts import Curves, RunClock
+from ..models import context_length
+from .arguments import check_arguments
 from .batches import align_tokens, with_blank_image, without_dropout
 from .checkpoints import last_checkpoint, load_trained, save_trained, trajectory_settings
 from .lora import adapters
 from .loss_check import LossCheck
 from .metrics import Meter
 from .movement import MovementCheck
-from .precision import bfloat16_language_model
+from .precision import bfloat16_language_model, ready_to_answer
 from .progress import follow
 from .samples import SampleAnswers
-from .trainable_parts import TrainedPart, parts_of, set_trainable, table_of_parts
+from .trainable_parts import TrainedPart, parameter_groups, parts_of, set_trainable, table_of_parts
 
 
 class SupervisedTrainer(Trainer):
@@ -50,7 +52,7 @@ class SupervisedTrainer(Trainer):
         eval_dataset: The same, for `args.eval_strategy` and `evaluate()`; with `vision_features` it needs a
             `feature_index`, or images.
         processing_class: The model's processor.
-        memory_bank: The bank that `memory_ids` are of; None for a model without memory.
+        memory_bank: The bank that `memory_ids` are of, or its folder: it is attached. None for a model without memory.
         vision_features: The array that [`cache_vision_features`] returned, for the rows of `train_dataset` in order,
             or at the rows' `feature_index`.
         kwargs: All else that the trainer takes: `callbacks`, `optimizers`, ...
@@ -71,16 +73,23 @@ class SupervisedTrainer(Trainer):
         vision_features: np.ndarray | None = None,
         **kwargs,
     ):
-        self.memory_bank, self.vision_features = memory_bank, vision_features
+        check_arguments(model, args, kwargs)
+        if kwargs.get("compute_metrics") is not None:
+            args.prediction_loss_only = False
         set_trainable(args, model)
         if train_dataset is not None:
             train_dataset = training_rows(model, train_dataset, memory_bank, vision_features)
+        if memory_bank is not None:
+            frozen = args.tune_vision_tower == "frozen"  # one that trains may already be another than the bank's
+            model.attach_memory_bank(memory_bank, tokenizer=processing_class.tokenizer, check_probes=frozen)
+            memory_bank = model.memory_bank  # opened, if it was a folder
+        self.memory_bank, self.vision_features = memory_bank, vision_features
         neighbours = model.config.num_neighbours
         collator = TrainingCollator(
             processing_class,
             vision_features,
             memory_bank,
-            args.max_length,
+            context_length(model) if args.max_length is None else args.max_length,
             args.truncation,
             MemoryDropout(args.memory_dropout, neighbours, args.seed) if neighbours else None,
             model.config.prompt_captions,
@@ -192,13 +201,25 @@ class SupervisedTrainer(Trainer):
         """Return the loss, a mean over all supervised tokens, on `eval_dataset`, by default that of the trainer."""
         if isinstance(eval_dataset, datasets.Dataset):
             eval_dataset = evaluation_rows(self.model, eval_dataset, self.memory_bank, self.vision_features)
-        if self.is_in_train or self.is_divided:
+        with self._evaluating():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Return what `evaluate` finds; with `compute_metrics`, also logits and labels."""
+        rows = evaluation_rows(self.model, test_dataset, self.memory_bank, self.vision_features)
+        with self._evaluating():
+            return super().predict(rows, ignore_keys, metric_key_prefix)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Outside of training, leave the model as it was."""
+        if self.is_in_train or self.is_divided:
+            yield
+            return
         self._forget_preparation()
         with ready_to_answer(self.model):
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            yield
         self._forget_preparation()
-        return metrics
 
     def _forget_preparation(self):
         """Let accelerate put its mixed precision around the model again, which [`ready_to_answer`] has taken away."""
@@ -231,13 +252,26 @@ class SupervisedTrainer(Trainer):
     def create_model_card(self, *args, **kwargs):
         """Write no card: that of the model is written by `tinyalign train`."""
 
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs) -> CommitInfo | None:
+        """Push model and processor, whole, to `args.hub_model_id` or a repository of the output folder's name; of
+        `kwargs` only `token` and `revision` count.
+        """
+        if not self.is_world_process_zero():
+            return None
+        name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+        where = {"token": kwargs.get("token") or self.args.hub_token, "revision": kwargs.get("revision")}
+        settings = {**where, "commit_message": commit_message, "private": self.args.hub_private_repo}
+        self.processing_class.push_to_hub(name, **settings)
+        return self.model.push_to_hub(name, **settings)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over all supervised tokens of the batch, also when it is accumulated in parts."""
         rows = inputs.get("rows") or [f"row {index} of the batch" for index in range(len(inputs["labels"]))]
         batch = {name: value for name, value in inputs.items() if name not in ("rows", "_prediction_loss_only")}
         if self.args.tune_language_model == "frozen" and self.model.training:
             without_dropout(self.model.base_model.language_model)  # Trainer has just put it in training mode
-        inputs = {**batch, "supervised_logits_only": True, "use_cache": False}
+        supervised = self.model.training or self.compute_metrics is None
+        inputs = {**batch, "supervised_logits_only": supervised, "use_cache": False}
         if self.model.training:
             self.meter.count(inputs)
         if self.model.training and not {"pixel_values", "vision_features"} & inputs.keys():
@@ -250,7 +284,7 @@ class SupervisedTrainer(Trainer):
             self.evaluated += torch.stack([loss.detach().float() * tokens, tokens.float()])
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """The loss is the mean over all supervised tokens. That of the batches' means would depend on the batches."""
         self.evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -262,11 +296,12 @@ class SupervisedTrainer(Trainer):
             logs = {**logs, **self.meter.read(logs)}
         super().log(logs, start_time)
 
-    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
         """Neighbours are taken away in training only."""
-        collator, self.data_collator = self.data_collator, self.data_collator.for_evaluation()
+        collator = self.data_collator
+        self.data_collator = collator if is_training else collator.for_evaluation()
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = collator
 
@@ -274,17 +309,10 @@ class SupervisedTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
-            groups = {}
-            for name, parameter in model.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                part = part_of(name)
-                decay = self.args.weight_decay if name in decayed else 0.0
-                group = {"params": [], "lr": self.args.rate(part), "weight_decay": decay}
-                groups.setdefault((part, decay), group)["params"].append(parameter)
+            groups = parameter_groups(self.args, model, decayed)
             try:
                 optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-                self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
+                self.optimizer = optimizer_cls(groups, **kwargs)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"optim {self.args.optim}, optim_args {self.args.optim_args!r}: {error}.") from error
         return self.optimizer
@@ -342,17 +370,6 @@ class SupervisedTrainer(Trainer):
             load_trained(self.model, self.state.best_model_checkpoint)
 
 
-@contextlib.contextmanager
-def ready_to_answer(model: PreTrainedModel) -> Iterator[None]:
-    """Leave the model in evaluation mode, and free of what accelerate and TRL put around its forward."""
-    try:
-        yield
-    finally:
-        for name in ("forward", "_original_forward"):
-            vars(model).pop(name, None)
-        model.eval()
-
-
 class AlignmentTrainer(SupervisedTrainer):
     """Stage 1 on transformers' trainer: the connectors train, or what else `args` says."""
 
@@ -370,7 +387,8 @@ class InstructionTrainer(SupervisedTrainer, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
-        correct = outputs.logits.argmax(-1) == labels[labels != -100]
+        logits = outputs.logits if outputs.logits.ndim == 2 else outputs.logits[:, :-1][labels != -100]
+        correct = logits.argmax(-1) == labels[labels != -100]
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["mean_token_accuracy"].append(correct.float().mean().item())
         return (loss, outputs) if return_outputs else loss
