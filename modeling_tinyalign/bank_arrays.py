@@ -38,7 +38,6 @@ except ImportError:
 QUANTIZED_ROWS = 20_000
 SCRATCH_PREFIX = ".tmp-"
 MAX_CODE = 127
-MAX_FLOAT16 = 65504
 TINY_STEP = np.float32(2.0**-24)  # of float16
 NO_VALUES = np.empty(0, np.float16)
 GATHER_ROWS = 256  # at a time: they stay in the processor's cache
@@ -114,8 +113,7 @@ def lay_out(
     with contextlib.ExitStack() as stack:
         with cache_errors():
             folder = stack.enter_context(scratch_folder(cache_root(), SCRATCH_PREFIX))
-            writer = RowWriter(folder, config, name)
-            stack.callback(writer.close)
+            writer = stack.enter_context(contextlib.closing(RowWriter(folder, config, name)))
         for batch in batches:  # an OSError of the data set's own is left as it is
             with cache_errors():
                 writer.write(batch)
@@ -149,9 +147,8 @@ class RowWriter:
         values = (CODES, EXPONENTS) if config.quantized else (VALUES,)
         names = (KEYS, ROWS, *(values if config.value_size else ()))
         self.files = {name: open(folder / name, "wb") for name in names}
-        arrays = arrays_of(self.schema)
-        columns = [column for column in self.schema if column.name not in arrays]
-        self.rows = pa.ipc.new_file(self.files[ROWS], pa.schema(columns, self.schema.metadata))
+        rows = self.schema.empty_table().drop_columns(arrays_of(self.schema))
+        self.rows = pa.ipc.new_file(self.files[ROWS], rows.schema)
 
     def close(self) -> None:
         """Close the files, complete or not."""
@@ -164,8 +161,7 @@ class RowWriter:
         check_schema(batch.schema, self.schema, self.name)
         batch = batch.select(self.schema.names).cast(self.schema)
         check_batch(batch, self.num_rows, self.name)
-        keys = matrix(batch, "key")
-        keys = keys.astype(np.float16) if self.config.quantized else keys
+        keys = matrix(batch, "key").astype(np.float16 if self.config.quantized else np.float32, copy=False)
         self.files[KEYS].write(keys.tobytes())
         values = matrix(batch, "value") if self.config.value_size else NO_VALUES
         if VALUES in self.files:
@@ -272,7 +268,7 @@ def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mantissas, exponents = np.frexp(np.abs(numbers).max(axis=2, keepdims=True) / np.float32(MAX_CODE))
     steps = np.ldexp(np.float32(1), exponents - (mantissas == 0.5))  # the next power of two; 1 for 0
     steps = np.maximum(steps, TINY_STEP)
-    largest = MAX_FLOAT16 // steps
+    largest = np.finfo(np.float16).max // steps
     codes = np.clip(np.rint(numbers / steps), -largest, largest)
     rounded = (codes * steps + np.float32(0)).astype(np.float16)  # no negative zeros
     return codes.astype(np.int8), np.log2(steps[..., 0]).astype(np.int8), rounded

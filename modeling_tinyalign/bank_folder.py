@@ -103,10 +103,8 @@ def lay_out_folder(
 
 
 def read_shards(paths: Sequence[Path], config: BankConfig) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a saved bank, shard by shard.
-
-    Raises:
-        ValueError: a shard is not Parquet, has other columns or more data than declared, or is a bomb.
+    """Yield the rows of a saved bank, shard by shard; ValueError if one is not Parquet, has other columns or more data
+    than declared, or is a bomb.
     """
     schema = config_schema(config)
     count = size = 0

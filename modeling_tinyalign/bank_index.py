@@ -101,14 +101,12 @@ class KeyIndex:
         return {"index": self.name, "k_factor": self.k_factor, "recall_at_5": self.recall}
 
     def search(self, queries: np.ndarray, top_k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Find the best rows that are not excluded; equal scores are ordered by row.
+        """Find the best rows that are not excluded: scores `(n, top_k)`, float32, and rows `(n, top_k)`, int64, filled
+        up with -inf and -1; equal scores are ordered by row.
 
         Args:
             queries: `(n, key_dim)` float32, C-contiguous.
             excluded: for each query the rows, int64, that must not be returned.
-
-        Returns:
-            scores `(n, top_k)` float32 and rows `(n, top_k)` int64, filled up with -inf and -1.
         """
         scores = np.empty((len(queries), top_k), np.float32)
         rows = np.empty((len(queries), top_k), np.int64)

@@ -163,10 +163,8 @@ class TinyAlignConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Take `top_k` for `memory_top_k`, so that `from_pretrained(folder, top_k=0)` does.
-
-        Raises:
-            ValueError: config.json is not that of a TinyAlign model.
+        """Take `top_k` for `memory_top_k`, so that `from_pretrained(folder, top_k=0)` does; ValueError if config.json
+        is not that of a TinyAlign model.
         """
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:

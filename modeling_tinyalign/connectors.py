@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -336,6 +337,22 @@ def shares(lengths: Sequence[int], room: int) -> list[int]:
         found[number] = min(lengths[number], room // (len(lengths) - done))
         room -= found[number]
     return found
+
+
+def check_vocabulary(input_ids: torch.LongTensor, known: int):
+    """Raise ValueError if a caption has a token that the language model, which knows so many, does not know."""
+    if input_ids.max() >= known:
+        raise ValueError(
+            f"A caption has token {input_ids.max()}, the language model knows {known}: the tokenizer is another "
+            "model's, attach the bank with that of the processor saved with the model."
+        )
+
+
+def place_of(name_or_path: str | os.PathLike | None, settings: dict) -> tuple[str, dict]:
+    """Return where a model was loaded from, and which of its settings a tokenizer beside it is loaded with."""
+    names = "revision", "subfolder", "cache_dir", "token", "local_files_only"
+    place = os.path.abspath(name_or_path) if os.path.isdir(name_or_path or "") else str(name_or_path or "")
+    return place, {name: settings[name] for name in names if name in settings}
 
 
 def find_tokenizer(config: TinyAlignConfig, name_or_path: str, **settings) -> PreTrainedTokenizerBase:

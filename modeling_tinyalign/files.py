@@ -13,15 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    DatasetCardData,
-    HfApi,
-    ModelCardData,
-    hf_hub_download,
-)
+from huggingface_hub import CardData, CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from transformers import PreTrainedConfig
 
 from .bank_format import CONFIG_NAME, KEY_ENCODER_NAME, LEFT_OUT_NAME, BankConfig
@@ -46,10 +38,8 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
             folder = parent / f"{prefix}{uuid.uuid4().hex[:8]}"
             folder.mkdir()
             stack.enter_context(locked(folder))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -145,9 +135,8 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove folders that `scratch_folder` named, and no others, unless a process holds their lock."""
-    pattern = re.escape(prefix) + "[0-9a-f]{8}"
     for entry in parent.iterdir():
-        if re.fullmatch(pattern, entry.name) and entry.is_dir():
+        if re.fullmatch(re.escape(prefix) + "[0-9a-f]{8}", entry.name) and entry.is_dir():
             with locked(entry, wait=False) as abandoned:
                 if abandoned:
                     shutil.rmtree(entry, ignore_errors=True)
@@ -214,7 +203,8 @@ def push_files(
     revision: str | None = None,
     **commit,
 ) -> tuple[str, CommitInfo]:
-    """Put files into a repository in one commit; repository and branch are created if they do not exist.
+    """Put files into a repository in one commit; repository and branch are created if they do not exist. Return the
+    full name of the repository, and the commit.
 
     `HfApi.upload_folder` would do it in several commits, and between them the repository would be of two versions.
 
@@ -223,9 +213,6 @@ def push_files(
         replaced: pattern of files that are deleted unless they are in `files`: shards of an earlier version.
         make_card: makes README.md from the repository's name, where neither `files` nor the repository has one.
         commit: of `HfApi.create_commit`.
-
-    Returns:
-        the full name of the repository, and the commit.
     """
     api, where = HfApi(token=token), {"repo_type": repo_type, "revision": revision}
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
@@ -235,8 +222,7 @@ def push_files(
     if CARD_NAME not in present | files.keys():
         files = {**files, CARD_NAME: make_card(repo_id).encode()}
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-    stale = sorted(fnmatch.filter(present - files.keys(), replaced))
-    operations += [CommitOperationDelete(name) for name in stale]
+    operations += map(CommitOperationDelete, sorted(fnmatch.filter(present - files.keys(), replaced)))
     return repo_id, api.create_commit(repo_id, operations, **where, **commit)
 
 
@@ -246,7 +232,7 @@ def make_model_card(repo_id: str, config: PreTrainedConfig, tags: list[str]) -> 
         from tinyalign_vlm.hub_cards.cards import plain_model_card
     except ImportError:
         tags = list(dict.fromkeys(["tinyalign", "custom_code", *tags]))
-        data = ModelCardData(
+        data = CardData(
             library_name="transformers", pipeline_tag="image-text-to-text", tags=tags, datasets=config.memory_bank
         )
         return f"---\n{data.to_yaml()}\n---\n"
@@ -260,18 +246,15 @@ def make_bank_card(repo_id: str, config: BankConfig) -> str:
     except ImportError:
         # without `configs` the Hub's viewer and `load_dataset` would have to guess what the files are
         files = [{"split": "train", "path": SHARDS}]
-        data = DatasetCardData(
-            tags=["tinyalign", "memory-bank"], configs=[{"config_name": "default", "data_files": files}]
-        )
+        configs = [{"config_name": "default", "data_files": files}]
+        data = CardData(tags=["tinyalign", "memory-bank"], configs=configs)
         return f"---\n{data.to_yaml()}\n---\n"
     return plain_bank_card(repo_id, config)
 
 
 def installed_package(module: str, task: str) -> ModuleType:
-    """Import a module of the installed package's `training`, for a task that a checkpoint's own code leaves to it.
-
-    Raises:
-        ImportError: the package is not installed; the task, "Building a memory bank" say, is named.
+    """Import a module of the installed package's `training`, for a task that a checkpoint's own code leaves to it;
+    ImportError, naming the task ("Building a memory bank" say), if the package is not installed.
     """
     try:
         return importlib.import_module(f"tinyalign_vlm.training.{module}")

@@ -36,7 +36,8 @@ MAX_FEATURES = 2**26  # of one image
 
 
 def attention_pool(features: torch.Tensor, attention_mask: torch.Tensor | None = None, grid: int = 1) -> torch.Tensor:
-    """Attention-weighted aggregation of a token sequence into one vector (paper section 4.2, "Key Generation").
+    """Attention-weighted aggregation of a token sequence into one vector (paper section 4.2, "Key Generation"),
+    `(batch, grid * grid * dim)` float32.
 
     The tokens attend to one another by cosine similarity; a token's weight is the attention it receives, averaged
     over the tokens that look at it.
@@ -46,9 +47,6 @@ def attention_pool(features: torch.Tensor, attention_mask: torch.Tensor | None =
         attention_mask: `(batch, tokens)`, 0 or False where a token is padding.
         grid: the weights are those of the whole image, but the weighted tokens are averaged in the cells of a
             `grid` x `grid` raster, and the cells concatenated: the key also tells where something is.
-
-    Returns:
-        `(batch, grid * grid * dim)` float32.
     """
     features = features.float()
     directions = F.normalize(features, dim=-1)
@@ -99,10 +97,8 @@ class KeyEncoder(nn.Module):
         self.register_buffer("mean", mean.float())
         self.register_buffer("projection", None if projection is None else projection.float())
         self.register_buffer("token_embeddings", None if token_embeddings is None else token_embeddings.half())
-        self.connector = connector
-        self.vision_pool_size = vision_pool_size
-        self.alpha = alpha
-        self.grid = grid
+        self.connector, self.vision_pool_size = connector, vision_pool_size
+        self.alpha, self.grid = alpha, grid
 
     @property
     def key_dim(self) -> int:
@@ -175,50 +171,41 @@ class KeyEncoder(nn.Module):
     @classmethod
     def load(cls, path: Path, config: KeyEncoderConfig, key_dim: int) -> tuple[KeyEncoder, torch.Tensor]:
         """Read what `save` wrote: the key encoder, of keys `key_dim` wide, and the probe keys `(4, raw_dim)`.
-
-        Raises:
-            ValueError: the file is not safetensors, or its tensors do not fit together (the file is named).
+        ValueError, naming the file, if it is not safetensors, or its tensors do not fit together.
         """
         try:
             tensors = load_file(path)
             for name, tensor in tensors.items():  # with none empty, nothing made of them is larger than the file
                 if not (tensor.is_floating_point() and tensor.numel() and tensor.isfinite().all()):
                     raise ValueError(f"{name} is empty, of {tensor.dtype}, or holds numbers that are not finite")
-            return cls._of_tensors(tensors, config, key_dim)
+            mean, probe_keys = tensors.pop("mean"), tensors.pop("probe_keys")
+            projection, embeddings = tensors.pop("projection", None), tensors.pop("token_embeddings", None)
+            connector = None
+            if config.key_space == "language":
+                weights = {name.removeprefix("connector."): tensors.pop(name) for name in list(tensors)}
+                hidden_size, in_size = weights["linear_1.weight"].shape
+                with torch.device("meta"):
+                    connector = Connector(in_size, hidden_size, len(weights["linear_2.bias"]), config.connector_act)
+                connector.load_state_dict(weights, assign=True)
+            grid, pool_size = config.grid, config.vision_pool_size
+            encoder = cls(mean, projection, connector, embeddings, pool_size, config.alpha, grid)
+            (raw_dim,) = mean.shape
+            if tensors or (embeddings is None) != (connector is None):
+                raise ValueError(f"tensors too many or too few, {sorted(tensors)}")
+            if probe_keys.shape != (NUM_PROBES, raw_dim):
+                raise ValueError(f"probe keys of shape {tuple(probe_keys.shape)}, expected {(NUM_PROBES, raw_dim)}")
+            if embeddings is not None and embeddings[0].shape != (raw_dim,):
+                raise ValueError(f"token embeddings of shape {tuple(embeddings.shape)}, expected (tokens, {raw_dim})")
+            # one pass shows whether the other shapes fit together
+            side = max(grid, pool_size or 1)
+            if side**2 * encoder.feature_dim > MAX_FEATURES:
+                raise ValueError(f"{side} x {side} tokens {encoder.feature_dim} wide, expected {MAX_FEATURES} numbers")
+            keys = encoder(torch.zeros(1, side**2, encoder.feature_dim))
+            if keys.shape != (1, key_dim):
+                raise ValueError(f"keys of shape {tuple(keys.shape)}, expected (1, {key_dim})")
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             found = f"{type(error).__name__}: {error}"
             raise broken_bank(f"{path} does not hold this bank's key encoder ({found})") from error
-
-    @classmethod
-    def _of_tensors(
-        cls, tensors: dict[str, torch.Tensor], config: KeyEncoderConfig, key_dim: int
-    ) -> tuple[KeyEncoder, torch.Tensor]:
-        """Make what `load` returns, and raise whatever torch raises for tensors that do not fit together."""
-        mean, probe_keys = tensors.pop("mean"), tensors.pop("probe_keys")
-        projection, embeddings = tensors.pop("projection", None), tensors.pop("token_embeddings", None)
-        connector = None
-        if config.key_space == "language":
-            weights = {name.removeprefix("connector."): tensors.pop(name) for name in list(tensors)}
-            hidden_size, in_size = weights["linear_1.weight"].shape
-            with torch.device("meta"):
-                connector = Connector(in_size, hidden_size, len(weights["linear_2.bias"]), config.connector_act)
-            connector.load_state_dict(weights, assign=True)
-        grid, pool_size = config.grid, config.vision_pool_size
-        encoder = cls(mean, projection, connector, embeddings, pool_size, config.alpha, grid)
-        (raw_dim,) = mean.shape
-        if tensors or (embeddings is None) != (connector is None):
-            raise ValueError(f"tensors too many or too few, {sorted(tensors)}")
-        if probe_keys.shape != (NUM_PROBES, raw_dim):
-            raise ValueError(f"probe keys of shape {tuple(probe_keys.shape)}, expected {(NUM_PROBES, raw_dim)}")
-        if embeddings is not None and embeddings[0].shape != (raw_dim,):
-            raise ValueError(f"token embeddings of shape {tuple(embeddings.shape)}, expected (tokens, {raw_dim})")
-        # one pass shows whether the other shapes fit together
-        side = max(grid, pool_size or 1)
-        if side**2 * encoder.feature_dim > MAX_FEATURES:
-            raise ValueError(f"{side} x {side} tokens {encoder.feature_dim} wide, expected {MAX_FEATURES} numbers")
-        keys = encoder(torch.zeros(1, side**2, encoder.feature_dim))
-        if keys.shape != (1, key_dim):
-            raise ValueError(f"keys of shape {tuple(keys.shape)}, expected (1, {key_dim})")
         return encoder, probe_keys
 
     def probe(self, model: PreTrainedModel, image_shape: list[int]) -> torch.Tensor:
@@ -228,10 +215,8 @@ class KeyEncoder(nn.Module):
         return self.to(features.device).raw_keys(features).cpu()
 
     def check_tower(self, model: PreTrainedModel, tower: TowerConfig, probe_keys: torch.Tensor) -> None:
-        """Refuse another tower than `tower`, by its probe keys; what a small difference may change is said, once.
-
-        Raises:
-            ValueError: naming both towers and the cosine, or the widths of their features.
+        """Refuse another tower than `tower`, by its probe keys (ValueError naming both and the cosine, or the widths
+        of their features); what a small difference may change is said, once.
         """
         found = tower_name(model)
         advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
@@ -309,10 +294,8 @@ def read_query_image(image: Image.Image | str | os.PathLike) -> Image.Image:
 
 
 def query_pixels(preprocessing: dict, images: Any) -> torch.Tensor:
-    """Return PIL images, or those of files, one or a list, as pixels `(images, 3, H, W)` made as a bank's were.
-
-    Raises:
-        ValueError: something is no image, or the settings make none of transformers' image processors.
+    """Return PIL images, or those of files, one or a list, as pixels `(images, 3, H, W)` made as a bank's were;
+    ValueError if something is no image, or the settings make none of transformers' image processors.
     """
     sides = re.findall(r"\d+", f"{preprocessing.get('size')} {preprocessing.get('crop_size')}")
     name = str(preprocessing.get("image_processor_type")).removesuffix("Pil")

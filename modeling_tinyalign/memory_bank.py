@@ -108,10 +108,8 @@ class MemoryBank(BankRows):
         value_encoder: ValueEncoder | None = None,
         **settings,
     ) -> MemoryBank:
-        """Encode a data set into a bank: see `tinyalign_vlm.training.bank.build.build_bank`, which does it.
-
-        Raises:
-            ImportError: the package is not installed. A checkpoint's own code opens banks, but builds none.
+        """Encode a data set into a bank: see `tinyalign_vlm.training.bank.build.build_bank`, which does it;
+        ImportError where the package is not installed. A checkpoint's own code opens banks, but builds none.
         """
         build = installed_package("bank.build", "Building a memory bank")
         return build.build_bank(dataset, model, processor, value_encoder, **settings)
@@ -168,15 +166,13 @@ class MemoryBank(BankRows):
     ) -> MemoryBank:
         """Return a bank with more rows behind this one's, whose ids stay.
 
-        Keys and values are made with this bank's own encoders, as they were fitted: nothing is retrained.
+        Keys and values are made with this bank's own encoders, as they were fitted: nothing is retrained. ValueError,
+        naming its number, if a row is bad; or if the model has another vision tower.
 
         Args:
             images_or_rows: dicts with an image (PIL, bytes, path) and a caption; or an image or many, with `captions`.
             keep_duplicates: keep images that an earlier row has, pixel for pixel; else they are only in `left_out`.
             settings: `batch_size`, `skip_bad_rows` and `vision_features` of `RowEncoder`.
-
-        Raises:
-            ValueError: a row is bad (its number is named), or the model has another vision tower.
         """
         rows, blank = images_or_rows, dict.fromkeys(self.config.columns)
         if isinstance(captions, str):
@@ -196,13 +192,10 @@ class MemoryBank(BankRows):
         return self.keep_facts(bank, "parts", "limits")
 
     def remove(self, rows: int | str | Sequence[int | str]) -> MemoryBank:
-        """Return a bank without some rows, the others numbered anew.
+        """Return a bank without some rows, the others numbered anew; ValueError if there is no such row, or no other.
 
         Args:
             rows: the id of a row, a `source_id` (all rows of that image), or several of them.
-
-        Raises:
-            ValueError: there is no such row, or none would be left.
         """
         rows = [rows] if isinstance(rows, (int, np.integer, str)) else list(rows)
         for row in rows:
@@ -255,14 +248,11 @@ class MemoryBank(BankRows):
         query_input_ids: torch.Tensor | None = None,
         query_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return keys to search with.
+        """Return keys to search with: `(n, key_dim)` float32, unit length, on the features' device.
 
         Args:
             vision_features: `(n, tokens, width)` from the model's `get_vision_features`.
             query_input_ids: `(n, length)` token ids of the question with their mask; read in language space only.
-
-        Returns:
-            `(n, key_dim)` float32, unit length, on the features' device.
         """
         check_tensor("vision_features", vision_features, "(images, tokens, width)")
         if self.any_tower:
@@ -284,7 +274,8 @@ class MemoryBank(BankRows):
 
     def check_probes(self, model: PreTrainedModel) -> None:
         """Refuse a model of another vision tower than the bank's keys were made with: see `KeyEncoder.check_tower`."""
-        self.key_encoder.check_tower(model, self.config.tower, self.probe_keys)
+        if not self.any_tower:
+            self.key_encoder.check_tower(model, self.config.tower, self.probe_keys)
 
     @classmethod
     def open_encoders(

@@ -23,8 +23,10 @@ from .connectors import (
     check_memory,
     check_retrieval,
     check_tensor,
+    check_vocabulary,
     find_tokenizer,
     for_each,
+    place_of,
     used_slots,
 )
 from .files import WEIGHTS, apply_umask, make_model_card, push_files, resolve_commit
@@ -39,7 +41,6 @@ CONNECTORS = r"^(model\.)?(memory_)?connector\."
 # What a broken config.json or broken weights make transformers raise, beside ValueError and OSError.
 BROKEN_MODEL = (SafetensorError, StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError)
 BROKEN_MODEL += (RecursionError, TypeError)
-HUB_ARGUMENTS = "revision", "subfolder", "cache_dir", "token", "local_files_only"
 
 
 class TinyAlignPreTrainedModel(PreTrainedModel):
@@ -104,10 +105,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             if model.config.connectors_only:
                 load_models(model, kwargs)
-            place = str(pretrained_model_name_or_path)
-            place = os.path.abspath(place) if os.path.isdir(place) else place
-            settings = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            model.base_model._loaded_from = place, settings
+            model.base_model._loaded_from = place_of(pretrained_model_name_or_path, kwargs)
             return loaded
         except OSError as error:
             if os.path.isfile(os.path.join(str(pretrained_model_name_or_path), "trainer_state.json")):
@@ -247,10 +245,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.num_neighbours}: add rows."
             )
-        if not check_probes:
-            bank = bank.for_any_tower()
-        if not bank.any_tower:
-            bank.check_probes(self)
+        bank = bank if check_probes else bank.for_any_tower()
+        bank.check_probes(self)
         if tokenizer is not None:
             self.read_captions_with(tokenizer)
         self.base_model._memory_bank = bank
@@ -383,11 +379,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             input_ids = memory.get("memory_input_ids")
             if input_ids is None:
                 input_ids = self.caption_tokenizer(captions_of(self.require_bank().rows(ids)))
-                if input_ids.max() >= (known := self.get_input_embeddings().num_embeddings):
-                    raise ValueError(
-                        f"A caption has token {input_ids.max()}, the language model knows {known}: its tokenizer is "
-                        "another model's, attach the bank with that of the processor saved with the model."
-                    )
+                check_vocabulary(input_ids, self.get_input_embeddings().num_embeddings)
             places = input_ids.to(tokens.device) >= 0
             words = self.get_input_embeddings()(input_ids.to(tokens.device).clamp(min=0))
         values = memory["memory_values"].to(tokens.device) if self.config.reads_latents else None

@@ -16,10 +16,6 @@ from .files import apply_umask
 
 PADDING_BYTE = 256  # the first number that is no byte
 MAX_LAYERS = 1024
-SHARED_WITH_PERCEIVER = (
-    *("num_latents", "d_model", "num_blocks", "num_self_attends_per_block"),
-    *("num_self_attention_heads", "num_cross_attention_heads"),
-)
 
 
 @strict
@@ -92,7 +88,7 @@ class ValueEncoder(PreTrainedModel):
         self.image_position = nn.Embedding(config.num_vision_tokens, config.d_model)
         self.perceiver = PerceiverModel(
             PerceiverConfig(
-                **{name: vars(config)[name] for name in SHARED_WITH_PERCEIVER},
+                **config.settings,  # those that a Perceiver does not have are left unread
                 **dict.fromkeys(("d_latents", "qk_channels", "v_channels"), config.latent_dim),
                 attention_probs_dropout_prob=0.0,
             )
@@ -110,17 +106,13 @@ class ValueEncoder(PreTrainedModel):
         """Read a memory bank's value encoder, frozen, from its tensors and `value_encoder` of its bank_config.json.
 
         A bank may be anybody's, and a config.json can make `from_pretrained` read other files, adapters and kernels:
-        here nothing counts but tensors and sizes.
-
-        Raises:
-            ValueError: the file is not safetensors, or does not hold an encoder of these sizes (the file is named).
+        here nothing counts but tensors and sizes. ValueError, naming the file, if it holds no encoder of these sizes.
         """
         try:
             tensors = load_file(path)
             settings = {name: settings[name] for name in ValueEncoderConfig.__annotations__}
-            sizes = {name: size for name, size in settings.items() if not isinstance(size, str)}
-            if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in sizes.values()):
-                raise ValueError(f"found {sizes}, expected integers between 1 and {MAX_SIZE}")
+            if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in settings.values()):
+                raise ValueError(f"found {settings}, expected integers between 1 and {MAX_SIZE}")
             if settings["num_blocks"] * settings["num_self_attends_per_block"] > MAX_LAYERS:
                 raise ValueError(f"more than {MAX_LAYERS} layers")
             with torch.device("meta"):  # nothing is allocated before the sizes are known to be those of the tensors
@@ -172,5 +164,4 @@ class ValueEncoder(PreTrainedModel):
 
     def encode(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """Return values `(n, num_latents, latent_dim)` of images (see [`forward`]) and their captions."""
-        images = images.to(self.device, self.dtype)
-        return self(images, self.tokenize(captions).to(self.device))
+        return self(images.to(self.device, self.dtype), self.tokenize(captions).to(self.device))

@@ -60,8 +60,7 @@ def image_source(image: Any) -> Any:
         image = os.fspath(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         image = bytes(image)
-        start = image[:100].decode("latin1")
-        return image.decode("latin1") if is_base64(start) else image
+        return image.decode("latin1") if is_base64(image[:100].decode("latin1")) else image
     if not isinstance(image, str):
         return image
     if image.startswith("file://"):
@@ -106,10 +105,9 @@ def decode_image(image: Any, formats: Sequence[str] | None = None) -> Image.Imag
             warnings.simplefilter("ignore")  # of metadata; that of too many pixels is an error in _loaded
             if isinstance(source, np.ndarray):
                 source = Image.fromarray(source)
-            if isinstance(source, Image.Image):
-                rgb = _upright_rgb(_loaded(source))
-            else:
-                rgb = _upright_rgb(_opened(BytesIO(source) if isinstance(source, bytes) else source, formats))
+            elif isinstance(source, bytes):
+                source = BytesIO(source)
+            rgb = _upright_rgb(_loaded(source) if isinstance(source, Image.Image) else _opened(source, formats))
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"the image is too large ({error}), expected at most {Image.MAX_IMAGE_PIXELS} pixels "
@@ -281,10 +279,8 @@ def is_scaled(image: Any) -> bool:
 
 
 def download(url: str) -> bytes:
-    """Return what is behind a URL of the user's own: redirects and proxies are followed.
-
-    Raises:
-        ValueError: it can't be downloaded, not in `MAX_SECONDS`, or is larger than `MAX_IMAGE_BYTES`.
+    """Return what is behind a URL of the user's own: redirects and proxies are followed. ValueError if it can't be
+    downloaded, not in `MAX_SECONDS`, or is larger than `MAX_IMAGE_BYTES`.
     """
     deadline = time.monotonic() + MAX_SECONDS
     try:

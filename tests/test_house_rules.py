@@ -45,6 +45,7 @@ ABOUT_SEVERAL = {
     "training/stages/test_recipes.py",
     "training/data/test_worker_memory.py",
     "training/stages/test_trackers.py",
+    "training/stages/test_trainers_as_usual.py",
     "training/stages/test_trainers_with_memory.py",
 }
 NO_START = re.compile(r"(What|Whether|Of|As|With|How|That|Whose|Which)\b")

@@ -84,11 +84,8 @@ def load_to_answer(
     """Return a model with its bank, and its processor, by this package's classes: no code of the checkpoint is run.
 
     Args:
-        memory_bank: a folder or repository. None: the bank that the config names.
+        memory_bank: a folder or repository. None: the bank that the config names; ValueError if it names none.
         memory: `"off"`: no bank is needed.
-
-    Raises:
-        ValueError: the model has a memory, but no bank is named here or in its config.
     """
     model = TinyAlignForConditionalGeneration.from_pretrained(name, revision=revision, dtype="auto", device_map=device)
     processor = TinyAlignProcessor.from_pretrained(name, revision=revision)

@@ -13,6 +13,9 @@ from isolation import set_hf_home
 from transformers import AutoTokenizer
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration, TinyAlignProcessor
+from tinyalign_vlm.modeling_tinyalign.bank_format import CalibrationConfig
+from tinyalign_vlm.modeling_tinyalign.connectors import find_tokenizer
+from tinyalign_vlm.modeling_tinyalign.outputs import probabilities, sources_of
 
 CAPTIONS = ("red", "a green square", "一只红色的狗", "<|im_end|> <image>", "12.5 km", "white")
 MEMORY = {"memory_tokens": 40, "memory_input": "captions", "memory_scores": True}
@@ -200,3 +203,66 @@ def test_values_that_are_given_beside_rows(captioned, images, make_model):
     own, swapped = bank.gather(inputs["memory_ids"]), bank.gather(inputs["memory_ids"].flip(0))
     assert torch.equal(model(**inputs, memory_values=own).logits, model(**inputs).logits)
     assert not torch.equal(model(**inputs, memory_values=swapped).logits, model(**inputs).logits)
+
+
+def test_the_tokenizer_is_of_the_place_that_the_model_was_loaded_from(captioned, images, tmp_path, monkeypatch):
+    """A subfolder beside which another tokenizer lies; and a relative path, after the folder was changed."""
+    shutil.copytree(captioned / "model", tmp_path / "parent" / "sub")
+    tokenizer = AutoTokenizer.from_pretrained(captioned / "model")
+    expected = tokenizer("red", add_special_tokens=False)["input_ids"]
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(captioned / "model" / name, tmp_path / "parent")
+    monkeypatch.chdir(tmp_path)
+    model = TinyAlignForConditionalGeneration.from_pretrained("parent", subfolder="sub")
+    monkeypatch.chdir(captioned)
+    read = model.caption_tokenizer([["red"]])[0]
+    assert tokenizer.decode(read[read >= 0]).strip() == tokenizer.decode(expected)
+    assert find_tokenizer(model.config, str(tmp_path / "parent"), subfolder="sub").is_fast
+
+
+def test_a_bank_that_is_refused_changes_nothing(captioned, checkpoints):
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    bank = MemoryBank.from_pretrained(captioned / "bank")
+    model.attach_memory_bank(bank)
+    reader = model.caption_tokenizer
+    with pytest.raises(ValueError, match="has 1 rows, expected at least memory_top_k"):
+        model.attach_memory_bank(
+            bank.remove([1, 2, 3, 4, 5]), tokenizer=AutoTokenizer.from_pretrained(captioned / "model")
+        )
+    assert model.memory_bank is bank and model.caption_tokenizer is reader
+
+
+def test_values_that_the_model_does_not_read_may_have_any_shape(captioned, images):
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    model.attach_memory_bank(captioned / "bank")
+    inputs = inputs_of(processor, images[:2])
+    ids, scores = torch.tensor([[0, 1], [2, 3]]), torch.zeros(2, 2)
+    expected = model(**inputs, memory_ids=ids, memory_scores=scores).logits
+    found = model(**inputs, memory_ids=ids, memory_scores=scores, memory_values=torch.zeros(2, 2, 3, 5)).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_where_nothing_is_found_none_is_right():
+    calibration = CalibrationConfig(top_k=2, num_rows=10, right=[0.0, 1.0, 0.0, 0.0], none=[-3.0, 0.0, 0.0, 0.0])
+    empty = torch.full((1, 2), -torch.inf)
+    right, none = probabilities(calibration, torch.cat([empty, torch.tensor([[0.5, 0.4]])]))
+    assert right[0].tolist() == [0, 0] and none[0] == 1 and none[1] < 0.1
+    for depth in (2, 3, 5):  # more neighbours, of which a farther one may look right, change nothing
+        scores = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1]])[:, :depth]
+        odd = CalibrationConfig(top_k=2, num_rows=10, right=[0.0, -9.0, 9.0, 0.0], none=[0.0, 0.0, 0.0, 0.0])
+        assert probabilities(odd, scores)[1] == probabilities(odd, scores[:, :2])[1]
+
+
+def test_sources_of_a_chat_that_goes_on_with_all_its_images(captioned, images):
+    """Of those that are new, whether they come alone or behind those that the cache has."""
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    model.attach_memory_bank(captioned / "bank")
+    both = inputs_of(processor, images[:2])
+    bank, mask = model.memory_bank, model.get_placeholder_mask(both["input_ids"])
+    read = model.get_image_features(both["pixel_values"])
+    first, second = sources_of(bank, read, mask)
+    assert sources_of(bank, read, mask[1:]) == [second] and first != second
+    with pytest.raises(ValueError, match="memory_top_k is of a search, but what is read is given"):
+        model(**both, memory_input_ids=torch.full((2, 40), -1), memory_scores=torch.zeros(2, 2), memory_top_k=1)

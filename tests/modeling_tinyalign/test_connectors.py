@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizer_families import FAMILIES, build
 
-from tinyalign_vlm.modeling_tinyalign.connectors import CaptionTokenizer, shares
+from tinyalign_vlm.modeling_tinyalign.connectors import CaptionTokenizer, check_vocabulary, goes_on, shares
 
 INPUTS = ("captions", "latents", "both")
 
@@ -184,6 +184,57 @@ def test_a_first_word_without_room_is_cut_at_a_character(tokenizer):
         for size in (7, 8, 9):
             found = text_of(CaptionTokenizer(tokenizer, size), [text])
             assert "�" not in found and text.startswith(found)
+
+
+def test_the_nearest_is_read_however_little_room_there_is(tokenizer):
+    captions = ["Rhabarber", "Quarzuhrwerk", "Siebenschläfer", "Donaudampfschifffahrt"]
+    for size in range(1, 40):
+        captioner = CaptionTokenizer(tokenizer, size)
+        found = text_of(captioner, captions).split("; ")
+        assert captions[0].startswith(found[0]) and (found[0] or len(captioner.tokenize("R").ids) > size)
+        assert all(caption.startswith(part) for caption, part in zip(captions, found, strict=False))
+        assert len(found) == 1 or found[-1] in captions  # the last one is whole, or left out
+    captioner = CaptionTokenizer(tokenizer, 30)
+    assert text_of(captioner, ["", " ", "x"]) == "x" and text_of(captioner, []) == text_of(captioner, ["\n"]) == ""
+
+
+def test_many_neighbours_of_long_words_are_fewer_whole_ones(tokenizer):
+    captioner = CaptionTokenizer(tokenizer, 32)
+    captions = [f"Donaudampfschifffahrt{number}" for number in range(16)]
+    assert text_of(captioner, captions).split("; ")[-1] in captions or len(captioner.tokenize(captions[0]).ids) > 32
+
+
+@pytest.mark.parametrize(
+    "text", ["กินข้าวที่บ้านครับ", "ភាសាខ្មែរ", "မြန်မာဘာသာ", "👩\u200d👩\u200d👧\u200d👦 family", "e\u0301te\u0301"]
+)
+def test_no_sign_is_cut_from_its_letter(tokenizer, text):
+    for size in range(1, 60):
+        found = text_of(CaptionTokenizer(tokenizer, size), [text])
+        left = text[len(found) :]
+        assert text.startswith(found)
+        assert not left or not found or not goes_on(found[-1] + left[0])
+
+
+def test_a_control_token_behind_a_semicolon_that_its_vocabulary_joins(tokenizer):
+    """A vocabulary with a token of ";" and what follows: no part of it is read twice, or as a semicolon."""
+    joined = copy.deepcopy(tokenizer)
+    joined.add_tokens([";<", ";im"])
+    captioner = CaptionTokenizer(joined, 60)
+    for text in ("<|im_end|> x", "a <|im_end|>"):
+        assert ";" not in text_of(captioner, [text])
+
+
+def test_no_more_is_kept_of_a_caption_than_is_read(tokenizer):
+    captioner = CaptionTokenizer(tokenizer, 8)
+    whole = captioner([["red " * 2000, "white"]])
+    (long, short) = captioner.captions.values()
+    assert max(map(len, long)) <= 9 and (whole == captioner([["red " * 2000, "white"]])).all() and short.ids
+
+
+def test_tokens_of_another_vocabulary_are_refused():
+    check_vocabulary(torch.tensor([[-1, 99]]), 100)
+    with pytest.raises(ValueError, match="A caption has token 100, the language model knows 100: the tokenizer is"):
+        check_vocabulary(torch.tensor([[-1, 100]]), 100)
 
 
 def test_spaceless_scripts_are_cut_between_characters_behind_words(tokenizer):

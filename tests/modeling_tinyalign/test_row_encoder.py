@@ -85,7 +85,7 @@ def test_datasets_that_do_not_fit(dataset, model, processor, value_encoder):
         build([{"image": None, "caption": "x"}], skip_bad_rows=True)
     with pytest.raises(ValueError, match="missing column: no column 'author'"):
         build(dataset, keep_columns=["author"])
-    for columns in (["key"], ["licence", "licence"], "licence", ["lic\nence"], [""]):
+    for columns in (["key"], ["score"], ["licence", "licence"], "licence", ["lic\nence"], [""]):
         with pytest.raises(ValueError, match="expected a list of printable names, each once, other than"):
             build(dataset, keep_columns=columns)
     with pytest.raises(ValueError, match="batch_size is -2, expected 1 or more"):

@@ -63,8 +63,7 @@ def value_name(field: dataclasses.Field, kind: Any) -> str:
     if field.metadata.get("choices"):
         return "|".join(map(str, field.metadata["choices"]))
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    named = [NAMES_OF_KINDS[kind] for kind in kinds if kind in NAMES_OF_KINDS]
-    return named[0] if named else "VALUE"
+    return next((NAMES_OF_KINDS[kind] for kind in kinds if kind in NAMES_OF_KINDS), "VALUE")
 
 
 def field_help(field: dataclasses.Field) -> str:

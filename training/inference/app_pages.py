@@ -15,7 +15,7 @@ from .lessons import Neighbour
 from .uploads import read_lessons, read_picture
 from .visitor import Shared, Visitor, Visitors
 
-SOURCES = ["upload", "clipboard", "webcam"]
+UPLOAD = {"sources": ["upload", "clipboard", "webcam"], "type": "filepath"}
 LEAVE_OUT, ASK_IT, FORGET = "Ask again without {}", "Ask about this one", "Forget {}"
 RESTS_ON = "What the answer rests on. Click one, and the question is asked again without it."
 
@@ -35,10 +35,8 @@ def words(error: Exception) -> str:
 
 
 def uploaded_path(path: str) -> Path:
-    """Return the path of an upload.
-
-    Raises:
-        ValueError: it is another file's, which Gradio lets pass in a payload of a picture; or the file is gone.
+    """Return the path of an upload; ValueError if it is another file's, which Gradio lets pass in a payload of a
+    picture, or the file is gone.
     """
     path = Path(path or "").resolve()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
@@ -83,9 +81,7 @@ class Pages:
     def ask_tab(self):
         with gr.Row():
             with gr.Column(scale=2, min_width=240):
-                self.picture = gr.Image(
-                    label="Picture", sources=SOURCES, type="filepath", height=260, elem_id="picture"
-                )
+                self.picture = gr.Image(label="Picture", height=260, elem_id="picture", **UPLOAD)
                 examples = [Card(str(number), "", image) for number, image in enumerate(self.shared.examples)]
                 self.examples = gr.HTML(render_cards(examples, ASK_IT, small=True), js_on_load=CARD_CLICK)
             with gr.Column(scale=5):
@@ -199,9 +195,7 @@ class Pages:
             gr.Markdown("Teaching is off here. Whoever runs the app can switch it on: `--visitors_may teach`.")
         with gr.Row(visible=teaches):
             with gr.Column(min_width=240):
-                self.new_picture = gr.Image(
-                    label="Picture", sources=SOURCES, type="filepath", height=260, elem_id="new-picture"
-                )
+                self.new_picture = gr.Image(label="Picture", height=260, elem_id="new-picture", **UPLOAD)
                 self.new_line = gr.Textbox(label="What is it?", max_length=2000, elem_id="new-line")
                 self.teach_button = gr.Button("Remember it", variant="primary", elem_id="teach-button")
                 gr.Markdown("Or many at once: pictures with a CSV whose columns are `image` and `caption`.")
@@ -283,9 +277,7 @@ class Pages:
         with gr.Row():
             with gr.Column(min_width=240):
                 self.text = gr.Textbox(label="Search captions", max_length=200, elem_id="text")
-                self.wanted = gr.Image(
-                    label="Search by picture", sources=SOURCES, type="filepath", height=200, elem_id="wanted"
-                )
+                self.wanted = gr.Image(label="Search by picture", height=200, elem_id="wanted", **UPLOAD)
             with gr.Column(scale=3):
                 self.found = gr.HTML(elem_id="found")
         self.view = gr.HTML(elem_id="view")

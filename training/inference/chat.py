@@ -46,9 +46,7 @@ def chat(
     max_new_tokens: int = 256,
 ):
     """Answer one question, or chat until the user leaves; the arguments are those of `tinyalign chat --help`.
-
-    Raises:
-        ValueError: the picture cannot be read, or the model has a memory, but no bank is named.
+    ValueError if the picture cannot be read, or the model has a memory, but no bank is named.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 1 or more.")
@@ -83,9 +81,9 @@ class TerminalChat:
             "/teach": self.teach,
             "/forget": self.forget,
             "/save": self.save,
-            "/clear": self.clear,
+            "/clear": lambda rest: conversation.clear(),
             "/help": lambda rest: print(HELP),
-            "/quit": self.quit,
+            "/quit": lambda rest: sys.exit(),
         }
 
     def run(self, greeting: str):
@@ -163,12 +161,6 @@ class TerminalChat:
         lessons.save(folder)
         count = f"{len(lessons)} {'lesson' if len(lessons) == 1 else 'lessons'}"
         print(f"Wrote a bank to {folder}: the one in use, and {count}.")
-
-    def clear(self, rest: str):
-        self.conversation.clear()
-
-    def quit(self, rest: str):
-        raise SystemExit
 
 
 def split_path(text: str, usage: str) -> tuple[str, str]:

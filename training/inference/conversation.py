@@ -61,10 +61,8 @@ class Conversation:
         self.none_right: float | None = None
 
     def show(self, image: Any):
-        """Talk about this picture (PIL, bytes, path) from now on. Another one than before starts anew.
-
-        Raises:
-            ValueError: it cannot be read.
+        """Talk about this picture (PIL, bytes, path) from now on; ValueError if it cannot be read. Another one than
+        before starts anew.
         """
         image = self.processor.decode_image(image)
         if self.image is None or image_source_id(image) != image_source_id(self.image):

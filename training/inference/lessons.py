@@ -122,9 +122,7 @@ class Lessons:
 
     def teach(self, image: Any, caption: str) -> dict:
         """Remember a picture (PIL, bytes, path) by a line, in place of what was known of the same; return its row.
-
-        Raises:
-            ValueError: the picture or the line cannot be used, or there is no bank (it is said why).
+        ValueError says why the picture or the line cannot be used, or that there is no bank.
         """
         columns = dict.fromkeys(self.require_bank().config.columns)
         with LOCK, evaluating(self.model, self._encoder.value_encoder):
@@ -209,10 +207,8 @@ class Lessons:
     # ------------------------------------------------------------------ keeping them
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write a new bank: the shared one's rows, but of pictures that were taught anew, and the lessons.
-
-        Raises:
-            ValueError: there is something in the folder, or no bank.
+        """Write a new bank: the shared one's rows, but of pictures that were taught anew, and the lessons. ValueError
+        if there is something in the folder, or no bank.
         """
         check_new_folder(Path(folder))
         with self._as_bank() as bank:

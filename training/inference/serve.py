@@ -47,9 +47,8 @@ def is_count(value: Any) -> bool:
 
 def are_stops(value: Any) -> bool:
     texts = [value] if isinstance(value, str) else value
-    return (
-        isinstance(texts, list) and len(texts) <= MAX_STOPS and all(isinstance(text, str) and text for text in texts)
-    )
+    is_short = isinstance(texts, list) and len(texts) <= MAX_STOPS
+    return is_short and all(isinstance(text, str) and text for text in texts)
 
 
 # Values that a field of a request may have, beside null.
@@ -80,10 +79,8 @@ def serve(
     port: int = 8000,
     device: str = "auto",
 ):
-    """Serve a model until it is stopped; the arguments are those of `tinyalign serve --help`.
-
-    Raises:
-        ValueError: The model has a memory, but no bank is named here or in its config.
+    """Serve a model until it is stopped; the arguments are those of `tinyalign serve --help`. ValueError if the model
+    has a memory, but no bank is named here or in its config.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more.")
@@ -244,10 +241,8 @@ async def read_json_body(request: Request) -> dict:
 
 
 def read_messages(messages: list, allowed_hosts: Collection[str]) -> list[dict]:
-    """Return OpenAI's messages with the images in place of their URLs.
-
-    Raises:
-        ValueError: a message is malformed, or an image cannot be had; the message is named.
+    """Return OpenAI's messages with the images in place of their URLs; ValueError, naming the message, if one is
+    malformed, or an image cannot be had.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages: expected a list with at least one message")

@@ -60,10 +60,7 @@ def compare(benchmark: str, variants: Samples, exclude: bool = False) -> dict:
     """Return the results of variants in a benchmark: values, differences to the first variant, and values by category.
 
     Args:
-        exclude: leave out questions about an image that the bank of any variant has.
-
-    Raises:
-        ValueError: no question is left.
+        exclude: leave out questions about an image that the bank of any variant has; ValueError if none is left.
     """
     (facts, first), *_ = variants.values()
     in_bank = np.any([frame["in_bank"] for _, frame in variants.values()], axis=0)

@@ -19,10 +19,7 @@ SCORED = [name for name in BENCHMARKS if name not in ("mmvet", "vqav2_testdev")]
 
 def benchmark_as_chats(config: StageArguments) -> Questions:
     """Return the questions of `config.eval_benchmark`, and let `config.eval_dataset` be a file of them and their
-    answers.
-
-    Raises:
-        ValueError: there is no such benchmark, or its data are not in the folder `config.eval_dataset`.
+    answers. ValueError if there is no such benchmark, or its data are not in the folder `config.eval_dataset`.
     """
     name = config.eval_benchmark
     if name not in SCORED or config.eval_dataset is None:

@@ -1,5 +1,6 @@
 """The engine: `MemoryBank.build` with what the travelling half has no part in."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -58,3 +59,26 @@ def test_whitening_is_of_a_sample_of_all_batches(monkeypatch, pairs, model, proc
     assert sample.shape[0] == 6 and fit_whitening(sample, mean, 5).shape == (sample.shape[1], 5)
     with pytest.raises(ValueError, match="whiten_dim is 6, but 6 rows .* at most 5 components"):
         fit_whitening(sample, mean, 6)
+
+
+def test_adding_reads_captions_as_building_does(pairs, model, processor, value_encoder):
+    """Lists as text, as Flickr30k has them; objects; and of several texts the first."""
+    captions = ['["a dog", "a cat"]', {"raw": "a cow"}, ["", "an owl"]]
+    rows = [{**pair, "caption": caption} for pair, caption in zip(pairs, captions, strict=False)]
+    built = MemoryBank.build(rows, model, processor, value_encoder)
+    added = built.add(rows, model, processor, keep_duplicates=True)
+    assert built.table["caption"].to_pylist() == ["a dog", "a cow", "an owl"]
+    assert added.table["caption"].to_pylist() == built.table["caption"].to_pylist() * 2
+
+
+def test_classes_are_captions_by_their_names_and_a_list_of_one_image_is_that_image(
+    pairs, model, processor, value_encoder
+):
+    features = {"image": datasets.List(datasets.Image()), "caption": datasets.ClassLabel(names=["cat", "dog"])}
+    images = [pair["image"] for pair in pairs[:4]]
+    rows = {"image": [[images[0]], [images[1]], images[2:4], []], "caption": [1, 0, 1, 0]}
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    bank = MemoryBank.build(dataset, model, processor, value_encoder, skip_bad_rows=True)
+    assert bank.table["caption"].to_pylist() == ["dog", "cat"]
+    reasons = [row.reason.partition(":")[0] for row in bank.left_out]
+    assert reasons == ["several images", "missing image"]

@@ -28,7 +28,8 @@ def test_agreement_is_the_f1_of_the_words():
     assert agreement("a red square", "A red square.") == 1
     assert agreement("a red square", "a blue circle") == pytest.approx(1 / 3)
     assert agreement("red red", "red") == pytest.approx(2 / 3)
-    assert agreement("red", "blue") == agreement("", "") == 0
+    assert agreement("red", "blue") == agreement("", "") == agreement("🐱", "🐶") == 0
+    assert agreement("🐱", "🐱") == 1 > agreement("C++", "C#")
     captions = [["red square", "Red"], ["blue", "red"]]
     assert right_neighbours(captions, ["red", "red"]).tolist() == [[False, True], [False, True]]
     assert right_neighbours(captions, ["red", "red"], 0.5).tolist() == [[True, True], [False, True]]
