@@ -29,8 +29,7 @@ HUB = "https://huggingface.co"
 HERE = Path(__file__).parent
 # Without `configs` the Hub's viewer and `load_dataset` would have to guess what the files of a bank are.
 BANK_FILES = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}]
-# The Gradio that the Space was tried with.
-GRADIO_VERSION = "6.31.0"
+GRADIO_VERSION = "6.31.0"  # that the Space was tried with
 # At most 60 characters: the Hub shows no more.
 SPACE_SUMMARY = "Ask about an image, and see which examples it looked at"
 BASELINE_SPACE_SUMMARY = "Ask about an image"
@@ -141,8 +140,7 @@ def usage_snippet(facts: ModelFacts) -> str:
 def bank_card(facts: BankFacts) -> DatasetCard:
     """Return the card of a memory bank, with the metadata that make `load_dataset` and the viewer read its rows.
 
-    Raises:
-        ValueError: `facts.config` is not the whole content of a bank_config.json.
+    Raises `ValueError` if `facts.config` is not the whole content of a bank_config.json.
     """
     bank, rows = ".", '"parquet", data_files="data/train-*.parquet"'  # datasets can't load "."
     if "/" in facts.repo_id:
@@ -178,9 +176,8 @@ def bank_card(facts: BankFacts) -> DatasetCard:
 def space_card(repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCard:
     """Return the card of a demo Space, which is its configuration as well: space_app.py reads it.
 
-    Args:
-        facts: those of the model as it is on the Hub; a name that is none of a repository is refused (`ValueError`).
-        model_revision: the commit whose weights and code the Space runs.
+    `facts` are those of the model as it is on the Hub; the Space runs the weights and the code of the commit
+    `model_revision`. Raises `ValueError` for a name that is none of a repository.
     """
     for name in (repo_id, facts.repo_id):
         validate_repo_id(name)
@@ -212,20 +209,16 @@ def space_card(repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCar
 
 
 def write_card(folder: str | os.PathLike, facts: ModelFacts | BankFacts | None = None) -> ModelCard | DatasetCard:
-    """Write README.md, and the facts it is made of, into the folder of a checkpoint or a bank.
+    """Write README.md, and the facts it is made of, by default those there, into the folder of a checkpoint or a bank.
 
-    Args:
-        facts: by default those that are in the folder.
-
-    Raises:
-        ValueError: the facts in the folder cannot be read, or a picture that the card shows is not there.
+    Raises `ValueError` if the facts there cannot be read, or a picture that the card shows is missing.
     """
     facts = read_facts(folder) if facts is None else facts
     if isinstance(facts, BankFacts):
         card = bank_card(facts)
     else:
         card = model_card(facts)
-        for name in filter(None, (facts.curves, facts.example.image)):
+        for name in facts.pictures:
             if not Path(folder, name).is_file():
                 raise ValueError(f"The card of {folder} shows {name}, which is not there. Correct {FACTS_NAME}.")
     write_facts(folder, facts)
@@ -241,7 +234,7 @@ def write_space(folder: str | os.PathLike, repo_id: str, facts: ModelFacts, mode
     """
     card, folder = space_card(repo_id, facts, model_revision), Path(folder)
     card.save(folder / "README.md")
-    (folder / "app.py").write_text((HERE / "space_app.py").read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copy(HERE / "space_app.py", folder / "app.py")
     needed = [line for line in importlib.metadata.requires("tinyalign-vlm") if "extra ==" not in line]
     (folder / "requirements.txt").write_text("\n".join([*needed, ""]), encoding="utf-8")
     package = folder / "tinyalign_vlm"
@@ -257,18 +250,17 @@ def _hub_ids(parts: list[Part], hub_type: str) -> list[str] | None:
 
 def _parts_table(parts: list[Part]) -> str:
     """Return the table of parts, without columns of which nothing is known."""
-    columns = {"part": [], "source": [], "revision": [], "licence": []}
+    rows = []
     for part in parts:
         source = text(part.source)
         if part.hub_type is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", part.source):
             source = f"[{source}]({HUB}/{'datasets/' if part.hub_type == 'dataset' else ''}{part.source})"
         elif part.source.startswith((".", "/")):  # a local bank: the Python above has the path
             source = text(Path(part.source).name)
-        row = text(part.role), source, text(part.revision or "-"), text(part.license or "-")
-        for column, cell in zip(columns.values(), row, strict=True):
-            column.append(cell)
-    known = {name: column for name, column in columns.items() if set(column) != {"-"}}
-    return table(list(known), zip(*known.values(), strict=True))
+        rows.append([text(part.role), source, text(part.revision or "-"), text(part.license or "-")])
+    columns = zip(("part", "source", "revision", "licence"), *rows, strict=True)
+    headings, *known = zip(*(column for column in columns if set(column[1:]) != {"-"}), strict=True)
+    return table(headings, known)
 
 
 def _eval_results(evaluation: Evaluation) -> list[EvalResult]:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +163,9 @@ def write_facts(folder: str | os.PathLike, facts: ModelFacts | BankFacts) -> Non
 
 
 def read_facts(folder: str | os.PathLike) -> ModelFacts | BankFacts:
-    """Return the facts in the folder of a checkpoint or a bank.
+    """Return the facts in the folder of a checkpoint or a bank; without a file, those that the folder knows anyway.
 
-    Without a `card_facts.json` they are those that the folder knows anyway.
-
-    Raises:
-        ValueError: The file is no JSON object, or has a field that is unknown or of a wrong type; it is named.
+    Raises `ValueError` if the file is no JSON object, or has a field (it is named) that is unknown or of a wrong type.
     """
     folder = Path(folder).resolve()
     path, config_path = folder / FACTS_NAME, folder / BANK_CONFIG_NAME
@@ -225,8 +223,6 @@ def _parse_facts(kind: type, content: Any) -> Any:
         raise TypeError(f"{str(content)[:50]!r}, expected an object with the fields of {kind.__name__}")
     values = {name: value for name, value in content.items() if value is not None}
     for name in NESTED_FACTS.keys() & values.keys():
-        value, nested = values[name], NESTED_FACTS[name]
-        values[name] = (
-            [_parse_facts(nested, item) for item in value] if isinstance(value, list) else _parse_facts(nested, value)
-        )
+        value, parse = values[name], partial(_parse_facts, NESTED_FACTS[name])
+        values[name] = list(map(parse, value)) if isinstance(value, list) else parse(value)
     return kind(**values)

@@ -26,8 +26,7 @@ from ..hub.bank_facts import facts_of_dataset
 from .encode import EncodedParts, RowChoice, no_usable_row
 from .value_encoder_training import ValueEncoderTrainingConfig, train_new_value_encoder
 
-# Rows the whitening is fitted on: their products with one another must fit in memory.
-MAX_WHITENING_ROWS = 4096
+MAX_WHITENING_ROWS = 4096  # that it is fitted on: their products with one another must fit in memory
 
 
 def build_bank(
@@ -177,8 +176,7 @@ def image_shape(processor: ProcessorMixin) -> list[int]:
 def mean_and_sample(batches: Iterable[pa.RecordBatch], num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean of all raw keys, float64 `(raw_dim,)`, and up to `MAX_WHITENING_ROWS` of them."""
     chosen = np.zeros(num_rows, dtype=bool)
-    # always the same ones
-    chosen[np.random.default_rng(0).permutation(num_rows)[:MAX_WHITENING_ROWS]] = True
+    chosen[np.random.default_rng(0).permutation(num_rows)[:MAX_WHITENING_ROWS]] = True  # always the same ones
     keys, total, start = [], 0.0, 0
     for batch in batches:
         of_batch = matrix(batch, "key")
@@ -191,12 +189,8 @@ def mean_and_sample(batches: Iterable[pa.RecordBatch], num_rows: int) -> tuple[t
 def fit_whitening(raw_keys: torch.Tensor, mean: torch.Tensor, dim: int) -> torch.Tensor:
     """Return a PCA whitening `(raw_dim, dim)` float32, through the products of the rows: fewer than keys are wide.
 
-    Args:
-        raw_keys: `(rows, raw_dim)`, the raw keys or a sample of them.
-        mean: `(raw_dim,)`, of all raw keys.
-
-    Raises:
-        ValueError: `dim` exceeds the raw width or the rank that so many rows can have.
+    `raw_keys` `(rows, raw_dim)` may be a sample, `mean` `(raw_dim,)` is of all of them. Raises `ValueError` if `dim`
+    exceeds the raw width or the rank that so many rows can have.
     """
     rows, width = raw_keys.shape
     limit = min(width, rows - 1)

@@ -25,10 +25,8 @@ def remove_rows(
 ) -> None:
     """Write a new bank to `out`: without the rows of images with these names, of these files, and where all is true.
 
-    Raises:
-        ValueError: an image is not in the bank, a condition is not one, no row is meant or none would be left, or
-            `out` is there.
-        OSError: it could not be written.
+    Raises `ValueError` if an image is not in the bank, a condition is not one, no row is meant or none would be left,
+    or `out` is there, and `OSError` if it could not be written.
     """
     if not (source_ids or images or where):
         raise ValueError("Nothing says which rows: expected --source-id, --image or --where.")
@@ -64,10 +62,7 @@ def matching(table: pa.Table, where: Sequence[str]) -> np.ndarray:
     """Find the rows that all conditions are true of, as a boolean array `(rows,)`.
 
     A condition is `column=value`, the whole text, or `column~value`, which is somewhere in it. `column=` is true of
-    what is empty or missing.
-
-    Raises:
-        ValueError: a condition is something else, or its column is not there.
+    what is empty or missing. Raises `ValueError` if a condition is something else, or its column is not there.
     """
     columns = [name for name in table.column_names if name != "thumbnail"]
     chosen = np.ones(len(table), dtype=bool)

@@ -60,9 +60,8 @@ class EncodedParts:
     def encode(self, encoder: RowEncoder, source: StoredImages, choice: RowChoice) -> None:
         """Encode the data set, but for the parts that are there.
 
-        Raises:
-            ValueError: a row is bad and not to be left out, or gets a key or value that is not finite.
-            OSError: the disk is full; the parts so far are kept.
+        Raises `ValueError` if a row is bad and not to be left out, or gets a key or value that is not finite, and
+        `OSError` if the disk is full; the parts so far are kept.
         """
         first_id = encoder.next_id
         with Progress(total=choice.wanted or choice.total, desc="Encoding the bank", unit="row") as bar:

@@ -30,9 +30,7 @@ def check_new_folder(out: Path) -> None:
 def folder_of_bank(name: str | os.PathLike) -> Path:
     """Return the folder of a bank, of a repository the cached one with all its files.
 
-    Raises:
-        ValueError: there is no such folder, and the name is none of a repository.
-        OSError: the repository cannot be downloaded.
+    Raises `ValueError` if the name is of no folder and no repository, `OSError` if that cannot be downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -58,17 +58,12 @@ class RowSettings:
         check_row_settings([], 1 if self.batch_size is None else self.batch_size, None)
         self.constants()
 
-    def run_config(self) -> AlignmentConfig:
-        """Return the same settings as `tinyalign train` has them."""
-        shared = AlignmentConfig.__dataclass_fields__.keys() & RowSettings.__dataclass_fields__.keys()
-        return AlignmentConfig(output_dir="unused", **{name: vars(self)[name] for name in shared})
-
     def constants(self) -> dict[str, str]:
         """Return `set` as a dictionary; raises `ValueError` for what is not `column=value`."""
         for text in self.set:
-            if not text.partition("=")[0] or "=" not in text:
+            if text.find("=") < 1:
                 raise ValueError(f"--set is {text!r}, expected COLUMN=VALUE, license=cc-by-4.0 say.")
-        return {text.partition("=")[0]: text.partition("=")[2] for text in self.set}
+        return dict(text.split("=", 1) for text in self.set)
 
 
 @dataclass
@@ -203,12 +198,14 @@ class FileBuild:
         """
         files = fingerprint_files(settings.dataset)
         used = {**asdict(settings), "files": files, "bank": bank and bank.config.sha256.config}
+        used = json.loads(json.dumps(used))  # as the earlier ones: a tuple becomes a list
         earlier = work.read_settings()
-        if out.exists() and earlier and json.loads(json.dumps(used)).items() <= earlier["settings"].items():
+        if out.exists() and earlier and used.items() <= earlier["settings"].items():
             work.clear()  # a process was killed at its very end
             return None
         check_new_folder(out)
-        config = settings.run_config()
+        shared = AlignmentConfig.__dataclass_fields__.keys() & RowSettings.__dataclass_fields__.keys()
+        config = AlignmentConfig(output_dir="unused", **{name: vars(settings)[name] for name in shared})
         set_seed(settings.seed)
         model, processor = load_model(config)
         model.to(config.device).eval()
@@ -245,28 +242,25 @@ class FileBuild:
 
     def value_encoder(self) -> ValueEncoder | None:
         """Return the value encoder that the settings name, or a new one, trained once, if the model reads latents."""
-        settings = self.settings
+        settings, folder = self.settings, self.work.path / "value_encoder"
         if settings.value_encoder is not None:
-            path = Path(settings.value_encoder)
-            if path.is_dir() and not (path / CONFIG_NAME).is_file():
-                return ValueEncoder.from_pretrained(path).to(self.model.device).eval()
-            encoder = MemoryBank.open_encoders(settings.value_encoder).value_encoder
-            if encoder is None:
-                raise ValueError(
-                    f"value_encoder is {settings.value_encoder}, a bank without values, expected one for a model that "
-                    "reads latents, or the folder of a value encoder."
-                )
-            return encoder.to(self.model.device)
-        if not self.model.config.reads_latents:
+            folder = Path(settings.value_encoder)
+            if not folder.is_dir() or (folder / CONFIG_NAME).is_file():
+                encoder = MemoryBank.open_encoders(settings.value_encoder).value_encoder
+                if encoder is None:
+                    raise ValueError(
+                        f"value_encoder is {settings.value_encoder}, a bank without values, expected one for a model "
+                        "that reads latents, or the folder of a value encoder."
+                    )
+                return encoder.to(self.model.device)
+        elif not self.model.config.reads_latents:
             return None
-        folder = self.work.path / "value_encoder"
-        if not folder.is_dir():
+        elif not folder.is_dir():
             training = ValueEncoderTrainingConfig(steps=settings.value_encoder_steps, seed=settings.seed)
-            checkpoint = folder.with_suffix(".pt")
+            checkpoint, fresh = folder.with_suffix(".pt"), folder.with_suffix(".new")
             encoder = train_new_value_encoder(
                 self.model, self.processor, self.source, training, self.batch_size, checkpoint=checkpoint
             )
-            fresh = folder.with_suffix(".new")
             encoder.save_pretrained(fresh)
             fresh.rename(folder)
         return ValueEncoder.from_pretrained(folder).to(self.model.device).eval()
@@ -296,9 +290,9 @@ class FileBuild:
 
 def check_same_work(work: WorkFolder, earlier: dict, used: dict) -> None:
     """Raise `ValueError`, naming what differs, unless work with these settings can go on with that of earlier ones."""
-    changed = [  # by way of JSON, as the earlier ones: a tuple becomes a list
+    changed = [
         f"{name}: {earlier.get(name)!r} then, {value!r} now"
-        for name, value in json.loads(json.dumps(used)).items()
+        for name, value in used.items()
         if name not in LAST_STEP and earlier.get(name) != value
     ]
     if changed:

@@ -40,8 +40,7 @@ logger = logging.get_logger(__name__)
 
 SEARCH_NAME = "search.json"
 KINDS = (EXACT, "IVF_RQ", "IVF_SQ")
-# Candidates compared for every neighbour, to try.
-K_FACTORS = (8, 16, 32, 64, 128)
+K_FACTORS = (8, 16, 32, 64, 128)  # candidates compared for every neighbour, to try
 SAMPLE = 200
 
 
@@ -92,8 +91,7 @@ class LanceRows(BankRows):
         return self._read(["caption"])["caption"].to_pylist()
 
     def _read(self, names: Sequence[str]) -> pa.Table:
-        starts = range(0, len(self), BATCH_ROWS)
-        blocks = [np.arange(start, min(start + BATCH_ROWS, len(self))) for start in starts]
+        blocks = np.split(np.arange(len(self)), range(BATCH_ROWS, len(self), BATCH_ROWS))
         return pa.concat_tables(self.columns.take(rows, names)[0].select(names) for rows in blocks)
 
     def thumbnail(self, row_id: int) -> Image.Image | None:

@@ -21,28 +21,19 @@ except ImportError:
 # The tables of a bank: its rows, and bank_config.json with the encoders' files. The second comes last: without it
 # there is no bank.
 ROWS, FILES = "rows", "bank"
-# float32 products of unit vectors are this exact, and 1 - product, which Lance returns.
-LANCE_ROUNDING = 2e-6
-# How many keys are read at once to be compared.
-COMPARED_ROWS = 16_384
+LANCE_ROUNDING = 2e-6  # float32 products of unit vectors are this exact, and 1 - product, which Lance returns
+COMPARED_ROWS = 16_384  # that are read at once to be compared
 CACHE_BYTES = 2**29
-# The process that imported this. LanceDB's threads do not survive a fork.
-PROCESS = os.getpid()
+PROCESS = os.getpid()  # the process that imported this: LanceDB's threads do not survive a fork
 
 
 @dataclass(frozen=True)
 class LanceDatabase:
-    """The place of the tables.
+    """The place of the tables."""
 
-    Attributes:
-        uri: a folder, or `s3://bucket/path`, `gs://...`, `az://...`.
-        storage_options: of LanceDB, for an object store: its region, endpoint, credentials.
-        cache_bytes: how much of an index a process keeps in memory.
-    """
-
-    uri: str
-    storage_options: dict[str, str] | None = None
-    cache_bytes: int = CACHE_BYTES
+    uri: str  # a folder, or `s3://bucket/path`, `gs://...`, `az://...`
+    storage_options: dict[str, str] | None = None  # of an object store: its region, endpoint, credentials
+    cache_bytes: int = CACHE_BYTES  # how much of an index a process keeps in memory
 
     def connect(self) -> lancedb.DBConnection:
         """Open the database; raises `ImportError` without LanceDB."""
@@ -124,13 +115,9 @@ class LanceMatrix(LanceColumns):
 
 @dataclass
 class LanceIndex(KeyIndex):
-    """Let LanceDB find the candidates; as in every `KeyIndex`, their float64 products with the keys order them.
+    """Let LanceDB find the candidates; as in every `KeyIndex`, their float64 products with the keys order them."""
 
-    Attributes:
-        nprobes: how many lists of the index are looked into.
-    """
-
-    nprobes: int = 1
+    nprobes: int = 1  # how many lists of the index are looked into
 
     def candidates(
         self, queries: np.ndarray, fetch: int, wanted: int

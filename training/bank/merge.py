@@ -21,10 +21,8 @@ def merge_banks(
 
     Of an image that more than one has, those of the first are taken. The new bank is quantized if the first one is.
 
-    Raises:
-        ValueError: the banks were made with other towers or encoders, or are of other shapes or columns (all that
-            differs is named), or `out` is there.
-        OSError: it could not be written.
+    Raises `ValueError` if the banks were made with other towers or encoders, or are of other shapes or columns (all
+    that differs is named), or `out` is there, and `OSError` if it could not be written.
     """
     if len(bank_names) < 2:
         raise ValueError(f"Found {len(bank_names)} bank, expected two or more to merge.")

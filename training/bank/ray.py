@@ -74,20 +74,13 @@ def _actor_pool(encoder: RowEncoder, actors: int, num_parts: int) -> dict[str, A
 
 @dataclass
 class ReadTask:
-    """The parts to read: which rows each has, and where they are from.
-
-    Attributes:
-        rounds: of `EncodedParts.rounds`.
-        missing: numbers of the parts to read; None: all of them.
-        plans: of each part how many `rows` it has, the `id` of the first one and what is `left_out`, if it is known.
-        first: number of the first part.
-    """
+    """The parts to read: which rows each has, and where they are from."""
 
     source: CaptionedImages
-    rounds: list[np.ndarray | None]
-    missing: set[int] | None
-    plans: list[dict]
-    first: int = 0
+    rounds: list[np.ndarray | None]  # of `EncodedParts.rounds`
+    missing: set[int] | None  # numbers of the parts to read; None: all of them
+    plans: list[dict]  # if they are known, how many `rows` a part has, the `id` of the first and what is `left_out`
+    first: int = 0  # number of the first part
     part_rows: int = field(default_factory=lambda: encode.PART_ROWS)
 
 

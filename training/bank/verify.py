@@ -42,20 +42,14 @@ def bank_problems(name: str | os.PathLike, model: PreTrainedModel | None = None)
     try:
         folder = folder_of_bank(name)
         config = BankConfig.from_json(folder / CONFIG_NAME)
-    except ValueError as error:
-        yield str(error)
-        return
-    paths, is_right = [folder / name for name in shard_names(config.num_shards)], True
-    for problem in itertools.chain(encoder_problems(folder, config), shard_problems(paths, config)):
-        is_right = False
-        yield problem
-    if not is_right:
-        return
-    try:
-        bank = MemoryBank.from_pretrained(folder)
-        yield from copy_problems(bank, paths)
-        if model is not None:
-            bank.check_probes(model)
+        paths, problem = [folder / name for name in shard_names(config.num_shards)], None
+        for problem in itertools.chain(encoder_problems(folder, config), shard_problems(paths, config)):
+            yield problem
+        if problem is None:
+            bank = MemoryBank.from_pretrained(folder)
+            yield from copy_problems(bank, paths)
+            if model is not None:
+                bank.check_probes(model)
     except ValueError as error:
         yield str(error)
 
@@ -159,7 +153,7 @@ def copy_problems(bank: MemoryBank, paths: Sequence[Path]) -> Iterator[str]:
     batches = (batch for path in paths for batch in read_shard(path, bank.config))
     keys = np.concatenate([matrix(batch, "key")[np.isin(batch["id"].to_numpy(), chosen)] for batch in batches])
     scores, found = bank.search(keys, 1)
-    own = np.einsum("nd,nd->n", keys.astype(np.float64), keys.astype(np.float64))
+    own = np.square(keys, dtype=np.float64).sum(axis=1)
     for row, score, neighbour, expected in zip(chosen, scores[:, 0], found[:, 0], own, strict=True):
         if score < expected - 1e-5:
             yield (

@@ -43,9 +43,8 @@ def view_bank(
         images: files whose neighbours are shown, too; for their keys it takes
         model: the folder or repository of a TinyAlign model with the bank's vision tower.
 
-    Raises:
-        ValueError: there is no bank, no such row, or images without a model, or of another vision tower.
-        OSError: the page cannot be written.
+    Raises `ValueError` if there is no bank, no such row, or images without a model, or of another vision tower, and
+    `OSError` if the page cannot be written.
     """
     folder, page = folder_of_bank(name), Path(page)
     facts = bank_info(folder)
@@ -75,8 +74,7 @@ def view_bank(
 
 def render_page(data: dict) -> str:
     """Return the page that shows this, in HTML."""
-    # in a script, "<" could end it
-    text = json.dumps(data).replace("<", "\\u003c")
+    text = json.dumps(data).replace("<", "\\u003c")  # in a script, "<" could end it
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1)
 
 

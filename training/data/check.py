@@ -21,7 +21,7 @@ from ..arguments.stage import StageArguments
 from ..disk import full_disk_advice, save_file
 from ..models import context_length, load_model
 from .chats import images_of
-from .files import STORED_IMAGE, Rows, item_of, open_rows, unpacked
+from .files import Rows, item_of, open_rows, unpacked
 from .rows import FEATURES, IMAGE_COLUMNS, RowReader
 
 logger = logging.get_logger(__name__)
@@ -67,23 +67,17 @@ class DataCheck:
 def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) -> tuple[datasets.Dataset, DataCheck]:
     """Read all rows of `config.dataset` -> the good ones, with `messages` and `images` or `image`, and what was found.
 
-    Args:
-        processor: Of the model to train; without it, lengths are not checked.
-
-    Raises:
-        ValueError: The data cannot be read, or has no rows.
+    Without the `processor` of a model, lengths are not checked. Raises `ValueError` if no rows can be read.
     """
     raw = open_rows(config)
     if len(raw) == 0:
         raise ValueError(f"{config.dataset} has no rows, expected at least one.")
-    reader = row_reader(config, processor)
-    column = _column_with_images(raw, config)
-    features = {**FEATURES} if column is not None else {**FEATURES, "images": datasets.List(STORED_IMAGE)}
+    reader, column = row_reader(config, processor), _column_with_images(raw, config)
     checked = raw.map(
         partial(_without_images, reader) if column is not None else reader,
         with_indices=True,
         remove_columns=raw.column_names,
-        features=datasets.Features(features),
+        features=FEATURES.copy(),
         num_proc=config.num_proc,
         # files may have been added since, unless images are in the data; other processes take what the first has found
         load_from_cache_file=column is not None or not PartialState().is_main_process,
@@ -96,7 +90,7 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
         feature = raw.features[column]
         name = "image" if item_of(feature) is feature else "images"
         images = raw.select_columns([column]).rename_columns({column: name})
-        rows = datasets.concatenate_datasets([images, rows], axis=1)
+        rows = datasets.concatenate_datasets([images, rows.remove_columns("images")], axis=1)
     if found:
         rows = rows.select([number for number in range(len(rows)) if number not in found])
     return rows, DataCheck(len(raw), found, kinds)
@@ -104,17 +98,13 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
 
 def training_data(config: StageArguments, processor: ProcessorMixin, name_images: bool = False) -> Rows:
     """The rows to train on. Bad ones are skipped, counted and written to `bad_rows.json` in `config.output_dir`;
-    streamed ones are checked as they come.
+    streamed ones are checked as they come, and have the `source_ids` of their images with `name_images`.
 
-    Args:
-        name_images: Add the `source_ids` of the images to streamed rows, for a model that retrieves.
-
-    Raises:
-        ValueError: As [`check_rows`]; or `config.strict` and a row is bad, or none is good.
+    Raises `ValueError` as [`check_rows`], and if none is good or, with `config.strict`, one is bad.
     """
     if config.streaming:
         raw, keep = open_rows(config), _SkipBadRows(config)
-        features = datasets.Features({**FEATURES, "images": datasets.List(STORED_IMAGE)})
+        features = FEATURES.copy()
         if name_images:
             features["source_ids"] = datasets.List(datasets.Value("string"))
         reader = row_reader(config, processor, name_images)
@@ -160,7 +150,7 @@ def _column_with_images(raw: datasets.Dataset, config: StageArguments) -> str | 
 
 def _without_images(reader: RowReader, row: dict, number: int) -> dict:
     """They stay where they are: no second copy of a data set's images is written."""
-    return {name: value for name, value in reader(row, number).items() if name != "images"}
+    return {**reader(row, number), "images": []}
 
 
 class _SkipBadRows:

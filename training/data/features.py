@@ -62,13 +62,9 @@ def cache_vision_features(
         raise ValueError("There are no images, expected at least one.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    def place() -> tuple[Path, bool]:
-        complete = path.with_name(f"{path.name}-{fingerprint_images(model, processor, images)}.npy")
-        return complete, complete.exists()
-
-    complete, is_there = from_main_process(place)
-    if not is_there:
+    fingerprint = from_main_process(lambda: fingerprint_images(model, processor, images))
+    complete = path.with_name(f"{path.name}-{fingerprint}.npy")
+    if not from_main_process(complete.exists):
         with one_run_at_a_time(complete.with_suffix(".lock")) as state:
             if not complete.exists():
                 partial = complete.with_suffix(".partial")

@@ -39,8 +39,7 @@ LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "eht
 STORED_IMAGE = datasets.Image(decode=False)
 TEXT = datasets.Value("string")
 Rows = datasets.Dataset | datasets.IterableDataset
-# The column with the folder of a row's file.
-FOLDER = "__folder__"
+FOLDER = "__folder__"  # the column with the folder of a row's file
 
 
 class SourceError(ValueError):

@@ -76,17 +76,13 @@ class DatasetImages(StoredImages):
 class CaptionedImages(StoredImages):
     """Rows of `config.dataset`: files, a folder or a repository.
 
-    Attributes:
-        caption_column: the captions, by default `caption` or `txt`; a row with neither must be a chat, and its first
-            answer is the caption.
-        keep_columns: columns to keep as text.
-        constants: columns that are the same in all rows, by name.
+    The caption is in `caption_column`, by default `caption` or `txt`; without, it is the first answer of a chat.
     """
 
     config: StageArguments
     caption_column: str | None
-    keep_columns: Sequence[str]
-    constants: dict[str, str]
+    keep_columns: Sequence[str]  # to keep as text
+    constants: dict[str, str]  # columns that are the same in all rows, by name
 
     def __post_init__(self):
         self.config.streaming = True  # or `datasets` would write a copy of all rows first
@@ -104,11 +100,7 @@ class CaptionedImages(StoredImages):
             ) from error
 
     def read(self, number: int, row: dict[str, Any]) -> BankRow:
-        """Return a row with its image decoded.
-
-        Raises:
-            BadRow: the row has no caption, lacks a column, has more or fewer than one image, or a broken one.
-        """
+        """Return a row with its image decoded; raises `BadRow` if it lacks a column, a caption or one whole image."""
         row = {**self.reader.fields(row), **self.constants}
         for name in (self.caption_column, *self.keep_columns):
             if name is not None and name not in row:

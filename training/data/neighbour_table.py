@@ -172,9 +172,8 @@ class NeighbourSearch:
                 write_parquet(pa.concat_tables(tables), file)
 
     def _batches_of(self, part: int) -> list[range]:
-        stop = min((part + 1) * PART_ROWS, len(self.images))
-        starts = range(part * PART_ROWS, stop, self.batch_size)
-        return [range(start, min(start + self.batch_size, stop)) for start in starts]
+        span = range(len(self.images))[part * PART_ROWS : (part + 1) * PART_ROWS]
+        return [span[start : start + self.batch_size] for start in range(0, len(span), self.batch_size)]
 
     def _search(
         self, batch: range, source_ids: list[str], excluded: list[list[str]], pixel_values: torch.Tensor | None

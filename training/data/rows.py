@@ -5,6 +5,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,7 +19,7 @@ from ...modeling_tinyalign.row_encoder import first_caption, image_source_id, re
 from ...processing.images import MissingImage, decode_image, image_path, image_source
 from ..arguments.stage import StageArguments
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, shown, to_messages
-from .files import FOLDER, IMAGE_SUFFIXES
+from .files import FOLDER, IMAGE_SUFFIXES, STORED_IMAGE, TEXT
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -31,50 +32,41 @@ IMAGE_PARTS = ("image", "image_url", "input_image")
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 
-# What every format becomes; `row` is its number. Rows that are bad have no messages but a `problem`, whose first words
-# are `kind`.
+# What every format becomes; `row` is its number, and an answer whose `train` is False belongs to the question. Rows
+# that are bad have no messages but a `problem`, whose first words are `kind`.
+TURN = {"role": TEXT, "content": datasets.List({"type": TEXT, "text": TEXT}), "train": datasets.Value("bool")}
 FEATURES = datasets.Features(
     {
-        "messages": datasets.List(
-            {
-                "role": datasets.Value("string"),
-                "content": datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")}),
-                "train": datasets.Value("bool"),  # False: an answer that belongs to the question
-            }
-        ),
+        "messages": datasets.List(TURN),
         "row": datasets.Value("int64"),
-        "id": datasets.Value("string"),
-        "kind": datasets.Value("string"),
-        "problem": datasets.Value("string"),
+        "id": TEXT,
+        "kind": TEXT,
+        "problem": TEXT,
+        "images": datasets.List(STORED_IMAGE),
     }
 )
 
 
 @dataclass
 class RowReader:
-    """A row of any format, as `open_rows` gives it -> the columns of `FEATURES`, and the images.
+    """A row of any format, as `open_rows` gives it -> the columns of `FEATURES`.
 
     The formats: `conversations` of turns with `from` and `value` (LLaVA), `messages` of turns with `role` and
     `content`, `prompt` + `completion` (TRL), `texts` of `user` and `assistant` (the Cauldron), or the column
     `answer_column` with answers to `prompt`, of several the first. `<image>` in a question says where an image stands;
     where it is nowhere in chats that are not LLaVA's, images come first, as in TRL.
-
-    Args:
-        image_folder: What paths are relative to; by default the folder of the row's file, or the data set's `folder`.
-        processor: Without one, the length of the rows is not checked.
-        name_images: Add the `source_ids` of the images.
     """
 
-    image_folder: str | None
-    folder: str
+    image_folder: str | None  # of relative paths; by default the folder of the row's file, or `folder`
+    folder: str  # of the data set
     image_column: str | None
     messages_column: str | None
     answer_column: str | None
     prompt: str | None
-    processor: ProcessorMixin | None
+    processor: ProcessorMixin | None  # without one, the length of the rows is not checked
     max_length: int | None
     truncation: bool
-    name_images: bool = False
+    name_images: bool = False  # add the `source_ids` of the images
 
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         result = {"images": [], "messages": [], "row": number, "id": None, "kind": None, "problem": None}
@@ -222,10 +214,8 @@ def _parse(text: str) -> dict:
 def list_turns(turns: Any) -> Any:
     """Return a list of turns: of JSON as text, of a dictionary of lists, or of pairs of `user` and `assistant`."""
     if isinstance(turns, str):
-        try:
+        with suppress(ValueError):
             turns = json.loads(turns)
-        except ValueError:
-            return turns
     if isinstance(turns, dict):  # `datasets` stores a Sequence of dictionaries so
         columns = [values for values in turns.values() if isinstance(values, list)]
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*columns, strict=False)]

@@ -15,8 +15,7 @@ from ...modeling_tinyalign.memory_bank import MemoryBank
 from .parts import UNKNOWN, describe_part, public_command
 
 DATA = "images and captions"
-# Most licences of rows that a card names; a column with more holds something else.
-MOST_LICENSES = 8
+MOST_LICENSES = 8  # of rows that a card names; a column with more holds something else
 
 
 def record_bank(
@@ -24,10 +23,7 @@ def record_bank(
 ) -> None:
     """Write what is known of a bank into the card_facts.json of its folder; a person adds the rest.
 
-    Args:
-        command: made the bank.
-        data: the data set that it has new rows of.
-        old: names of the banks that other rows are from.
+    `command` made it, with new rows of the data set `data`, and others of the banks named in `old`.
     """
     earlier = [_facts_of_bank(name) for name in old]  # first: a broken one is told of by the name of its own file
     facts = _with_sources(read_facts(folder), bank, data, earlier, public_command(command))

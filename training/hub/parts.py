@@ -80,12 +80,10 @@ def _license_of_folder(path: Path) -> str:
 
 def _ask_hub(name: str, hub_type: str, revision: str | None) -> tuple[str, str]:
     """Return commit and licence, `UNKNOWN` where the Hub has none, or cannot be reached and the cache has none."""
-    try:
+    with suppress(Exception):  # of huggingface_hub, and of an HTTP library that changes from version to version
         info = HfApi().repo_info(name, repo_type=hub_type, revision=revision, timeout=HUB_SECONDS)
-    except Exception:  # of huggingface_hub, and of an HTTP library that changes from version to version
-        commit, license = revision or UNKNOWN, UNKNOWN
-    else:
         return info.sha, license_of(info.card_data and info.card_data.get("license"))
+    commit, license = revision or UNKNOWN, UNKNOWN
     for file in ("config.json", "bank_config.json", "README.md"):
         cached = try_to_load_from_cache(name, file, repo_type=hub_type, revision=revision)
         if isinstance(cached, str):

@@ -104,8 +104,8 @@ def push_checkpoint(
 def checked_facts(folder: Path, has_bank: bool) -> ModelFacts | None:
     """Return the facts of a checkpoint's card, None if nobody has recorded any.
 
-    Raises:
-        ValueError: the folder lacks weights, or the code and `auto_map` to load them with; or its bank is not pushed.
+    Raises `ValueError` if the folder lacks weights, or the code and `auto_map` to load them with, or a picture of the
+    card, or if its bank is not pushed.
     """
     missing = [] if list(folder.glob(WEIGHTS)) else [WEIGHTS]
     for name, classes in AUTO_CLASSES.items():
@@ -140,8 +140,7 @@ def checked_facts(folder: Path, has_bank: bool) -> ModelFacts | None:
 def bank_card_for_push(folder: Path, repo_id: str, model: str | None) -> str:
     """Return the README.md of a bank's repository: of the facts in the folder, or the one there if they lack some.
 
-    Raises:
-        ValueError: a fact is missing that only a person knows. What is known has been written to card_facts.json.
+    Raises `ValueError` if a fact is missing that only a person knows, once what is known is in card_facts.json.
     """
     path, facts = folder / FACTS_NAME, with_facts_of_hub(read_facts(folder))
     missing = [name for name in EXAMPLES if not vars(facts)[name]]

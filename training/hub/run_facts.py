@@ -17,7 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from transformers import PreTrainedConfig, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ...hub_cards.cards import usage_snippet
 from ...hub_cards.facts import ModelFacts
@@ -37,22 +37,16 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage co
 
 @dataclass
 class StageRecord:
-    """A stage that was trained; names as a reader should see them.
-
-    Attributes:
-        losses, eval_losses, learning_rates: `[step, value]` each.
-        seconds: of training, with those before an interruption.
-        saved_step: the step of the saved weights, where it is not the last one (`load_best_model_at_end`).
-    """
+    """A stage that was trained; names as a reader should see them."""
 
     name: str
     hyperparameters: dict[str, str | int | float]
-    losses: list[list[float]]
+    losses: list[list[float]]  # `[step, value]` each, as in the other two curves
     eval_losses: list[list[float]]
-    seconds: float
+    seconds: float  # of training, with those before an interruption
     peak_memory_gb: float | None
     learning_rates: list[list[float]] = field(default_factory=list)
-    saved_step: int | None = None
+    saved_step: int | None = None  # of the saved weights, where it is not the last one (`load_best_model_at_end`)
 
 
 class RunClock(TrainerCallback):
@@ -80,7 +74,8 @@ def logged_seconds(log_history: list[dict]) -> float:
 
 def stage_record(name: str, trainer: Trainer) -> StageRecord:
     """Return the record of the stage that a trainer has trained to its end."""
-    args, state = trainer.args, trainer.state
+    args, state, config = trainer.args, trainer.state, trainer.model.config
+    rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else None  # streamed, not counted
     best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
     settings = {
         "learning rate": args.learning_rate,
@@ -90,14 +85,18 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
         "optimiser": args.optim.value,
         "weight decay": args.weight_decay,
         "gradient clipping": args.max_grad_norm,
-        **_passes(trainer),
+        "rows": rows,
+        "passes over the rows": None if rows is None else round(state.epoch or 0, 3),
         "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "steps": state.global_step,
         "weights of the best step": best,
         "precision": {args.bf16: "bfloat16", args.fp16: "float16"}.get(True, "float32"),
         "seed": args.seed,
         "trained parameters": f"{sum(part.trained for part in trainer.parts):,}",
-        **_image_tokens(trainer.model.config),
+        "visual tokens an image": config.image_seq_length,
+        "neighbours an image": config.memory_top_k or None,
+        "memory input": config.memory_input if config.memory_top_k > 0 else None,
+        "memory tokens an image": config.num_memory_tokens if config.memory_top_k > 0 else None,
     }
     return StageRecord(
         name=name,
@@ -109,13 +108,6 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
     )
 
 
-def _passes(trainer: Trainer) -> dict[str, int | float]:
-    """Return how many rows there are and how often each was seen; nothing of streamed rows, which are not counted."""
-    if not isinstance(trainer.train_dataset, Sized):
-        return {}
-    return {"rows": len(trainer.train_dataset), "passes over the rows": round(trainer.state.epoch or 0, 3)}
-
-
 def _trained_parts(trainer: Trainer) -> dict[str, str | float]:
     rates, policies = {}, {}
     for part in trainer.parts:
@@ -125,17 +117,6 @@ def _trained_parts(trainer: Trainer) -> dict[str, str | float]:
         if part.trained and part.learning_rate != trainer.args.learning_rate:
             rates[f"learning rate of the {name}"] = part.learning_rate
     return rates | policies
-
-
-def _image_tokens(config: PreTrainedConfig) -> dict[str, str | int]:
-    settings = {"visual tokens an image": config.image_seq_length}
-    if config.memory_top_k > 0:
-        settings |= {
-            "neighbours an image": config.memory_top_k,
-            "memory input": config.memory_input,
-            "memory tokens an image": config.num_memory_tokens,
-        }
-    return settings
 
 
 def curves_of(log_history: list[dict]) -> dict[str, list[list[float]]]:
@@ -236,8 +217,7 @@ def versions(packages: Sequence[str] = TRAINING_PACKAGES) -> dict[str, str]:
 def run_snippet(folder: str | os.PathLike, facts: ModelFacts) -> str:
     """Return what the card's snippet prints in the checkpoint's folder, in a process that can't import this package.
 
-    Raises:
-        RuntimeError: it failed; the end of its traceback is in the message.
+    Raises `RuntimeError`, with the end of its traceback, if it fails.
     """
     script = f'import sys\nsys.modules["tinyalign_vlm"] = None\n{usage_snippet(facts)}'
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)

@@ -27,9 +27,7 @@ PEAK_FLOPS = {
     "T4": 65e12,
     "RTX 4090": 165e12,
 }
-# Counted on the device, without waiting for it:
-ON_DEVICE = ("tokens", "slots", "slots_off", "similarities")
-# and on the host.
+ON_DEVICE = ("tokens", "slots", "slots_off", "similarities")  # counted there, without waiting for it
 ON_HOST = ("samples", "named_images", "own_images")
 
 
