@@ -213,11 +213,8 @@ class BankConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> "BankConfig":
-        """Read a bank_config.json.
-
-        Raises:
-            ValueError: it is missing, not JSON, has fields too many, too few or of a wrong type, is absurd, or was
-                changed since it was written; the file and the field are named.
+        """Read a bank_config.json. ValueError, naming file and field, if it is missing, not JSON, has fields too many,
+        too few or of a wrong type, is absurd, or was changed since it was written.
         """
         content = read_json(path)
         try:

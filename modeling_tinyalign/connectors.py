@@ -105,11 +105,9 @@ class MemoryConnector(nn.Module):
         Args:
             words, places: Embeddings `(n, M, hidden_size)` of the captions' tokens, and `(n, M)`, False where there is
                 none; `None` for a model that reads latents alone.
-            scores, used: Similarities `(n, k)` of the neighbours, and False where there is none.
+            scores, used: Similarities `(n, k)` of the neighbours (ValueError if they are wanted and missing), and
+                False where there is none.
             values: Their latents `(n, k, L, D)`, for a model that reads them.
-
-        Raises:
-            ValueError: The similarities are wanted and missing.
         """
         tokens = self.empty_token
         if words is not None:
@@ -160,8 +158,12 @@ def check_memory(config: TinyAlignConfig, n: int, **given: torch.Tensor | None) 
             raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected ({axes}) = {expected}.")
 
 
-def check_retrieval(config: TinyAlignConfig, memory: str | None, top_k: int | None, threshold: float | None):
-    """Raise `ValueError` if what steers the retrieval of one call is out of range."""
+def check_retrieval(
+    config: TinyAlignConfig, memory: str | None, top_k: int | None, threshold: float | None, known: bool = False
+):
+    """Raise `ValueError` if what steers the retrieval of one call is out of range, or what is read `known` without."""
+    if known and top_k:
+        raise ValueError("memory_top_k is of a search, but what is read is given: give fewer neighbours.")
     if memory not in (None, "on", "off"):
         raise ValueError(f"memory is {memory!r}, expected 'on' or 'off'.")
     if top_k is not None and not (type(top_k) is int and 0 <= top_k <= config.memory_top_k):
@@ -224,11 +226,8 @@ class CaptionTokenizer:
     room for all, each gets an equal share and is cut after the last word that fits; what one leaves is the others'.
 
     Args:
-        tokenizer: the language model's, a fast one.
+        tokenizer: the language model's; ValueError if it is a slow one.
         size: places of one image (`config.memory_tokens`).
-
-    Raises:
-        ValueError: the tokenizer is a slow one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int):

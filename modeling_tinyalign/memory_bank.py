@@ -274,8 +274,7 @@ class MemoryBank(BankRows):
 
     def check_probes(self, model: PreTrainedModel) -> None:
         """Refuse a model of another vision tower than the bank's keys were made with: see `KeyEncoder.check_tower`."""
-        if not self.any_tower:
-            self.key_encoder.check_tower(model, self.config.tower, self.probe_keys)
+        self.key_encoder.check_tower(model, self.config.tower, self.probe_keys)
 
     @classmethod
     def open_encoders(

@@ -139,7 +139,8 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features.")
-        check_retrieval(self.config, memory, memory_top_k, retrieval_threshold)
+        known = self.config.memory_top_k > 0 and is_known(self.config, memory_input_ids, memory_values)
+        check_retrieval(self.config, memory, memory_top_k, retrieval_threshold, known)
         tower = {}
         if vision_features is None:
             vision_features, tower = self._read_vision_tower(pixel_values, **kwargs)
@@ -150,12 +151,10 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             given |= {"memory_input_ids": memory_input_ids, "memory_values": memory_values}
             if memory == "off" or memory_top_k == 0:
                 given = no_memory(self.config, tokens.shape[0])
-            elif not is_known(self.config, memory_input_ids, memory_values):
+            elif not known:
                 queries = vision_features, query_input_ids, query_attention_mask
                 found = self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
                 given |= found if memory_values is None else found | {"memory_values": memory_values}
-            elif memory_top_k is not None:
-                raise ValueError("memory_top_k is of a search, but what is read is given: give fewer neighbours.")
             memory_tokens, memory_ids, memory_scores = self.read_memory(tokens, retrieval_threshold, **given)
             tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
         elif any(value is not None for value in (memory_ids, memory_input_ids, memory_values)):

@@ -133,11 +133,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
 
         Args:
             connectors_only: Save no weights but the connectors'. `from_pretrained` takes vision tower and language
-                model from the checkpoints, at the commits, that the model was composed of.
-
-        Raises:
-            ValueError: `connectors_only`, but vision tower or language model were trained, or their checkpoints are
-                not known.
+                model from the checkpoints, at the commits, that the model was composed of; ValueError if these are
+                not known, or were trained.
         """
         if connectors_only:
             check_origins(self.config)
@@ -225,8 +222,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             tokenizer: The processor's, to read captions with. A checkpoint finds its own beside its weights.
             check_probes: `False` takes a bank of another vision tower too, as [`MemoryBank.for_any_tower`].
 
-        Raises:
-            ValueError: The bank has other latents or keys than the model, is too small, or is of another vision tower.
+        Raises ValueError if the bank has other latents or keys than the model, is too small, or of another tower.
         """
         if bank is None:
             self.detach_memory_bank()
@@ -246,7 +242,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
                 f"The bank has {len(bank)} rows, expected at least memory_top_k = {config.num_neighbours}: add rows."
             )
         bank = bank if check_probes else bank.for_any_tower()
-        bank.check_probes(self)
+        if not bank.any_tower:
+            bank.check_probes(self)
         if tokenizer is not None:
             self.read_captions_with(tokenizer)
         self.base_model._memory_bank = bank

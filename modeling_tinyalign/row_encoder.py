@@ -167,10 +167,8 @@ class RowEncoder:
         return row_schema(width, value_size, self.thumbnail_size is not None, self.keep_columns)
 
     def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
-        """Encode numbered rows, as the data set stores them, into record batches with raw keys.
-
-        Raises:
-            ValueError: a row is bad, or gets a key or value that is not finite (its number is named).
+        """Encode numbered rows, as the data set stores them, into record batches with raw keys; ValueError, naming
+        its number, if a row is bad, or gets a key or value that is not finite.
         """
         good = self.good_rows(rows)
         while chunk := list(itertools.islice(good, self.batch_size)):
