@@ -5,11 +5,11 @@ What a model should read of its neighbours and meet in training: the demo's job,
 
 Each seed trains, in the demo's steps: the baseline; TinyAlign ("captions"), text-only RAG ("text"), captions and
 latents ("both") and latents alone, the paper's way ("latents"), all on training concepts of which the bank lacks 30%;
-captions without memory dropout ("coverage"); captions with training concepts that the bank has, with memory dropout
-("dropout") and without ("known"); captions whose dropout always takes all neighbours ("all_off"), and the baseline on
-as few rows as are then trained without memory ("baseline_120"), and by default ("baseline_20"). Every number is of
-concepts that were never trained on, with a bank that has them, one that lacks them, and none ("off"): the mean of the
-seeds, and from their lowest to their highest.
+captions and text without memory dropout ("coverage", "text_coverage"); captions with training concepts that the bank
+has, with memory dropout ("dropout") and without ("known"); captions whose dropout always takes all neighbours
+("all_off"), and the baseline on as few rows as are then trained without memory ("baseline_120"), and by default
+("baseline_20"). Every number is of concepts that were never trained on, with a bank that has them, one that lacks
+them, and none ("off"): the mean of the seeds, and from their lowest to their highest.
 "mixed" and "weighted" mix the probabilities of the answers with and without memory in one model: half and half, and by
 the probability that a neighbour is right. Training goes on where it was interrupted; docs/method.md has the table.
 """
@@ -33,7 +33,18 @@ from tinyalign_vlm.training.demo.pairs import load_pairs
 from tinyalign_vlm.training.demo.state import BANKS, TOP_K, Clock, Demo, DemoConfig, Result
 
 METRICS = ("choice", "keyword_loss", "exact_match", "name_loss")
-SYSTEMS = ("baseline", "captions", "text", "coverage", "known", "dropout", "all_off", "both", "latents")
+SYSTEMS = (
+    "baseline",
+    "captions",
+    "text",
+    "coverage",
+    "text_coverage",
+    "known",
+    "dropout",
+    "all_off",
+    "both",
+    "latents",
+)
 FEWER_ROWS = {"baseline_20": 20, "baseline_120": 120}
 
 
@@ -68,10 +79,12 @@ def run_one(demo: Demo, name: str) -> dict[str, Result]:
             "off": systems.evaluate_system(demo, name, *systems.train_system(demo, name, memory_top_k=0), answer=False)
         }
     memory_dropout.OFF_SHARE = 1 if name == "all_off" else OFF_SHARE
-    if name == "text":
+    if name in ("coverage", "text_coverage", "known"):
+        demo = replace(demo, config=replace(demo.config, memory_dropout=0.0))
+    if name.startswith("text"):
         model = systems.train_system(demo, name, in_text=True, memory_top_k=0)
         return {
-            bank: systems.evaluate_system(demo, f"text_{bank}", *model, captions=demo.captions(bank), answer=False)
+            bank: systems.evaluate_system(demo, f"{name}_{bank}", *model, captions=demo.captions(bank), answer=False)
             for bank in BANKS
         }
     banks = {bank: bank for bank in (*BANKS, "off")}
@@ -82,8 +95,6 @@ def run_one(demo: Demo, name: str) -> dict[str, Result]:
         banks = {bank: f"latents_{bank}" for bank in BANKS}
     if name in ("known", "dropout"):
         demo = of_known_concepts(demo)
-    if name in ("coverage", "known"):
-        demo = replace(demo, config=replace(demo.config, memory_dropout=0.0))
     model = systems.train_system(demo, name, banks["without"], **memory)
     found = {}
     for key, bank in banks.items():

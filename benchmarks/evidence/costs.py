@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 import torch
+from real_captions import cut
 from study import Study, evaluate
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -15,6 +16,8 @@ from tinyalign_vlm.training.demo.state import Demo, Result
 
 SEEDS = (0,)  # of the scores
 WORDS, NEIGHBOURS = (3, 15, 60), (1, 5, 10)
+# Captions to be asked with, by their title; names alone have 2.2 words.
+WRITTEN = {"15 words": (15, False), "60 words": (60, False), "15 words, the name last": (15, True)}
 VISUAL_TOKENS, QUESTION_TOKENS, MEMORY_TOKENS, ANSWER_TOKENS = 729, 60, 32, 20
 TOKENS_A_WORD = 1.3  # of English in a vocabulary of 50,000
 REPEATS = 2
@@ -62,15 +65,15 @@ def cache_megabytes(length: int) -> float:
     return 2 * SHAPE.num_hidden_layers * SHAPE.num_key_value_heads * head * 2 * length / 2**20
 
 
-def in_words(count: int) -> Callable[[str], str]:
-    """Return what makes of a name a caption of so many words, in which the name stands after the first three."""
+def in_words(count: int, last: bool = False) -> Callable[[str], str]:
+    """Return what makes of a name a caption of so many words, in which it stands after the first three, or `last`."""
 
     def write(name: str) -> str:
-        missing = count - len(f"{BEFORE} {name}".split())
-        filler = (AFTER.split() * (1 + max(0, missing) // len(AFTER.split())))[: max(0, missing)]
-        return " ".join([BEFORE, name, *filler])
+        missing = max(0, count - len(f"{BEFORE} {name}".split()))
+        filler = (AFTER.split() * (1 + missing // len(AFTER.split())))[:missing]
+        return " ".join([BEFORE, *filler, name] if last else [BEFORE, name, *filler])
 
-    return str if count <= 3 else write
+    return write
 
 
 def recaptioned(bank: MemoryBank, write: Callable[[str], str]) -> MemoryBank:
@@ -84,24 +87,24 @@ def recaptioned(bank: MemoryBank, write: Callable[[str], str]) -> MemoryBank:
     return bank.with_rows(batches())
 
 
-def scores(demo: Demo) -> dict[str, dict[int, Result]]:
-    """Return what TinyAlign and text-only RAG, whole, answer with captions of so many words."""
+def scores(demo: Demo) -> dict[str, dict[str, Result]]:
+    """Return what TinyAlign and text-only RAG, whole and cut at as many tokens, answer with captions of each kind."""
     ours = systems.train_system(demo, "tinyalign", "without")
     text = systems.train_system(demo, "text_rag", in_text=True, memory_top_k=0)
-    found = {"tinyalign": {WORDS[0]: demo.results["tinyalign"]["with"]}}
-    found["text_rag"] = {WORDS[0]: demo.results["text_rag"]["with"]}
-    for words in WORDS[1:]:
-        write, name = in_words(words), f"words_{words}"
+    found = {name: {"names alone": demo.results[name]["with"]} for name in ("tinyalign", "text_cut", "text_rag")}
+    for title, (words, last) in WRITTEN.items():
+        write, name = in_words(words, last), f"words_{words}{'_last' if last else ''}"
         demo.banks[name] = recaptioned(demo.banks["with"], write)
         demo.found[name] = demo.found["with"]
-        found["tinyalign"][words] = evaluate(demo, "tinyalign", ours, name)
-        captions = [[write(caption) for caption in row] for row in demo.captions("with")]
-        found["text_rag"][words] = systems.evaluate_system(
-            demo, f"text_rag_{name}", *text, captions=captions, answer=False
-        )
+        found["tinyalign"][title] = evaluate(demo, "tinyalign", ours, name)
+        whole = [[write(caption) for caption in row] for row in demo.captions("with")]
+        for system, captions in (("text_cut", cut(text[1].tokenizer, whole)), ("text_rag", whole)):
+            found[system][title] = systems.evaluate_system(
+                demo, f"{system}_{name}", *text, captions=captions, answer=False
+            )
     return found
 
 
-def measure(study: Study) -> dict[int, dict[str, dict[int, Result]]]:
+def measure(study: Study) -> dict[int, dict[str, dict[str, Result]]]:
     """Return the scores by seed."""
     return {seed: scores(study.demo(seed)) for seed in study.of(SEEDS)}

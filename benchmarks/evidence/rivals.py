@@ -20,6 +20,7 @@ TITLES = {
     "tinyalign": "**TinyAlign**",
     "text_cut": "text-only RAG at equal tokens, trained as long",
     "chosen": "untouched baseline chooses among the retrieved names, or none",
+    "named": "untouched baseline chooses among the retrieved names, always one",
     "lora": "fine-tuned on the bank's rows, LoRA",
     "lora_negatives": "fine-tuned, LoRA, with negatives",
     "full": "fine-tuned on the bank's rows, all weights",
@@ -40,6 +41,9 @@ def alternatives(study: Study, folder: Path) -> Section:
 
     lines, ahead = [], {}
     for system, title in TITLES.items():
+        if system in sceptic.FINE_TUNED:
+            seen = sceptic.num_taught(demos[0], system) / len(demos[0].pairs.heldout)
+            title += f", {seen:.0%} of them"
         line = [title]
         for bank_name in ("with", "without"):
             line += [
@@ -68,9 +72,10 @@ def alternatives(study: Study, folder: Path) -> Section:
     return Section(
         "What a sceptic asks",
         "None: the paper compares with text-only RAG alone.",
-        "The same data and questions. Fine-tuning starts from the trained baseline and takes about as long as all of "
-        "TinyAlign's training; negatives are training concepts, one for each taught one. Other concepts: 100 that no "
-        "bank has and nothing was trained on.\n\n" + table(header, lines),
+        "The same data and questions. Fine-tuning starts from the trained baseline, and its steps are an epoch of the "
+        "bank's new rows, of which each system has seen the share in its title; negatives are training concepts, one "
+        "for each taught one. Other concepts: 100 that no bank has and nothing was trained on; on them the "
+        "probabilities that two of the rules use were fitted.\n\n" + table(header, lines),
         "controls that are ahead of TinyAlign where the bank knows it: "
         + ("; ".join(f"{title} in {said(names)}" for title, names in beaten.items()) or "none")
         + ".",
@@ -118,7 +123,7 @@ def recognised(kinds: dict[str, np.ndarray]) -> float:
 def one_picture(study: Study, folder: Path) -> Section:
     """Compare systems that were taught with one picture."""
     found, seconds = teaching.teach(study, study.lesson)
-    most = max((kind for kind in found["ours"] if kind.isdigit()), key=int)
+    counts = sorted((kind for kind in found["ours"] if kind.isdigit()), key=int)
     titles = {
         "ours": "**TinyAlign**",
         "lora": "LoRA on the same pictures",
@@ -129,17 +134,21 @@ def one_picture(study: Study, folder: Path) -> Section:
     for system, title in titles.items():
         kinds = found[system]
         line = [title, *(f"{kinds[kind].mean():.3f}" for kind in ("positive", "negative")), f"{recognised(kinds):.3f}"]
-        line += [f"{kinds[str(count)].mean():.2f}" for count in teaching.OPTIONS if str(count) in kinds]
+        line += [f"{kinds[count].mean():.2f}" for count in counts]
         line += [f"{number:.2f}" for number in teaching.none_of_these(kinds)]
         lines.append(line)
-    header = [
-        "",
-        "is this X: yes",
-        "no, of its look-alike",
-        "mean",
-        *(f"which of {count}" for count in teaching.OPTIONS),
-    ]
+    header = ["", "is this X: yes", "no, of its look-alike", "mean", *(f"which of {count}" for count in counts)]
     header += ["none of these: AUROC", "found at 5% false alarms"]
+    is_taught = seconds["teach"] < 1 and seconds["taught"] > 0 and seconds["changed"] == 0
+    shares = {"*is this X*, mean": {name: recognised(kinds) for name, kinds in found.items()}}
+    if counts:
+        shares[f"which of {counts[-1]}"] = {name: kinds[counts[-1]].mean() for name, kinds in found.items()}
+    verdict = f"{HOLDS if is_taught else FAILS} for teaching in under a second and forgetting to the last logit"
+    for title, share in shares.items():
+        behind = [titles[name] for name in titles if share[name] > share["ours"]]
+        told = ", ".join(f"{titles[name].strip('*')} {value:.2f}" for name, value in share.items())
+        verdict += f"; {title} ({'behind ' + said(behind) if behind else 'ahead of all'}): {told}"
+    verdict += ". A share of 0.5 of *is this X* is chance."
     return Section(
         "Teach it with one picture",
         "None. Published with one picture, on other data: RAP-Phi3-V 3.8B 0.922 / 0.988 / 0.955.",
@@ -147,14 +156,10 @@ def one_picture(study: Study, folder: Path) -> Section:
         "questions are in lesson.json; `--lesson FOLDER` takes another one.\n\n"
         + table(header, lines)
         + f"\n\nTeaching one picture took {seconds['teach']:.2f} s, forgetting it {seconds['forget']:.2f} s; LoRA "
-        f"{seconds['lora']:.1f} s a concept. After forgetting, the largest difference of a logit from before teaching "
-        f"is {seconds['changed']:g}.",
-        f"{HOLDS if seconds['teach'] < 1 and seconds['changed'] == 0 else FAILS} for teaching in under a second and "
-        "forgetting to the last logit. Right of the largest number of names: "
-        + ", ".join(f"{titles[name].strip('*')} {found[name][most].mean():.2f}" for name in titles)
-        + "; *is this X*, mean: "
-        + ", ".join(f"{titles[name].strip('*')} {recognised(found[name]):.2f}" for name in titles)
-        + ".",
+        f"{seconds['lora']:.1f} s a concept. Teaching moves a logit of the answer about the concept by "
+        f"{seconds['taught']:.1f}; after forgetting, the largest difference from before is {seconds['changed']:g}. "
+        "Copy looks among the taught pictures alone.",
+        verdict,
     )
 
 

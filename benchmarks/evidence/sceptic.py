@@ -22,8 +22,7 @@ from tinyalign_vlm.training.hub.run_facts import RECORD_NAME, read_records, writ
 SEEDS = (0,)  # 25 minutes each
 TAUGHT = 100  # concepts whose teaching is timed
 NONE_RIGHT = 0.5  # above this probability that no neighbour is right, the rule says nothing of the bank
-# One epoch of the bank's new rows: about as many seconds as all of TinyAlign's training. The full model's steps cost
-# 2.2 times as much, so it gets fewer.
+# One epoch of the bank's new rows. The full model's steps cost 2.2 times as much, so it gets fewer.
 STEPS, FULL_STEPS = 96, 44
 FULL_LEARNING_RATE = 5e-5
 # Fine-tuned systems: is the whole language model trained, and do rows of training concepts come between?
@@ -120,7 +119,7 @@ def chosen_by_likelihood(
 def mixed_with_neighbours(demo: Demo, baseline: Result, bank: str) -> Result:
     """
     Return kNN over the keys mixed with the baseline, each neighbour's name by the probability that it is right: a
-    gated Tip-Adapter without anything trained.
+    gated Tip-Adapter, for which nothing is trained but the keys and the baseline.
     """
     calibration = demo.banks["with"].config.calibration
     right, none = probabilities(calibration, torch.from_numpy(demo.found[bank][0][:, :TOP_K]))
@@ -190,14 +189,16 @@ def compare_one(demo: Demo, others: Demo) -> tuple[dict[str, dict[str, Result]],
         found[name]["others"] = systems.evaluate_system(others, name, *model, answer=False, **read)
         triggered[name] = share_of_taught(demo, answers_of(others, *model, name, **read))
     model = models["baseline"][0]
-    found["chosen"], found["mixed"] = {}, {}
+    found["chosen"], found["named"], found["mixed"] = {}, {}, {}
     for bank in BANKS:
         taken, speaks = chosen_by_likelihood(demo, *model, bank)
-        right = (taken == np.array(demo.labels(demo.queried))) & speaks
-        found["chosen"][bank] = Result(exact_match=right.astype(float))
+        right = taken == np.array(demo.labels(demo.queried))
+        found["chosen"][bank] = Result(exact_match=(right & speaks).astype(float))
+        found["named"][bank] = Result(exact_match=right.astype(float))
         found["mixed"][bank] = mixed_with_neighbours(demo, demo.results["baseline"][bank], bank)
     taken, speaks = chosen_by_likelihood(others, *model, "with")
     triggered["chosen"] = share_of_taught(demo, np.where(speaks, taken, ""))
+    triggered["named"] = share_of_taught(demo, taken)
     triggered["copy"] = share_of_taught(demo, [names[0] for names in others.captions("with")])
     return found, triggered
 
@@ -206,7 +207,7 @@ def costs_of(demo: Demo) -> dict[str, list[str]]:
     """Return tokens, seconds to teach 100 concepts and seconds to forget one, by system; forgetting tunes anew."""
     bank = seconds_of_bank(demo)
     found = {}
-    for name in ("tinyalign", "text_cut", "chosen", "mixed", "copy"):
+    for name in ("tinyalign", "text_cut", "chosen", "named", "mixed", "copy"):
         result = demo.results.get(name, demo.results["baseline"])["with"]
         tokens = "-" if result.tokens is None else f"{result.tokens:.0f}"
         found[name] = [tokens, f"{bank['teach']:.0f}", f"{bank['forget']:.1f}"]

@@ -1,5 +1,6 @@
 """Teach it with one picture: is this X, which one is it, and none of these, as personalised models are judged."""
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Lesson:
     questions: list[dict]
     features: dict[str, np.ndarray]
     folder: Path
+
+    @property
+    def digest(self) -> str:
+        """A name for what was found with this lesson and no other."""
+        return hashlib.sha256((self.folder / "lesson.json").read_bytes()).hexdigest()[:8]
 
     @property
     def names(self) -> list[str]:
@@ -128,32 +134,35 @@ def taught_bank(demo: Demo, lesson: Lesson) -> tuple[MemoryBank, dict[str, float
     bank = demo.banks["without"]
     images = [Image.open(lesson.folder / picture) for picture in lesson.concepts.values()]
     taught = bank.add(images, *parts, captions=lesson.names, keep_duplicates=True)
+    asked = next(question for question in lesson.questions if question["concept"] is not None)
+    image = images[lesson.names.index(asked["concept"])]
     started = time.perf_counter()
-    one = bank.add(images[:1], *parts, captions=lesson.names[:1], keep_duplicates=True)
+    one = bank.add([image], *parts, captions=[asked["concept"]], keep_duplicates=True)
     seconds = {"teach": time.perf_counter() - started}
     started = time.perf_counter()
     forgotten = one.remove(len(one) - 1)
     seconds["forget"] = time.perf_counter() - started
-    return taught, seconds | {"changed": forgetting_changes(demo, forgotten)}
+    before, with_it, after = (
+        logits(demo, found, lesson.features[asked["picture"]]) for found in (bank, one, forgotten)
+    )
+    differences = {"taught": with_it - before, "changed": after - before}
+    return taught, seconds | {name: float(found.abs().max()) for name, found in differences.items()}
 
 
-def forgetting_changes(demo: Demo, forgotten: MemoryBank) -> float:
-    """Return the largest difference of a logit before anything was taught and after it was forgotten."""
+@torch.no_grad()
+def logits(demo: Demo, bank: MemoryBank, features: np.ndarray) -> torch.Tensor:
+    """Return the logits of "What is this?" about a picture, as the teacher has them with a bank."""
     model, processor = systems.train_system(demo, "teacher", "without")
-    logits = []
-    for bank in (demo.banks["without"], forgotten):
-        model.attach_memory_bank(bank, tokenizer=processor.tokenizer)
-        prompt = encode_chat(processor, to_messages(PROMPT, "-")[:1], add_generation_prompt=True)[0]
-        features = torch.from_numpy(np.array(demo.features["queries"][:1]))
-        with torch.no_grad():
-            logits.append(model(input_ids=torch.tensor([prompt]), vision_features=features).logits)
-    return float((logits[0] - logits[1]).abs().max())
+    model.attach_memory_bank(bank, tokenizer=processor.tokenizer)
+    prompt = encode_chat(processor, to_messages(PROMPT, "-")[:1], add_generation_prompt=True)[0]
+    features = torch.from_numpy(np.array(features))[None]
+    return model(input_ids=torch.tensor([prompt]), vision_features=features).logits
 
 
 def fine_tuned(demo: Demo, lesson: Lesson) -> tuple[tuple[PreTrainedModel, ProcessorMixin], float]:
     """Return the baseline after training on the same pictures, and the seconds a concept."""
     _, processor = systems.compose_demo(demo.weights, demo.config, memory_top_k=0)
-    final = demo.out / "teacher_lora" / "model"
+    final = demo.out / f"teacher_lora_{lesson.digest}" / "model"
     if (final / RECORD_NAME).exists():
         seconds = read_records(final)[0].seconds
         return (TinyAlignForConditionalGeneration.from_pretrained(final).eval(), processor), seconds / len(
@@ -170,7 +179,7 @@ def fine_tuned(demo: Demo, lesson: Lesson) -> tuple[tuple[PreTrainedModel, Proce
     rows = datasets.Dataset.from_dict({"messages": rows})
     settings = systems.stage2_settings(demo.config) | {"max_steps": FINE_TUNING_STEPS}
     parts = {"processing_class": processor, "vision_features": np.stack(features)}
-    record = systems.train_stage(demo, "teacher_lora", 2, model, rows, settings, **parts)
+    record = systems.train_stage(demo, final.parent.name, 2, model, rows, settings, **parts)
     model.save_pretrained(final)
     write_records(final, [record])
     return (model, processor), record.seconds / len(lesson.names)
@@ -180,7 +189,7 @@ def likelihoods(
     demo: Demo, lesson: Lesson, system: str, model: tuple[PreTrainedModel, ProcessorMixin], bank: MemoryBank | None
 ) -> list[list[float]]:
     """Return the likelihood of each option of each question, kept in a file of the system's name."""
-    path = demo.out / "lesson" / f"{system}.json"
+    path = demo.out / "lesson" / lesson.digest / f"{system}.json"
     if path.exists():
         return json.loads(path.read_text())
     found: list[list[float]] = [[] for _ in lesson.questions]

@@ -33,7 +33,10 @@ def read_settings(paths: Sequence[str | os.PathLike]) -> dict:
         if not path.is_file():
             shipped = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
             raise ValueError(f"There is no file {name}, expected a YAML file here or one of {shipped}.")
-        new = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            new = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no YAML in UTF-8 ({error}): repair it, or save it as UTF-8.") from error
         if not isinstance(new, dict):
             raise ValueError(f"{path} has {str(new)[:100]!r}, expected `name: value` lines.")
         kwargs = new.pop("model_kwargs", None) or {}

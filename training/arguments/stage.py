@@ -63,8 +63,11 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
         refuse_harmful_settings(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bfloat16_is_fast(self.use_cpu)
-        if str(self.resume_from_checkpoint).lower() == "true":
-            self.resume_from_checkpoint = None  # a run goes on from its last checkpoint anyway
+        # a run goes on from its last checkpoint anyway, or begins anew
+        resumes = {"true": None, "yes": None, "false": False, "no": False}
+        self.resume_from_checkpoint = resumes.get(
+            str(self.resume_from_checkpoint).lower(), self.resume_from_checkpoint
+        )
         self.logging_nan_inf_filter = False  # it waits for the device at every batch; LossCheck does once a step
         if self.eval_dataset is not None and self.eval_strategy == "no":
             self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1

@@ -70,6 +70,8 @@ def build_bank(
     check_row_settings(keep_columns, batch_size, thumbnail_size)
     source = DatasetImages(dataset, image_column, caption_column, keep_columns)
     check_as_many("vision_features", vision_features, dataset)
+    if vision_features is not None and vision_features.ndim != 3:
+        raise ValueError(f"vision_features are {tuple(vision_features.shape)}, expected (rows, tokens, width).")
     if value_encoder is None and model.config.reads_latents:
         source.check_can_be_read_twice()
         value_encoder = train_new_value_encoder(

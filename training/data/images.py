@@ -51,9 +51,12 @@ class DatasetImages(StoredImages):
     """Rows of an object in Python: a data set of the Hub, a list of dictionaries. Arguments as of `build_bank`."""
 
     def __init__(self, dataset: Iterable[dict], image_column: str, caption_column: str, keep_columns: Sequence[str]):
-        if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None:
-            dataset = with_class_names(undecoded(dataset))
-        self.dataset = stored_images(dataset, image_column)
+        self.dataset = dataset
+        is_transformed = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
+        if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and not is_transformed:
+            if dataset.features is not None:
+                dataset = with_class_names(undecoded(dataset))
+            self.dataset = stored_images(dataset, image_column)
         self.total = len(dataset) if isinstance(dataset, Sized) else None
         self.reader = PairReader(decode_image, image_column, caption_column, keep_columns)
 
@@ -120,6 +123,9 @@ class CaptionedImages(StoredImages):
         except ValueError:
             self.reader.check_image(images[0])  # says why
             raise
+        for name in self.keep_columns:
+            if isinstance(row[name], bytes | dict):
+                raise ValueError(f"The column {name} holds a {type(row[name]).__name__}, expected text to keep.")
         kept = [None if row[name] is None else str(row[name]) for name in self.keep_columns]
         return BankRow(number, image, image_source_id(image), caption, kept)
 

@@ -60,7 +60,8 @@ def training_rows(
     rows = dataset.select_columns(columns + [name for name in ("row", "id") if name in dataset.column_names])
     if "row" not in rows.column_names:
         rows = rows.add_column("row", list(range(len(rows))))
-    rows = undecoded(rows)
+    if rows.format["type"] != "custom":  # a transform wants decoded images
+        rows = undecoded(rows)
     ids = None if bank is None else rows[0]["memory_ids"]  # one list, or a list for each image; none for text
     if ids and (found := len(ids[0] if isinstance(ids[0], list) else ids)) < top_k:
         raise ValueError(

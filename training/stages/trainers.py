@@ -175,9 +175,9 @@ class SupervisedTrainer(Trainer):
                     "per_device_train_batch_size."
                 )
         settings = trajectory_settings(args, self.model, self.processing_class, rows, self.memory_bank)
-        path = chosen if isinstance(chosen, str | os.PathLike) else args.resume_from_checkpoint
-        checkpoint = last_checkpoint(args.output_dir, settings, path, write=self.is_world_process_zero())
-        return None if chosen is False else checkpoint
+        path = args.resume_from_checkpoint if chosen in (None, True) else chosen
+        checkpoint = last_checkpoint(args.output_dir, settings, path or None, write=self.is_world_process_zero())
+        return None if path is False else checkpoint
 
     def _load_finished(self, checkpoint: str) -> bool:
         """Load weights and state if the checkpoint is of the last step, and return True if it is. `Trainer` itself

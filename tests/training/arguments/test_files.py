@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tinyalign_cli.main import main
-from tinyalign_vlm.training.arguments.files import read_config
+from tinyalign_vlm.training.arguments.files import read_config, read_settings
 
 
 def test_an_unknown_field_is_refused(files, capsys, monkeypatch):
@@ -59,3 +59,10 @@ def test_several_files_are_joined(files, monkeypatch):
         read_config(["other.yaml"], [])
     with pytest.raises(ValueError, match="no file nowhere.yaml, expected .* one of .*qwen2-0.5b-siglip.yaml"):
         read_config(["nowhere.yaml"], [])
+
+
+@pytest.mark.parametrize("content", [b"learning_rate: [1", "stage: 1".encode("utf-16")])
+def test_a_broken_file_is_named(content, tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match="mine.yaml is no YAML in UTF-8"):
+        read_settings(["stage1.yaml", tmp_path / "mine.yaml"])

@@ -108,3 +108,27 @@ def test_a_trainer_for_evaluation_alone(make_model, processor, indexed, bank, fe
     given = {"processing_class": processor, "memory_bank": bank.for_any_tower(), "vision_features": features}
     trainer = AlignmentTrainer(make_model(), config(output_dir=str(tmp_path)), **given)
     assert np.isfinite(trainer.evaluate(indexed)["eval_loss"])
+
+
+def test_pictures_that_a_transform_changes(make_model, processor, dataset, bank, tmp_path):
+    """Augmentation: the transform gets decoded pictures, and what it makes of them is trained on."""
+    seen = []
+
+    def turn(rows):
+        seen.extend(rows["image"])
+        return {**rows, "image": [image.rotate(180) for image in rows["image"]]}
+
+    trainer = make_trainer(1, make_model(), processor, dataset.with_transform(turn), bank, tmp_path, max_steps=1)
+    trainer.train()
+    assert seen and np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+@pytest.mark.parametrize("given", [False, "no", "False"])
+def test_a_run_that_is_not_to_be_resumed_begins_anew(
+    given, make_model, processor, dataset, bank, features, tmp_path, capsys
+):
+    for resume in (None, given):
+        settings = {"max_steps": 2, "save_steps": 1, "resume_from_checkpoint": resume}
+        trainer = make_trainer(1, make_model(), processor, dataset, bank, tmp_path, features, **settings)
+        trainer.train()
+    assert "finished" not in capsys.readouterr().out and trainer.state.global_step == 2
