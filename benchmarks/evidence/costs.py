@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from real_captions import cut
-from study import Study, evaluate
+from study import Study, evaluate, tag
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tinyalign_vlm import MemoryBank
@@ -93,7 +93,7 @@ def scores(demo: Demo) -> dict[str, dict[str, Result]]:
     text = systems.train_system(demo, "text_rag", in_text=True, memory_top_k=0)
     found = {name: {"names alone": demo.results[name]["with"]} for name in ("tinyalign", "text_cut", "text_rag")}
     for title, (words, last) in WRITTEN.items():
-        write, name = in_words(words, last), f"words_{words}{'_last' if last else ''}"
+        write, name = in_words(words, last), f"words_{tag(words, last, BEFORE, AFTER)}"
         demo.banks[name] = recaptioned(demo.banks["with"], write)
         demo.found[name] = demo.found["with"]
         found["tinyalign"][title] = evaluate(demo, "tinyalign", ours, name)

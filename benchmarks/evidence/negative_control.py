@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import datasets
 import numpy as np
 import torch
-from study import Study
+from study import Study, tag
 from transformers import PreTrainedModel, ProcessorMixin
 
 from tinyalign_vlm import MemoryBank
@@ -176,7 +176,8 @@ def prepare(study: Study, seed: int) -> tuple[Demo, Data]:
     none.
     """
     config = replace(CONFIG, seed=seed)
-    folder = study.out / f"seed{seed}" / "easy_vqa"
+    kept = tag(CONFIG, NUM_TRAIN, NUM_BANK, NUM_ASKED, YES_NO_A_CHAT, QUESTIONS_A_PICTURE, BASELINE, TINYALIGN)
+    folder = study.out / f"seed{seed}" / f"easy_vqa_{kept}"
     folder.mkdir(parents=True, exist_ok=True)
     demo = Demo(folder, False, config, load_pairs(seed), study.weights, Clock(folder / "clock.json"))
     data = load_data(config)

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from PIL import Image, ImageOps
-from study import Study
+from study import Study, tag
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.processing.images import decode_image
@@ -93,11 +93,16 @@ class ClipArt:
         return np.sort(np.random.default_rng(SEED).permutation(len(self.rows))[:NUM_DISTRACTORS])
 
 
+def art_tag(study: Study) -> str:
+    """Return the name of what the clip art is made of and with."""
+    return tag(study.openclipart, NUM_PICTURES, FEWEST_WORDS, MOST_SHARED, SIDE, SEED)
+
+
 def clip_art(study: Study) -> ClipArt | None:
     """Return the clip art with its features, kept in the study's folder, or None where there is none."""
     if not (study.openclipart / "svg").is_dir():
         return None
-    path = study.out / "openclipart.parquet"
+    path = study.out / f"openclipart_{art_tag(study)}.parquet"
     if not path.exists():
         partial = path.with_suffix(".partial")
         load_pictures(study.openclipart).to_parquet(partial)
@@ -210,7 +215,7 @@ def bank_with_clip_art(demo: Demo, art: ClipArt) -> tuple[MemoryBank, np.ndarray
 
 def bank_of_clip_art(study: Study, art: ClipArt) -> MemoryBank:
     """Return a bank of clip art alone, its titles as captions, kept in the study's folder."""
-    path = study.out / "bank_openclipart"
+    path = study.out / f"bank_openclipart_{art_tag(study)}"
     if not path.exists():
         parts, rows = systems.compose_demo(study.weights, DemoConfig(), memory_top_k=TOP_K), np.arange(len(art.rows))
         run.make_bank(*parts, art.rows, art.features, rows, **run.key_settings(rows)).save_pretrained(path)

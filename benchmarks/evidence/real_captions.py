@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import datasets
 import numpy as np
-from openclipart import FEWEST_WORDS, ClipArt, clip_art
-from study import Study
+from openclipart import FEWEST_WORDS, ClipArt, art_tag, clip_art
+from study import Study, tag
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from tinyalign_vlm import MemoryBank
@@ -89,7 +89,8 @@ def prepared(study: Study, art: ClipArt) -> Demo:
     rows = rows.remove_columns(["label", "caption"]).add_column("label", captions)
     group = np.unique(groups, return_inverse=True)[1]
     pairs = Pairs(rows, rows, [[] for _ in captions], group, train, train, np.array([], int), asked)
-    config, out = DemoConfig(queries=len(asked), seed=SEED), study.out / "real_captions"
+    kept = tag(SEED, PROMPT, KEYS, SEARCHED, art_tag(study))
+    config, out = DemoConfig(queries=len(asked), seed=SEED), study.out / f"real_captions_{kept}"
     out.mkdir(parents=True, exist_ok=True)
     run.check_settings(out / "config.json", config)
     demo = Demo(out, False, config, pairs, study.weights, Clock(out / "clock.json"))

@@ -4,9 +4,9 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from openclipart import ClipArt, bank_of_clip_art, bank_with_clip_art
+from openclipart import NUM_DISTRACTORS, ClipArt, art_tag, bank_of_clip_art, bank_with_clip_art
 from PIL import Image
-from study import Study, add_bank, evaluate
+from study import Study, add_bank, evaluate, tag
 from transformers import PreTrainedModel, ProcessorMixin
 
 from tinyalign_vlm.training.demo import run, systems
@@ -59,19 +59,19 @@ def clip_art_distractors(study: Study, art: ClipArt) -> dict[int, float]:
     """Evaluate with clip art added to the bank, for all seeds, and return recalls."""
     recalls = {}
     for seed in [seed for seed in SEEDS if seed in study.seeds]:
-        demo, name = study.demo(seed), "size_openclipart"
+        demo, name = study.demo(seed), f"size_openclipart_{tag(NUM_DISTRACTORS, art_tag(study))}"
         add_bank(demo, name, *bank_with_clip_art(demo, art))
         recalls[seed] = recall(demo, name)
-        demo.results["tinyalign"][name] = evaluate(demo, "tinyalign", trained(demo), name)
+        demo.results["tinyalign"]["size_openclipart"] = evaluate(demo, "tinyalign", trained(demo), name)
     return recalls
 
 
 def clip_art_alone(study: Study, art: ClipArt) -> None:
     """Evaluate with a bank of clip art alone, for all seeds."""
-    bank = bank_of_clip_art(study, art)
+    bank, name = bank_of_clip_art(study, art), f"openclipart_{art_tag(study)}"
     for demo in map(study.demo, study.seeds):
-        add_bank(demo, "openclipart", bank, np.full(len(bank), -1))
-        demo.results["tinyalign"]["openclipart"] = evaluate(demo, "tinyalign", trained(demo), "openclipart")
+        add_bank(demo, name, bank, np.full(len(bank), -1))
+        demo.results["tinyalign"]["openclipart"] = evaluate(demo, "tinyalign", trained(demo), name)
 
 
 def fewer_neighbours(demo: Demo) -> None:
@@ -92,10 +92,10 @@ def other_tower(demo: Demo) -> float:
     queries = small_pictures(demo.pairs.twemoji[row]["image"] for row in demo.queried)
     scores = queries @ keys.T
     ids = np.argsort(-scores, axis=1, kind="stable")[:, :32]
-    name = "other_tower"
+    name = f"other_tower_{PIXELS}"
     demo.banks[name], demo.concepts[name] = bank, demo.concepts["with"]
     demo.found[name] = np.take_along_axis(scores, ids, 1).astype(np.float32), ids
-    demo.results["tinyalign"][name] = evaluate(demo, "tinyalign", trained(demo), name)
+    demo.results["tinyalign"]["other_tower"] = evaluate(demo, "tinyalign", trained(demo), name)
     return recall(demo, name)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 import torch
-from study import Study, asking_about
+from study import Study, asking_about, tag
 from transformers import PreTrainedModel, ProcessorMixin
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration
@@ -34,10 +34,15 @@ FINE_TUNED = {
 }
 
 
+def folder_of(name: str) -> str:
+    """Return the name under which a fine-tuned system and its answers are kept."""
+    return f"fine_tuned_{name}_{tag(STEPS, FULL_STEPS, FULL_LEARNING_RATE)}"
+
+
 def fine_tuned(demo: Demo, name: str, full: bool, negatives: bool) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return the baseline after training on the bank's drawings of the concepts that are asked about."""
     _, processor = systems.compose_demo(demo.weights, demo.config, memory_top_k=0)
-    final = demo.out / f"fine_tuned_{name}" / "model"
+    final = demo.out / folder_of(name) / "model"
     if (final / RECORD_NAME).exists():
         return TinyAlignForConditionalGeneration.from_pretrained(final).eval(), processor
     model = TinyAlignForConditionalGeneration.from_pretrained(demo.out / "baseline" / "model")
@@ -182,12 +187,13 @@ def compare_one(demo: Demo, others: Demo) -> tuple[dict[str, dict[str, Result]],
     for name, (full, negatives) in FINE_TUNED.items():
         model = fine_tuned(demo, name, full, negatives)
         models[name] = model, {}
-        found[name] = {"with": systems.evaluate_system(demo, f"fine_tuned_{name}", *model, answer=False)}
+        found[name] = {"with": systems.evaluate_system(demo, folder_of(name), *model, answer=False)}
         found[name]["without"] = demo.results["baseline"]["without"]
     triggered = {}
     for name, (model, read) in models.items():
-        found[name]["others"] = systems.evaluate_system(others, name, *model, answer=False, **read)
-        triggered[name] = share_of_taught(demo, answers_of(others, *model, name, **read))
+        kept = folder_of(name) if name in FINE_TUNED else name
+        found[name]["others"] = systems.evaluate_system(others, kept, *model, answer=False, **read)
+        triggered[name] = share_of_taught(demo, answers_of(others, *model, kept, **read))
     model = models["baseline"][0]
     found["chosen"], found["named"], found["mixed"] = {}, {}, {}
     for bank in BANKS:
@@ -213,6 +219,6 @@ def costs_of(demo: Demo) -> dict[str, list[str]]:
         found[name] = [tokens, f"{bank['teach']:.0f}", f"{bank['forget']:.1f}"]
     tokens = f"{demo.results['baseline']['with'].tokens:.0f}"
     for name in FINE_TUNED:
-        seconds = read_records(demo.out / f"fine_tuned_{name}" / "model")[0].seconds
+        seconds = read_records(demo.out / folder_of(name) / "model")[0].seconds
         found[name] = [tokens, f"{seconds * TAUGHT / num_taught(demo, name):.0f}", f"{seconds:.0f}"]
     return found | {"baseline": [tokens, "-", "-"]}

@@ -1,8 +1,9 @@
 """The study's runs: one demo a seed, whose systems and evaluations are kept, and views of it that ask other things."""
 
+import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tinyalign_vlm.modeling_tinyalign import MemoryBank
 from tinyalign_vlm.training.data.neighbours import find_neighbours
 from tinyalign_vlm.training.demo import run, systems
 from tinyalign_vlm.training.demo.pairs import load_pairs, options_of
-from tinyalign_vlm.training.demo.state import BANKS, TOP_K, Clock, Demo, DemoConfig, Result, write_json
+from tinyalign_vlm.training.demo.state import BANKS, TOP_K, Clock, Demo, DemoConfig, Result
 
 SEEDS = (0, 1, 2)
 NUM_OTHERS = 100  # concepts that no bank has and nothing was trained on
@@ -67,11 +68,17 @@ class Study:
         shared.mkdir(exist_ok=True)
         if not (folder / "features").is_symlink():
             (folder / "features").symlink_to(shared)
+        run.check_settings(folder / "config.json", config)
         if config == DemoConfig() and not (folder / "evaluation").exists():
             take_over(self.finished, folder)
         demo = Demo(folder, False, config, load_pairs(seed), self.weights, Clock(folder / "clock.json"))
         run.prepare_demo(demo)
         return demo
+
+
+def tag(*constants) -> str:
+    """Return a short name of constants, for results that are kept: with other constants they are found anew."""
+    return hashlib.sha256(repr(constants).encode()).hexdigest()[:6]
 
 
 def take_over(finished: Path, folder: Path) -> None:
@@ -80,7 +87,6 @@ def take_over(finished: Path, folder: Path) -> None:
     for name in (*MADE, *MADE_BANKS):
         (folder / name).symlink_to((finished / name).resolve())
     shutil.copytree(finished / "evaluation", folder / "evaluation")
-    write_json(folder / "config.json", asdict(DemoConfig()))
 
 
 def asking_about(demo: Demo, concepts: np.ndarray, name: str) -> Demo:
@@ -88,7 +94,7 @@ def asking_about(demo: Demo, concepts: np.ndarray, name: str) -> Demo:
     config = replace(demo.config, queries=NUM_OTHERS)
     view = replace(
         demo,
-        out=demo.out / name,
+        out=demo.out / f"{name}_{NUM_OTHERS}",
         config=config,
         pairs=replace(demo.pairs, heldout=concepts),
         features=dict(demo.features),

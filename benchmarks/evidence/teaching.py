@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from study import Study
+from study import Study, tag
 from transformers import PreTrainedModel, ProcessorMixin
 
 from tinyalign_vlm import MemoryBank, TinyAlignForConditionalGeneration
@@ -162,7 +162,7 @@ def logits(demo: Demo, bank: MemoryBank, features: np.ndarray) -> torch.Tensor:
 def fine_tuned(demo: Demo, lesson: Lesson) -> tuple[tuple[PreTrainedModel, ProcessorMixin], float]:
     """Return the baseline after training on the same pictures, and the seconds a concept."""
     _, processor = systems.compose_demo(demo.weights, demo.config, memory_top_k=0)
-    final = demo.out / f"teacher_lora_{lesson.digest}" / "model"
+    final = demo.out / f"teacher_lora_{lesson.digest}_{FINE_TUNING_STEPS}" / "model"
     if (final / RECORD_NAME).exists():
         seconds = read_records(final)[0].seconds
         return (TinyAlignForConditionalGeneration.from_pretrained(final).eval(), processor), seconds / len(
@@ -189,7 +189,7 @@ def likelihoods(
     demo: Demo, lesson: Lesson, system: str, model: tuple[PreTrainedModel, ProcessorMixin], bank: MemoryBank | None
 ) -> list[list[float]]:
     """Return the likelihood of each option of each question, kept in a file of the system's name."""
-    path = demo.out / "lesson" / lesson.digest / f"{system}.json"
+    path = demo.out / "lesson" / f"{lesson.digest}_{FINE_TUNING_STEPS}" / f"{system}.json"
     if path.exists():
         return json.loads(path.read_text())
     found: list[list[float]] = [[] for _ in lesson.questions]
@@ -258,7 +258,8 @@ def teach(study: Study, data: Path | None = None, seed: int = 0) -> tuple[dict[s
     """
     demo = study.demo(seed)
     if data is None:
-        write_lesson(demo, data := study.out / "lesson")
+        data = study.out / f"lesson_{tag(NUM_CONCEPTS, NUM_ASKED, OPTIONS, SYLLABLES)}"
+        write_lesson(demo, data)
     lesson, rows = read_lesson(demo, data), chats_to_learn_from(demo)
     ours = systems.train_system(demo, "teacher", "without", rows=rows)
     baseline = systems.train_system(demo, "teacher_baseline", rows=rows, memory_top_k=0)

@@ -1,7 +1,7 @@
 """Shares of the training concepts: baseline and TinyAlign, in equal epochs and in equal steps."""
 
 import numpy as np
-from study import Study, run_system, training_on
+from study import Study, run_system, tag, training_on
 
 from tinyalign_vlm.training.demo.state import Demo
 
@@ -23,10 +23,10 @@ def runs(study: Study) -> list[tuple[Demo, str, float, str]]:
                 rows = np.sort(order[: round(share * len(order))])
                 count = len(rows if plan == "epoch" else order) // demo.config.batch_size
                 first = round(STAGE1 * count)
+                kept = f"{share:.0%}_{'epoch' if share == 1 else plan}_{tag(STAGE1)}"  # with all, the plans are one
                 view = training_on(demo, rows, stage1_steps=first, stage2_steps=count - first)
                 for system, memory in SYSTEMS.items():
                     name = f"{system}_{share:.0%}_{plan}"
-                    # with all of the data the two are the same
-                    demo.results[name] = run_system(view, f"{system}_100%_epoch" if share == 1 else name, memory)
+                    demo.results[name] = run_system(view, f"{system}_{kept}", memory)
                     found.append((demo, plan, share, name))
     return found

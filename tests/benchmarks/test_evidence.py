@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tinyalign_vlm.training.data.chats import to_messages
-from tinyalign_vlm.training.demo.state import Result
+from tinyalign_vlm.training.demo.state import Demo, DemoConfig, Result
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
 
@@ -103,15 +103,6 @@ def test_clouds():
     assert tight.spread < 0.1 < loose.spread
 
 
-def test_captions_of_so_many_words():
-    from costs import in_words
-
-    assert in_words(3)("red panda") == "red panda"
-    for words in (15, 60):
-        caption = in_words(words)("red panda")
-        assert len(caption.split()) == words and caption.startswith("a picture of red panda ")
-
-
 def lesson(questions: list[dict]):
     from teaching import Lesson
 
@@ -174,3 +165,34 @@ def test_the_report_lists_what_was_not_run(tmp_path):
     assert "| A larger bank | holds: better in 1.2. |" in report
     assert all(f"- {name}: not run yet." in report for name in module["SECTIONS"] if name != "bank")
     assert "- bank: not run yet." not in report
+
+
+def test_what_is_kept_is_named_after_the_constants_it_was_found_with():
+    from study import Study, tag
+
+    assert tag(1, "a", {"b": 2}) == tag(1, "a", {"b": 2}) != tag(1, "a", {"b": 3})
+    assert Study(Path("out"), Path("demo"), seeds=(1, 2)).of((0, 1)) == [1]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_captions_of_so_many_words(last):
+    from costs import in_words
+
+    for name in ("jar", "flag: Uruguay"):
+        words = in_words(15, last)(name).split()
+        assert len(words) == 15 and " ".join(words).startswith("a picture of")
+        assert (words[-len(name.split()) :] == name.split()) == last
+    assert in_words(3, last)("a very long name indeed") == "a picture of a very long name indeed"
+
+
+def test_systems_lose_neighbours_however_they_read_them(tmp_path):
+    """Those that do not read them as memory tokens, too."""
+    ids = np.tile(np.arange(8), (200, 1))
+    found = {"train": (np.linspace(0.9, 0.1, 8)[None].repeat(200, 0), ids)}
+    pairs, concepts = SimpleNamespace(labels=[f"name {row}" for row in range(20)]), {"without": np.arange(10, 18)}
+    config = DemoConfig(memory_dropout=0.5)
+    demo = Demo(tmp_path, False, config, pairs, {}, None, found=found, concepts=concepts)
+    left = demo.training_neighbours()
+    whole = [row.tolist() == [0, 1, 2, 3] for row in left]
+    assert 0.4 < np.mean(whole) < 0.6 and {len(row) for row in left} == {0, 4}  # the next ones take the places
+    assert demo.training_captions()[whole.index(True)] == ["name 10", "name 11", "name 12", "name 13"]
