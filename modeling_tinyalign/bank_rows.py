@@ -188,7 +188,7 @@ class BankRows:
         if not isinstance(source_id, str):
             raise TypeError(f"source_id is {source_id!r:.50}, expected a text of 32 hex digits.")
         names, order = self.source_order
-        wanted = np.bytes_(source_id.encode())
+        wanted = np.bytes_(source_id.encode(errors="replace"))
         return order[np.searchsorted(names, wanted, "left") : np.searchsorted(names, wanted, "right")]
 
     def image_names(self) -> set[bytes]:
@@ -214,7 +214,7 @@ class BankRows:
             return NO_IDS
         if isinstance(item, str):
             return self.ids_of(item)
-        if not isinstance(item, (int, np.integer)) and any(isinstance(entry, str) for entry in item):
+        if isinstance(item, Iterable) and any(isinstance(entry, str) for entry in item):
             return np.concatenate([self.excluded_ids(entry) for entry in item])
         ids = np.atleast_1d(self.checked_ids(item))
         return ids[ids >= 0]

@@ -152,9 +152,8 @@ def check_memory(config: TinyAlignConfig, n: int, **given: torch.Tensor | None) 
     }
     for name, tensor in given.items():
         axes, expected = shapes[name]
-        if name == "memory_values" and not config.reads_latents:
-            continue  # a bank may have what this model does not read
-        if tensor is not None and tuple(tensor.shape) != expected:
+        is_read = name != "memory_values" or config.reads_latents  # a bank may have what this model does not read
+        if is_read and tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected ({axes}) = {expected}.")
 
 
@@ -208,6 +207,7 @@ def merged_settings(settings: dict | list[dict] | None) -> dict:
 
 def for_each(exclude_ids: list | str | int | None, n: int) -> list | None:
     """Return what not to retrieve, one item an image: one `source_id` or row id is for all of them."""
+    exclude_ids = exclude_ids.tolist() if torch.is_tensor(exclude_ids) else exclude_ids
     return [exclude_ids] * n if isinstance(exclude_ids, (str, int)) else exclude_ids
 
 

@@ -133,7 +133,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
                 `memory_input_ids (n, M)`, tokens of captions, -1: none, and `memory_values (n, top_k, L, D)`. No
                 threshold leaves out given captions.
             memory_scores (`(n, top_k)`): With these the rows' similarities.
-            exclude_ids: For each image `None`, a `source_id`, a row id or a list; or one of these for all images.
+            exclude_ids: For each image `None`, a `source_id`, a row id or a list of them; or one id for all images.
             memory: `"off"` fills all slots with "nothing retrieved".
             memory_top_k, retrieval_threshold: In place of the config's; slots beyond stay empty.
         """

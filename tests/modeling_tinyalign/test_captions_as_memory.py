@@ -266,3 +266,17 @@ def test_sources_of_a_chat_that_goes_on_with_all_its_images(captioned, images):
     assert sources_of(bank, read, mask[1:]) == [second] and first != second
     with pytest.raises(ValueError, match="memory_top_k is of a search, but what is read is given"):
         model(**both, memory_input_ids=torch.full((2, 40), -1), memory_scores=torch.zeros(2, 2), memory_top_k=1)
+
+
+def test_what_is_excluded_may_be_a_tensor_and_is_refused_in_words(captioned, images):
+    model = TinyAlignForConditionalGeneration.from_pretrained(captioned / "model")
+    processor = TinyAlignProcessor.from_pretrained(captioned / "model")
+    model.attach_memory_bank(captioned / "bank")
+    pixels = inputs_of(processor, images[:2])["pixel_values"]
+    nearest = model.retrieve(pixels).ids
+    for given in (nearest[:, 0], nearest[:, :1], nearest[:, 0].tolist(), nearest[:, :1].tolist()):
+        found = model.retrieve(pixels, exclude_ids=given).ids
+        assert not (found == nearest[:, :1]).any()
+    assert torch.equal(model.retrieve(pixels, exclude_ids="half a smile \ud83d").ids, nearest)
+    with pytest.raises(TypeError, match="row ids are of float64, expected integers"):
+        model.retrieve(pixels, exclude_ids=[1.0, 2.0])
