@@ -103,6 +103,8 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
             value = vars(self)[name]
             if value is not None and value < minimum:
                 raise ValueError(f"{name} is {value}, expected {minimum} or more.")
+        if os.path.isfile(self.output_dir or ""):
+            raise ValueError(f"output_dir is {self.output_dir}, which is a file, expected a folder or a new name.")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"num_train_epochs is {self.num_train_epochs:g} and max_steps {self.max_steps}: expected passes over "

@@ -92,7 +92,9 @@ def train_system(
         return TinyAlignForConditionalGeneration.from_pretrained(final).eval(), processor
     if rows is None:
         rows = chats(demo.labels(train), demo.keywords(train), demo.training_captions() if in_text else None)
-    parts = {"processing_class": processor}
+    if "feature_index" not in rows.column_names:
+        rows = rows.add_column("feature_index", list(range(len(rows))))
+    parts = {"processing_class": processor, "vision_features": demo.features["train"]}
     if bank is not None:
         model.attach_memory_bank(demo.banks[bank], tokenizer=processor.tokenizer)
         rows = add_neighbours(rows, demo.found["train"])
@@ -104,7 +106,6 @@ def train_system(
     records = []
     for (stage, settings), chosen in zip(stages.items(), (order[:first], order[first:]), strict=True):
         if settings["max_steps"]:
-            parts["vision_features"] = demo.features["train"][chosen]
             records.append(train_stage(demo, name, stage, model, rows.select(chosen), settings | memory, **parts))
     model.save_pretrained(final)
     processor.save_pretrained(final)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.arguments.files import CONFIGS, read_config
 
 
@@ -54,3 +55,9 @@ def test_warm_up_leaves_a_step(warmup, steps, expected, config):
 def test_warm_up_of_more_steps_than_there_are(config):
     with pytest.raises(ValueError, match="warmup_steps is 100, but the run has 50 steps: expected fewer"):
         config(1, "--warmup_steps", "100").get_warmup_steps(50)
+
+
+def test_an_output_folder_that_is_a_file_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file, which is a file, expected a folder or a new name"):
+        AlignmentConfig(output_dir=str(tmp_path / "file"))
