@@ -29,7 +29,8 @@ def loss_curves(curves: dict[int, dict[str, list[LossCurve]]], path: Path) -> No
         axis.set(title=f"Stage {stage + 1}", xlabel="step", ylabel="training loss per token")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), title=f"mean of {len(curves)} seeds,\nband: all seeds")
+    title = f"mean of {len(curves)} seeds,\nband: all seeds" if len(curves) > 1 else "one seed"
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), title=title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
