@@ -350,5 +350,5 @@ def cost(study: Study, folder: Path) -> Section:
         "*text, cut* has as well). The name is their fourth word, or their last.\n\n" + scores_table(demos, picks),
         f"{HOLDS if ours < 1.1 else FAILS} for the 1.1: it is {ours:.2f}. "
         f"The 21 times is a matter of length: the longest text here costs {longest:.1f} times an answer with memory "
-        "tokens. Captions that do not fit into the memory tokens are cut.",
+        "tokens. Captions that do not fit into the memory tokens are cut, and what stands at their end is lost.",
     )
