@@ -63,8 +63,7 @@ def build_bank(
         vision_features: `(rows of dataset, tokens, width)`, to skip the tower where features are cached.
         quantized: round keys to float16 and values to 8 bits. By default in banks of more than 20,000 rows.
 
-    Raises:
-        ValueError: a row is bad (its number is named), there is none, or a setting or the value encoder does not fit.
+    Raises `ValueError` if a row (it is named), a setting or the value encoder does not fit, or there is no row.
     """
     check_many(dataset, "dataset")
     check_row_settings(keep_columns, batch_size, thumbnail_size)
@@ -77,9 +76,8 @@ def build_bank(
         value_encoder = train_new_value_encoder(
             model, processor, source, value_encoder_training, batch_size, vision_features
         )
-    seen = None if keep_duplicates else set()
+    seen, key_encoder = None if keep_duplicates else set(), new_key_encoder(model, processor, key_grid)
     settings = (keep_columns, batch_size, thumbnail_size, skip_bad_rows, seen, vision_features)
-    key_encoder = new_key_encoder(model, processor, key_grid)
     encoder = RowEncoder(model, processor, value_encoder, key_encoder, source.read, *settings)
     with (
         evaluating(model, encoder.value_encoder),
