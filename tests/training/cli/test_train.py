@@ -250,7 +250,7 @@ def test_mistakes_in_the_fields_are_found_before_anything_is_read(fields, messag
 def test_what_is_wrong_is_told_without_a_traceback(files, checkpoints, monkeypatch):
     monkeypatch.chdir(files)
     (files / "broken.yaml").write_text("stage: [1")
-    with pytest.raises(SystemExit, match="tinyalign: while parsing"):
+    with pytest.raises(SystemExit, match="tinyalign: broken.yaml is no YAML in UTF-8 .while parsing"):
         main(["train", "broken.yaml"])
     with pytest.raises(SystemExit, match="tinyalign: .*memory_top_k"):
         main(["train", "baseline.yaml", "--model_kwargs", '{"memory_top_k": "two"}'])
