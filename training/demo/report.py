@@ -60,7 +60,7 @@ others, which it does not have. "Has it" is that bank with the drawings of the h
 "lacks it" is without them.
 
 All trained systems had the same seed ({config.seed}), {config.stage1_steps} steps of stage 1 and {config.stage2_steps}
-of stage 2 (LoRA), {config.batch_size} drawings a step, none twice; those that read neighbours lost as many of them. It
+of stage 2 (LoRA), {config.batch_size} drawings a step, each stage its own; those that read neighbours lost as many. It
 is one run each. Brackets are 95% intervals over concepts ({draws} bootstrap draws); those of differences are paired.
 
 ## Which words go with it?

@@ -158,9 +158,7 @@ class Demo:
         return [[row["caption"] for row in rows] for rows in self.banks[bank or queries].rows(ids[:, :TOP_K])]
 
     def training_neighbours(self) -> list[np.ndarray]:
-        """Return the rows of each training drawing's neighbours in the bank "without", less what memory dropout takes:
-        for systems that do not read them as memory tokens.
-        """
+        """Return the rows of each training drawing's neighbours that memory dropout leaves, in the bank "without"."""
         dropout = MemoryDropout(self.config.memory_dropout, TOP_K, self.config.seed)
         found = []
         for number, (scores, ids) in enumerate(zip(*self.found["train"], strict=True)):

@@ -20,9 +20,7 @@ EXPECTED = {
 
 
 def check_arguments(model: Any, args: Any, given: dict[str, Any]):
-    """Raise `TypeError` for another model or other settings than a trainer takes, `ValueError` for an argument of
-    `INSTEAD`, saying what to do.
-    """
+    """Raise `TypeError` or `ValueError`, saying what to do, for what these trainers do not take."""
     for name, advice in INSTEAD.items():
         if given.get(name) is not None:
             raise ValueError(f"{name} was given, expected none: {advice}.")

@@ -48,8 +48,8 @@ class SampleAnswers(TrainerCallback):
         """One a row: its number, prompt, answer, reference, and neighbours."""
         trainer = self.trainer
         collator, model = trainer.data_collator.for_evaluation(), trainer.model
-        samples, rows = [], trainer.eval_dataset
-        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows  # of several, the first
+        samples, sets = [], trainer.eval_dataset
+        rows = next(iter(sets.values())) if isinstance(sets, dict) else sets  # of several, the first
         for number, row in enumerate(islice(rows, trainer.args.eval_samples)):
             inputs = send_to_device(collator([row]), model.device)
             chat = collator.messages(row)

@@ -252,17 +252,20 @@ class SupervisedTrainer(Trainer):
     def create_model_card(self, *args, **kwargs):
         """Write no card: that of the model is written by `tinyalign train`."""
 
-    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs) -> CommitInfo | None:
-        """Push model and processor, whole, to `args.hub_model_id` or a repository of the output folder's name; of
-        `kwargs` only `token` and `revision` count.
-        """
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs
+    ) -> CommitInfo | None:
+        """Push model and processor, whole, to `args.hub_model_id` or a repository of the output folder's name."""
+        if self.is_divided:
+            raise ValueError(
+                "The model is divided among processes: save_model(), then tinyalign push FOLDER REPOSITORY."
+            )
         if not self.is_world_process_zero():
             return None
         name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
-        where = {"token": kwargs.get("token") or self.args.hub_token, "revision": kwargs.get("revision")}
-        settings = {**where, "commit_message": commit_message, "private": self.args.hub_private_repo}
-        self.processing_class.push_to_hub(name, **settings)
-        return self.model.push_to_hub(name, **settings)
+        where = {"token": token or self.args.hub_token, "revision": revision, "private": self.args.hub_private_repo}
+        self.processing_class.push_to_hub(name, commit_message=commit_message, **where)
+        return self.model.push_to_hub(name, commit_message=commit_message, **where)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over all supervised tokens of the batch, also when it is accumulated in parts."""
