@@ -154,6 +154,7 @@ class TinyAlignProcessor(ProcessorMixin):
             if not (isinstance(texts, (list, tuple)) and texts and all(isinstance(item, str) for item in texts)):
                 raise TypeError(f"text is {text!r:.100}, expected a text or a list of texts.")
             texts = [re.sub(r"\s?<rag>", "", sample) for sample in texts]
+            "".join(texts).encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
             if self.tokenizer.bos_token and all(sample.startswith(self.tokenizer.bos_token) for sample in texts):
                 kwargs.setdefault("add_special_tokens", False)  # what a template wrote is not written again
         images = self._load_images(images, texts)

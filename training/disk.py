@@ -25,7 +25,7 @@ def save_file(path: Path, content: bytes | pa.Buffer):
         os.replace(fresh, path)
     except OSError as error:
         fresh.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{fresh} cannot be written ({error.strerror})") from error
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
 
 
 @contextmanager

@@ -265,6 +265,8 @@ def test_a_message_of_nothing_asks_nothing(language_processor):
 def test_things_that_are_no_text(wrong, processor):
     with pytest.raises(TypeError, match="text is .*expected a text or a list of texts"):
         processor(text=wrong)
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        processor(text="half a character: \ud83d")
 
 
 def test_a_tokenizer_in_python_is_refused(processor, tmp_path):

@@ -55,7 +55,10 @@ class WorkFolder:
     def read_settings(self) -> dict:
         """Return what `write_settings` of an earlier process has written, or nothing."""
         path = self.path / SETTINGS_NAME
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete {self.path} to begin anew.") from error
 
     def write_settings(self, settings: dict) -> None:
         with full_disk_advice(self.path, "what was encoded"):
@@ -77,6 +80,8 @@ def work_folder(out: Path) -> Iterator[WorkFolder]:
 
     Raises `ValueError` while another process builds the bank.
     """
+    if not out.name:
+        check_new_folder(out)  # the root of the file system
     folder = out.with_name(f".{out.name}.build")
     work, lock = WorkFolder(folder), FileLock(folder / LOCK_NAME, timeout=0)
     with nothing_left(folder):

@@ -49,8 +49,7 @@ class SupervisedTrainer(Trainer):
         args: The settings.
         train_dataset: Rows as [`TrainingCollator`] wants them: `messages`; `image`, `images` or `feature_index`; and,
             for a model with memory, the `memory_ids` that [`find_neighbours`] found.
-        eval_dataset: The same, for `args.eval_strategy` and `evaluate()`; with `vision_features` it needs a
-            `feature_index`, or images.
+        eval_dataset: The same; with `vision_features` it needs a `feature_index`, or images.
         processing_class: The model's processor.
         memory_bank: The bank that `memory_ids` are of, or its folder: it is attached. None for a model without memory.
         vision_features: The array that [`cache_vision_features`] returned, for the rows of `train_dataset` in order,
@@ -227,9 +226,8 @@ class SupervisedTrainer(Trainer):
         vars(self.model).pop("_is_accelerate_prepared", None)  # of newer versions
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Write model and processor to `output_dir`, for `from_pretrained`; all processes call it, because each may
-        hold a part of the weights. (`Trainer` itself calls it for a checkpoint, which has what trains and nothing
-        else.)
+        """Write model and processor to `output_dir`, for `from_pretrained`. All processes call it: each may hold a
+        part of the weights. (`Trainer` calls it for a checkpoint, which has what trains and nothing else.)
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
@@ -292,6 +290,8 @@ class SupervisedTrainer(Trainer):
         self.evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
+        if not tokens:
+            raise ValueError(f"The {metric_key_prefix} data have no answers, expected at least one.")
         return output._replace(metrics={**output.metrics, f"{metric_key_prefix}_loss": loss / tokens})
 
     def log(self, logs: dict[str, float], start_time: float | None = None):

@@ -82,3 +82,7 @@ def test_classes_are_captions_by_their_names_and_a_list_of_one_image_is_that_ima
     assert bank.table["caption"].to_pylist() == ["dog", "cat"]
     reasons = [row.reason.partition(":")[0] for row in bank.left_out]
     assert reasons == ["several images", "missing image"]
+    features = datasets.Features(features | {"image": datasets.Image()})
+    pairs = datasets.Dataset.from_dict({"image": images[:3], "caption": [1, 0, None]}, features=features)
+    added = bank.add(pairs, model, processor, keep_duplicates=True, skip_bad_rows=True)
+    assert added.table["caption"].to_pylist()[2:] == ["dog", "cat"]

@@ -294,6 +294,12 @@ def test_another_command_does_not_go_on_with_its_work(build, tmp_path, monkeypat
     (tmp_path / ".out.build" / "000001.new").write_bytes(b"cut off")
     with pytest.raises(SystemExit, match="unfinished work of other settings .rows: 12 then, 13 now"):
         build("--rows", "13")
+    settings = tmp_path / ".out.build" / "settings.json"
+    kept = settings.read_text()
+    settings.write_text(kept[:20])
+    with pytest.raises(SystemExit, match="settings.json is damaged .*: delete .*out.build to begin anew"):
+        build("--rows", "12")
+    settings.write_text(kept)
     # what follows the encoding may be another
     bank = build("--rows", "12", "--whiten_dim", "3")
     assert len(bank) == 12 and bank.config.key_dim == 3 and os.listdir(tmp_path) == ["out"]
@@ -367,6 +373,7 @@ def test_bad_inputs(build, place, tmp_path, monkeypatch):
         assert not (tmp_path / "bad").exists()
 
     fails("missing.json does not exist, expected a file", dataset=tmp_path / "missing.json")
+    fails("/ is there already: choose another folder", "--out", "/")
     missing = "has no usable row, .*40 left out .40 missing column"
     fails(f"{missing}.*no column 'title', the columns are", "--caption_column", "title")
     fails(missing, "--keep", "source")

@@ -94,6 +94,7 @@ def test_bad_inputs(place, tmp_path):
     fails("has no row 13, expected 0 to 12", "--row", "2", "13")
     fails("Found --image without --model", "--image", str(place / "query.png"))
     fails("'missing.png' is no file", "--image", "missing.png", "--model", str(place / "model"))
+    fails(f"{tmp_path} cannot be written .Is a directory", "-o", str(tmp_path))
     fails("--rows is 0", "--rows", "0")
     fails("--seed -1, expected 1, 1 and 0 or more", "--seed", "-1")
 
