@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 from tinyalign_vlm.training.demo import systems
 from tinyalign_vlm.training.demo.state import TOP_K, Demo
+from tinyalign_vlm.training.evaluation.bootstrap import Interval, interval_of
 from tinyalign_vlm.training.hub.run_facts import read_records
 
+DRAWS = 200  # each measures all distances
 LAST = 0.3  # share of a stage's steps whose mean loss is compared
-SYSTEMS = ("baseline", "tinyalign", "text_rag")
+SYSTEMS = ("baseline", "tinyalign", "latents", "text_rag")
 
 
 @dataclass
@@ -68,10 +70,15 @@ class Clouds:
     @property
     def spread(self) -> float:
         """Mean distance of two pictures of one kind over that of two kinds: smaller is tighter."""
-        distance = np.linalg.norm(self.pictures[:, None] - self.pictures[None], axis=2)
+        pictures = self.pictures.astype(float)
+        distance = np.sqrt((2 - 2 * pictures @ pictures.T).clip(0))
         same = self.kinds[:, None] == self.kinds[None]
-        other = ~np.eye(len(distance), dtype=bool)
-        return float(distance[same & other].mean() / distance[~same].mean())
+        others = distance > 1e-6  # than the picture itself
+        return float(distance[same & others].mean() / distance[~same].mean())
+
+    def drawn(self, rows: np.ndarray) -> "Clouds":
+        """Return the clouds of some of the concepts."""
+        return Clouds(self.pictures[rows], self.names[rows], self.kinds[rows])
 
     @property
     def own_name(self) -> float:
@@ -102,6 +109,25 @@ def clouds(demo: Demo, system: str, bank: str | None = None, visual_only: bool =
     names = torch.stack([table[row].mean(0) for row in ids])
     vectors = (F.normalize(part.float()).numpy() for part in (pictures, names))
     return Clouds(*vectors, np.array(demo.pairs.noto["group"])[demo.queried])
+
+
+def difference(found: dict[int, dict[str, Clouds]], measure: str) -> Interval:
+    """Return by how much a measure of TinyAlign's visual tokens is above the baseline's, mean of the seeds.
+
+    The interval is of `DRAWS` draws of each seed's concepts, the same ones for both.
+    """
+    rng, differences = np.random.default_rng(0), []
+    for draw in range(1 + DRAWS):
+        of_seeds = []
+        for seed in found.values():
+            count = len(seed["baseline"].kinds)
+            rows = rng.integers(0, count, count) if draw else np.arange(count)
+            ours, base = (
+                getattr(seed[name].drawn(rows), measure) for name in ("TinyAlign, visual tokens", "baseline")
+            )
+            of_seeds.append(ours - base)
+        differences.append(np.mean(of_seeds))
+    return interval_of(np.array(differences))
 
 
 def measure(study: Study) -> dict[int, dict[str, Clouds]]:

@@ -1,5 +1,6 @@
 """Memory tokens against text in the prompt (paper, Table 5): seconds, memory and score by the captions' length."""
 
+import json
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.demo import systems
-from tinyalign_vlm.training.demo.state import Demo, Result
+from tinyalign_vlm.training.demo.state import Demo, Result, write_json
 
 SEEDS = (0,)  # of the scores
 WORDS, NEIGHBOURS = (3, 15, 60), (1, 5, 10)
@@ -20,7 +21,7 @@ WORDS, NEIGHBOURS = (3, 15, 60), (1, 5, 10)
 WRITTEN = {"15 words": (15, False), "60 words": (60, False), "15 words, the name last": (15, True)}
 VISUAL_TOKENS, QUESTION_TOKENS, MEMORY_TOKENS, ANSWER_TOKENS = 729, 60, 32, 20
 TOKENS_A_WORD = 1.3  # of English in a vocabulary of 50,000
-REPEATS = 2
+REPEATS = 5
 # Qwen2-0.5B, a language model of the paper's, with random weights: seconds do not depend on them.
 SHAPE = Qwen2Config(
     vocab_size=151_936,
@@ -31,6 +32,7 @@ SHAPE = Qwen2Config(
     num_key_value_heads=2,
     tie_word_embeddings=True,
 )
+TITLES = {"tinyalign": "TinyAlign", "text_cut": "text, cut", "text_rag": "text, whole"}
 BEFORE, AFTER = "a picture of", "which was drawn by hand in a plain and friendly style with few colours on white"
 
 
@@ -45,8 +47,11 @@ def prompt_lengths() -> dict[str, int]:
 
 
 @torch.no_grad()
-def seconds_of_answers() -> dict[str, float]:
-    """Return the least seconds of an answer of 20 tokens after each prompt, measured in turns; bfloat16."""
+def seconds_of_answers(study: Study) -> dict[str, float]:
+    """Return the least seconds of an answer of 20 tokens after each prompt, measured in turns; bfloat16; kept."""
+    path = study.out / f"seconds_{tag(SHAPE.to_dict(), prompt_lengths(), ANSWER_TOKENS, REPEATS)}.json"
+    if path.exists():
+        return json.loads(path.read_text())
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPE, dtype=torch.bfloat16).eval()
     found = dict.fromkeys(prompt_lengths(), np.inf)
@@ -56,6 +61,7 @@ def seconds_of_answers() -> dict[str, float]:
             started = time.perf_counter()
             model.generate(ids, min_new_tokens=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, do_sample=False)
             found[name] = min(found[name], time.perf_counter() - started)
+    write_json(path, found)
     return found
 
 

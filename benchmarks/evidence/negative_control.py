@@ -250,7 +250,7 @@ class Answers:
 
 def compare(study: Study) -> Answers:
     """Train the baseline and TinyAlign, and ask them with each bank; the answers of all seeds are put together."""
-    found = [compare_one(study, seed) for seed in SEEDS if seed in study.seeds]
+    found = [compare_one(study, seed) for seed in study.of(SEEDS)]
     return Answers(
         {system: np.concatenate([answers.right[system] for answers in found]) for system in found[0].right},
         np.concatenate([answers.kinds for answers in found]),

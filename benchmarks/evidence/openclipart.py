@@ -100,7 +100,7 @@ def art_tag(study: Study) -> str:
 
 def clip_art(study: Study) -> ClipArt | None:
     """Return the clip art with its features, kept in the study's folder, or None where there is none."""
-    if not (study.openclipart / "svg").is_dir():
+    if not all((study.openclipart / kind).is_dir() for kind in ("svg", "png")):
         return None
     path = study.out / f"openclipart_{art_tag(study)}.parquet"
     if not path.exists():

@@ -22,16 +22,26 @@ def score(demos: Sequence[Demo], pick: Pick, metric: str, minus: Pick | None = N
         metric: as of `Result.column`.
         minus: what is taken away, question by question.
     """
-    values, weights, groups = [], [], []
-    for demo in demos:
-        found, weight = pick(demo).column(metric)
-        other = None if minus is None else minus(demo).column(metric)[0]
-        if found is None or (minus is not None and other is None):
-            return None
-        values.append(found if minus is None else found - other)
-        weights.append(np.ones(len(found)) if weight is None else weight)
-        groups.append(demo.groups(metric))
-    return bootstrap_interval(np.concatenate(values), np.concatenate(groups), np.concatenate(weights))
+    columns = [answers_of(demo, pick, metric, minus) for demo in demos]
+    if None in columns:
+        return None
+    values, weights = map(np.concatenate, zip(*columns, strict=True))
+    return bootstrap_interval(values, np.concatenate([demo.groups(metric) for demo in demos]), weights)
+
+
+def answers_of(demo: Demo, pick: Pick, metric: str, minus: Pick | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return a metric or difference of each question, and the question's weight; arguments as of `score`."""
+    found, weights = pick(demo).column(metric)
+    other = None if minus is None else minus(demo).column(metric)[0]
+    if found is None or (minus is not None and other is None):
+        return None
+    return found if minus is None else found - other, np.ones(len(found)) if weights is None else weights
+
+
+def mean(demo: Demo, pick: Pick, metric: str, minus: Pick | None = None) -> float:
+    """Return a metric or a difference of one seed; arguments as of `score`."""
+    values, weights = answers_of(demo, pick, metric, minus)
+    return values.sum() / weights.sum()
 
 
 def is_more(difference: Interval | None) -> bool:

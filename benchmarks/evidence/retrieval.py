@@ -58,7 +58,7 @@ def with_distractors(demo: Demo):
 def clip_art_distractors(study: Study, art: ClipArt) -> dict[int, float]:
     """Evaluate with clip art added to the bank, for all seeds, and return recalls."""
     recalls = {}
-    for seed in [seed for seed in SEEDS if seed in study.seeds]:
+    for seed in study.of(SEEDS):
         demo, name = study.demo(seed), f"size_openclipart_{tag(NUM_DISTRACTORS, art_tag(study))}"
         add_bank(demo, name, *bank_with_clip_art(demo, art))
         recalls[seed] = recall(demo, name)
@@ -106,7 +106,7 @@ def language_queries(study: Study) -> dict[int, dict[str, float]]:
     The model is TinyAlign as trained, and reads the captions of the rows that are found.
     """
     recalls = {}
-    for seed in [seed for seed in SEEDS if seed in study.seeds]:
+    for seed in study.of(SEEDS):
         demo = study.demo(seed)
         baseline, _ = systems.train_system(demo, "baseline", memory_top_k=0)
         model, processor = systems.compose_demo(demo.weights, demo.config, key_space="language")
@@ -141,7 +141,7 @@ def small_pictures(images) -> np.ndarray:
 def all_changes(study: Study) -> dict[int, dict[str, float]]:
     """Evaluate everything above for all seeds, and return recalls; results go into the demos' tables."""
     recalls = {}
-    for seed in [seed for seed in SEEDS if seed in study.seeds]:
+    for seed in study.of(SEEDS):
         demo = study.demo(seed)
         demo.results["tinyalign"] = dict(demo.results["tinyalign"])
         recalls[seed] = bank_sizes(demo)

@@ -155,22 +155,22 @@ def seconds_of_bank(demo: Demo) -> dict[str, float]:
     return {"teach": teach, "forget": time.perf_counter() - started}
 
 
-def compare(study: Study) -> tuple[dict, dict, dict[str, list[str]]]:
+def compare(study: Study) -> tuple[dict, dict, dict[str, list[str]], dict[int, Demo]]:
     """
     Compare all systems.
 
     Returns:
         by seed and system the results with the banks `"with"` and `"without"`, and about `"others"`; by seed and
-        system the share of answers about others that are a taught name; by system tokens, seconds to teach 100
-        concepts and seconds to forget one.
+        system the share of answers about others that are a taught name; by system tokens, seconds of training, to
+        teach 100 concepts and to forget one; by seed the view that asks about others.
     """
-    found, triggered, costs = {}, {}, {}
+    found, triggered, costs, others = {}, {}, {}, {}
     for seed in study.of(SEEDS):
         demo = study.demo(seed)
-        others = asking_about(demo, demo.pairs.validation, "others")
-        found[seed], triggered[seed] = compare_one(demo, others)
+        others[seed] = asking_about(demo, demo.pairs.validation, "others")
+        found[seed], triggered[seed] = compare_one(demo, others[seed])
         costs = costs or costs_of(demo)
-    return found, triggered, costs
+    return found, triggered, costs, others
 
 
 def compare_one(demo: Demo, others: Demo) -> tuple[dict[str, dict[str, Result]], dict[str, float]]:
@@ -202,6 +202,7 @@ def compare_one(demo: Demo, others: Demo) -> tuple[dict[str, dict[str, Result]],
         found["chosen"][bank] = Result(exact_match=(right & speaks).astype(float))
         found["named"][bank] = Result(exact_match=right.astype(float))
         found["mixed"][bank] = mixed_with_neighbours(demo, demo.results["baseline"][bank], bank)
+    found["mixed"]["others"] = mixed_with_neighbours(others, found["baseline"]["others"], "with")
     taken, speaks = chosen_by_likelihood(others, *model, "with")
     triggered["chosen"] = share_of_taught(demo, np.where(speaks, taken, ""))
     triggered["named"] = share_of_taught(demo, taken)
@@ -210,15 +211,22 @@ def compare_one(demo: Demo, others: Demo) -> tuple[dict[str, dict[str, Result]],
 
 
 def costs_of(demo: Demo) -> dict[str, list[str]]:
-    """Return tokens, seconds to teach 100 concepts and seconds to forget one, by system; forgetting tunes anew."""
-    bank = seconds_of_bank(demo)
-    found = {}
+    """Return tokens and seconds of training, to teach 100 concepts and to forget one; forgetting tunes anew."""
+    bank, found = seconds_of_bank(demo), {}
+
+    def seconds_of(folder: str) -> float:
+        return sum(record.seconds for record in read_records(demo.out / folder / "model"))
+
+    trained = {"tinyalign": seconds_of("tinyalign"), "text_cut": seconds_of("text_rag"), "copy": 0.0}
+    baseline = seconds_of("baseline")
     for name in ("tinyalign", "text_cut", "chosen", "named", "mixed", "copy"):
         result = demo.results.get(name, demo.results["baseline"])["with"]
         tokens = "-" if result.tokens is None else f"{result.tokens:.0f}"
-        found[name] = [tokens, f"{bank['teach']:.0f}", f"{bank['forget']:.1f}"]
+        seconds = trained.get(name, baseline)
+        found[name] = [tokens, f"{seconds:.0f}", f"{bank['teach']:.0f}", f"{bank['forget']:.1f}"]
     tokens = f"{demo.results['baseline']['with'].tokens:.0f}"
     for name in FINE_TUNED:
-        seconds = read_records(demo.out / folder_of(name) / "model")[0].seconds
-        found[name] = [tokens, f"{seconds * TAUGHT / num_taught(demo, name):.0f}", f"{seconds:.0f}"]
-    return found | {"baseline": [tokens, "-", "-"]}
+        seconds = seconds_of(folder_of(name))
+        teach = seconds * TAUGHT / num_taught(demo, name)
+        found[name] = [tokens, f"{baseline:.0f} + {seconds:.0f}", f"{teach:.0f}", f"{seconds:.0f}"]
+    return found | {"baseline": [tokens, f"{baseline:.0f}", "-", "-"]}

@@ -48,8 +48,8 @@ class Study:
         return {"vision": folder / "efficientnet-lite0", "text": folder / "smollm2-135m-instruct"}
 
     def of(self, seeds: Sequence[int]) -> list[int]:
-        """Return those of these seeds that are asked for."""
-        return [seed for seed in seeds if seed in self.seeds]
+        """Return those of these seeds that are asked for, or else the first that is."""
+        return [seed for seed in seeds if seed in self.seeds] or list(self.seeds[:1])
 
     def demo(self, seed: int) -> Demo:
         """Return the demo of a seed with all rows of its table, trained and evaluated."""
@@ -85,8 +85,12 @@ def take_over(finished: Path, folder: Path) -> None:
     """Take what a finished demo has for its seed: systems and banks are linked, evaluations copied."""
     run.check_settings(finished / "config.json", DemoConfig())
     for name in (*MADE, *MADE_BANKS):
-        (folder / name).symlink_to((finished / name).resolve())
-    shutil.copytree(finished / "evaluation", folder / "evaluation")
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to((finished / name).resolve())
+    partial = folder / "evaluation.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(finished / "evaluation", partial)
+    partial.rename(folder / "evaluation")
 
 
 def asking_about(demo: Demo, concepts: np.ndarray, name: str) -> Demo:

@@ -250,13 +250,10 @@ def measures(lesson: Lesson, scores: list[list[float]], none: dict[str, float] |
     return {kind: np.array(values) for kind, values in found.items()}
 
 
-def teach(study: Study, data: Path | None = None, seed: int = 0) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
-    """Teach and ask all systems, and return measures by system, and seconds.
-
-    Args:
-        data: folder of another lesson.json, with its pictures.
-    """
-    demo = study.demo(seed)
+def teach(study: Study) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
+    """Teach and ask all systems, and return measures by system, and seconds."""
+    (seed,) = study.of((0,))
+    demo, data = study.demo(seed), study.lesson
     if data is None:
         data = study.out / f"lesson_{tag(NUM_CONCEPTS, NUM_ASKED, OPTIONS, SYLLABLES)}"
         write_lesson(demo, data)
@@ -282,6 +279,11 @@ def teach(study: Study, data: Path | None = None, seed: int = 0) -> tuple[dict[s
     return found, seconds
 
 
-def none_of_these(found: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Return how well pictures never taught are told apart: AUROC, and the share found at 5% false alarms."""
+def none_of_these(found: dict[str, np.ndarray]) -> tuple[float, float] | None:
+    """Return how well pictures never taught are told apart: AUROC, and the share found at 5% false alarms.
+
+    None for a lesson without such pictures, or without a question that has all names as options.
+    """
+    if not {"known", "unknown"} <= found.keys():
+        return None
     return auroc(found["unknown"], found["known"]), share_found(found["known"], found["unknown"])
