@@ -25,14 +25,14 @@ from .bank_format import (
     check_schema,
     config_schema,
     matrix,
+    pa,
 )
 from .files import locked, scratch_folder, sync
 
 try:
     import faiss
-    import pyarrow as pa
 except ImportError:
-    faiss = pa = None
+    faiss = None  # bank_index.py has it from here
 
 # A larger bank is quantized unless it is said otherwise; docs/bank_speed.md says what that costs.
 QUANTIZED_ROWS = 20_000
@@ -47,7 +47,7 @@ KEYS, VALUES, CODES, EXPONENTS, ROWS = "keys.bin", "values.bin", "codes.bin", "e
 
 def require_bank_packages() -> None:
     """Raise ImportError, naming what to install, unless faiss and pyarrow are there."""
-    if faiss is None:
+    if faiss is None or pa is None:
         raise ImportError(
             "A memory bank needs faiss and pyarrow: pip install faiss-cpu pyarrow. Without them the model still runs "
             'with memory="off".'

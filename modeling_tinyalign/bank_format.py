@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 try:
     import pyarrow as pa
 except ImportError:
-    pa = None
+    pa = None  # the other modules of a bank have it from here
 
 CONFIG_NAME = "bank_config.json"
 KEY_ENCODER_NAME = "key_encoder.safetensors"

@@ -15,14 +15,9 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .bank_arrays import SCRATCH_PREFIX, cache_errors, cache_root, read_only_tensor
+from .bank_arrays import SCRATCH_PREFIX, cache_errors, cache_root, faiss, read_only_tensor
 from .bank_format import file_sha256
 from .files import locked, scratch_folder, sync
-
-try:
-    import faiss
-except ImportError:
-    faiss = None
 
 logger = logging.get_logger(__name__)
 

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from .bank_arrays import CODES, EXPONENTS, KEYS, ROWS, VALUES, Values, local_folder, map_array, map_table
-from .bank_format import BATCH_ROWS, BankConfig, config_schema, list_column
+from .bank_format import BATCH_ROWS, BankConfig, config_schema, list_column, pa
 from .bank_index import KeyIndex, open_index
 from .row_encoder import read_thumbnail
-
-try:
-    import pyarrow as pa
-    from PIL import Image
-except ImportError:
-    pa = Image = None
 
 Ids = torch.Tensor | np.ndarray | Sequence
 Excluded = int | str | Sequence[int | str] | None

@@ -33,6 +33,7 @@ from .bank_format import (
     CalibrationConfig,
     config_schema,
     file_sha256,
+    pa,
 )
 from .bank_index import open_index
 from .bank_rows import BankRows, renumbered
@@ -41,11 +42,6 @@ from .files import CARD_NAME, SHARDS, installed_package, make_bank_card, push_fi
 from .key_encoder import KeyEncoder, evaluating
 from .row_encoder import LeftOutRow, PairReader, RowEncoder, check_as_many, check_many, finished, stored_images
 from .value_encoder import ValueEncoder
-
-try:
-    import pyarrow as pa
-except ImportError:
-    pa = None
 
 logger = logging.get_logger(__name__)
 

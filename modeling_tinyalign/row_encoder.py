@@ -14,18 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .bank_arrays import require_bank_packages
-from .bank_format import MAX_THUMBNAIL, broken_bank, check_columns, list_column, matrix, row_schema
+from .bank_format import MAX_THUMBNAIL, broken_bank, check_columns, list_column, matrix, pa, row_schema
 from .key_encoder import KeyEncoder
 from .value_encoder import ValueEncoder
-
-try:
-    import pyarrow as pa
-    from PIL import Image
-except ImportError:
-    pa = Image = None
 
 CAPTION_FIELDS = ("raw", "caption", "text", "answer")  # of a caption that is an object
 DUPLICATE = "duplicate"
