@@ -184,15 +184,14 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         kwargs |= kwargs.pop("call_settings", None) or {}  # of a pipeline's call, through the processor
         image_inputs = take_image_inputs(kwargs)
-        images_given = image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None
         images = (mm_encoder_outputs or {}).get("image")
-        if images_given and images is not None:
+        if image_inputs is not None and images is not None:
             raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
         # a graph can't raise, and without images embeddings are complete: vLLM runs those alone, and captures that
         checked = not is_tracing(input_ids if inputs_embeds is None else inputs_embeds)
-        if images_given or images is not None or input_ids is not None:
+        if image_inputs is not None or images is not None or input_ids is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        if images_given:
+        if image_inputs is not None:
             images = self.get_image_features(**repeat_queries(self.config, image_inputs, mask), return_dict=True)
             if checked:
                 images.pooler_output = uncached_images(self.config, images.pooler_output, mask, cache_of(kwargs))
@@ -347,14 +346,13 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
     ) -> tuple[TinyAlignImageFeatures | None, torch.Tensor | None]:
         """Put images of `kwargs` into it as `mm_encoder_outputs`; return them, and where in the prompt they go."""
         image_inputs = take_image_inputs(kwargs)
-        given = image_inputs["pixel_values"] is not None or image_inputs["vision_features"] is not None
         embeds, input_ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", inputs)
-        if not given and (embeds is not None or input_ids is None):  # without images, embeddings are complete
+        if image_inputs is None and (embeds is not None or input_ids is None):  # then embeddings are complete
             return None, None
         mask = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds)
         attention_mask = kwargs.get("attention_mask")
         whole = attention_mask is None or attention_mask.shape[1] == mask.shape[1]  # prompt, also with a cache
-        if not given:
+        if image_inputs is None:
             if cache_of(kwargs) is None and "mm_encoder_outputs" not in kwargs:
                 check_no_placeholders(self.config, mask)
             return None, mask

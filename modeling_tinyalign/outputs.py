@@ -135,13 +135,13 @@ def uncached_images(
     return new
 
 
-def take_image_inputs(kwargs: dict) -> dict:
-    """Take what says what an image is, and what is remembered about it, out of the arguments of a call."""
+def take_image_inputs(kwargs: dict) -> dict | None:
+    """Take what an image is and what is remembered about it out of the arguments of a call; None without images."""
     inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
     images = inputs["vision_features"] if inputs["pixel_values"] is None else inputs["pixel_values"]
-    if torch.is_tensor(images) and not is_tracing(images) and len(images) == 0:
-        return dict.fromkeys(IMAGE_INPUTS)  # a batch of chats without images
-    return inputs
+    # a batch of chats without images has a tensor of none
+    is_empty = torch.is_tensor(images) and not is_tracing(images) and len(images) == 0
+    return None if images is None or is_empty else inputs
 
 
 def repeat_queries(config: TinyAlignConfig, inputs: dict, mask: torch.Tensor) -> dict:
