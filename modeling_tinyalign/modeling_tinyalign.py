@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from .bank_format import BankConfig as BankConfig
     from .bank_index import KeyIndex as KeyIndex
     from .bank_rows import BankRows as BankRows
-    from .files import push_files as push_files
     from .key_encoder import KeyEncoder as KeyEncoder
     from .memory_bank import MemoryBank as MemoryBank
     from .row_encoder import RowEncoder as RowEncoder
@@ -241,9 +240,6 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         """Compose a model, whose connectors are new, as `tinyalign_vlm.training.composition.compose` says."""
         composition = installed_package("composition", "Composing a model")
         return composition.compose(cls, vision_name_or_path, text_name_or_path, **kwargs)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model.get_vision_features(pixel_values)
