@@ -319,7 +319,6 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         if vision_features is None:
             pixels = images if torch.is_tensor(images) else query_pixels(bank.config.preprocessing, images)
             vision_features = self.get_vision_features(pixels.to(self.device))
-        check_tensor("vision_features", vision_features, "(images, tokens, width)")
         top_k = self.config.num_neighbours if top_k is None else top_k
         keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
         found = search_with_probabilities(bank, keys, top_k, for_each(exclude_ids, len(keys)))
