@@ -74,12 +74,6 @@ def is_base64(text: str) -> bool:
     return bool(bare) or text[:5].lower() == "data:"
 
 
-def image_path(image: Any) -> str | None:
-    """Return the path or URL of an image that is stored so, None of one that is stored itself."""
-    source = image_source(image)
-    return source if isinstance(source, str) and not is_base64(source) else None
-
-
 def decode_image(image: Any, formats: Sequence[str] | None = None) -> Image.Image:
     """Return an image as upright RGB of sides up to `MAX_SIDE`; transparency becomes white, 16 bits become 8.
 

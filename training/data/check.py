@@ -14,7 +14,6 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from ...modeling_tinyalign.bank_arrays import cache_root
-from ...processing.images import image_path
 from ..arguments.alignment import AlignmentConfig
 from ..arguments.files import NO_OUTPUT_DIR, parse_settings, read_config
 from ..arguments.stage import StageArguments
@@ -22,7 +21,7 @@ from ..disk import full_disk_advice, save_file
 from ..models import context_length, load_model
 from .chats import images_of
 from .files import Rows, item_of, open_rows, unpacked
-from .rows import FEATURES, IMAGE_COLUMNS, RowReader
+from .rows import FEATURES, IMAGE_COLUMNS, RowReader, image_path
 
 logger = logging.get_logger(__name__)
 BYTES = [datasets.Value(name) for name in ("binary", "large_binary", "binary_view")]

@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ...processing.images import decode_image, image_path
+from ...processing.images import decode_image
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, name_row, with_captions
 from .memory_dropout import MemoryDropout
+from .rows import image_path
 
 
 class TrainingCollator:

@@ -20,8 +20,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ...processing.images import decode_image, image_path, image_source
+from ...processing.images import decode_image, image_source
 from .progress import ImageProgress
+from .rows import image_path
 
 PART_IMAGES = 256  # what a killed process loses at most
 

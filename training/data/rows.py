@@ -16,7 +16,7 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.row_encoder import first_caption, image_source_id, readable
-from ...processing.images import MissingImage, decode_image, image_path, image_source
+from ...processing.images import MissingImage, decode_image, image_source, is_base64
 from ..arguments.stage import StageArguments
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, shown, to_messages
 from .files import FOLDER, IMAGE_SUFFIXES, STORED_IMAGE, TEXT
@@ -157,6 +157,12 @@ class RowReader:
             raise BadRow("missing image", str(error)) from error
         except ValueError as error:
             raise BadRow("broken image", f"{path or ''} {error}".strip()) from error
+
+
+def image_path(image: Any) -> str | None:
+    """Return the path or URL of an image that is stored so, None of one that is stored itself."""
+    source = image_source(image)
+    return source if isinstance(source, str) and not is_base64(source) else None
 
 
 def stored_image(image: Any, folders: Sequence[str]) -> Any:
