@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -345,13 +344,6 @@ def check_vocabulary(input_ids: torch.LongTensor, known: int):
             f"A caption has token {input_ids.max()}, the language model knows {known}: the tokenizer is another "
             "model's, attach the bank with that of the processor saved with the model."
         )
-
-
-def place_of(name_or_path: str | os.PathLike | None, settings: dict) -> tuple[str, dict]:
-    """Return where a model was loaded from, and which of its settings a tokenizer beside it is loaded with."""
-    names = "revision", "subfolder", "cache_dir", "token", "local_files_only"
-    place = os.path.abspath(name_or_path) if os.path.isdir(name_or_path or "") else str(name_or_path or "")
-    return place, {name: settings[name] for name in names if name in settings}
 
 
 def find_tokenizer(config: TinyAlignConfig, name_or_path: str, **settings) -> PreTrainedTokenizerBase:

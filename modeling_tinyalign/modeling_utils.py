@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .composition import check_origins, load_models
+from .composition import DOWNLOAD_KWARGS, check_origins, load_models
 from .configuration_tinyalign import TinyAlignConfig
 from .connectors import (
     CaptionTokenizer,
@@ -26,7 +26,6 @@ from .connectors import (
     check_vocabulary,
     find_tokenizer,
     for_each,
-    place_of,
     used_slots,
 )
 from .files import WEIGHTS, apply_umask, make_model_card, push_files, resolve_commit
@@ -105,7 +104,10 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             if model.config.connectors_only:
                 load_models(model, kwargs)
-            model.base_model._loaded_from = place_of(pretrained_model_name_or_path, kwargs)
+            place = str(pretrained_model_name_or_path or "")
+            place = os.path.abspath(place) if os.path.isdir(place) else place
+            names = (*DOWNLOAD_KWARGS, "revision", "subfolder")
+            model.base_model._loaded_from = place, {name: kwargs[name] for name in names if name in kwargs}
             return loaded
         except OSError as error:
             if os.path.isfile(os.path.join(str(pretrained_model_name_or_path), "trainer_state.json")):
