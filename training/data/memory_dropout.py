@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 OFF_SHARE = 1 / 6
 
 
-class MemoryDropout:
+class MemoryDropout(TrainerCallback):
     """Take neighbours away from a share of the images, in one of two ways:
 
     - five in six lose the nearest one to `top_k` of them, whose places the next ones take: the bank lacks what was
@@ -17,7 +17,8 @@ class MemoryDropout:
     - one in six loses all of them: the bank is off.
 
     What happens to an image depends on the seed, the epoch, its chat and its number in it, and on nothing else: not on
-    the batch, the process or the worker, nor on whether the run was interrupted.
+    the batch, the process or the worker, nor on whether the run was interrupted. The epoch is known where it is a
+    callback of the trainer.
 
     Args:
         rate: the share of images, 0 to 1.
@@ -48,12 +49,5 @@ class MemoryDropout:
         off = ids < 0
         return np.where(off, -1, ids)[: self.top_k], np.where(off, -np.inf, scores)[: self.top_k]
 
-
-class TellEpoch(TrainerCallback):
-    """Tell a `MemoryDropout` which epoch begins, or goes on after an interruption."""
-
-    def __init__(self, dropout: MemoryDropout):
-        self.dropout = dropout
-
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dropout.epoch.fill_(int(state.epoch + 1e-6))  # a sum of fractions: it may be 0.999...
+        self.epoch.fill_(int(state.epoch + 1e-6))  # a sum of fractions: it may be 0.999...

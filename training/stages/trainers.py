@@ -23,7 +23,7 @@ from ..arguments.alignment import AlignmentConfig
 from ..arguments.instruction import InstructionConfig
 from ..arguments.stage import StageArguments
 from ..data.collator import TrainingCollator
-from ..data.memory_dropout import MemoryDropout, TellEpoch
+from ..data.memory_dropout import MemoryDropout
 from ..data.training_rows import evaluation_rows, training_rows
 from ..hub.run_facts import Curves, RunClock
 from ..models import context_length
@@ -124,7 +124,7 @@ class SupervisedTrainer(Trainer):
             self.add_callback(SampleAnswers(self))
         self.add_callback(self.meter)
         if self.data_collator.dropout is not None:
-            self.add_callback(TellEpoch(self.data_collator.dropout))
+            self.add_callback(self.data_collator.dropout)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
         """Train, from the last checkpoint in `output_dir` on if there is one; a run that is finished is loaded. The
