@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ...modeling_tinyalign import MemoryBank, TinyAlignConfig
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ...processing.images import decode_image
+from ..data.features import hash_weights
 from ..disk import save_file
 from ..hub.run_facts import versions
 from ..models import load_to_answer
@@ -228,7 +229,5 @@ def weights_sha256(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     tokens = processor.tokenizer.backend_tokenizer.to_str()
     settings = [config, generation, processor.to_dict(), processor.chat_template, tokens]
     content = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        content.update(name.encode())
-        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    hash_weights(content, model)
     return content.hexdigest()
