@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..disk import save_file
+from ..data.neighbour_table import write_parquet
 
 FACTS = b"tinyalign"  # key of the metadata
 NEIGHBOUR = pa.struct(
@@ -44,10 +44,8 @@ def file_name(variant: str) -> str:
 def save_samples(path: Path, samples: list[dict], facts: dict):
     """Write the samples of a variant's answers to a benchmark, whole or not at all."""
     table = pa.Table.from_pylist(samples, SCHEMA).replace_schema_metadata({FACTS: json.dumps(facts)})
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(path, buffer.getvalue())
+    write_parquet(table, path)
 
 
 def read_sample_facts(path: Path) -> dict:
