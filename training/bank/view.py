@@ -139,7 +139,7 @@ def _queries(bank: MemoryBank, images: Sequence[str], model: str | None) -> tupl
         keys = bank.encode_queries(tower.get_vision_features(pixels)).cpu().numpy()
     queries = []
     for path, image in zip(images, loaded, strict=True):
-        thumbnail = _data_url(thumbnail_bytes(image, THUMBNAIL))
+        thumbnail = data_url(thumbnail_bytes(image, THUMBNAIL))
         queries.append({"caption": Path(path).name, "note": "image", "kept": {}, "thumbnail": thumbnail})
     return queries, keys
 
@@ -147,11 +147,12 @@ def _queries(bank: MemoryBank, images: Sequence[str], model: str | None) -> tupl
 def _row(bank: MemoryBank, row: dict) -> dict:
     kept = {name: row[name] for name in bank.config.columns if row[name] is not None}
     picture = bank.table["thumbnail"][row["id"]].as_py() if bank.config.thumbnail_size else None
-    thumbnail = _data_url(picture["bytes"]) if picture and picture["bytes"] else None
+    thumbnail = data_url(picture["bytes"]) if picture and picture["bytes"] else None
     return {"caption": row["caption"], "source_id": row["source_id"], "kept": kept, "thumbnail": thumbnail}
 
 
-def _data_url(jpeg: bytes) -> str:
+def data_url(jpeg: bytes) -> str:
+    """Return a picture as a URL: no file is written."""
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 

@@ -1,6 +1,5 @@
 """Pieces of the app's page that Gradio has no component for: cards of examples, and the view of a bank."""
 
-import base64
 import html
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from PIL import Image
 
 from ...modeling_tinyalign import MemoryBank
 from ...modeling_tinyalign.row_encoder import thumbnail_bytes
-from ..bank.view import page_data, render_page
+from ..bank.view import data_url, page_data, render_page
 
 VIEWED_ROWS = 300
 CARD_PIXELS = 96
@@ -51,7 +50,9 @@ def render_cards(cards: list[Card], hint: str = "", heading: str = "", small: bo
     tag = "button" if hint else "div"
     parts = []
     for card in cards:
-        image = f'<img src="{data_url(card.picture)}" alt="">' if card.picture else ""
+        image = ""
+        if card.picture:
+            image = f'<img src="{data_url(thumbnail_bytes(card.picture, CARD_PIXELS))}" alt="">'
         caption = "" if small else f"<b>{escape(card.caption)}</b>"
         notes = "".join(f"<small>{escape(note)}</small>" for note in card.notes)
         title = escape(hint.format(card.caption) if hint else card.caption)
@@ -67,11 +68,6 @@ def escape(text: str) -> str:
     for letter in "${}`\\":
         text = text.replace(letter, f"&#{ord(letter)};")
     return text
-
-
-def data_url(picture: Image.Image) -> str:
-    """Return a small copy of a picture as a URL: no file is written."""
-    return f"data:image/jpeg;base64,{base64.b64encode(thumbnail_bytes(picture, CARD_PIXELS)).decode()}"
 
 
 def render_view(bank: MemoryBank, name: str, seed: int = 0) -> str:
