@@ -12,6 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 from ..models import context_length
 
 LOCK = threading.Lock()  # held by whatever uses the model: one answer at a time
+# Arguments of `processor.apply_chat_template` for a chat that ends with a question.
+PROMPT = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
 
 class ContextError(ValueError):

@@ -13,7 +13,7 @@ from ...modeling_tinyalign.connectors import check_retrieval
 from ...modeling_tinyalign.outputs import probabilities
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ..models import context_length
-from .answers import Answer, answer_room
+from .answers import PROMPT, Answer, answer_room
 from .lessons import Lessons, Neighbour
 from .pictures import Pictures
 
@@ -124,8 +124,7 @@ class Conversation:
                     messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
             if self.image is not None:
                 messages[0]["content"].insert(0, {"type": "image", "image": self.image})
-            settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-            inputs = self.processor.apply_chat_template(messages, **settings).to(self.model.device)
+            inputs = self.processor.apply_chat_template(messages, **PROMPT).to(self.model.device)
             if context is None or inputs["input_ids"].shape[1] + self.max_new_tokens <= context:
                 break
         return inputs

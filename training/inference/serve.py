@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_serve_available
 
 from ..models import load_to_answer
-from .answers import Answer, ContextError, answer_room
+from .answers import PROMPT, Answer, ContextError, answer_room
 from .pictures import Pictures
 from .request_images import load_request_image
 
@@ -189,13 +189,8 @@ def read_request(
         raise ValueError("memory is 'on', but this server answers without: leave it out")
     memory = body.get("memory") or memory
     config = sampling_settings(body, model, max_tokens)
-    inputs = processor.apply_chat_template(
-        read_messages(body.get("messages"), allowed_hosts),
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
+    messages = read_messages(body.get("messages"), allowed_hosts)
+    inputs = processor.apply_chat_template(messages, **PROMPT).to(model.device)
     config.max_new_tokens = answer_room(model, inputs["input_ids"].shape[1], config.max_new_tokens)
     inputs = {**inputs, "memory": memory, "sources": []}
     return Answer(model, processor, inputs, config, pictures.looked_up, body.get("seed"))
