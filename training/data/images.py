@@ -13,17 +13,10 @@ import datasets
 import numpy as np
 from datasets.table import CastError
 
-from ...modeling_tinyalign.row_encoder import (
-    BadRow,
-    BankRow,
-    PairReader,
-    check_caption,
-    first_caption,
-    image_source_id,
-    stored_images,
-)
+from ...modeling_tinyalign.row_encoder import BankRow, PairReader, check_caption, first_caption, image_source_id
 from ...processing.images import decode_image
 from ..arguments.stage import StageArguments
+from .chats import BadRow
 from .check import row_reader
 from .files import is_leftover, open_rows, undecoded, with_class_names
 from .rows import columns_of
@@ -53,10 +46,9 @@ class DatasetImages(StoredImages):
     def __init__(self, dataset: Iterable[dict], image_column: str, caption_column: str, keep_columns: Sequence[str]):
         self.dataset = dataset
         is_transformed = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
-        if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and not is_transformed:
-            if dataset.features is not None:
-                dataset = with_class_names(undecoded(dataset))
-            self.dataset = stored_images(dataset, image_column)
+        is_typed = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None
+        if is_typed and not is_transformed:
+            self.dataset = with_class_names(undecoded(dataset))
         self.total = len(dataset) if isinstance(dataset, Sized) else None
         self.reader = PairReader(decode_image, image_column, caption_column, keep_columns)
 
