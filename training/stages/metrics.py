@@ -32,18 +32,9 @@ ON_HOST = ("samples", "named_images", "own_images")
 
 
 class Meter(TrainerCallback):
-    """Add to each logged loss what was measured since the last one, over all processes and accumulated batches:
-
-    - `samples_per_second`, `tokens_per_second`: rows, and tokens without padding, those of images included. The time
-      is all but that of evaluating and saving.
-    - `mfu`: model FLOPs utilisation of GPUs that `PEAK_FLOPS` knows, see [`flops_per_token`].
-    - `memory_gb`: the peak so far, see [`peak_memory_gb`], of the process that needs most.
-    - `grad_norm_<part>` for each part that trains: the norm before clipping, at the step that is logged. Not with
-      DeepSpeed, nor, but at the last step, with a `logging_strategy` other than `"steps"`.
-    - `neighbour_similarity`: the mean over the neighbours that the model read.
-    - `own_samples_excluded`: share of the images that are in the bank themselves, or have one in their row that is.
-    - `memory_slots_off`: share of the slots without a neighbour: too few were found, memory dropout took it away, or
-      it is below `retrieval_threshold`.
+    """Add to each logged loss what was measured since the last one, over all processes and accumulated batches: the
+    metrics that docs/training.md lists. `grad_norm_<part>` is the norm before clipping, at the step that is logged;
+    it is missing with DeepSpeed, and, but at the last step, with a `logging_strategy` other than `"steps"`.
     """
 
     def __init__(self, trainer: Trainer, bank: MemoryBank | None):
