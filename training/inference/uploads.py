@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -146,12 +147,16 @@ class Guard:
         elif is_upload:
             await self.app(scope, counted(receive, MAX_UPLOAD_BYTES), send)
         else:
-            body = await whole_body(receive)
-            if body is None or names_url(body):
-                refusal = "The request is too large." if body is None else "No URL is fetched here: upload the file."
-                await PlainTextResponse(refusal, 413 if body is None else 403)(scope, receive, send)
-            else:
+            try:
+                body = await Request(scope, counted(receive, MAX_CALL_BYTES)).body()
+                if names_url(body):
+                    refusal = PlainTextResponse("No URL is fetched here: upload the file.", 403)
+            except ClientDisconnect:
+                refusal = PlainTextResponse("The request is too large.", 413)
+            if refusal is None:
                 await self.app(scope, replayed(body, receive), send)
+            else:
+                await refusal(scope, receive, send)
 
 
 def refusal_at_once(scope: Scope, most: int) -> PlainTextResponse | None:
@@ -164,16 +169,6 @@ def refusal_at_once(scope: Scope, most: int) -> PlainTextResponse | None:
     if size > most:
         return PlainTextResponse(f"The request has {size} bytes, expected at most {most}: send less.", 413)
     return None
-
-
-async def whole_body(receive: Receive) -> bytes | None:
-    """Return the body of a request; None if it is too large."""
-    body, more = bytearray(), True
-    while more and len(body) <= MAX_CALL_BYTES:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return None if len(body) > MAX_CALL_BYTES else bytes(body)
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
