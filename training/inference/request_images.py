@@ -66,8 +66,6 @@ def download_image(url: str, allowed_hosts: Collection[str]) -> bytes:
         port = parts.port or usual
     except ValueError as error:
         raise ValueError(f"found {url[:200]!r}, expected a URL ({error})") from error
-    if parts.scheme not in ("http", "https"):
-        raise ValueError(f"found {url[:200]!r}, expected a URL with http or https")
     host = (parts.hostname or "").lower()
     name = host if port == usual else f"{host}:{port}"
     if parts.username is not None or name not in {allowed.lower() for allowed in allowed_hosts}:

@@ -13,7 +13,6 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...hub_cards.facts import FACTS_NAME, read_facts
-from ..bank.folders import check_new_folder
 from ..models import load_to_answer
 from .answers import LOCK
 from .conversation import Conversation, check_question
@@ -181,7 +180,6 @@ class Visitor:
         self.check_allowed("save")
         if not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise ValueError(f"The name is {name[:100]!r}, expected letters, digits, dots and dashes: my-bank, say.")
-        check_new_folder(Path(name))
         self.lessons.save(name)
         return Path(name).resolve()
 
