@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,72 +52,7 @@ BANK_TITLES = {
     "other": "none, other pictures: characters of a font",
     "random": "all of them, under wrong keys",
 }
-REPORT = """# TinyAlign demo{quick}
-
-{queries} Twemoji drawings of concepts that were never trained on. Two questions about each: "{prompts[0]}", of
-{asked} of them, whose answer has no word of the name, and "{prompts[1]}", asked by itself. The bank holds Noto
-drawings of {known} of the {train} training concepts with their names and nothing else; its keys were learned from the
-others, which it does not have. "Has it" is that bank with the drawings of the held-out concepts added after training,
-"lacks it" is without them.
-
-All trained systems had the same seed ({config.seed}), {config.stage1_steps} steps of stage 1 and {config.stage2_steps}
-of stage 2 (LoRA), {config.batch_size} drawings a step, each stage its own; those that read neighbours lost as many. It
-is one run each. Brackets are 95% intervals over concepts ({draws} bootstrap draws); those of differences are paired.
-
-## Which words go with it?
-
-Four keywords, the wrong ones of concepts that look alike; the likeliest one is taken. The best rule was chosen on
-these questions, in its favour.
-
-{tables[keywords]}
-
-## What is this?
-
-A bank that lacks a concept cannot give its name. Copying the nearest name needs no language model.
-
-{tables[names]}
-
-## TinyAlign with other banks
-
-{tables[banks]}
-
-## Does the bank know?
-
-`model.retrieve` says how probably each neighbour is right, and none of them. Fitted on {validation} validation
-concepts, measured on these queries, asked of the bank that has them and of the same bank without the right rows.
-
-{tables[probabilities]}
-
-![How often what has a probability is true](reliability.png)
-
-## Cost
-
-Tokens of the prompt, picture and memory included; seconds of an answer in batches of 16, from cached visual features
-and neighbours looked up beforehand.
-
-{tables[cost]}
-
-## Training loss
-
-![Training loss](loss.png)
-
-## Eight queries, drawn at random
-
-![Queries, neighbours, answers](neighbours.png)
-
-## How it was run
-
-Command: `{command}`. Machine: {machine};
-peak memory of the process {memory:.1f} GB; {packages}.
-
-A new process without the package answered "{answer}" to the first query above, a drawing of
-"{label}".
-
-| step | seconds |
-|---|---|
-{steps}
-| together | {seconds:.0f} |
-"""
+TEMPLATE = Path(__file__).with_name("report.md")
 
 
 def interval_cell(found: Interval | None, sign: str = "") -> str:
@@ -253,7 +189,7 @@ def write_demo_report(demo: Demo, answer: str, label: str) -> None:
         "cost": cost_table(demo),
         "probabilities": probability_table(demo),
     }
-    text = REPORT.format(
+    text = TEMPLATE.read_text(encoding="utf-8").format(
         quick=" (quick run: too short to compare systems)" if demo.quick else "",
         queries=len(demo.queried),
         asked=len(demo.asked),
