@@ -133,9 +133,9 @@ def fingerprint_images(model: PreTrainedModel, processor: ProcessorMixin, images
 def hash_weights(digest: "hashlib._Hash", module: torch.nn.Module):
     """Add the weights of a module to a hash."""
     for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
         # as bytes: numpy has no bfloat16; flat first: a scalar cannot be viewed as another type
-        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        digest.update(name.encode() + content)
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _image_bytes(image: Any) -> bytes:
