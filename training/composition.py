@@ -3,6 +3,7 @@
 import os
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -22,44 +23,11 @@ from ..modeling_tinyalign.connectors import Connector, MemoryConnector, pool_gri
 
 logger = logging.get_logger(__name__)
 
-# Both have images, and `{% generation %}` around answers, so that only they are trained on.
-_CONTENT = r"""
-{%- macro render(content) -%}
-{%- if content is string -%}{{ content }}{%- else -%}
-{%- for part in content -%}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}"""
-
-# SmolLM2, Qwen2, Qwen2.5: their own turns; no system prompt unless one is given.
-CHATML_TEMPLATE = (
-    _CONTENT
-    + r"""
-{{- '<|im_start|>' + message['role'] + '\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- render(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}
-{%- else -%}
-{{- render(message['content']) + '<|im_end|>' -}}
-{%- endif -%}
-{{- '\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
-)
-
-# Every other language model: the turns of LLaVA 1.5, which TinyLLaVA uses with TinyLlama and Phi-2. The space before
-# the answer is part of it, because byte-level tokenizers merge it with the first word.
-PLAIN_TEMPLATE = (
-    _CONTENT
-    + r"""
-{%- if message['role'] == 'assistant' -%}
-{{- 'ASSISTANT:' -}}
-{%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}
-{%- else -%}
-{{- 'USER: ' if message['role'] == 'user' -}}{{- render(message['content']) + ' ' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"""
-)
+# Both have images, and `{% generation %}` around answers, so that only they are trained on. The first has the turns of
+# SmolLM2, Qwen2 and Qwen2.5, without a system prompt unless one is given. Every other language model gets the turns of
+# LLaVA 1.5, which TinyLLaVA uses with TinyLlama and Phi-2. There, the space before the answer is part of it, because
+# byte-level tokenizers merge it with the first word.
+CHATML_TEMPLATE, PLAIN_TEMPLATE = (Path(__file__).with_name(f"{name}.jinja") for name in ("chatml", "plain"))
 
 
 def compose(
@@ -246,8 +214,8 @@ def compose_processor(
 
 def chat_template_for(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
     """Return ChatML where the tokenizer has its tokens, else LLaVA's turns; after BOS, if the tokenizer adds one."""
-    template = CHATML_TEMPLATE if "<|im_end|>" in tokenizer.get_vocab() else PLAIN_TEMPLATE
-    template = template.replace("<image>", image_token)
+    path = CHATML_TEMPLATE if "<|im_end|>" in tokenizer.get_vocab() else PLAIN_TEMPLATE
+    template = path.read_text(encoding="utf-8").strip().replace("<image>", image_token)
     if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         template = "{{- bos_token -}}" + template
     return template
