@@ -361,6 +361,19 @@ def test_what_is_kept_is_named_after_the_constants_it_was_found_with():
     assert Study(Path("out"), Path("demo"), seeds=(1, 2)).of((0,)) == [1]  # something is run all the same
 
 
+def test_a_finished_demo_is_taken_over_after_a_kill(tmp_path):
+    from study import MADE, MADE_BANKS, take_over
+
+    finished, folder = tmp_path / "demo", tmp_path / "seed0"
+    (finished / "evaluation").mkdir(parents=True)
+    (finished / "evaluation" / "baseline.json").write_text("{}")
+    (folder / "evaluation.partial").mkdir(parents=True)
+    (folder / MADE[0]).symlink_to(finished / MADE[0])
+    take_over(finished, folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*MADE, *MADE_BANKS, "evaluation"])
+    assert (folder / "evaluation" / "baseline.json").exists()
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_captions_of_so_many_words(last):
     from costs import in_words
