@@ -170,7 +170,8 @@ class KeyIndex:
         scores, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
         for start in range(0, len(self.keys), BLOCK_ROWS):
             block = read_only_tensor(self.keys[start : start + BLOCK_ROWS]).float()
-            products = vectors @ block.T
+            with torch.autocast("cpu", enabled=False):
+                products = vectors @ block.T
             numbers = torch.arange(start, start + len(block)).expand(products.shape)
             scores, rows = torch.cat([scores, products], dim=1), torch.cat([rows, numbers], dim=1)
             scores, best = scores.topk(min(fetch, scores.shape[1]), dim=1)

@@ -171,6 +171,8 @@ class TinyAlignConfig(PreTrainedConfig):
             raise ValueError(f"config.json is of a {kind} model, expected a TinyAlign checkpoint.")
         if "top_k" in kwargs:
             kwargs["memory_top_k"] = kwargs.pop("top_k")
+        if "memory_bank" in kwargs:  # another bank is not at the commit of the one that is named there
+            kwargs.setdefault("memory_bank_revision", None)
         try:
             limited = {name: kwargs.pop(name) for name in LIMITS.keys() & kwargs.keys()}  # else set unchecked
             return super().from_dict(_without_code(config_dict | limited), **kwargs)

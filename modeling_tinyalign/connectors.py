@@ -29,7 +29,9 @@ def read_vision_tower(
     vision_tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int | list[int], strategy: str, **kwargs
 ) -> tuple[torch.Tensor, ModelOutput]:
     """Return visual features `(n, T, C)` of images `(n, 3, H, W)`, and all that the tower put out."""
-    pixel_values = pixel_values.to(vision_tower.device, vision_tower.dtype)
+    pixel_values = pixel_values.to(vision_tower.dtype)
+    if vision_tower.device.type != "meta":  # of one that is offloaded accelerate moves the inputs
+        pixel_values = pixel_values.to(vision_tower.device)
     outputs = vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
     if outputs.last_hidden_state.ndim == 4:  # a convolutional tower: (n, C, H, W)
         return outputs.last_hidden_state.flatten(2).transpose(1, 2), outputs
@@ -65,7 +67,8 @@ class Connector(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`(..., in_size)` of any dtype -> `(..., out_size)` in the connector's dtype."""
-        features = features.to(self.linear_1.weight)
+        weight = self.linear_1.weight  # on "meta" where it is offloaded: accelerate moves the inputs then
+        features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
         return self.linear_2(self.act(self.linear_1(features)))
 
 

@@ -375,10 +375,12 @@ class MemoryBank(BankRows):
         return commit
 
 
-def opened_bank(bank: MemoryBank | str | os.PathLike, revision: str | None = None) -> MemoryBank:
+def opened_bank(
+    bank: MemoryBank | str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+) -> MemoryBank:
     """Return a bank, loaded if it is a name or a path; `TypeError` for anything else."""
     if isinstance(bank, (str, os.PathLike)):
-        return MemoryBank.from_pretrained(bank, revision=revision)
+        return MemoryBank.from_pretrained(bank, revision=revision, token=token)
     if "MemoryBank" not in (kind.__name__ for kind in type(bank).__mro__):  # a checkpoint's own class is another one
         raise TypeError(f"The bank is a {type(bank).__name__}, expected a MemoryBank, a folder or a repository.")
     return bank

@@ -182,8 +182,8 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         kwargs |= kwargs.pop("call_settings", None) or {}  # of a pipeline's call, through the processor
-        image_inputs = take_image_inputs(kwargs)
         images = (mm_encoder_outputs or {}).get("image")
+        image_inputs = take_image_inputs(kwargs, images)
         if image_inputs is not None and images is not None:
             raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
         # a graph can't raise, and without images embeddings are complete: vLLM runs those alone, and captures that
@@ -204,7 +204,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
                 raise ValueError(
                     f"Found {mask.sum()} image placeholders, expected {len(features)}, one per image token."
                 )
-            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), features)
         elif input_ids is not None and checked and cache_of(kwargs) is None:
             check_no_placeholders(self.config, mask)
 
@@ -341,7 +341,8 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         self, inputs: torch.Tensor | None, kwargs: dict
     ) -> tuple[TinyAlignImageFeatures | None, torch.Tensor | None]:
         """Put images of `kwargs` into it as `mm_encoder_outputs`; return them, and where in the prompt they go."""
-        image_inputs = take_image_inputs(kwargs)
+        images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        image_inputs = take_image_inputs(kwargs, images)
         embeds, input_ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", inputs)
         if image_inputs is None and (embeds is not None or input_ids is None):  # then embeddings are complete
             return None, None
@@ -349,9 +350,9 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         attention_mask = kwargs.get("attention_mask")
         whole = attention_mask is None or attention_mask.shape[1] == mask.shape[1]  # prompt, also with a cache
         if image_inputs is None:
-            if cache_of(kwargs) is None and "mm_encoder_outputs" not in kwargs:
+            if cache_of(kwargs) is None and images is None:
                 check_no_placeholders(self.config, mask)
-            return None, mask
+            return images, mask
         images = self.model.get_image_features(**repeat_queries(self.config, image_inputs, mask), return_dict=True)
         features = uncached_images(self.config, images.pooler_output, mask, cache_of(kwargs), whole)
         if features:

@@ -207,7 +207,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     def memory_bank(self) -> MemoryBank | None:
         """The attached bank. If there is none, `config.memory_bank` is loaded and attached, when that is set."""
         if self.base_model._memory_bank is None and self.config.memory_bank is not None:
-            self.attach_memory_bank(self.config.memory_bank, self.config.memory_bank_revision)
+            token = (self.base_model._loaded_from or ("", {}))[1].get("token")
+            self.attach_memory_bank(self.config.memory_bank, self.config.memory_bank_revision, token=token)
         return self.base_model._memory_bank
 
     def attach_memory_bank(
@@ -216,11 +217,12 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         revision: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         check_probes: bool = True,
+        token: str | bool | None = None,
     ):
         """Retrieve from this bank from now on. It is no part of the weights; the config names its Hub repository.
 
         Args:
-            bank: A bank, or the folder or dataset repository (at `revision`) of one. None: see `detach_memory_bank`.
+            bank: A bank, or the folder or dataset repository (at `revision`, read with `token`) of one; None: detach.
             tokenizer: The processor's, to read captions with. A checkpoint finds its own beside its weights.
             check_probes: `False` takes a bank of another vision tower too, as [`MemoryBank.for_any_tower`].
 
@@ -229,7 +231,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         if bank is None:
             self.detach_memory_bank()
             return
-        bank, config = opened_bank(bank, revision), self.config
+        bank, config = opened_bank(bank, revision, token), self.config
         found, expected = [bank.config.key_encoder.key_space], [config.key_space]
         if config.reads_latents:
             found += bank.config.value_shape
@@ -320,7 +322,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         bank = self.require_bank()
         if vision_features is None:
             pixels = images if torch.is_tensor(images) else query_pixels(bank.config.preprocessing, images)
-            vision_features = self.get_vision_features(pixels.to(self.device))
+            vision_features = self.get_vision_features(pixels)
         top_k = self.config.num_neighbours if top_k is None else top_k
         keys = bank.encode_queries(vision_features, query_input_ids, query_attention_mask)
         found = search_with_probabilities(bank, keys, top_k, for_each(exclude_ids, len(keys)))

@@ -23,11 +23,11 @@ LANGUAGE_MODEL_FIELDS = tuple(
     field.name for field in fields(BaseModelOutputWithPast) if field.name != "last_hidden_state"
 )
 
-# Everything that says what an image is and what is remembered about it.
-IMAGE_INPUTS = (
-    "pixel_values vision_features query_input_ids query_attention_mask memory_ids memory_input_ids memory_values "
-    "memory_scores exclude_ids memory memory_top_k retrieval_threshold"
+# What is remembered about an image; and everything that says what it is, as well.
+MEMORY_INPUTS = (
+    "memory_ids memory_input_ids memory_values memory_scores exclude_ids memory memory_top_k retrieval_threshold"
 ).split()
+IMAGE_INPUTS = ["pixel_values", "vision_features", "query_input_ids", "query_attention_mask", *MEMORY_INPUTS]
 
 
 @dataclass
@@ -135,9 +135,17 @@ def uncached_images(
     return new
 
 
-def take_image_inputs(kwargs: dict) -> dict | None:
-    """Take what an image is and what is remembered about it out of the arguments of a call; None without images."""
+def take_image_inputs(kwargs: dict, encoded: TinyAlignImageFeatures | None = None) -> dict | None:
+    """Take what an image is and what is remembered about it out of the arguments of a call; None without images.
+
+    ValueError for what is to be remembered about images that are `encoded` already.
+    """
     inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+    late = [name for name in MEMORY_INPUTS if inputs[name] is not None and (name, inputs[name]) != ("memory", "on")]
+    if encoded is not None and late:
+        raise ValueError(
+            f"Found {', '.join(late)} with mm_encoder_outputs, expected it in get_image_features, which made these."
+        )
     images = inputs["vision_features"] if inputs["pixel_values"] is None else inputs["pixel_values"]
     # a batch of chats without images has a tensor of none
     is_empty = torch.is_tensor(images) and not is_tracing(images) and len(images) == 0

@@ -191,7 +191,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")  # always a copy
+    image.info = {}  # with its orientation, whoever reads it again would turn it again
+    return image
 
 
 def without_metadata(file: BinaryIO) -> bytes | None:

@@ -79,16 +79,28 @@ def _load_checkpoint(config: StageArguments) -> PreTrainedModel:
 
 
 def load_to_answer(
-    name: str, revision: str = "main", memory_bank: str | None = None, memory: str = "on", device: str = "auto"
+    name: str,
+    revision: str = "main",
+    memory_bank: str | None = None,
+    memory: str = "on",
+    device: str = "auto",
+    writes_captions: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return a model with its bank, and its processor, by this package's classes: no code of the checkpoint is run.
 
     Args:
         memory_bank: a folder or repository. None: the bank that the config names; ValueError if it names none.
         memory: `"off"`: no bank is needed.
+        writes_captions: whoever asks writes the captions of neighbours into prompts, for a model trained so;
+            ValueError for one if nobody does.
     """
     model = TinyAlignForConditionalGeneration.from_pretrained(name, revision=revision, dtype="auto", device_map=device)
     processor = TinyAlignProcessor.from_pretrained(name, revision=revision)
+    if memory == "on" and model.config.prompt_captions and not writes_captions:
+        raise ValueError(
+            f"{name} reads captions in its prompt (prompt_captions is {model.config.prompt_captions}), which only "
+            "`tinyalign evaluate` writes: pass --memory off to answer without."
+        )
     if memory == "on" and model.config.num_neighbours > 0:
         if memory_bank is not None:
             model.attach_memory_bank(memory_bank, tokenizer=processor.tokenizer)

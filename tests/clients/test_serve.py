@@ -1,5 +1,8 @@
 """`tinyalign serve`, asked by the `openai` client."""
 
+import base64
+import http.client
+import io
 import json
 import sys
 import threading
@@ -8,6 +11,7 @@ import urllib.request
 
 import openai
 import pytest
+import torch
 import uvicorn
 from PIL import Image
 
@@ -254,6 +258,38 @@ def test_what_is_no_request(server, monkeypatch):
     for path in paths:  # what else `transformers serve` answers
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(urllib.request.Request(server.url + path, b"{}"))
+
+
+def test_an_answer_that_nobody_waits_for_ends(saved, monkeypatch):
+    model, processor = serve.load_to_answer(saved.folder, memory="off", device="cpu")
+    started, ended = threading.Event(), threading.Event()
+
+    def generate(stopping_criteria, **inputs):
+        started.set()
+        while not stopping_criteria[0](torch.zeros(1, 1, dtype=torch.long), None).all():
+            time.sleep(0.01)
+        ended.set()
+
+    monkeypatch.setattr(model, "generate", generate)
+    server = Server(serve.build_app(NAME, model, processor, "off"))
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    body = json.dumps({"messages": openai_chat()})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    assert started.wait(60)
+    connection.close()
+    assert ended.wait(60)
+    server.stop()
+
+
+def test_a_picture_on_its_side(server, images):
+    """A camera says so in the file, and it is turned once: the answer is that about the upright picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    images[0].rotate(90, expand=True).save(file, "PNG", exif=exif)
+    turned = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    sources = [server.chat(url, extra_body={"sources": True}).sources for url in (turned, data_url(images[0]))]
+    assert sources[0] == sources[1]
 
 
 def test_without_a_bank(saved, images):

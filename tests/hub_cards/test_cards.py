@@ -163,6 +163,14 @@ def test_a_model_without_facts_has_a_card_of_its_config(tmp_path):
     assert_no_blanks(local + alone)
 
 
+def test_the_card_of_a_bank_without_values_tells_of_none(bank_facts):
+    config = {**bank_facts.config, "num_latents": 0, "latent_dim": 0, "value_encoder": None}
+    text = plain_bank_card("me/bank", {**config, "sha256": {"keys": "0", "values": "1", "rows": "2"}})
+    assert "read by the model through its caption." in text and "SHA-256 of the keys" in text
+    assert not any(word in text for word in ("`value`", "| value", "value_encoder/", "SHA-256 of the values"))
+    assert_no_blanks(text)
+
+
 def test_a_bank_without_facts_has_a_card_of_its_config(bank_facts):
     text = plain_bank_card("me/bank", {**bank_facts.config, "num_left_out": 3, "sha256": {}})
     card = DatasetCard(text)

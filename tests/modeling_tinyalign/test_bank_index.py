@@ -36,6 +36,15 @@ def test_exact_search(quantized, queries):
     assert (bank.search(asked, 5, exclude=exclude)[1] == ids[:, [1, 3, 4, 5, 6]]).all()
 
 
+@pytest.mark.parametrize("quantized, queries", [(True, 1), (False, 40)])
+def test_autocast_changes_no_neighbour(quantized, queries):
+    bank, asked = bank_of(unit(6000, 24), quantized), unit(queries, 24, seed=1)
+    expected = bank.search(asked, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = bank.search(asked, 7)
+    assert (found[1] == expected[1]).all() and (found[0] == expected[0]).all()
+
+
 @pytest.mark.parametrize("index", ["exact", None])
 @pytest.mark.parametrize("copies", [3, 40, 700])
 def test_ties_in_a_large_bank(index, copies, small_limits):

@@ -469,6 +469,33 @@ def test_generate_takes_the_same_inputs_as_forward(model, processor, images):
     assert found.equal(answer(model, {**inputs, "vision_features": features}, num_beams=2))
 
 
+def test_images_that_are_encoded_already(model, processor, images):
+    """What is to be remembered about them cannot change any more: it is refused, and not left out in silence."""
+    inputs = {**encode(processor, [chat(images[:2], PROMPTS[0])]), "memory_values": memory_values(2)}
+    expected = answer(model, inputs)
+    seen = {"image": model.get_image_features(inputs.pop("pixel_values"), memory_values=inputs.pop("memory_values"))}
+    assert answer(model, {**inputs, "mm_encoder_outputs": seen, "memory": "on"}).equal(expected)
+    for late in ({"memory": "off"}, {"exclude_ids": [0, 1]}, {"memory_top_k": 1}, {"memory_values": memory_values(2)}):
+        with pytest.raises(ValueError, match=f"Found {next(iter(late))} with mm_encoder_outputs"):
+            answer(model, {**inputs, "mm_encoder_outputs": seen, **late})
+        with pytest.raises(ValueError, match=f"Found {next(iter(late))} with mm_encoder_outputs"):
+            model(**inputs, mm_encoder_outputs=seen, **late)
+
+
+def test_parts_on_the_disk(make_model, make_processor, images, tmp_path):
+    """A tower and connectors that accelerate loads when they are needed. (SigLIP's head cannot be.)"""
+    model = make_model("clip", vision_feature_select_strategy="default")
+    processor = make_processor(model, "clip")
+    model.save_pretrained(tmp_path / "model")
+    inputs = {**encode(processor, [chat(images[:2], PROMPTS[0])]), "memory_values": memory_values(2)}
+    places = dict.fromkeys(("model.language_model", "lm_head"), "cpu")
+    places |= dict.fromkeys(("model.vision_tower", "model.connector", "model.memory_connector"), "disk")
+    loaded = TinyAlignForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    ).eval()
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
 def test_attention_implementations_agree(model, ragged, tmp_path):
     _, batch = ragged
     logits = {}
@@ -734,6 +761,15 @@ def test_configs_that_are_none_of_a_model(checkpoints, make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="retrieval_threshold is 80.0, expected -1 or more, and at most 1"):
         TinyAlignConfig.from_pretrained(tmp_path, retrieval_threshold=80.0)
+
+
+def test_another_bank_is_not_at_the_commit_of_the_one_that_is_named(tmp_path):
+    TinyAlignConfig(memory_bank="org/bank", memory_bank_revision="0" * 40).save_pretrained(tmp_path)
+    assert TinyAlignConfig.from_pretrained(tmp_path).memory_bank_revision == "0" * 40
+    config = TinyAlignConfig.from_pretrained(tmp_path, memory_bank="other/bank")
+    assert (config.memory_bank, config.memory_bank_revision) == ("other/bank", None)
+    config = TinyAlignConfig.from_pretrained(tmp_path, memory_bank="other/bank", memory_bank_revision="v1")
+    assert config.memory_bank_revision == "v1"
 
 
 def test_a_local_bank_is_not_saved(make_model, tmp_path, caplog):

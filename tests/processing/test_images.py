@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from forms.pictures import PICTURE, TURNED, odd_pictures, png, turned_pictures
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tinyalign_vlm import TinyAlignProcessor
 from tinyalign_vlm.processing.images import MissingImage, decode_image, load_image
@@ -51,6 +51,16 @@ def encoded(image: Image.Image, format: str, **options) -> io.BytesIO:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decoded_twice_it_is_turned_once(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    once = decode_image(encoded(picture(size=(6, 4)), format, exif=exif))
+    twice = decode_image(once)
+    assert twice.size == once.size == ImageOps.exif_transpose(once).size and twice.tobytes() == once.tobytes()
 
 
 @pytest.mark.parametrize("mode", sorted(set(MODES)))

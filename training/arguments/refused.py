@@ -13,6 +13,11 @@ ALLOWED = {
     "eos_token": ((None,), CHAT),
     "pad_token": ((None,), CHAT),
     "loss_type": (("nll",), LOGITS),
+    "completion_only_loss": ((None, True), "only what the assistant says is learnt: leave it out"),
+    "dataset_num_proc": ((None,), "set num_proc"),
+    "dataset_text_field": (("text",), "chats are in messages_column: leave it out"),
+    "eval_packing": ((None, False), BATCHES),
+    "pad_to_multiple_of": ((None, "auto"), BATCHES),
     "label_smoothing_factor": ((0,), LOGITS),
     "label_names": ((None, ["labels"]), "the labels of a batch are `labels`: leave it out"),
     "train_sampling_strategy": (

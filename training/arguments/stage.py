@@ -47,6 +47,7 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
     activation_checkpointing: bool | None = setting(
         None, "Compute activations again in the backward pass: less memory, a slower step."
     )
+    ddp_timeout: int = setting(86_400, "Seconds that a process waits for another, for its check of all rows say.")
     remove_unused_columns: bool = setting(False, "The collator needs all columns.")
     prediction_loss_only: bool = setting(True, "Evaluation returns losses, not logits.")
 
@@ -71,6 +72,8 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
         self.logging_nan_inf_filter = False  # it waits for the device at every batch; LossCheck does once a step
         if self.eval_dataset is not None and self.eval_strategy == "no":
             self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1
+        if self.load_best_model_at_end and self.eval_steps and self.save_steps == type(self).save_steps:
+            self.save_steps = self.eval_steps  # the best weights are those of an evaluation
         super().__post_init__()
         # in accelerate's other mode one process reads a stream for all, and cuts what is not as long as the rows
         self.accelerator_config.dispatch_batches = False

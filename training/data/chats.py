@@ -179,5 +179,5 @@ def name_row(row: dict[str, Any], images: list) -> str:
     paths = [image.get("path") if isinstance(image, dict) else image for image in images]
     origin = [f"id {row['id']}"] if row.get("id") is not None else []
     origin += [path for path in paths if isinstance(path, str) and not is_base64(path)]
-    name = f"row {row['row']}" if "row" in row else "a row"  # of a stream that somebody else made
+    name = "a row" if row.get("row") is None else f"row {row['row']}"  # a stream's may not be counted
     return name + (f" ({', '.join(origin)})" if origin else "")

@@ -107,7 +107,9 @@ def training_data(config: StageArguments, processor: ProcessorMixin, name_images
         if name_images:
             features["source_ids"] = datasets.List(datasets.Value("string"))
         reader = row_reader(config, processor, name_images)
-        rows = raw.map(reader, with_indices=True, remove_columns=list(raw.features), features=features)
+        counted = raw.num_shards == 1  # the rows of several files would each be counted from 0
+        reader = reader if counted else partial(reader, number=None)
+        rows = raw.map(reader, with_indices=counted, remove_columns=list(raw.features), features=features)
         rows = rows.filter(keep).remove_columns(["kind", "problem"])
         if next(iter(rows), None) is None:
             raise ValueError(f"{config.dataset} has no good row: none is left to train on.")
@@ -162,7 +164,8 @@ class _SkipBadRows:
     def __call__(self, row: dict) -> bool:
         if row["problem"] is None:
             return True
-        message = f"row {row['row']} of {self.dataset}: {row['problem']}"
+        name = "a row" if row["row"] is None else f"row {row['row']}"
+        message = f"{name} of {self.dataset}: {row['problem']}"
         if self.strict:
             raise ValueError(f"{message}. Repair or remove it, or train without --strict, which skips it.")
         self.skipped += 1

@@ -98,6 +98,13 @@ def _open_part(config: StageArguments, part: str) -> Rows:
         )
     rows = _open_split(config, split)
     if config.streaming:
+        workers = max(config.dataloader_num_workers, config.world_size)
+        if rows.num_shards > 1 and workers > 1:
+            raise SourceError(
+                f"dataset_split is {part!r}, of a stream of {rows.num_shards} files that {workers} workers or "
+                "processes share: each would count the rows of its own files, and train on those that are left out. "
+                "Set dataloader_num_workers to 0 or 1, in one process, or streaming: false."
+            )
         start, end = int(streamed[1] or 0), streamed[2]
         return rows.skip(start).take(max(int(end) - start, 0)) if end else rows.skip(start)
     try:

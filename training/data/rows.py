@@ -68,7 +68,7 @@ class RowReader:
     truncation: bool
     name_images: bool = False  # add the `source_ids` of the images
 
-    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any], number: int | None) -> dict[str, Any]:
         result = {"images": [], "messages": [], "row": number, "id": None, "kind": None, "problem": None}
         source_ids = []
         try:

@@ -76,7 +76,9 @@ def stage_record(name: str, trainer: Trainer) -> StageRecord:
     """Return the record of the stage that a trainer has trained to its end."""
     args, state, config = trainer.args, trainer.state, trainer.model.config
     rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else None  # streamed, not counted
-    best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
+    best = None
+    if args.load_best_model_at_end and state.best_model_checkpoint:  # the best step may lie between two checkpoints
+        best = int(state.best_model_checkpoint.rpartition("-")[2])
     settings = {
         "learning rate": args.learning_rate,
         **_trained_parts(trainer),

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..models import context_length
 
+SAFE_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # names of this machine, for servers that nobody else reaches
 LOCK = threading.Lock()  # held by whatever uses the model: one answer at a time
 # Arguments of `processor.apply_chat_template` for a chat that ends with a question.
 PROMPT = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -54,6 +55,7 @@ class Answer:
     Attributes:
         inputs: the prompt, as the processor made it.
         look_up: returns the inputs of `generate` for these; called where nothing else uses the model.
+        stopped: set, it ends the answer where it is.
     """
 
     model: PreTrainedModel
@@ -65,11 +67,12 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "stop"
     error: Exception | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def pieces(self) -> Iterator[str]:
         """Yield the text as it comes, up to a stop string."""
-        stops, stopped, streamer = self.config.stop_strings or [], threading.Event(), TokenQueue()
-        thread = threading.Thread(target=self._generate, args=(streamer, stopped))
+        stops, streamer = self.config.stop_strings or [], TokenQueue()
+        thread = threading.Thread(target=self._generate, args=(streamer,))
         thread.start()
         text, sent, held = "", 0, max(map(len, stops), default=1) - 1
         try:
@@ -89,16 +92,18 @@ class Answer:
                 if len(self.tokens) >= self.config.max_new_tokens and not ended:
                     self.finish_reason = "length"
         finally:  # also when nobody listens any more
-            stopped.set()
+            self.stopped.set()
             thread.join()
         if self.error is not None:
             raise self.error
         if text[sent:]:
             yield text[sent:]
 
-    def _generate(self, streamer: TokenQueue, stopped: threading.Event):
+    def _generate(self, streamer: TokenQueue):
         try:
             with LOCK, torch.no_grad():
+                if self.stopped.is_set():  # while others had the model
+                    return
                 if self.seed is not None:
                     torch.manual_seed(self.seed)
                 self.model.generate(
@@ -108,7 +113,7 @@ class Answer:
                     streamer=streamer,
                     # on the device of the ids, where `generate` joins it with its own criteria
                     stopping_criteria=[
-                        lambda ids, scores: torch.full((len(ids),), stopped.is_set(), device=ids.device)
+                        lambda ids, scores: torch.full((len(ids),), self.stopped.is_set(), device=ids.device)
                     ],
                 )
         except Exception as error:  # for the thread that waits

@@ -14,12 +14,12 @@ from accelerate.utils import patch_environment
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from .answers import SAFE_HOSTS
 from .app_html import CSS
 from .app_pages import Pages
 from .uploads import Guard
 from .visitor import MAY, Shared, load_shared
 
-SAFE_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 UPLOAD_SIZE = "32mb"
 KEPT_SECONDS = 3600  # an upload of somebody who has left without a word
 HEADLINE = "Ask about a picture, see which examples the answer rests on, and teach it what it does not know."

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_serve_available
 
 from ..models import load_to_answer
-from .answers import PROMPT, Answer, ContextError, answer_room
+from .answers import PROMPT, SAFE_HOSTS, Answer, ContextError, answer_room
 from .pictures import Pictures
 from .request_images import load_request_image
 
@@ -25,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 MAX_BODY_BYTES = 64 * 2**20
 MAX_IMAGES = 16
@@ -85,7 +86,10 @@ def serve(
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more.")
     loaded = load_to_answer(model, revision, memory_bank, memory, device)
-    uvicorn.run(build_app(model, *loaded, memory, allow_image_host, max_tokens), host=host, port=port)
+    app = build_app(model, *loaded, memory, allow_image_host, max_tokens)
+    if host in SAFE_HOSTS:  # else a page whose name leads here could read the bank
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=SAFE_HOSTS)
+    uvicorn.run(app, host=host, port=port)
 
 
 def build_app(
@@ -124,7 +128,11 @@ def build_app(
             answer = await asyncio.to_thread(read_request, body, model, processor, *settings)
             if body.get("stream"):
                 return StreamingResponse(events(answer, body, name), media_type="text/event-stream")
-            return JSONResponse(await asyncio.to_thread(completion, answer, body, name))
+            work = asyncio.ensure_future(asyncio.to_thread(completion, answer, body, name))
+            while not (await asyncio.wait([work], timeout=0.5))[0]:
+                if await request.is_disconnected():
+                    answer.stopped.set()  # nobody reads it, and others wait
+            return JSONResponse(await work)
         except ContextError as error:
             return error_response(str(error), 400, "context_length_exceeded")
         except (ValueError, TypeError, KeyError) as error:

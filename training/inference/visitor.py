@@ -1,5 +1,6 @@
 """A visitor of the app, and the parts that all visitors share."""
 
+import contextlib
 import re
 import threading
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from .answers import LOCK
 from .conversation import Conversation, check_question
 from .lessons import Lessons, Neighbour
 from .pictures import Pictures
+from .uploads import read_picture
 
 MAY = ("ask", "teach", "save")
 MAX_VISITORS = 64
@@ -84,8 +86,9 @@ def examples_of(name: str, model: PreTrainedModel, count: int = 8) -> Iterator[I
     """Yield pictures to begin with: the example of the checkpoint's card, and thumbnails of the bank."""
     picture = Path(name, "example.png")
     if picture.is_file():
-        yield Image.open(picture).convert("RGB")
-        count -= 1
+        with contextlib.suppress(ValueError):  # a checkpoint is anybody's
+            yield read_picture(picture)
+            count -= 1
     bank = model.memory_bank
     if bank is not None and bank.config.thumbnail_size is not None:
         for row in np.random.default_rng(0).permutation(len(bank))[:count].tolist():

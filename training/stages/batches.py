@@ -1,19 +1,37 @@
 """Changes to a batch, and to the mode and the special tokens of the language model, before it trains."""
 
+from accelerate.state import GradientState
 from PIL import Image
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..arguments.tuning import TuningArguments
 
-def without_dropout(language_model: PreTrainedModel):
-    """Put a language model in evaluation mode, but for the layers themselves, which checkpoint their activations in
-    training mode only.
+
+def set_modes(model: PreTrainedModel, args: TuningArguments):
+    """Put a frozen language model in evaluation mode, without dropout, as the vision tower always is. Layers
+    themselves stay in training mode where they are to compute activations again, which they do in no other.
     """
-    language_model.eval()
-    for module in language_model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = module.gradient_checkpointing
+    parts = [model.base_model.vision_tower]
+    if args.tune_language_model == "frozen":
+        parts.append(model.base_model.language_model.eval())
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = module.gradient_checkpointing
+
+
+def without_repeated_rows(inputs: dict, loaded: GradientState, args: TrainingArguments) -> dict:
+    """Return a batch of evaluation without the labels of rows that are there again, so that all processes have as many
+    rows at the end of the data.
+    """
+    if not loaded.end_of_dataloader or loaded.remainder <= 0:
+        return inputs
+    own = max(0, loaded.remainder - args.process_index * args.eval_batch_size)
+    labels = inputs["labels"].clone()
+    labels[own:] = -100
+    return {**inputs, "labels": labels}
 
 
 def align_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):

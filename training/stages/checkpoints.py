@@ -32,8 +32,9 @@ TRAJECTORY = (
 ).split()
 # The same of a stream, whose rows are not read before.
 STREAM = (
-    "dataset dataset_config dataset_revision dataset_split image_column messages_column answer_column prompt".split()
-)
+    "dataset dataset_config dataset_revision dataset_split image_column messages_column answer_column prompt "
+    "dataloader_num_workers"
+).split()
 MODEL_TRAJECTORY = (
     "vision_feature_layer vision_feature_select_strategy vision_pool_size image_seq_length connector_size "
     "projector_hidden_act memory_top_k memory_tokens memory_input latent_dim memory_connector_size key_space "

@@ -12,6 +12,29 @@ class BadLoss(ValueError):
     """A loss that is no number."""
 
 
+class EvaluationLoss:
+    """The mean loss over all supervised tokens, whatever the batches and the processes."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.begin()
+
+    def begin(self):
+        self.sums = torch.zeros(2, device=self.trainer.args.device)  # loss over supervised tokens, and their number
+
+    def add(self, loss: torch.Tensor, labels: torch.LongTensor):
+        """Count a batch with its mean loss, which is NaN where it has no supervised token."""
+        tokens = (labels[:, 1:] != -100).sum()
+        self.sums += torch.stack([torch.where(tokens > 0, loss.detach().float() * tokens, 0.0), tokens.float()])
+
+    def mean(self, name: str) -> float:
+        """Return the loss of the data of this name; ValueError if they have no supervised token."""
+        loss, tokens = self.trainer.accelerator.reduce(self.sums, "sum").tolist()
+        if not tokens:
+            raise ValueError(f"The {name} data have no answers, expected at least one.")
+        return loss / tokens
+
+
 class LossCheck(TrainerCallback):
     """Look at the losses of all batches of a step at once, before it is taken: the device is waited for once."""
 
@@ -29,6 +52,12 @@ class LossCheck(TrainerCallback):
         if not finite.all():
             loss, inputs, rows = batches[int(finite.int().argmin())]
             raise BadLoss(self._explain(float(loss), inputs, rows))
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        """Drop the batches of a stream that fill no step: the next epoch's first step would have their gradients."""
+        if self.batches:
+            self.batches = []
+            model.zero_grad()
 
     def _explain(self, loss: float, inputs: dict[str, Any], rows: list[str]) -> str:
         args, model = self.trainer.args, self.trainer.model

@@ -28,10 +28,10 @@ from ..data.training_rows import evaluation_rows, training_rows
 from ..hub.run_facts import Curves, RunClock
 from ..models import context_length
 from .arguments import check_arguments
-from .batches import align_tokens, with_blank_image, without_dropout
+from .batches import align_tokens, set_modes, with_blank_image, without_repeated_rows
 from .checkpoints import last_checkpoint, load_trained, save_trained, trajectory_settings
 from .lora import adapters
-from .loss_check import LossCheck
+from .loss_check import EvaluationLoss, LossCheck
 from .metrics import Meter
 from .movement import MovementCheck
 from .precision import bfloat16_language_model, ready_to_answer
@@ -112,8 +112,8 @@ class SupervisedTrainer(Trainer):
         present = {type(module).__name__ for module in model.modules()}  # FSDP does not start if it misses one
         model._no_split_modules = [name for name in model._no_split_modules or () if name in present]
         self.parts: list[TrainedPart] = parts_of(args, model)
-        self.evaluated = torch.zeros(2)  # the loss summed over supervised tokens, and their number
-        self.loss_check, self.meter = LossCheck(self), Meter(self, memory_bank)
+        self.evaluation_loss, self.loss_check = EvaluationLoss(self), LossCheck(self)
+        self.meter = Meter(self, memory_bank)
         self._add_callbacks()
 
     def _add_callbacks(self):
@@ -255,9 +255,7 @@ class SupervisedTrainer(Trainer):
     ) -> CommitInfo | None:
         """Push model and processor, whole, to `args.hub_model_id` or a repository of the output folder's name."""
         if self.is_divided:
-            raise ValueError(
-                "The model is divided among processes: save_model(), then tinyalign push FOLDER REPOSITORY."
-            )
+            raise ValueError("The model is divided among processes: save_model(), then tinyalign push FOLDER REPO.")
         if not self.is_world_process_zero():
             return None
         name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
@@ -269,30 +267,31 @@ class SupervisedTrainer(Trainer):
         """The mean over all supervised tokens of the batch, also when it is accumulated in parts."""
         rows = inputs.get("rows") or [f"row {index} of the batch" for index in range(len(inputs["labels"]))]
         batch = {name: value for name, value in inputs.items() if name not in ("rows", "_prediction_loss_only")}
-        if self.args.tune_language_model == "frozen" and self.model.training:
-            without_dropout(self.model.base_model.language_model)  # Trainer has just put it in training mode
-        supervised = self.model.training or self.compute_metrics is None
+        is_training = self.model.training
+        supervised = is_training or self.compute_metrics is None
         inputs = {**batch, "supervised_logits_only": supervised, "use_cache": False}
-        if self.model.training:
+        if is_training:
+            set_modes(self.model, self.args)  # Trainer has just put all of it in training mode
             self.meter.count(inputs)
-        if self.model.training and not {"pixel_values", "vision_features"} & inputs.keys():
-            inputs = with_blank_image(self.model, self.data_collator.processor, inputs)
-        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
-        if self.model.training:
+            if not {"pixel_values", "vision_features"} & inputs.keys():
+                inputs = with_blank_image(self.model, self.data_collator.processor, inputs)
+        items = num_items_in_batch if is_training else None  # in evaluation, the mean of the batch itself
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, items)
+        if is_training:
             self.loss_check.add(loss, batch, rows)
         else:
-            tokens = (inputs["labels"][:, 1:] != -100).sum()
-            self.evaluated += torch.stack([loss.detach().float() * tokens, tokens.float()])
+            self.evaluation_loss.add(loss, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """The loss is the mean over all supervised tokens. That of the batches' means would depend on the batches."""
-        self.evaluated = torch.zeros(2, device=self.args.device)
+        self.evaluation_loss.begin()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
-        if not tokens:
-            raise ValueError(f"The {metric_key_prefix} data have no answers, expected at least one.")
-        return output._replace(metrics={**output.metrics, f"{metric_key_prefix}_loss": loss / tokens})
+        loss = self.evaluation_loss.mean(metric_key_prefix)
+        return output._replace(metrics={**output.metrics, f"{metric_key_prefix}_loss": loss})
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs = without_repeated_rows(inputs, self.accelerator.gradient_state, self.args)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs and self.is_in_train:
@@ -393,7 +392,8 @@ class InstructionTrainer(SupervisedTrainer, SFTTrainer):
         logits = outputs.logits if outputs.logits.ndim == 2 else outputs.logits[:, :-1][labels != -100]
         correct = logits.argmax(-1) == labels[labels != -100]
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["mean_token_accuracy"].append(correct.float().mean().item())
+        if len(correct):
+            self._metrics[mode]["mean_token_accuracy"].append(correct.float().mean().item())
         return (loss, outputs) if return_outputs else loss
 
 

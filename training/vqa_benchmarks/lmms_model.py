@@ -41,7 +41,9 @@ class TinyAlignLmms(lmms):
         super().__init__()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = device or self.accelerator.device
-        self.model, self.processor = load_to_answer(pretrained, revision, memory_bank, memory, str(self.device))
+        self.model, self.processor = load_to_answer(
+            pretrained, revision, memory_bank, memory, str(self.device), writes_captions=True
+        )
         self.memory, self.batch_size = memory, int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

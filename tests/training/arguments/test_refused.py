@@ -13,6 +13,11 @@ REFUSED = [
     ("chat_template_path", "chat.jinja", "the model's own processor"),
     ("eos_token", "</s>", "the model's own processor"),
     ("loss_type", "dft", "leave it out"),
+    ("completion_only_loss", "False", "only what the assistant says is learnt"),
+    ("dataset_num_proc", "16", "set num_proc"),
+    ("dataset_text_field", "words", "chats are in messages_column"),
+    ("eval_packing", "True", "leave it out"),
+    ("pad_to_multiple_of", "16", "leave it out"),
     ("label_smoothing_factor", "0.1", "leave it out"),
     ("label_names", "answers", "leave it out"),
     ("train_sampling_strategy", "group_by_length", "set random or sequential"),
@@ -33,7 +38,7 @@ OF_STAGES = [
 
 @pytest.mark.parametrize(("stage", "name", "value", "advice"), OF_STAGES)
 def test_a_harmful_setting_is_refused(stage, name, value, advice, tmp_path):
-    kinds = {"True": True, "0.1": 0.1}
+    kinds = {"True": True, "False": False, "0.1": 0.1, "16": 16}
     with pytest.raises(ValueError, match=f"{name} is .*{value}.*{advice}"):
         CONFIGS[stage](output_dir=str(tmp_path), use_cpu=True, **{name: kinds.get(value, value)})
 

@@ -4,6 +4,7 @@ import pytest
 
 from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.arguments.files import CONFIGS, read_config
+from tinyalign_vlm.training.arguments.instruction import InstructionConfig
 
 
 @pytest.fixture
@@ -55,6 +56,15 @@ def test_warm_up_leaves_a_step(warmup, steps, expected, config):
 def test_warm_up_of_more_steps_than_there_are(config):
     with pytest.raises(ValueError, match="warmup_steps is 100, but the run has 50 steps: expected fewer"):
         config(1, "--warmup_steps", "100").get_warmup_steps(50)
+
+
+def test_checkpoints_are_where_the_best_model_is_looked_for():
+    settings = {"output_dir": "out", "eval_dataset": "rows.json", "load_best_model_at_end": True, "use_cpu": True}
+    for kind in (AlignmentConfig, InstructionConfig):
+        assert kind(**settings).save_steps == 0.1
+        assert kind(**settings, eval_steps=500).save_steps == 500
+        assert kind(**settings, eval_steps=50, save_steps=100).save_steps == 100
+        assert kind(output_dir="out", use_cpu=True).ddp_timeout == 86_400
 
 
 def test_an_output_folder_that_is_a_file_is_refused_at_once(tmp_path):

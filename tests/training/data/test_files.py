@@ -333,6 +333,21 @@ def test_a_zip_of_classes_and_a_zip_that_has_changed(place, processor):
         check_rows(config("all.zip"))
 
 
+def test_a_stream_of_several_files_is_not_counted(place, processor, caplog):
+    """Each file would be from 0 on: rows are named by their ids, and no worker leaves out those of its own files."""
+    for file in (0, 1):
+        rows = [{**row, "id": f"{file}-{number}"} for number, row in enumerate(ROWS)]
+        rows[-1]["caption"] = "" if file else rows[-1]["caption"]
+        Path(f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = {"streaming": True, "max_steps": 1}
+    assert len(list(training_data(config("*.jsonl", **stream), processor))) == 3
+    assert "Skipped a row of *.jsonl: " in caplog.text and "(id 1-1)" in caplog.text
+    assert pairs(training_data(config("0.jsonl", **stream, dataset_split="train[1:]"), processor)) == PAIRS[1:]
+    several = config("*.jsonl", **stream, dataset_split="train[1:]", dataloader_num_workers=2)
+    with pytest.raises(ValueError, match="a stream of 2 files that 2 workers .* share.*dataloader_num_workers to 0"):
+        open_rows(several)
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.parquet", "rows.tar"])
 def test_a_part_of_a_split(name, place, processor):
     FILES[name](name)

@@ -68,6 +68,12 @@ def log(folder: Path) -> list[dict]:
     return [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
 
 
+def eval_loss(folder: Path) -> float:
+    (state,) = folder.glob("checkpoint-4/trainer_state.json")
+    (found,) = (entry["eval_loss"] for entry in json.loads(state.read_text())["log_history"] if "eval_loss" in entry)
+    return found
+
+
 def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in log(folder)]
 
@@ -79,6 +85,12 @@ ADAPTERS = ["--tune_language_model", "lora", "--lora_dropout", "0", "--tune_visi
 def test_two_processes_have_the_trajectory_of_one(stage, fields, files, monkeypatch):
     """One row at a time in two processes: a batch of text alone meets one with an image."""
     monkeypatch.chdir(files)
+    rows = json.loads((files / "rows.json").read_text())[:5]  # the sixth of two processes is there a second time
+    for number, row in enumerate(rows):
+        row["conversations"][1]["value"] *= 1 + 3 * (number % 2)
+    (files / "eval.json").write_text(json.dumps(rows))
+    evaluation = {"eval_dataset": "eval.json", "eval_steps": 4, "eval_samples": 0, "per_device_eval_batch_size": 1}
+    fields = [*fields, *(text for name, value in evaluation.items() for text in (f"--{name}", str(value)))]
     main(["train", f"stage{stage}.yaml", "--output_dir", "one", "--per_device_train_batch_size", "2", *fields])
     launch(
         *("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tinyalign_cli"),
@@ -86,6 +98,7 @@ def test_two_processes_have_the_trajectory_of_one(stage, fields, files, monkeypa
         folder=files,
     )
     assert len(losses(files / "one")) == 4
+    assert eval_loss(files / "one") == pytest.approx(eval_loss(files / "two"), rel=1e-4)
     np.testing.assert_allclose(losses(files / "one"), losses(files / "two"), rtol=1e-4)
     parts = ("connector", "memory_connector", *(["language_model"] if stage == 2 else []))
     names = ("neighbour_similarity", "own_samples_excluded", "memory_slots_off", *(f"grad_norm_{p}" for p in parts))

@@ -9,7 +9,7 @@ import torch
 from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.data.chats import name_row
 from tinyalign_vlm.training.data.check import training_data
-from tinyalign_vlm.training.stages.loss_check import BadLoss
+from tinyalign_vlm.training.stages.loss_check import BadLoss, LossCheck
 
 from .short_runs import changed_parts, run, weights
 
@@ -42,6 +42,16 @@ def test_the_rows_are_named(
     named = {index for index in range(12) if f"row {index} (id id-{index})" in message}
     assert named == set(bad)
     assert not changed_parts(before, weights(model))  # the step was not taken
+
+
+def test_batches_of_a_stream_that_fill_no_step_are_dropped():
+    model, check = torch.nn.Linear(1, 1), LossCheck(None)
+    model(torch.ones(1, 1)).sum().backward()
+    check.on_epoch_end(None, None, None, model=model)
+    assert model.weight.grad is not None  # all were in a step
+    check.add(torch.tensor(1.0), {}, ["row 1"])
+    check.on_epoch_end(None, None, None, model=model)
+    assert model.weight.grad is None and check.batches == []
 
 
 def test_weights_that_are_no_numbers_are_not_the_rows_fault(make_model, processor, dataset, bank, features, tmp_path):

@@ -100,6 +100,8 @@ def test_evaluation_data_of_a_run(files, monkeypatch):
     (files / "other.json").write_bytes((files / "chats.json").read_bytes())
     with pytest.raises(SystemExit, match="streamed holds checkpoints of another run .dataset: 'chats.json' then"):
         main(["train", "stage1.yaml", *fields, "--dataset", "other.json", *streamed[2:]])
+    with pytest.raises(SystemExit, match="another run .dataloader_num_workers: 0 then, 2 now"):
+        main(["train", "stage1.yaml", *fields, *streamed, "--dataloader_num_workers", "2"])
     state = json.loads((files / "streamed/checkpoint-4/trainer_state.json").read_text())
     logged = [entry for entry in state["log_history"] if "loss" in entry]
     assert all(entry["own_samples_excluded"] == 1.0 and 0 < entry["neighbour_similarity"] < 1 for entry in logged)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, pipeline
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tinyalign_vlm import TinyAlignForConditionalGeneration
 from tinyalign_vlm.training.data.chats import encode_chat
@@ -15,6 +16,7 @@ from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.features import cache_vision_features
 from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
 from tinyalign_vlm.training.evaluation.choices import score_answers
+from tinyalign_vlm.training.hub.run_facts import stage_record
 from tinyalign_vlm.training.stages.checkpoints import load_trained, save_trained
 from tinyalign_vlm.training.stages.trainers import AlignmentTrainer
 
@@ -255,6 +257,39 @@ def test_a_frozen_language_model_has_no_dropout_with_checkpointing_either(
         found[checkpointing] = losses(trainer)
         assert set(modes) == {checkpointing}
     assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+def test_a_tower_that_trains_computes_activations_again_too(make_model, processor, dataset, bank, tmp_path):
+    """It is in evaluation mode, in which its layers would keep them all."""
+    found = {}
+    for checkpointing in (False, True):
+        model, modes = make_model(), []
+        layers = [
+            module
+            for module in model.base_model.vision_tower.modules()
+            if isinstance(module, GradientCheckpointingLayer)
+        ]
+
+        def keep_mode(layer, _, model=model, modes=modes):
+            if model.training:  # what trains is found out before
+                modes.append(layer.training)
+
+        layers[0].register_forward_pre_hook(keep_mode)
+        settings = {"activation_checkpointing": checkpointing, "tune_vision_tower": "full", "max_steps": 2}
+        trainer = run(1, model, processor, dataset, bank, tmp_path / str(checkpointing), **settings)
+        found[checkpointing] = losses(trainer)
+        assert set(modes) == {checkpointing}
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+def test_the_saved_step_is_that_of_the_checkpoint_that_is_loaded(make_model, processor, dataset, bank, tmp_path):
+    """The best evaluation may lie between two checkpoints."""
+    trainer = run(1, make_model(), processor, dataset, bank, tmp_path, max_steps=1)
+    trainer.args.load_best_model_at_end = True
+    trainer.state.best_global_step, trainer.state.best_model_checkpoint = 3, str(tmp_path / "checkpoint-2")
+    assert stage_record("stage 1", trainer).saved_step == 2
+    trainer.state.best_model_checkpoint = None
+    assert stage_record("stage 1", trainer).saved_step is None
 
 
 def test_learning_rates_of_the_parts(make_model, processor, dataset, bank, features, tmp_path):
