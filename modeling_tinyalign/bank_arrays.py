@@ -220,11 +220,8 @@ def map_table(path: Path) -> pa.Table:
 
 
 class Values:
-    """Memory-mapped values.
-
-    Args:
-        numbers: `(num_rows, num_latents, latent_dim)`, float16, or the int8 multiples of `quantize`.
-        exponents: `(num_rows, num_latents)`, int8, of the steps of multiples.
+    """Memory-mapped values: `numbers` `(num_rows, num_latents, latent_dim)` are float16, or the int8 multiples of
+    `quantize`, whose steps have the `exponents` `(num_rows, num_latents)`, int8.
     """
 
     def __init__(self, numbers: np.ndarray, exponents: np.ndarray | None = None):

@@ -44,10 +44,8 @@ STATISTICS = ["id", "source_id", "caption"]  # keys and values are never filtere
 def open_folder(
     name_or_path: str | Path, revision: str | None, token: str | bool | None
 ) -> tuple[BankConfig, KeyEncoder, torch.Tensor, Path, str | None, str | None]:
-    """Read a bank's config and key encoder; see `MemoryBank.from_pretrained`.
-
-    Returns:
-        config, key encoder and probe keys; the folder; repository and commit, None if it is none of the Hub's.
+    """Read a bank's config, key encoder and probe keys, as `MemoryBank.from_pretrained` does. Return them, the folder,
+    and repository and commit, None if it is none of the Hub's.
     """
     require_bank_packages()
     if not isinstance(name_or_path, (str, os.PathLike)):
@@ -103,9 +101,7 @@ def lay_out_folder(
 
 
 def read_shards(paths: Sequence[Path], config: BankConfig) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a saved bank, shard by shard; ValueError if one is not Parquet, has other columns or more data
-    than declared, or is a bomb.
-    """
+    """Yield the rows of a saved bank; ValueError if a shard is broken, a bomb, or not as bank_config.json declares."""
     schema = config_schema(config)
     count = size = 0
     for path in paths:

@@ -215,9 +215,7 @@ class KeyEncoder(nn.Module):
         return self.to(features.device).raw_keys(features).cpu()
 
     def check_tower(self, model: PreTrainedModel, tower: TowerConfig, probe_keys: torch.Tensor) -> None:
-        """Refuse another tower than `tower`, by its probe keys (ValueError naming both and the cosine, or the widths
-        of their features); what a small difference may change is said, once.
-        """
+        """Refuse another tower than `tower`, by its probe keys, in a ValueError; warn, once, of a small difference."""
         found = tower_name(model)
         advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
         try:

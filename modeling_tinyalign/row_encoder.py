@@ -162,9 +162,7 @@ class RowEncoder:
         return row_schema(width, value_size, self.thumbnail_size is not None, self.keep_columns)
 
     def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
-        """Encode numbered rows, as the data set stores them, into record batches with raw keys; ValueError, naming
-        its number, if a row is bad, or gets a key or value that is not finite.
-        """
+        """Encode numbered rows of a data set into record batches with raw keys; ValueError names a bad one."""
         good = self.good_rows(rows)
         while chunk := list(itertools.islice(good, self.batch_size)):
             yield self.encode(chunk)
