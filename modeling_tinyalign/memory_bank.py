@@ -52,12 +52,10 @@ class MemoryBank(BankRows):
     It is immutable: `add`, `remove` and `shuffled` return a new bank.
 
     Attributes:
-        key_encoder: the frozen `KeyEncoder`.
         probe_keys: `(4, raw_dim)`, raw keys of four fixed synthetic images.
         repo_id, revision: the Hub repository and commit it came from or was pushed to, or None.
         left_out: rows that `build` or `add` has left out, and why; `save_pretrained` writes them to left_out.jsonl.
         card_facts: content of card_facts.json, which `build` fills in, or of the folder it was loaded from.
-        any_tower: see `for_any_tower`.
     """
 
     any_tower = False

@@ -180,9 +180,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         token: str | bool | None = None,
         **kwargs,
     ) -> CommitInfo:
-        """
-        Push like every model, and: the config names the attached bank's repository, pinned to its commit; weights of
-        an earlier push that are not overwritten are deleted; a repository without a card gets one without blanks.
+        """Push like every model, and: the config names the attached bank's repository, pinned to its commit; weights
+        of an earlier push that are not overwritten are deleted; a repository without a card gets one without blanks.
 
         Args:
             kwargs: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`.

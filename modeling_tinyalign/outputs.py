@@ -136,8 +136,7 @@ def uncached_images(
 
 
 def take_image_inputs(kwargs: dict, encoded: TinyAlignImageFeatures | None = None) -> dict | None:
-    """Take what an image is and what is remembered about it out of the arguments of a call; None without images.
-
+    """Take what an image is and what is remembered about it out of the arguments of a call; None without images, and
     ValueError for what is to be remembered about images that are `encoded` already.
     """
     inputs = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
