@@ -135,6 +135,11 @@ def _open_split(config: StageArguments, split: str) -> Rows:
         classes = len({os.path.dirname(file) for file in files}) > 1
         return _from_generator(partial(_read_images, classes), files, {"image": STORED_IMAGE, "label": TEXT}, config)
     source = {"path": name, "name": config.dataset_config, "revision": config.dataset_revision}
+    if not files:
+        named = datasets.load_dataset_builder(**source).config.data_files or {}
+        named = list(map(str, named.get(split, [])))
+        if named and all(kind_of(file) in TEXT_SUFFIXES for file in named):  # `datasets` does not stream a list
+            return _from_generator(_read_text, named, {"json": TEXT, FOLDER: TEXT}, config)
     if files:
         source = {"path": kind[1:], "data_files": {split: [escape(name) for name in files]}}
     if kind == ".parquet":

@@ -209,7 +209,7 @@ def test_a_packed_table(place, processor):
 
 def test_a_repository_is_the_same_rows(place, tmp_path, monkeypatch):
     """In a process of its own: huggingface_hub reads the address of the Hub when it is imported."""
-    repositories = ("rows.json", "rows.jsonl.gz", "rows.csv", "metadata.csv", "rows.tar", "rows.parquet")
+    repositories = ("rows.json", "rows.jsonl.gz", "rows.csv", "metadata.csv", "rows.tar", "rows.parquet", "rows.json")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     with FakeHub() as hub:
         api = HfApi(endpoint=hub.url, token="hf_owner")
@@ -217,6 +217,8 @@ def test_a_repository_is_the_same_rows(place, tmp_path, monkeypatch):
             save_images(place / f"{number}")
             monkeypatch.chdir(place / f"{number}")
             FILES[name](name)
+            if number == 6:  # the card says which files
+                Path("README.md").write_text("---\nconfigs:\n- config_name: some\n  data_files: rows.json\n---\n")
             api.create_repo(f"owner/{number}", repo_type="dataset")
             api.upload_folder(repo_id=f"owner/{number}", repo_type="dataset", folder_path=".")
         monkeypatch.chdir(place / "0")
