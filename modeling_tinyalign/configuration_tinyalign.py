@@ -171,7 +171,7 @@ class TinyAlignConfig(PreTrainedConfig):
             raise ValueError(f"config.json is of a {kind} model, expected a TinyAlign checkpoint.")
         if "top_k" in kwargs:
             kwargs["memory_top_k"] = kwargs.pop("top_k")
-        if "memory_bank" in kwargs:  # another bank is not at the commit of the one that is named there
+        if kwargs.get("memory_bank") not in (None, config_dict.get("memory_bank")):  # is at a commit of its own
             kwargs.setdefault("memory_bank_revision", None)
         try:
             limited = {name: kwargs.pop(name) for name in LIMITS.keys() & kwargs.keys()}  # else set unchecked

@@ -68,7 +68,7 @@ class Connector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`(..., in_size)` of any dtype -> `(..., out_size)` in the connector's dtype."""
         weight = self.linear_1.weight  # on "meta" where it is offloaded: accelerate moves the inputs then
-        features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
+        features = features.to(features.device if weight.device.type == "meta" else weight.device, weight.dtype)
         return self.linear_2(self.act(self.linear_1(features)))
 
 

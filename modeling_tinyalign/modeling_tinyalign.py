@@ -344,7 +344,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         image_inputs = take_image_inputs(kwargs, images)
         embeds, input_ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", inputs)
-        if image_inputs is None and (embeds is not None or input_ids is None):  # then embeddings are complete
+        if image_inputs is None and images is None and (embeds is not None or input_ids is None):  # they are complete
             return None, None
         mask = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds)
         attention_mask = kwargs.get("attention_mask")

@@ -61,7 +61,7 @@ NOT_RUN = {
 
 REPORT = """# Evidence
 
-Where a control is ahead of TinyAlign:
+Where something else is ahead of TinyAlign:
 
 {first}
 
@@ -125,7 +125,7 @@ def assemble(folder: Path, report: Path, seeds: Sequence[int], seconds: dict[str
     missing = NOT_RUN | {name: "not run yet." for name in SECTIONS if name not in found}
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=FOLDER, capture_output=True, text=True)
     text = REPORT.format(
-        first="\n".join(ahead) or "- nowhere, of the sections below.",
+        first="\n".join(ahead) or "- in no section that looks for it.",
         config=DemoConfig(),
         top_k=TOP_K,
         draws=DRAWS,

@@ -73,7 +73,8 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
         if self.eval_dataset is not None and self.eval_strategy == "no":
             self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1
         if self.load_best_model_at_end and self.eval_steps and self.save_steps == type(self).save_steps:
-            self.save_steps = self.eval_steps  # the best weights are those of an evaluation
+            if min(self.eval_steps, self.save_steps) < 1 or self.save_steps % self.eval_steps:
+                self.save_steps = self.eval_steps  # or transformers would refuse the package's own
         super().__post_init__()
         # in accelerate's other mode one process reads a stream for all, and cuts what is not as long as the rows
         self.accelerator_config.dispatch_batches = False

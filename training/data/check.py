@@ -107,7 +107,7 @@ def training_data(config: StageArguments, processor: ProcessorMixin, name_images
         if name_images:
             features["source_ids"] = datasets.List(datasets.Value("string"))
         reader = row_reader(config, processor, name_images)
-        counted = raw.num_shards == 1  # the rows of several files would each be counted from 0
+        counted = raw.num_shards == 1  # of several files, whose order is drawn, each would be counted from 0
         reader = reader if counted else partial(reader, number=None)
         rows = raw.map(reader, with_indices=counted, remove_columns=list(raw.features), features=features)
         rows = rows.filter(keep).remove_columns(["kind", "problem"])

@@ -135,10 +135,10 @@ def _open_split(config: StageArguments, split: str) -> Rows:
         classes = len({os.path.dirname(file) for file in files}) > 1
         return _from_generator(partial(_read_images, classes), files, {"image": STORED_IMAGE, "label": TEXT}, config)
     source = {"path": name, "name": config.dataset_config, "revision": config.dataset_revision}
-    if not files:
+    if not files and config.streaming:
         named = datasets.load_dataset_builder(**source).config.data_files or {}
         named = list(map(str, named.get(split, [])))
-        if named and all(kind_of(file) in TEXT_SUFFIXES for file in named):  # `datasets` does not stream a list
+        if named and all(kind_of(file) == ".json" for file in named):  # a list, which `datasets` does not stream
             return _from_generator(_read_text, named, {"json": TEXT, FOLDER: TEXT}, config)
     if files:
         source = {"path": kind[1:], "data_files": {split: [escape(name) for name in files]}}

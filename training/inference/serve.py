@@ -87,7 +87,7 @@ def serve(
         raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more.")
     loaded = load_to_answer(model, revision, memory_bank, memory, device)
     app = build_app(model, *loaded, memory, allow_image_host, max_tokens)
-    if host in SAFE_HOSTS:  # else a page whose name leads here could read the bank
+    if host in (*SAFE_HOSTS, "::1"):  # else a page whose name leads here could read the bank
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=SAFE_HOSTS)
     uvicorn.run(app, host=host, port=port)
 
@@ -132,6 +132,8 @@ def build_app(
             while not (await asyncio.wait([work], timeout=0.5))[0]:
                 if await request.is_disconnected():
                     answer.stopped.set()  # nobody reads it, and others wait
+                    await asyncio.wait([work])
+                    return Response(status_code=499)
             return JSONResponse(await work)
         except ContextError as error:
             return error_response(str(error), 400, "context_length_exceeded")

@@ -10,10 +10,10 @@ from ..arguments.tuning import TuningArguments
 
 
 def set_modes(model: PreTrainedModel, args: TuningArguments):
-    """Put a frozen language model in evaluation mode, without dropout, as the vision tower always is. Layers
-    themselves stay in training mode where they are to compute activations again, which they do in no other.
+    """Put a frozen language model in evaluation mode, without dropout, as a vision tower always is. Their layers, and
+    those of a tower that trains, stay in training mode to compute activations again, which they do in no other.
     """
-    parts = [model.base_model.vision_tower]
+    parts = [model.base_model.vision_tower] if model.base_model.trains_vision_tower else []
     if args.tune_language_model == "frozen":
         parts.append(model.base_model.language_model.eval())
     for part in parts:
