@@ -21,7 +21,7 @@ WORDS, NEIGHBOURS = (3, 15, 60), (1, 5, 10)
 WRITTEN = {"15 words": (15, False), "60 words": (60, False), "15 words, the name last": (15, True)}
 VISUAL_TOKENS, QUESTION_TOKENS, MEMORY_TOKENS, ANSWER_TOKENS = 729, 60, 32, 20
 TOKENS_A_WORD = 1.3  # of English in a vocabulary of 50,000
-REPEATS = 5
+REPEATS = 3
 # Qwen2-0.5B, a language model of the paper's, with random weights: seconds do not depend on them.
 SHAPE = Qwen2Config(
     vocab_size=151_936,
