@@ -182,7 +182,7 @@ def test_the_bank_is_opened_when_it_is_needed(parts, images, monkeypatch):
     parts.model.detach_memory_bank()
     with monkeypatch.context() as patch:
         patch.setattr(parts.model.config, "memory_bank", "org/bank")
-        patch.setattr(parts.model, "attach_memory_bank", lambda *arguments: opened.append(arguments))
+        patch.setattr(parts.model, "attach_memory_bank", lambda *arguments, token: opened.append(arguments))
         chat = conversation(parts)
         assert answer(chat, QUESTION, images[0], memory="off") and answer(chat, QUESTION, top_k=0) and opened == []
         with pytest.raises(ValueError, match="There is no memory bank"):
