@@ -26,6 +26,8 @@ def without_repeated_rows(inputs: dict, loaded: GradientState, args: TrainingArg
     """Return a batch of evaluation without the labels of rows that are there again, so that all processes have as many
     rows at the end of the data.
     """
+    if inputs is None:  # what accelerate 1.4 makes of a stream without rows
+        raise ValueError("The data have no rows to evaluate on, expected at least one.")
     if not loaded.end_of_dataloader or loaded.remainder <= 0:
         return inputs
     own = max(0, loaded.remainder - args.process_index * args.eval_batch_size)
