@@ -233,7 +233,6 @@ def easy_vqa(study: Study, folder: Path) -> Section:
         f"with its bank, {interval_cell(cost['foreign'], '+')} with one that knows nothing of it, and "
         f"{interval_cell(cost['off'], '+')} without memory. Beside blind answers it is "
         f"{interval_cell(found.score('own', minus='blind'), '+')}, the baseline's "
-        f"{interval_cell(found.score('baseline', minus='blind'), '+')}. With its bank a loss of up to "
-        f"{max(0.0, -cost['own'].low):.3f} is not ruled out.",
+        f"{interval_cell(found.score('baseline', minus='blind'), '+')}.",
         f"the baseline in accuracy ({said(behind)})" if behind else "",
     )
