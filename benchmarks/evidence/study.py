@@ -40,6 +40,7 @@ class Study:
     lesson: Path | None = None
     openclipart: Path = Path("/usr/share/openclipart")
     demos: dict[int, Demo] = field(default_factory=dict)
+    recalls: dict[int, dict[str, float]] = field(default_factory=dict)  # by seed and bank, for three sections
 
     @property
     def weights(self) -> dict[str, Path]:
