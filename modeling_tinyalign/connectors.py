@@ -7,10 +7,11 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ModelOutput
 
@@ -33,10 +34,12 @@ def read_vision_tower(
     if vision_tower.device.type != "meta":  # of one that is offloaded accelerate moves the inputs
         pixel_values = pixel_values.to(vision_tower.device)
     outputs = vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
-    if outputs.last_hidden_state.ndim == 4:  # a convolutional tower: (n, C, H, W)
-        return outputs.last_hidden_state.flatten(2).transpose(1, 2), outputs
-    layers = [layer] if isinstance(layer, int) else layer
-    features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
+    features = outputs.last_hidden_state
+    if features.ndim == 4:  # a convolutional tower: (n, C, H, W)
+        return features.flatten(2).transpose(1, 2), outputs
+    if outputs.hidden_states[-1].ndim != 4:  # else a convolutional tower that makes tokens at its end: DINOv3's
+        layers = [layer] if isinstance(layer, int) else layer
+        features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
     return (features[:, 1:] if strategy == "default" else features), outputs
 
 
@@ -54,6 +57,14 @@ def pool_grid(features: torch.Tensor, size: int | None) -> torch.Tensor:
         )
     grid = features.transpose(1, 2).reshape(n, width, side, side)
     return F.adaptive_avg_pool2d(grid, size).flatten(2).transpose(1, 2)
+
+
+def finished_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
+    """Scale and cap logits as Granite, Cohere, Gemma 2 and others do behind their heads."""
+    if text_config.model_type.startswith(("granite", "cohere")):
+        logits = logits * getattr(text_config, "logit_scale", 1) / getattr(text_config, "logits_scaling", 1)
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class Connector(nn.Module):
@@ -209,7 +220,8 @@ def merged_settings(settings: dict | list[dict] | None) -> dict:
 
 def for_each(exclude_ids: list | str | int | None, n: int) -> list | None:
     """Return what not to retrieve, one item an image: one `source_id` or row id is for all of them."""
-    exclude_ids = exclude_ids.tolist() if torch.is_tensor(exclude_ids) else exclude_ids
+    if isinstance(exclude_ids, (torch.Tensor, np.ndarray, np.generic)):
+        exclude_ids = exclude_ids.tolist()
     return [exclude_ids] * n if isinstance(exclude_ids, (str, int)) else exclude_ids
 
 

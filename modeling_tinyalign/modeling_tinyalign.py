@@ -20,6 +20,7 @@ from .connectors import (
     MemoryConnector,
     check_retrieval,
     check_tensor,
+    finished_logits,
     is_known,
     merged_settings,
     no_memory,
@@ -310,7 +311,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
             hidden_states = hidden_states[:, -logits_to_keep:].contiguous()
         else:
             hidden_states = hidden_states[:, logits_to_keep]
-        logits = self.lm_head(hidden_states)
+        logits = finished_logits(self.lm_head(hidden_states), self.config.text_config)
         if labels is None:
             return logits, None
         return logits, self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)

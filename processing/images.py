@@ -269,9 +269,14 @@ def load_image(image: Any, name: str = "image") -> Any:
         raise ValueError(f"{name}: {error}. Replace it or leave it out.") from error
 
 
-def is_scaled(image: Any) -> bool:
-    """Return whether an image is an array or a tensor whose numbers are 0 to 1, not 0 to 255."""
-    return "float" in str(getattr(image, "dtype", "")) and 0 < float(image.max()) <= 1
+def check_levels(image: Any) -> None:
+    """Raise `ValueError` for an array or a tensor whose numbers are 0 to 1, or beyond 255."""
+    kind = str(getattr(image, "dtype", ""))
+    highest = float(image.max()) if kind else 255
+    if highest > 255 or ("float" in kind and 0 < highest <= 1):
+        raise ValueError(
+            f"Found an image of numbers up to {highest:g}, expected 0 to 255, or do_rescale=False with it."
+        )
 
 
 def download(url: str) -> bytes:

@@ -12,7 +12,7 @@ from transformers import BatchFeature, GenerationConfig, PreTrainedConfig, Proce
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_numpy_array, is_torch_tensor
 
-from .images import check_output, check_sizes, decode_image, is_scaled, load_image, padding_to_square
+from .images import check_levels, check_output, check_sizes, decode_image, load_image, padding_to_square
 
 MAX_IMAGE_TOKENS = 2**20
 # Cuts the control tokens that stand in a text. The tokenizer looks for those, drops this, and reads on as if it had
@@ -159,8 +159,9 @@ class TinyAlignProcessor(ProcessorMixin):
                 kwargs.setdefault("add_special_tokens", False)  # what a template wrote is not written again
         images = self._load_images(images, texts)
         asked = kwargs | kwargs.get("images_kwargs", {})
-        if asked.get("do_rescale", self.image_processor.do_rescale) and any(map(is_scaled, images or [])):
-            raise ValueError("Found an image of numbers up to 1, expected 0 to 255, or do_rescale=False with it.")
+        if asked.get("do_rescale", self.image_processor.do_rescale):
+            for image in images or []:
+                check_levels(image)
         inputs = super().__call__(images=images, text=texts, **kwargs)
         if "offset_mapping" in inputs:
             inputs["offset_mapping"] = self._offsets_before_expansion(inputs["offset_mapping"], texts)

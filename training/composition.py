@@ -6,9 +6,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,6 +60,8 @@ def compose(
     settings = {} if dtype is None else {"dtype": dtype}
     vision_kwargs, text_kwargs = {**settings, **(vision_kwargs or {})}, {**settings, **(text_kwargs or {})}
     vision_tower, vision_info = load_vision_tower(vision_name_or_path, vision_kwargs)
+    hub_kwargs = {key: vision_kwargs[key] for key in HUB_KWARGS if key in vision_kwargs}
+    image_processor = AutoImageProcessor.from_pretrained(vision_name_or_path, **hub_kwargs)
     language_model, tokenizer, image_token_id, report = _load_language_model(
         text_name_or_path, image_token, text_kwargs
     )
@@ -69,11 +73,12 @@ def compose(
             "lm_head_bias": language_model.get_output_embeddings().bias is not None,
             **_origin("vision_model", vision_name_or_path, vision_kwargs),
             **_origin("language_model", text_name_or_path, text_kwargs),
-            **_measured_tokens(vision_tower, config_kwargs),
+            **_measured_tokens(vision_tower, image_processor, config_kwargs),
             **config_kwargs,
         }
     )
     model = _put_together(model_class, config, vision_tower, language_model)
+    _check_logits(model, language_model)
     model.read_captions_with(tokenizer)
     new = "connector, memory_connector" if config.memory_top_k > 0 else "connector"
     report = report + _missing(vision_name_or_path, vision_info)
@@ -106,6 +111,19 @@ def _put_together(
     return model
 
 
+def _check_logits(model: PreTrainedModel, language_model: PreTrainedModel):
+    """Raise `ValueError` if a language model does something else with its logits than is known here."""
+    token = int(model.config.image_token_id == 0)
+    input_ids = torch.full((1, 2), token, device=language_model.device)
+    with torch.no_grad():
+        found, expected = model(input_ids=input_ids).logits, language_model(input_ids).logits
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-3):
+        raise ValueError(
+            f"A {language_model.config.model_type} changes its logits in a way that is not known here, expected one "
+            "whose logits come out of its head: use another language model."
+        )
+
+
 def _check_part_names(config: dict):
     """A config keeps whatever it is given: a mistyped field would be the default, unnoticed. Raises `ValueError`."""
     known = [field.name for field in fields(TinyAlignConfig)] + ["top_k", "attn_implementation"]
@@ -123,6 +141,11 @@ def _load_language_model(name_or_path: str, image_token: str, kwargs: dict) -> t
     hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_kwargs)
     model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    if "text_config" in model.config.sub_configs:
+        raise ValueError(
+            f"{name_or_path} is a {model.config.model_type} with a vision tower of its own, expected a language model "
+            "alone: save its text model, or use another."
+        )
     image_token_id = tokenizer.get_vocab().get(image_token, len(tokenizer))
     report = _missing(name_or_path, info)
     rows = model.get_input_embeddings().num_embeddings
@@ -156,19 +179,15 @@ def _missing(name_or_path: str, info: dict) -> str:
     return f", {len(keys)} weights that {name_or_path} lacks ({', '.join(keys)}; random)" if keys else ""
 
 
-def _measured_tokens(vision_tower: PreTrainedModel, config: dict) -> dict:
-    """Number and width of the visual features, by running the tower once on zeros."""
-    image_size = vision_tower.config.to_dict().get("image_size")
-    if image_size is None:
-        raise ValueError(
-            f"A {vision_tower.config.model_type} config has no image_size: use a tower that has one, or build a "
-            "TinyAlignConfig with image_seq_length and vision_feature_size yourself."
-        )
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+def _measured_tokens(vision_tower: PreTrainedModel, image_processor: BaseImageProcessor, config: dict) -> dict:
+    """Number and width of the visual features, by running the tower once on an image as its processor makes it, which
+    may be of another size than the tower's config says (DINOv2's).
+    """
+    inputs = image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
     with torch.no_grad():
         features, _ = read_vision_tower(
             vision_tower,
-            torch.zeros(1, vision_tower.config.num_channels, height, width),
+            inputs["pixel_values"],
             config.get("vision_feature_layer", TinyAlignConfig.vision_feature_layer),
             config.get("vision_feature_select_strategy", TinyAlignConfig.vision_feature_select_strategy),
         )

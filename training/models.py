@@ -178,4 +178,6 @@ def attach_bank(
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Tokens the language model was made for; None if its config does not say."""
-    return model.config.text_config.to_dict().get("max_position_embeddings")
+    config = model.config.text_config
+    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")  # GPT-2's is n_positions
+    return config.to_dict().get(name)

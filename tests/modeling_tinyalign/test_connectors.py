@@ -2,11 +2,12 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from tokenizer_families import FAMILIES, build
 
-from tinyalign_vlm.modeling_tinyalign.connectors import CaptionTokenizer, check_vocabulary, goes_on, shares
+from tinyalign_vlm.modeling_tinyalign.connectors import CaptionTokenizer, check_vocabulary, for_each, goes_on, shares
 
 INPUTS = ("captions", "latents", "both")
 
@@ -258,3 +259,8 @@ def test_the_users_tokenizer_is_left_alone_and_read_as_it_was_given(tokenizer):
 )
 def test_shares(lengths, room, expected):
     assert shares(lengths, room) == expected
+
+
+@pytest.mark.parametrize("one", [np.int64(3), np.array(3), torch.tensor(3), 3])
+def test_one_id_for_all_images(one):
+    assert for_each(one, 2) == [3, 3]

@@ -185,6 +185,11 @@ class TestImages:
             inputs = processor(images=image, text="<image>", do_rescale=False, return_tensors="pt")
             torch.testing.assert_close(inputs["pixel_values"], pixels(processor, images[0]))
 
+    @pytest.mark.parametrize("levels", [np.full((20, 30, 3), 5000, np.uint16), torch.full((1, 20, 30), 4095.0)])
+    def test_numbers_above_255(self, processor, levels):
+        with pytest.raises(ValueError, match="numbers up to [45][0-9]{3}, expected 0 to 255"):
+            pixels(processor, levels)
+
     def test_broken_files(self, processor, images, tmp_path):
         path = tmp_path / "image.png"
         Image.effect_noise((64, 64), 90).save(path)

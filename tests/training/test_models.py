@@ -1,9 +1,12 @@
 """A model that is loaded to answer questions, with its bank."""
 
+from types import SimpleNamespace
+
 import pytest
+from transformers import GPT2Config, LlamaConfig
 
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.training.models import load_to_answer
+from tinyalign_vlm.training.models import context_length, load_to_answer
 
 
 def test_a_model_that_reads_captions_in_its_prompt(make_model, make_processor, tmp_path):
@@ -30,3 +33,8 @@ def test_the_bank_that_a_config_names_is_read_with_the_models_token(make_model, 
     with pytest.raises(OSError, match="no network"):
         model.memory_bank  # noqa: B018
     assert asked == [("org/private", "abc", "secret")]
+
+
+@pytest.mark.parametrize("text", [GPT2Config(n_positions=96), LlamaConfig(max_position_embeddings=96)])
+def test_the_context_of_every_family(text):
+    assert context_length(SimpleNamespace(config=SimpleNamespace(text_config=text))) == 96

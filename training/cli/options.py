@@ -36,7 +36,7 @@ def add_row_options(parser: argparse.ArgumentParser):
     group.add_argument("--image_column", metavar="COLUMN", help="images or paths (default: image or images)")
     group.add_argument("--caption_column", metavar="COLUMN", help="(default: caption or txt, else the chat's answer)")
     group.add_argument("--messages_column", metavar="COLUMN", help="(default: messages or conversations)")
-    group.add_argument("--set", action="append", default=[], metavar="COLUMN=VALUE", help="a column of all rows")
+    group.add_argument("--set", metavar="COLUMN=VALUE", help="a column of all rows", **SEVERAL)
     group.add_argument("--rows", type=int, metavar="N", help="choose N rows at random (default: all)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default: %(default)s)")
     group.add_argument("--keep_duplicates", action="store_true", help="do not leave out images that come again")

@@ -171,7 +171,8 @@ def images_of(row: dict[str, Any]) -> list:
     if images is None:
         image = row.get("image")
         images = image if isinstance(image, list) else [image]
-    return [image for image in images if image is not None and image != ""]
+    nothing = (type(None), float)  # pandas writes NaN for none
+    return [image for image in images if not isinstance(image, nothing) and image != ""]
 
 
 def name_row(row: dict[str, Any], images: list) -> str:

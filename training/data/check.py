@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from transformers import ProcessorMixin
@@ -19,9 +21,8 @@ from ..arguments.files import NO_OUTPUT_DIR, parse_settings, read_config
 from ..arguments.stage import StageArguments
 from ..disk import full_disk_advice, save_file
 from ..models import context_length, load_model
-from .chats import images_of
 from .files import Rows, item_of, open_rows, unpacked
-from .rows import FEATURES, IMAGE_COLUMNS, RowReader, image_path
+from .rows import FEATURES, IMAGE_COLUMNS, RowReader
 
 logger = logging.get_logger(__name__)
 BYTES = [datasets.Value(name) for name in ("binary", "large_binary", "binary_view")]
@@ -73,7 +74,7 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
         raise ValueError(f"{config.dataset} has no rows, expected at least one.")
     reader, column = row_reader(config, processor), _column_with_images(raw, config)
     checked = raw.map(
-        partial(_without_images, reader) if column is not None else reader,
+        reader if column is None else partial(_without_images, reader, column),
         with_indices=True,
         remove_columns=raw.column_names,
         features=FEATURES.copy(),
@@ -143,14 +144,28 @@ def _column_with_images(raw: datasets.Dataset, config: StageArguments) -> str | 
     for name in names:
         stored = item_of(raw.features.get(name))
         if isinstance(stored, (datasets.Image, dict)) or stored in BYTES:
-            values = raw.select_columns([name]).select(range(min(100, len(raw))))
-            first = next((image for row in values for image in images_of({"image": row[name]})), None)
-            return name if image_path(first) is None else None
+            places = _stored_places(raw.data.column(name))
+            if places:
+                return name if places == {"bytes"} else None
     return None
 
 
-def _without_images(reader: RowReader, row: dict, number: int) -> dict:
-    """They stay where they are: no second copy of a data set's images is written."""
+def _stored_places(column: pa.ChunkedArray) -> set[str]:
+    """Return where the images of a column are, in `bytes` or at a `path`, without reading them."""
+    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = pc.list_flatten(column)
+    if not pa.types.is_struct(column.type):
+        return {"bytes"} if column.null_count < len(column) else set()
+    names = [field.name for field in column.type]
+    stored = pc.struct_field(column, "bytes").is_valid() if "bytes" in names else pa.scalar(False)
+    places = {"bytes"} if pc.any(stored).as_py() else set()
+    others = [pc.struct_field(column, name).is_valid() for name in names if name != "bytes"]
+    return places | {"path" for other in others if pc.any(pc.and_not(other, stored)).as_py()}
+
+
+def _without_images(reader: RowReader, column: str, row: dict, number: int) -> dict:
+    """They stay in their column, the only one that is looked at: no second copy of a data set's images is written."""
+    row = {name: value for name, value in row.items() if name == column or name not in IMAGE_COLUMNS}
     return {**reader(row, number), "images": []}
 
 

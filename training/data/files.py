@@ -72,7 +72,8 @@ def open_rows(config: StageArguments) -> Rows:
 
 
 def undecoded(rows: Rows) -> Rows:
-    """Return the rows with images as they are stored."""
+    """Return the rows in plain Python, with images as they are stored."""
+    rows = rows.with_format(None)
     for name, feature in rows.features.items():
         item = item_of(feature)
         if isinstance(item, datasets.Image) and item.decode:

@@ -1,5 +1,6 @@
 """A row of any format, to what both stages train on: checked, with its features and neighbours."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -67,6 +68,7 @@ class RowReader:
     max_length: int | None
     truncation: bool
     name_images: bool = False  # add the `source_ids` of the images
+    version: str = importlib.metadata.version("tinyalign-vlm")  # of what is cached: another may read rows otherwise
 
     def __call__(self, row: dict[str, Any], number: int | None) -> dict[str, Any]:
         result = {"images": [], "messages": [], "row": number, "id": None, "kind": None, "problem": None}
@@ -85,9 +87,9 @@ class RowReader:
         return {**result, "source_ids": source_ids} if self.name_images else result
 
     def fields(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The columns of a row, where `json` is the text of the row (of a file of ours) or a part of it as well."""
-        fields = row.get("json")  # of a file of ours, or of a WebDataset as `datasets` reads it
-        if not isinstance(fields, (str, dict)):
+        """The columns of a row: `json` is the text of a text file's row, or a part of a WebDataset's."""
+        fields = row.get("json")
+        if {FOLDER, "txt", "__key__"}.isdisjoint(row) or not isinstance(fields, (str, dict)):
             return row
         return {
             **(_parse(fields) if isinstance(fields, str) else fields),
@@ -170,7 +172,9 @@ def stored_image(image: Any, folders: Sequence[str]) -> Any:
     source, path = image_source(image), image_path(image)
     if isinstance(source, bytes):
         return {"bytes": source, "path": None}  # `datasets` would read the file of that name instead, if there is one
-    return source if path is None or "://" in path else find_image(path, folders)
+    if path is None or "://" in path:
+        return source
+    return {"bytes": None, "path": find_image(path, folders)}  # Arrow cannot mix texts and dictionaries in a column
 
 
 def images_in_chats(columns: Iterable) -> list[dict]:

@@ -53,7 +53,8 @@ def _rows_in(value: Any) -> list:
         if "image" not in value:  # rows by their names
             return tables
     holders = lists.keys() - ROW_LISTS
-    return lists[holders.pop()] if len(holders) == 1 and "image" not in value else [value]
+    is_row = not {"image", *ROW_LISTS - {"prompt"}}.isdisjoint(value)
+    return lists[holders.pop()] if len(holders) == 1 and not is_row else [value]
 
 
 def csv_rows(file: TextIO) -> Iterator[str]:

@@ -30,6 +30,7 @@ AUTO_CLASSES = {
     "processor_config.json": ("AutoProcessor",),
 }
 # Of a checkpoint's folder; optimizer states, pickles and subfolders stay here.
+LOCAL_FILES = {"run.json", "bad_rows.json"}  # paths and rows of this machine
 WEIGHT_SUFFIXES = {".json", ".safetensors", ".py", ".jinja", ".png", ".txt", ".model"}
 # Facts of a bank that nothing but a person knows.
 EXAMPLES = {"summary": "Photographs of North American birds with their names.", "license": ["cc-by-4.0"]}
@@ -90,7 +91,8 @@ def push_checkpoint(
     folder: Path, repo_id: str, config: TinyAlignConfig, facts: ModelFacts | None, **options
 ) -> CommitInfo:
     """Push the files of a checkpoint with this config; its card is of the facts, or else that in the folder."""
-    files = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHT_SUFFIXES}
+    paths = [path for path in folder.iterdir() if path.is_file() and path.name not in LOCAL_FILES]
+    files = {path.name: path for path in paths if path.suffix in WEIGHT_SUFFIXES}
     files["config.json"] = config.to_json_string().encode()
     if facts is not None:
         files |= {name: folder / name for name in facts.pictures}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..arguments.stage import StageArguments
 from ..arguments.tuning import TuningArguments
 
 
@@ -40,16 +41,22 @@ def quantize_linears(config: TuningArguments, model: PreTrainedModel) -> dict[st
 
 
 @contextlib.contextmanager
-def adapters(config: TuningArguments, model: PreTrainedModel) -> Iterator[None]:
+def adapters(config: StageArguments, model: PreTrainedModel) -> Iterator[None]:
     """Inside, the language model has adapters, if `config` wants them, which train in float32. Afterwards they are
     merged into its weights, also when training was interrupted, and the model is of the classes it was: it loads
     without PEFT, anywhere.
 
-    Raises `ValueError` when `lora_target_modules` are not in the language model.
+    Raises `ValueError` when `lora_target_modules` are not in the language model, or this run's adapters are merged.
     """
     if not config.uses_lora:
         yield
         return
+    merged = vars(model).setdefault("merged_runs", set())
+    if config.output_dir in merged:
+        raise ValueError(
+            f"The model has the adapters of {config.output_dir} in its weights, expected it as it was before: load it "
+            "again, and make a new trainer."
+        )
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
@@ -75,6 +82,7 @@ def adapters(config: TuningArguments, model: PreTrainedModel) -> Iterator[None]:
     finally:
         for name, layer in list(language_model.named_modules()):
             if isinstance(layer, LoraLayer):
+                merged.add(config.output_dir)
                 linear = originals.setdefault(name, layer.get_base_layer())
                 delta = layer.get_delta_weight("default").detach()
                 linear.weight.data += delta.to(linear.weight.device, linear.weight.dtype)

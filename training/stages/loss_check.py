@@ -54,8 +54,11 @@ class LossCheck(TrainerCallback):
             raise BadLoss(self._explain(float(loss), inputs, rows))
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        """Drop the batches of a stream that fill no step: the next epoch's first step would have their gradients."""
+        """Drop the batches of a stream that fill no step: the next epoch's first step would have their gradients, and
+        its logged loss theirs.
+        """
         if self.batches:
+            self.trainer._tr_loss -= sum(loss for loss, _, _ in self.batches)
             self.batches = []
             model.zero_grad()
 

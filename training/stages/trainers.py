@@ -73,8 +73,7 @@ class SupervisedTrainer(Trainer):
         **kwargs,
     ):
         check_arguments(model, args, kwargs)
-        if kwargs.get("compute_metrics") is not None:
-            args.prediction_loss_only = False
+        args.prediction_loss_only = args.prediction_loss_only and kwargs.get("compute_metrics") is None
         set_trainable(args, model)
         if train_dataset is not None:
             train_dataset = training_rows(model, train_dataset, memory_bank, vision_features)
@@ -299,13 +298,14 @@ class SupervisedTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
-        """Neighbours are taken away in training only."""
-        collator = self.data_collator
-        self.data_collator = collator if is_training else collator.for_evaluation()
+        """Neighbours, and rows that fill no batch, are taken away in training only."""
+        collator, drop_last = self.data_collator, self.args.dataloader_drop_last
+        if not is_training:
+            self.data_collator, self.args.dataloader_drop_last = collator.for_evaluation(), False
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
-            self.data_collator = collator
+            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:

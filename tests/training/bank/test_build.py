@@ -86,3 +86,10 @@ def test_classes_are_captions_by_their_names_and_a_list_of_one_image_is_that_ima
     pairs = datasets.Dataset.from_dict({"image": images[:3], "caption": [1, 0, None]}, features=features)
     added = bank.add(pairs, model, processor, keep_duplicates=True, skip_bad_rows=True)
     assert added.table["caption"].to_pylist()[2:] == ["dog", "cat"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow"])
+def test_kept_columns_are_text_whatever_the_format(kind, pairs, model, processor, value_encoder):
+    rows = datasets.Dataset.from_list([{**row, "n": number} for number, row in enumerate(pairs)]).with_format(kind)
+    bank = build_bank(rows, model, processor, value_encoder, keep_columns=["n"])
+    assert [row["n"] for row in bank.rows([0, 1])] == ["0", "1"]

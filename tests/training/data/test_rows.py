@@ -4,17 +4,20 @@ import gzip
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from datasets.fingerprint import Hasher
 from PIL import Image
 
 from tinyalign_cli.main import main
+from tinyalign_vlm.processing.images import decode_image
 from tinyalign_vlm.training.arguments.alignment import AlignmentConfig
 from tinyalign_vlm.training.data.chats import images_of
-from tinyalign_vlm.training.data.check import check_rows, training_data
+from tinyalign_vlm.training.data.check import check_rows, row_reader, training_data
 from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.data.rows import read_turns
 
@@ -380,3 +383,52 @@ def test_a_placeholder_is_text_beside_images_that_are_parts_and_in_answers():
         assert "<rag>" not in first["content"][1]["text"]
         assert last["content"] == [{"type": "text", "text": "it is <image>"}]
     assert read_turns(turns)[0]["content"][1]["text"] == "what does <image> mean?"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_pictures_and_paths_in_one_column(order, folder):
+    stored = [{"bytes": Path("images/red.png").read_bytes(), "path": None}, {"bytes": None, "path": "blue.png"}]
+    rows = datasets.Dataset.from_dict({"image": [stored[number] for number in order], "caption": ["a", "b"]})
+    rows.to_parquet("mixed.parquet")
+    rows, check = check_rows(config("mixed.parquet", answer_column="caption", prompt="?"))
+    assert not check.problems
+    assert [decode_image(images_of(row)[0]).getpixel((0, 0)) for row in rows] == [
+        ((255, 0, 0), (0, 0, 255))[number] for number in order
+    ]
+
+
+def test_columns_of_images_that_are_empty_in_all_rows_or_in_one(folder):
+    picture = {"bytes": Path("images/red.png").read_bytes(), "path": None}
+    table = {"images": [[], []], "image": [picture, None], "path": ["red.png", "red.png"], "caption": ["a", "b"]}
+    features = {"images": datasets.List(datasets.Image()), "image": datasets.Image()}
+    text = {"path": datasets.Value("string"), "caption": datasets.Value("string")}
+    datasets.Dataset.from_dict(table, datasets.Features(features | text)).to_parquet("two.parquet")
+    rows, check = check_rows(config("two.parquet", answer_column="caption", prompt="?"))
+    assert [len(images_of(row)) for row in rows] == [1]
+    assert list(check.kinds.values()) == ["missing image"]
+
+
+def test_a_column_called_json_is_an_answer(folder):
+    picture = {"bytes": Path("images/red.png").read_bytes(), "path": None}
+    rows = datasets.Dataset.from_dict({"image": [picture], "json": ['{"total": 3}']})
+    rows.cast_column("image", datasets.Image()).to_parquet("receipts.parquet")
+    rows, _ = check_rows(config("receipts.parquet", answer_column="json", prompt="Read it."))
+    assert simple(rows)[0][1][-1] == ("assistant", ['{"total": 3}'])
+
+
+def test_nan_is_no_image(folder):
+    rows = [{"image": float("nan"), "conversations": conversation("q", "a")}, LLAVA[0]]
+    Path("rows.json").write_text(json.dumps(rows))
+    assert not check_rows(config("rows.json"))[1].problems
+
+
+def test_one_row_with_a_list_of_its_own(folder):
+    row = {"images": ["red.png"], "conversations": conversation("<image>?", "red"), "boxes": [{"x": 1}, {"x": 2}]}
+    Path("one.jsonl").write_text(json.dumps(row))
+    assert str(check_rows(config("one.jsonl"))[1]) == "1 rows: 1 good"
+
+
+def test_another_version_of_the_package_reads_again(processor):
+    readers = [replace(row_reader(config("rows.json"), None), version=version) for version in ("1", "1", "2")]
+    first, again, other = map(Hasher.hash, readers)
+    assert first == again != other

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from huggingface_hub import HfApi
 
+from tinyalign_cli.main import build_parser
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.hub_cards.facts import Part, read_facts
 from tinyalign_vlm.training.bank.changes import remove_rows
+from tinyalign_vlm.training.bank.from_files import BuildSettings
 from tinyalign_vlm.training.bank.merge import merge_banks
 from tinyalign_vlm.training.hub.bank_facts import command_of_settings, facts_of_dataset, record_bank
 
@@ -130,3 +132,20 @@ def test_broken_facts_are_named_when_a_bank_is_changed(saved, images, facts, pro
     with pytest.raises(ValueError, match=problem) as error:
         remove_rows(saved, tmp_path / "smaller", images=[str(tmp_path / "first.png")])
     assert "\n" not in str(error.value) and [path.name for path in tmp_path.glob("*smaller*")] == []
+
+
+def test_the_command_of_a_card_can_be_typed():
+    given = [
+        "--vision_model",
+        "v",
+        "--language_model",
+        "l",
+        "--set",
+        "license=cc0",
+        "source=x",
+        "--dataset",
+        "rows.json",
+    ]
+    arguments = vars(build_parser().parse_args(["bank", "build", *given, "--out", "bank"]))
+    settings = BuildSettings(**{name: arguments[name] for name in BuildSettings.__dataclass_fields__})
+    assert build_parser().parse_args(command_of_settings(["build"], settings)[1:]).set == arguments["set"]

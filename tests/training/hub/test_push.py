@@ -6,6 +6,8 @@ import shutil
 import pytest
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 
+from tinyalign_vlm.training.hub import push
+
 MODEL_FACTS = {
     "summary": "Names noise.",
     "license": "apache-2.0",
@@ -196,3 +198,13 @@ def test_a_space_chats_with_the_commit_that_was_pushed(hub, owner, folders):
     facts = json.loads(hub.files("cli/spaced")["card_facts.json"])
     assert (facts["repo_id"], facts["bank"]["source"]) == ("cli/spaced", "cli/spaced-bank")
     assert "A Space needs a checkpoint with card_facts.json" in owner.run(command, *arguments[2:])[1]
+
+
+def test_files_that_name_paths_of_this_machine_stay_here(tmp_path, monkeypatch, make_model):
+    model, sent = make_model(), {}
+    model.save_pretrained(tmp_path)
+    for name in ("run.json", "bad_rows.json"):
+        (tmp_path / name).write_text('{"image_folder": "/home/me"}')
+    monkeypatch.setattr(push, "push_files", lambda files, *_, **__: (sent.update(files), None))
+    push.push_checkpoint(tmp_path, "me/m", model.config, None)
+    assert "config.json" in sent and not {"run.json", "bad_rows.json"} & sent.keys()

@@ -11,7 +11,7 @@ from tinyalign_vlm.training.data.collator import TrainingCollator
 from tinyalign_vlm.training.stages.lora import adapters
 from tinyalign_vlm.training.stages.trainable_parts import set_trainable
 
-from .short_runs import losses, run, weights
+from .short_runs import losses, make_trainer, run, weights
 
 
 @pytest.mark.parametrize("text", ["llama", "phi"])
@@ -62,7 +62,11 @@ def test_nothing_is_left_of_a_run_that_is_interrupted(policy, make_model, tmp_pa
     assert set(vars(model.base_model.language_model)) == attributes
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["model.language_model.layers.0.mlp.up_proj.weight"]
-    unfit = InstructionConfig(output_dir=str(tmp_path), tune_language_model=policy, lora_target_modules=["query"])
+    with pytest.raises(ValueError, match="in its weights, expected it as it was before: load it again"):
+        adapters(config, model).__enter__()
+    unfit = InstructionConfig(
+        output_dir=str(tmp_path / "other"), tune_language_model=policy, lora_target_modules=["query"]
+    )
     with pytest.raises(ValueError, match="not found"), adapters(unfit, model):
         raise AssertionError("There are no such adapters.")
     assert [type(module) for module in model.modules()] == classes
@@ -105,3 +109,16 @@ def test_adapters_on_four_bits(make_model, processor, dataset, bank, features, t
     projection = "model.language_model.layers.0.self_attn.q_proj.weight"
     difference = after[projection] - before[projection]
     assert 0 < torch.linalg.matrix_rank(difference, rtol=1e-3) <= 16 and difference.abs().max() < 0.5
+
+
+def test_adapters_are_merged_once(make_model, processor, dataset, bank, features, tmp_path):
+    """A cell that is run again must not merge the adapters of its checkpoint a second time."""
+    settings = {"tune_language_model": "lora", "max_steps": 2}
+    model = make_model()
+    trainer = run(2, model, processor, dataset, bank, tmp_path, features, **settings)
+    after = weights(model)
+    for again in (trainer, make_trainer(2, model, processor, dataset, bank, tmp_path, features, **settings)):
+        with pytest.raises(ValueError, match="load it again, and make a new trainer"):
+            again.train()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights(model).items())
+    run(2, model, processor, dataset, bank, tmp_path / "next", features, **settings)

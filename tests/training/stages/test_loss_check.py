@@ -1,6 +1,7 @@
 """A loss that is no number stops training and names its rows."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -11,7 +12,7 @@ from tinyalign_vlm.training.data.chats import name_row
 from tinyalign_vlm.training.data.check import training_data
 from tinyalign_vlm.training.stages.loss_check import BadLoss, LossCheck
 
-from .short_runs import changed_parts, run, weights
+from .short_runs import changed_parts, losses, run, weights
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -45,13 +46,19 @@ def test_the_rows_are_named(
 
 
 def test_batches_of_a_stream_that_fill_no_step_are_dropped():
-    model, check = torch.nn.Linear(1, 1), LossCheck(None)
+    model, check = torch.nn.Linear(1, 1), LossCheck(SimpleNamespace(_tr_loss=torch.tensor(3.0)))
     model(torch.ones(1, 1)).sum().backward()
     check.on_epoch_end(None, None, None, model=model)
     assert model.weight.grad is not None  # all were in a step
     check.add(torch.tensor(1.0), {}, ["row 1"])
     check.on_epoch_end(None, None, None, model=model)
-    assert model.weight.grad is None and check.batches == []
+    assert model.weight.grad is None and check.batches == [] and check.trainer._tr_loss == 2
+
+
+def test_batches_that_fill_no_step_are_not_in_the_logged_loss(make_model, processor, dataset, bank, tmp_path):
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-9}
+    trainer = run(1, make_model(), processor, dataset.to_iterable_dataset(), bank, tmp_path, **settings)
+    assert max(losses(trainer)) < 1.3 * min(losses(trainer))
 
 
 def test_weights_that_are_no_numbers_are_not_the_rows_fault(make_model, processor, dataset, bank, features, tmp_path):

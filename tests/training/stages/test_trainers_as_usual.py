@@ -6,7 +6,7 @@ import pytest
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 from tinyalign_vlm.training.stages.trainers import AlignmentTrainer
 
-from .short_runs import STAGES, make_trainer
+from .short_runs import STAGES, losses, make_trainer, run
 
 
 @pytest.fixture
@@ -134,3 +134,20 @@ def test_a_run_that_is_not_to_be_resumed_begins_anew(
         trainer = make_trainer(1, make_model(), processor, dataset, bank, tmp_path, features, **settings)
         trainer.train()
     assert "finished" not in capsys.readouterr().out and trainer.state.global_step == 2
+
+
+def test_evaluation_drops_no_rows(make_model, processor, dataset, indexed, bank, features, tmp_path):
+    settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 8}
+    trainer = make_trainer(1, make_model(), processor, dataset, bank, tmp_path, features, **settings)
+    found, few = trainer.evaluate(indexed)["eval_loss"], trainer.evaluate(indexed.select(range(5)))["eval_loss"]
+    trainer.args.dataloader_drop_last = False
+    assert found == trainer.evaluate(indexed)["eval_loss"] and few > 0
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+def test_the_format_of_a_data_set_changes_nothing(kind, make_model, processor, dataset, bank, tmp_path):
+    found = []
+    for rows in (dataset, dataset.with_format(kind)):
+        folder = tmp_path / str(len(found))
+        found.append(losses(run(1, make_model(), processor, rows, bank, folder, max_steps=1)))
+    assert found[0] == found[1]
