@@ -73,7 +73,7 @@ class TinyAlignConfig(PreTrainedConfig):
     memory_input (`str`, *optional*, defaults to `"captions"`):
         The part of the neighbours that is read. `"captions"`: their text, in the language model's own tokens.
         `"latents"`: the values of the bank, side by side, through a trained MLP (the paper's way; their number L is
-        `memory_tokens`). `"both"`: the two added up.
+        `memory_tokens`). `"both"`: the two added up, latents through a gate that opens.
     latent_dim (`int`, *optional*, defaults to 96):
         Width of a latent of the values (D), for a model that reads them.
     key_space (`str`, *optional*, defaults to `"vision"`):

@@ -87,8 +87,9 @@ class MemoryConnector(nn.Module):
     """Turn what was retrieved into memory tokens (paper, section 4.1: the RAG connector).
 
     Captions are read as the language model's own tokens, in its embeddings. Latents go through a two-layer MLP, as in
-    the paper, those of the neighbours side by side; with both, the two are added up. The neighbours' similarities are
-    one more vector, which is added to every memory token.
+    the paper, those of the neighbours side by side. With both, the two are added up, and a gate that starts at zero
+    lets latents in (Flamingo's, arXiv 2204.14198): without it the first steps drown the captions. The neighbours'
+    similarities are one more vector, which is added to every memory token.
     """
 
     def __init__(self, config: TinyAlignConfig):
@@ -103,6 +104,8 @@ class MemoryConnector(nn.Module):
             self.mlp = Connector(
                 shape[1], config.memory_connector_size or hidden_size, hidden_size, config.projector_hidden_act
             )
+        if config.memory_input == "both":
+            self.gate = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         self.memory_scores = config.memory_scores
 
     def forward(
@@ -127,7 +130,8 @@ class MemoryConnector(nn.Module):
             tokens = torch.where(places.unsqueeze(-1), words.to(tokens), tokens)
         if values is not None:
             values = torch.where(used[:, :, None, None], values.to(tokens), self.null_latents)
-            tokens = tokens + self.mlp(values.transpose(1, 2).flatten(2))
+            latents = self.mlp(values.transpose(1, 2).flatten(2))
+            tokens = tokens + (latents if words is None else self.gate.tanh() * latents)
         if self.memory_scores:
             if scores is None:
                 raise ValueError(

@@ -75,7 +75,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, MemoryConnector):
-            init.zeros_(module.empty_token)
+            for parameter in module.parameters(recurse=False):
+                init.zeros_(parameter)
             if module.memory_scores:
                 init.zeros_(module.score.weight)
             if self.config.reads_latents:

@@ -198,6 +198,7 @@ def test_values_that_are_given_beside_rows(captioned, images, make_model):
     rows = [{"image": image, "caption": caption} for image, caption in zip(images, CAPTIONS, strict=True)]
     bank = MemoryBank.build(rows, model, processor, small_value_encoder())
     model.attach_memory_bank(bank, tokenizer=processor)
+    torch.nn.init.ones_(model.model.memory_connector.gate)
     inputs = {**inputs_of(processor, images[:2]), "memory_ids": torch.tensor([[3, 1], [1, 2]])}
     inputs["memory_scores"] = torch.ones(2, 2)
     own, swapped = bank.gather(inputs["memory_ids"]), bank.gather(inputs["memory_ids"].flip(0))

@@ -1,6 +1,7 @@
 """The memory connector: captions, latents or both, similarities, and slots in which nothing stands."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -58,7 +59,11 @@ def test_both_are_added_up(make_model):
     words = model.get_input_embeddings()(memory["memory_input_ids"])
     latents = connector.mlp(memory["memory_values"].transpose(1, 2).flatten(2))
     del memory["memory_scores"]
-    torch.testing.assert_close(tokens_of(model, **memory), words + latents)
+    with torch.no_grad():
+        connector.gate.zero_()  # as it is in a new model
+        torch.testing.assert_close(tokens_of(model, **memory), words)
+        connector.gate.fill_(0.5)
+    torch.testing.assert_close(tokens_of(model, **memory), words + math.tanh(0.5) * latents)
 
 
 def test_similarities_are_told(model):
