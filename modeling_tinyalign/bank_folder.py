@@ -66,7 +66,7 @@ def open_folder(
     with evict_on_error([config_path, encoder_path] if repo_id else []):
         check_file(encoder_path, config.sha256.key_encoder)
         key_encoder, probe_keys = KeyEncoder.load(encoder_path, config.key_encoder, config.key_dim)
-    return config, key_encoder, probe_keys, folder, repo_id, revision
+    return config, key_encoder, probe_keys, folder.absolute(), repo_id, revision  # more of it is read later
 
 
 def read_value_encoder(folder: Path, config: BankConfig, is_download: bool) -> ValueEncoder:
@@ -174,8 +174,10 @@ def write_shards(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sch
         options |= {"compression": "zstd", "use_byte_stream_split": split}
     (folder / "data").mkdir()
     paths, size = [], 0
+    steps = ((batch, max(1, len(batch) * BATCH_BYTES // max(1, batch.nbytes))) for batch in batches)
+    parts = (batch.slice(start, step) for batch, step in steps for start in range(0, len(batch), step))
     with contextlib.ExitStack() as stack:
-        for batch in batches:
+        for batch in parts:
             if not paths or (size and size + batch.nbytes > SHARD_BYTES):
                 stack.close()  # the shard before
                 paths.append(folder / "data" / f"{len(paths)}.parquet")

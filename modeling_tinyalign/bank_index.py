@@ -199,7 +199,10 @@ def open_index(keys: np.ndarray, folder: Path, wanted: str | None) -> KeyIndex:
     if not record.exists():
         with locked(folder):
             if not record.exists():
-                write_index(make_fast_index(keys, wanted), path)
+                index = make_fast_index(keys, wanted)
+                if not os.access(folder, os.W_OK):  # somebody else's: each process makes its own
+                    return index
+                write_index(index, path)
     try:
         facts = json.loads(record.read_text())
         if facts["index"] == EXACT:

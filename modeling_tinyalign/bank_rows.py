@@ -168,8 +168,9 @@ class BankRows:
 
     def texts(self, ids: np.ndarray) -> list[dict]:
         """Return what `rows` does, of a flat array of ids without -1."""
-        names = ["id", "source_id", "caption", *self.config.columns]
-        return self.table.select(names).take(pa.array(ids)).to_pylist()
+        table = self.table.select(["id", "source_id", "caption", *self.config.columns])
+        # `take` would copy all texts of the bank into one buffer, which holds 2 GiB
+        return [table.slice(number, 1).to_pylist()[0] for number in ids.tolist()]
 
     def thumbnail(self, row_id: int) -> Image.Image | None:
         """Return the small picture kept of a row, None for id -1 and in a bank built without thumbnails."""

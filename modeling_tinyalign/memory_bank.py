@@ -181,7 +181,7 @@ class MemoryBank(BankRows):
         reader = PairReader(processor.decode_image, image_column, caption_column, self.config.columns)
         encoder = self.row_encoder(model, processor, read_row=reader, next_id=len(self), **settings)
         with evaluating(model, encoder.value_encoder):
-            rows = enumerate(stored_images(rows, image_column, caption_column))
+            rows = enumerate(stored_images(rows, image_column))
             added = finished(encoder.batches(rows), self.key_encoder)
             bank = self.with_rows(itertools.chain(self.batches(), added), encoder.left_out)
         return self.keep_facts(bank, "parts", "limits")

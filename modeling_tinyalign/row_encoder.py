@@ -229,22 +229,23 @@ def finished(batches: Iterable[pa.RecordBatch], key_encoder: KeyEncoder) -> Iter
         yield batch.set_column(batch.schema.names.index("key"), "key", list_column(keys))
 
 
-def stored_images(dataset: Iterable[dict], image_column: str, caption_column: str | None = None) -> Iterable[dict]:
-    """Return a Hub data set whose images are read here, so that a corrupt one can be named and left out; its captions
-    are the names of classes where it has their numbers.
+def stored_images(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:
+    """Return a Hub data set whose images are read here, so that a corrupt one can be named and left out; it has the
+    names of classes in place of their numbers.
     """
     try:
         import datasets
     except ImportError:
         return dataset
     is_hub_dataset = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset))
-    features = (dataset.features if is_hub_dataset else None) or {}
-    if isinstance(features.get(image_column), datasets.Image):
+    if not is_hub_dataset or not dataset.features or getattr(dataset, "format", {}).get("type") == "custom":
+        return dataset
+    dataset = dataset.with_format(None)
+    if isinstance(dataset.features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    if isinstance(features.get(caption_column), datasets.ClassLabel):
-        names = dict(enumerate(features[caption_column].names))
-        return ({**row, caption_column: names.get(row[caption_column])} for row in dataset)
-    return dataset
+    classes = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    names = {name: dict(enumerate(dataset.features[name].names)) for name in classes}
+    return ({**row, **{name: names[name].get(row[name]) for name in classes}} for row in dataset)
 
 
 def is_duplicate(source_id: str, seen: set[bytes] | None) -> bool:

@@ -73,7 +73,7 @@ class Clouds:
         pictures = self.pictures.astype(float)
         distance = np.sqrt((2 - 2 * pictures @ pictures.T).clip(0))
         same = self.kinds[:, None] == self.kinds[None]
-        others = distance > 1e-6  # than the picture itself
+        others = distance > 1e-3  # than the picture itself, whose distance is a rounding error
         return float(distance[same & others].mean() / distance[~same].mean())
 
     def drawn(self, rows: np.ndarray) -> "Clouds":

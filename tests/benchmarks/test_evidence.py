@@ -286,6 +286,18 @@ def test_a_difference_of_clouds():
     assert tuple(difference(same, "spread")) == (0, 0, 0)
 
 
+def test_a_picture_is_no_neighbour_of_itself():
+    from alignment import Clouds
+
+    pictures = np.random.default_rng(0).normal(3, 1, (200, 576)).astype(np.float32)
+    pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    kinds = np.arange(200) // 2  # one other of each kind
+    distance = np.linalg.norm(pictures[:, None].astype(float) - pictures[None], axis=2)
+    same = kinds[:, None] == kinds
+    expected = distance[same & ~np.eye(200, dtype=bool)].mean() / distance[~same].mean()
+    assert Clouds(pictures, pictures, kinds).spread == pytest.approx(expected, rel=1e-4)
+
+
 def lesson(questions: list[dict]):
     from teaching import Lesson
 

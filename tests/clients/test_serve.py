@@ -13,9 +13,11 @@ import openai
 import pytest
 import torch
 import uvicorn
+from jinja2 import TemplateError
 from PIL import Image
 
 from tinyalign_cli.main import main
+from tinyalign_vlm import TinyAlignProcessor
 from tinyalign_vlm.training.data.chats import encode_chat
 from tinyalign_vlm.training.inference import serve
 
@@ -335,3 +337,25 @@ def test_control_tokens_in_a_request_are_text(server, saved, images):
         assert found.usage.prompt_tokens == len(ids)
         if not more:
             assert found.choices[0].message.content == answer(saved, images[0], text=text)
+
+
+def test_a_stop_string_does_not_begin_in_the_prompt(server, images):
+    url = data_url(images[0])
+    text = server.chat(url).choices[0].message.content
+    assert server.chat(url, stop="\n" + text[0]).choices[0].message.content == text
+
+
+def test_a_seed_is_of_its_own_request(server, images):
+    def ask(**settings) -> str:
+        return server.chat(data_url(images[0]), temperature=2.0, **settings).choices[0].message.content
+
+    assert len({(ask(seed=7), ask())[1] for _ in range(4)}) > 1
+
+
+def test_a_template_that_refuses_a_chat_says_why(server, images, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise TemplateError("System role not supported")
+
+    monkeypatch.setattr(TinyAlignProcessor, "apply_chat_template", refuse)
+    with pytest.raises(openai.BadRequestError, match="System role not supported"):
+        server.chat(data_url(images[0]))

@@ -232,3 +232,54 @@ def test_remove(owner, saved):
     *unknown, everything = found["errors"]
     assert all("has no row" in error and "an id from 0 to 11" in error for error in unknown) and len(unknown) == 3
     assert "All 12 rows would be removed" in everything
+
+
+def upload_pairs(numbers: list[int], repo_id: str) -> str:
+    import io
+
+    import datasets
+    from huggingface_hub import HfApi
+    from PIL import Image
+
+    rows = [{"image": Image.effect_noise((24 + number, 24), 90), "caption": f"picture {number}"} for number in numbers]
+    content, api = io.BytesIO(), HfApi()
+    datasets.Dataset.from_list(rows).to_parquet(content)
+    api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
+    settings = {"path_in_repo": "train.parquet", "repo_id": repo_id, "repo_type": "dataset"}
+    return api.upload_file(path_or_fileobj=content.getvalue(), **settings).oid
+
+
+def build(repo_id: str, revision: str | None, model: str, bank: str, parts: int | None = None) -> list[str]:
+    """Build a bank, or so many parts of eight rows of it, and return its captions."""
+    from tinyalign_vlm import MemoryBank
+    from tinyalign_vlm.training.bank import encode
+    from tinyalign_vlm.training.bank.from_files import BuildSettings, build_from_files
+
+    encode.PART_ROWS, save, done = 8, encode.save_file, []
+
+    def save_some(*arguments):
+        if len(done) == parts:
+            raise KeyboardInterrupt
+        done.append(save(*arguments))
+
+    encode.save_file = save_some
+    try:
+        build_from_files(
+            BuildSettings(repo_id, model=model, value_encoder=bank, dataset_revision=revision), "of_a_repository"
+        )
+    except KeyboardInterrupt:
+        return []
+    finally:
+        encode.save_file = save
+    return MemoryBank.from_pretrained("of_a_repository").captions
+
+
+def test_a_repository_that_changes_while_a_bank_is_built_is_not_mixed(owner, saved):
+    arguments = "owner/growing", saved["model"], saved["bank"]
+    first = owner.run(upload_pairs, list(range(40)), arguments[0])
+    assert owner.run(build, arguments[0], None, *arguments[1:], 2) == []
+    owner.run(upload_pairs, list(range(10, 40)), arguments[0])
+    with pytest.raises(RemoteError, match=f"unfinished work of other settings .*dataset_revision: '{first}' then"):
+        owner.run(build, arguments[0], None, *arguments[1:])
+    captions = owner.run(build, arguments[0], first, *arguments[1:])
+    assert captions == [f"picture {number}" for number in range(40)]

@@ -228,3 +228,20 @@ def test_parquet_of_a_quantized_bank(tmp_path):
     assert np.array_equal(np.array(rows[:5]["key"], np.float32), bank.key_array[:5])
     half = MemoryBank.from_dataset(rows.select(range(1000)), like=bank)
     assert half.config.quantized and np.array_equal(half.key_array, bank.key_array[:1000])
+
+
+def test_rows_of_a_batch_may_be_in_several_shards(bank, tmp_path, monkeypatch):
+    """With large thumbnails a batch is more than a shard may hold."""
+    monkeypatch.setattr(bank_folder, "BATCH_BYTES", 500)
+    monkeypatch.setattr(bank_folder, "SHARD_BYTES", 1000)
+    bank.save_pretrained(tmp_path / "bank")
+    assert len(list((tmp_path / "bank" / "data").iterdir())) > 1
+    assert MemoryBank.from_pretrained(tmp_path / "bank").captions == bank.captions
+
+
+def test_the_current_folder_may_change(bank, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bank.save_pretrained("bank")
+    loaded = MemoryBank.from_pretrained("bank")
+    monkeypatch.chdir("/")
+    assert len(loaded.remove(0)) == len(bank) - 1

@@ -314,3 +314,12 @@ def test_eight_readers_share_one_copy(tmp_path):
         assert reader["mapped"] > 0.9 * size, "not mapped, but read"
         assert reader["share"] < reader["mapped"] / 7, "every process has a copy of its own"
         assert reader["anonymous"] < 8e6
+
+
+def test_local_files_that_somebody_else_has_made(small_limits, monkeypatch):
+    """They can be read alone: the index is made in memory."""
+    bank = bank_of(clustered_keys(4000, 48), quantized=True)
+    monkeypatch.setattr(bank_index.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(bank_index, "write_index", None)
+    assert bank.search(bank.keys([4]), 1)[1].tolist() == [[4]]
+    assert bank.index_facts["index"] != "exact"

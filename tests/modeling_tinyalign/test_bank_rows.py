@@ -1,8 +1,11 @@
 """Rows searched by key, gathered and read."""
 
+import copy
 import os
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from banks import bank_of, unit
@@ -150,3 +153,11 @@ def test_no_row(quantized):
     assert ids.tolist() == [[-1, -1]] and np.isneginf(scores).all()
     assert bank.keys([]).shape == (0, 7) and bank.gather(np.zeros((2, 0), int)).shape == (2, 0, 3, 5)
     assert bank.rows(np.zeros((2, 0), int)) == [[], []] and bank.rows([]) == []
+
+
+def test_rows_of_gigabytes_of_captions():
+    """One text of 4 MiB, 600 times: a copy of all would not fit into one buffer of pyarrow's."""
+    bank, text = copy.copy(bank_of(unit(10, 8))), "x" * 2**22
+    table = bank.table.set_column(bank.table.schema.get_field_index("caption"), "caption", pa.array([text] * 10))
+    bank.table, bank.config = pa.concat_tables([table] * 60), replace(bank.config, num_rows=600)
+    assert [row["caption"] == text for row in bank.rows([3, 599])] == [True, True]

@@ -1,10 +1,10 @@
 """Encoded rows on their way into a memory bank: kept in parts, so that a killed run goes on where it stopped."""
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..data.progress import Progress
 from ..disk import save_file
 
 PART_ROWS = 512  # of the data set: what a killed run loses at most
-Chunk = list[tuple[int, dict[str, Any]]]
+Chunk = Iterator[tuple[int, dict[str, Any]]]
 
 
 @dataclass
@@ -109,11 +109,12 @@ def read_part(path: Path) -> tuple[pa.Table, list[LeftOutRow]]:
 
 
 def chunks(source: StoredImages, rounds: Iterable[np.ndarray | None], size: int) -> Iterator[Chunk]:
-    """Yield the rows of each round of `EncodedParts.rounds`, as they are stored, `size` to a part."""
+    """Yield the rows of each round of `EncodedParts.rounds`, as they are stored, `size` to a part, read one by one."""
     for numbers in rounds:
-        rows = source.rows(numbers)
-        while chunk := list(islice(rows, size)):
-            yield chunk
+        rows = iter(source.rows(numbers))
+        for first in rows:
+            yield (chunk := chain([first], islice(rows, size - 1)))
+            deque(chunk, maxlen=0)  # of a part that is there already nothing was read
 
 
 def part_content(batches: Sequence[pa.RecordBatch], schema: pa.Schema, left_out: Sequence[LeftOutRow]) -> pa.Buffer:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, __version__, set_seed
 
+from ...hub_cards.cards import is_hub_id
 from ...modeling_tinyalign import MemoryBank, ValueEncoder
 from ...modeling_tinyalign.bank_format import CONFIG_NAME, LEFT_OUT_NAME
 from ...modeling_tinyalign.key_encoder import evaluating
@@ -20,7 +21,7 @@ from ..data.images import CaptionedImages, fingerprint_files
 from ..data.rows import batch_size_of
 from ..disk import full_disk_advice
 from ..hub.bank_facts import DATA, command_of_settings, save_with_facts
-from ..hub.parts import describe_part
+from ..hub.parts import UNKNOWN, describe_part
 from ..models import load_model
 from .build import finish_bank, new_key_encoder
 from .encode import EncodedParts, RowChoice, count_kinds, no_usable_row
@@ -197,6 +198,9 @@ class FileBuild:
         The encoders are those of `bank`, or new. Raises `ValueError` as `build_from_files` does.
         """
         files = fingerprint_files(settings.dataset)
+        if is_hub_id(settings.dataset):  # at one commit, or rows of two would be mixed
+            commit = describe_part(DATA, settings.dataset, "dataset", settings.dataset_revision).revision
+            settings.dataset_revision = settings.dataset_revision if commit == UNKNOWN else commit
         used = {**asdict(settings), "files": files, "bank": bank and bank.config.sha256.config}
         used = json.loads(json.dumps(used))  # as the earlier ones: a tuple becomes a list
         earlier = work.read_settings()

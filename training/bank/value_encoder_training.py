@@ -3,7 +3,7 @@
 import io
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -144,14 +144,17 @@ def train_new_value_encoder(
     `train_value_encoder`. Raises `ValueError` if no row is usable.
     """
     config = config or ValueEncoderTrainingConfig()
-    rows = sample_rows(source)
-    if vision_features is None:
-        images = [row.image for row in rows]
-        with evaluating(model):
-            batches = feature_batches(model, processor, images, range(len(images)), batch_size)
-            features = torch.cat([part.half().cpu() for _, part in batches]).numpy()
-    else:
-        features = np.stack([np.asarray(vision_features[row.number]) for row in rows])
+    rows, captions, parts = sample_rows(source), [], []
+    with evaluating(model):
+        while batch := list(islice(rows, batch_size)):  # never all pictures at once
+            captions += [row.caption for row in batch]
+            if vision_features is not None:
+                parts.append(np.stack([np.asarray(vision_features[row.number]) for row in batch]))
+                continue
+            images = [row.image for row in batch]
+            ((_, part),) = feature_batches(model, processor, images, range(len(images)), batch_size)
+            parts.append(part.half().cpu().numpy())
+    features = np.concatenate(parts)
     heads = math.gcd(8, model.config.latent_dim)  # attention takes only a number that divides the width
     settings = ValueEncoderConfig(
         num_latents=model.config.memory_tokens,
@@ -165,26 +168,26 @@ def train_new_value_encoder(
         torch.manual_seed(config.seed)
         encoder = ValueEncoder(settings).to(model.device)
     if config.steps:
-        print(f"Training a value encoder on {len(rows):,} images, {config.steps:,} steps.", flush=True)
+        print(f"Training a value encoder on {len(captions):,} images, {config.steps:,} steps.", flush=True)
         began = time.perf_counter()
-        train_value_encoder(encoder, features, [row.caption for row in rows], config, checkpoint)
+        train_value_encoder(encoder, features, captions, config, checkpoint)
         print(f"The value encoder took {time.perf_counter() - began:.0f} seconds.")
     return encoder.requires_grad_(False).eval()
 
 
-def sample_rows(source: StoredImages) -> list[BankRow]:
-    """Return the first usable rows; raises `ValueError` if there are none."""
-    rows, problem = [], None
+def sample_rows(source: StoredImages) -> Iterator[BankRow]:
+    """Yield the first usable rows; raises `ValueError` if there are none."""
+    count, problem = 0, None
     for number, stored in islice(source, 2 * NUM_IMAGES):
         try:
-            rows.append(source.read(number, stored))
+            yield source.read(number, stored)
+            count += 1
         except BadRow as error:
             problem = problem or f"row {number}: {error}"
-        if len(rows) == NUM_IMAGES:
-            break
-    if not rows:
+        if count == NUM_IMAGES:
+            return
+    if not count:
         raise ValueError(
             f"The data set has no usable row to train a value encoder on ({problem or 'it is empty'}), expected at "
             "least one image with a caption."
         )
-    return rows

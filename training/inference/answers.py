@@ -71,7 +71,8 @@ class Answer:
 
     def pieces(self) -> Iterator[str]:
         """Yield the text as it comes, up to a stop string."""
-        stops, streamer = self.config.stop_strings or [], TokenQueue()
+        # `generate` would find them in the prompt's end, too
+        (stops, self.config.stop_strings), streamer = (self.config.stop_strings or [], None), TokenQueue()
         thread = threading.Thread(target=self._generate, args=(streamer,))
         thread.start()
         text, sent, held = "", 0, max(map(len, stops), default=1) - 1
@@ -101,7 +102,8 @@ class Answer:
 
     def _generate(self, streamer: TokenQueue):
         try:
-            with LOCK, torch.no_grad():
+            devices = [self.model.device] * (self.model.device.type == "cuda")
+            with LOCK, torch.no_grad(), torch.random.fork_rng(devices, enabled=self.seed is not None):
                 if self.stopped.is_set():  # while others had the model
                     return
                 if self.seed is not None:
@@ -109,7 +111,6 @@ class Answer:
                 self.model.generate(
                     **self.look_up(self.inputs),
                     generation_config=self.config,
-                    tokenizer=self.processor.tokenizer,
                     streamer=streamer,
                     # on the device of the ids, where `generate` joins it with its own criteria
                     stopping_criteria=[

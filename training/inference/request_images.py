@@ -81,9 +81,9 @@ def download_image(url: str, allowed_hosts: Collection[str]) -> bytes:
 
 
 def _public_address(host: str, port: int) -> str:
-    """Return an address of a name; ValueError unless all that it has are public."""
-    found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    for text in sorted(found):
+    """Return the address of a name that the system prefers; ValueError unless all that it has are public."""
+    found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for text in found:
         address = ipaddress.ip_address(text)
         if address.version == 6:
             address = address.ipv4_mapped or address
@@ -92,7 +92,7 @@ def _public_address(host: str, port: int) -> str:
             public = public and address in GLOBAL_IPV6 and address not in SIX_TO_FOUR
         if not public:
             raise ValueError(f"{host} has the address {text}, which is not public")
-    return sorted(found)[0]
+    return found[0]
 
 
 def _request(connection: socket.socket, parts: SplitResult, name: str, tls: ssl.SSLContext | None) -> bytes:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_serve_available
@@ -137,7 +138,7 @@ def build_app(
             return JSONResponse(await work)
         except ContextError as error:
             return error_response(str(error), 400, "context_length_exceeded")
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, TemplateError) as error:
             raise HTTPException(400, str(error)) from error
 
     return app

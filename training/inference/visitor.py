@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ...hub_cards.facts import FACTS_NAME, read_facts
 from ..models import load_to_answer
 from .answers import LOCK
-from .conversation import Conversation, check_question
+from .conversation import ERRORS, Conversation, check_question
 from .lessons import Lessons, Neighbour
 from .pictures import Pictures
 from .uploads import read_picture
@@ -130,16 +130,20 @@ class Visitor:
             raise ValueError("There is no picture yet: upload one, or click one of the examples.")
         turn = [question, "", ""]
         self.turns = [*self.turns, turn][-MAX_TURNS:]
-        if self.shared.has_memory:
-            threshold = threshold if threshold > 0 else EVERYTHING  # not None, which is the model's own
-            settings = {"top_k": top_k, "retrieval_threshold": threshold, "exclude": self.left_out}
-            for piece in self.with_memory.ask(question, **settings):
-                turn[1] += piece
-                yield
-        if compare or not self.shared.has_memory:
-            for piece in self.without.ask(question, memory="off"):
-                turn[2] += piece
-                yield
+        try:
+            if self.shared.has_memory:
+                threshold = threshold if threshold > 0 else EVERYTHING  # not None, which is the model's own
+                settings = {"top_k": top_k, "retrieval_threshold": threshold, "exclude": self.left_out}
+                for piece in self.with_memory.ask(question, **settings):
+                    turn[1] += piece
+                    yield
+            if compare or not self.shared.has_memory:
+                for piece in self.without.ask(question, memory="off"):
+                    turn[2] += piece
+                    yield
+        except ERRORS:
+            self.turns = [shown for shown in self.turns if shown is not turn]
+            raise
 
     def last_question(self) -> str:
         """Return the question that was asked last, blank if there is none."""
@@ -164,7 +168,8 @@ class Visitor:
             )
         if len(line) > MAX_QUESTION:
             raise ValueError(f"The line has {len(line)} letters, expected at most {MAX_QUESTION}: make it shorter.")
-        self.with_memory.teach(picture, line.strip())
+        row = self.with_memory.teach(picture, line.strip())
+        self.left_out = [source_id for source_id in self.left_out if source_id != row["source_id"]]
 
     def forget(self, source_id: str | None = None):
         """Forget one lesson or all, the conversation, which may have spoken of it, and uploads, which may show it."""

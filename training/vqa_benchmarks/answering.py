@@ -20,11 +20,11 @@ def generation_settings(asked: dict) -> dict:
     settings["do_sample"] = bool(asked.get("do_sample"))
     if not settings["do_sample"]:
         settings |= dict.fromkeys(("temperature", "top_p", "top_k"))  # of a model that samples by default
-    return settings | {"stop_strings": stops_of(asked) or None}
+    return settings
 
 
 def stops_of(asked: dict) -> list[str]:
-    """Return the texts before which an answer ends."""
+    """Return the texts before which an answer ends; as `stop_strings`, `generate` would find them in prompts, too."""
     stops = asked.get("until") or []
     return [stops] if isinstance(stops, str) else list(stops)
 
@@ -49,7 +49,7 @@ def answer_chats(
     ).to(model.device)
     if model.config.memory_top_k > 0:
         inputs |= {"memory": memory, "sources": sources}
-    output = model.generate(**inputs, **generation_settings(asked), tokenizer=processor.tokenizer)
+    output = model.generate(**inputs, **generation_settings(asked))
     texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for stop in stops_of(asked):
         texts = [text.partition(stop)[0] for text in texts]

@@ -1,13 +1,17 @@
 """The engine: `MemoryBank.build` with what the travelling half has no part in."""
 
+import weakref
+
 import datasets
 import numpy as np
 import pytest
 import torch
+from banks import noise
 
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.bank.build import build_bank, fit_whitening, mean_and_sample
-from tinyalign_vlm.training.bank.value_encoder_training import ValueEncoderTrainingConfig
+from tinyalign_vlm.training.bank.value_encoder_training import ValueEncoderTrainingConfig, train_new_value_encoder
+from tinyalign_vlm.training.data.images import DatasetImages
 
 SHORT = ValueEncoderTrainingConfig(steps=3, batch_size=2)
 
@@ -93,3 +97,47 @@ def test_kept_columns_are_text_whatever_the_format(kind, pairs, model, processor
     rows = datasets.Dataset.from_list([{**row, "n": number} for number, row in enumerate(pairs)]).with_format(kind)
     bank = build_bank(rows, model, processor, value_encoder, keep_columns=["n"])
     assert [row["n"] for row in bank.rows([0, 1])] == ["0", "1"]
+
+
+@pytest.mark.parametrize("kind", [None, "torch", "numpy"])
+def test_adding_keeps_columns_as_building_does(kind, pairs, model, processor, value_encoder):
+    columns = {name: [pair[name] for pair in pairs[:3]] for name in ("image", "caption")} | {"license": [1, 0, 1]}
+    features = {"image": datasets.Image(), "caption": datasets.Value("string")}
+    features |= {"license": datasets.ClassLabel(names=["cc0", "cc-by"])}
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    bank = MemoryBank.build(rows, model, processor, value_encoder, keep_columns=["license"])
+    for added in (rows.with_format(kind), rows.to_iterable_dataset()):
+        larger = bank.add(added, model, processor, keep_duplicates=True)
+        assert larger.table["license"].to_pylist() == ["cc-by", "cc0", "cc-by"] * 2
+
+
+def test_pictures_of_a_stream_are_not_held(model, processor, value_encoder):
+    alive, most = set(), [0]
+
+    def stream():
+        for number in range(80):
+            image = noise(number)
+            alive.add(number)
+            weakref.finalize(image, alive.discard, number)
+            most[0] = max(most[0], len(alive))
+            yield {"image": image, "caption": "a"}
+            del image
+
+    build_bank(stream(), model, processor, value_encoder, batch_size=4)
+    assert most[0] < 20
+
+
+def test_few_pictures_are_in_memory_while_a_value_encoder_is_trained(model, processor):
+    alive, most = set(), [0]
+
+    class Counted(DatasetImages):
+        def read(self, number, row):
+            found = super().read(number, row)
+            alive.add(number)
+            weakref.finalize(found.image, alive.discard, number)
+            most[0] = max(most[0], len(alive))
+            return found
+
+    source = Counted([{"image": noise(number), "caption": "a"} for number in range(60)], "image", "caption", ())
+    train_new_value_encoder(model, processor, source, ValueEncoderTrainingConfig(steps=0), batch_size=4)
+    assert most[0] <= 12

@@ -58,3 +58,11 @@ def test_captions_come_before_the_question():
     plain = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "what?"}]
     assert add_captions(plain, ["red"])[1]["content"] == "Similar: red\nwhat?"
     assert add_captions(chat, []) is chat
+
+
+def test_an_answer_goes_back_as_it_was_trained(make_model, make_processor):
+    """Without ChatML the space before an answer is part of it: one that was generated must not have two."""
+    processor = make_processor(make_model(text="phi"), text="phi")
+    chats = [[*to_messages("q", answer), {"role": "user", "content": "why?"}] for answer in ("red", " red")]
+    first, again = (encode_chat(processor, chat, add_generation_prompt=True)[0] for chat in chats)
+    assert first == again

@@ -283,3 +283,10 @@ def test_a_users_own_urls(server, monkeypatch):
         with pytest.raises(ValueError, match=f"image 2: .*cannot be downloaded .*{message}"):
             load_image(url.format(path), "image 2")
         assert time.monotonic() - start < 30  # of the minute that a slow answer takes
+
+
+def test_the_address_that_the_system_prefers(internet):
+    """Sorted, an IPv6 address would come first, which many machines cannot reach."""
+    internet.names["images.example"] = ["52.85.10.11", "2600:9000::1"]
+    load_request_image("http://images.example/red.png", HOSTS)
+    assert internet.dialled == [("52.85.10.11", 80)]

@@ -1,10 +1,11 @@
-"""Pictures that the app begins with."""
+"""A visitor of the app, and the pictures that it begins with."""
 
 import io
 
+import pytest
 from PIL import Image
 
-from tinyalign_vlm.training.inference.visitor import examples_of
+from tinyalign_vlm.training.inference.visitor import Shared, Visitor, examples_of
 
 
 def test_the_example_of_a_checkpoint_is_read_like_an_upload(make_model, images, tmp_path):
@@ -17,3 +18,22 @@ def test_the_example_of_a_checkpoint_is_read_like_an_upload(make_model, images, 
     for content in (eps.getvalue(), b"broken", b""):
         picture.write_bytes(content)
         assert list(examples_of(str(tmp_path), model)) == []
+
+
+def test_a_picture_that_was_left_out_is_read_when_it_is_taught_again(parts, images):
+    visitor = Visitor(Shared(parts.model, parts.processor, "model"))
+    visitor.look_at(images[9])
+    visitor.teach(images[9], "wrong")
+    visitor.left_out = [visitor.lessons.rows[0]["source_id"]]
+    visitor.teach(images[9], "right")
+    list(visitor.ask("what?", 2, 0, False))
+    assert visitor.with_memory.sources[0].caption == "right"
+
+
+def test_a_question_that_fails_is_not_the_last_one(parts, images):
+    visitor = Visitor(Shared(parts.model, parts.processor, "model"))
+    visitor.look_at(images[9])
+    list(visitor.ask("one?", 2, 0, True))
+    with pytest.raises(ValueError, match="context"):
+        list(visitor.ask("x y " * 499, 2, 0, True))
+    assert visitor.last_question() == "one?"
