@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -269,10 +270,8 @@ def first_caption(value: Any) -> Any:
 
 
 def _list_in(text: str) -> list:
-    try:
+    with suppress(ValueError):
         return json.loads(text)
-    except ValueError:
-        pass
     try:  # as Python writes it
         if re.search(r"""['"]\s+['"]""", text):  # of numpy, which Python would read as one text
             raise ValueError("no commas in it")

@@ -143,7 +143,8 @@ def _image_bytes(image: Any) -> bytes:
     if path is not None and "://" not in path:
         return Path(path).read_bytes()
     if isinstance(source, Image.Image):
-        return f"{source.mode}{source.size}".encode() + source.tobytes()
+        colours = source.getpalette(), source.info.get("transparency")
+        return f"{source.mode}{source.size}{colours}".encode() + source.tobytes()
     return source if isinstance(source, bytes) else f"{source}".encode()
 
 

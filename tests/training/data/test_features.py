@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from isolation import set_hf_home
+from PIL import Image
 
 from tinyalign_cli.main import main
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
@@ -200,3 +201,10 @@ def test_features_that_the_disk_has_no_room_for(make_model, processor, images, t
 def test_the_number_of_images_is_said_first(model, processor, images, tmp_path, capsys):
     cache_vision_features(model, processor, images[:4], tmp_path / "features", batch_size=4)
     assert "Vision features: 4 images." in capsys.readouterr().out
+
+
+def test_pictures_that_differ_in_their_palettes_are_two(model, processor, images):
+    first = images[0].convert("P", palette=Image.Palette.ADAPTIVE)
+    other = first.copy()
+    other.putpalette(other.getpalette()[::-1])
+    assert module.fingerprint_images(model, processor, [first]) != module.fingerprint_images(model, processor, [other])
