@@ -7,9 +7,13 @@ Each seed trains, in the demo's steps: the baseline; TinyAlign ("captions"), tex
 latents ("both") and latents alone, the paper's way ("latents"), all on training concepts of which the bank lacks 30%;
 captions and text without memory dropout ("coverage", "text_coverage"); captions with training concepts that the bank
 has, with memory dropout ("dropout") and without ("known"); captions whose dropout always takes all neighbours
-("all_off"), and the baseline on as few rows as are then trained without memory ("baseline_120"), and by default
-("baseline_20"). Every number is of concepts that were never trained on, with a bank that has them, one that lacks
-them, and none ("off"): the mean of the seeds, and from their lowest to their highest.
+("all_off"), and captions in the second stage alone, in as many steps ("one_stage"). Not by default: the baseline on as
+few rows as are trained without memory in "all_off" ("baseline_120") and in "captions" ("baseline_20"), and three
+systems in ten times the steps ("baseline_long", "captions_long", "latents_long").
+
+Every number is of concepts that were never trained on, with a bank that has them, one that lacks them, and none
+("off"); of a system that reads values also with those of other rows, and with the MLP that reads them switched off:
+the mean of the seeds, and from their lowest to their highest.
 "mixed" and "weighted" mix the probabilities of the answers with and without memory in one model: half and half, and by
 the probability that a neighbour is right. Training goes on where it was interrupted; docs/method.md has the table.
 """
@@ -21,6 +25,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from tinyalign_vlm.modeling_tinyalign.outputs import probabilities
@@ -42,10 +47,13 @@ SYSTEMS = (
     "known",
     "dropout",
     "all_off",
+    "one_stage",
     "both",
     "latents",
 )
 FEWER_ROWS = {"baseline_20": 20, "baseline_120": 120}
+LONG = ("baseline_long", "captions_long", "latents_long")
+TIMES = 10  # as many steps
 
 
 def prepare_demo(folder: Path, weights: dict[str, Path], seed: int) -> Demo:
@@ -69,15 +77,33 @@ def of_known_concepts(demo: Demo) -> Demo:
     )
 
 
+def ten_times(demo: Demo) -> tuple[Demo, datasets.Dataset]:
+    """Return the demo with ten times the steps, and its chats as often as these take them."""
+    config, train = demo.config, demo.pairs.train
+    steps = config.stage1_steps, config.stage2_steps
+    passes = -(-TIMES * sum(steps) * config.batch_size // len(train))
+    rows = systems.chats(demo.labels(train), demo.keywords(train))
+    rows = rows.add_column("feature_index", list(range(len(rows))))
+    found = tuple(np.tile(part, (passes, 1)) for part in demo.found["train"])
+    config = replace(config, stage1_steps=TIMES * steps[0], stage2_steps=TIMES * steps[1])
+    demo = replace(demo, config=config, found=demo.found | {"train": found})
+    return demo, datasets.concatenate_datasets([rows] * passes)
+
+
 def run_one(demo: Demo, name: str) -> dict[str, Result]:
     """Train a system, and return what it answers by bank."""
+    rows, part = None, name.removesuffix("_long")
+    if name in LONG:
+        demo, rows = ten_times(demo)
     if name in FEWER_ROWS:
         steps = FEWER_ROWS[name] // demo.config.batch_size
         demo = replace(demo, config=replace(demo.config, stage1_steps=steps // 4, stage2_steps=steps - steps // 4))
-    if name == "baseline" or name in FEWER_ROWS:
-        return {
-            "off": systems.evaluate_system(demo, name, *systems.train_system(demo, name, memory_top_k=0), answer=False)
-        }
+    if part == "baseline" or name in FEWER_ROWS:
+        model = systems.train_system(demo, name, rows=rows, memory_top_k=0)
+        return {"off": systems.evaluate_system(demo, name, *model, answer=False)}
+    if name == "one_stage":
+        steps = demo.config.stage1_steps + demo.config.stage2_steps
+        demo = replace(demo, config=replace(demo.config, stage1_steps=0, stage2_steps=steps))
     memory_dropout.OFF_SHARE = 1 if name == "all_off" else OFF_SHARE
     if name in ("coverage", "text_coverage", "known"):
         demo = replace(demo, config=replace(demo.config, memory_dropout=0.0))
@@ -89,17 +115,30 @@ def run_one(demo: Demo, name: str) -> dict[str, Result]:
         }
     banks = {bank: bank for bank in (*BANKS, "off")}
     memory = {}
-    if name in ("both", "latents"):
+    if part in ("both", "latents"):
         run.make_latent_banks(demo)
-        memory = {"memory_input": name}
+        memory = {"memory_input": part}
         banks = {bank: f"latents_{bank}" for bank in BANKS}
     if name in ("known", "dropout"):
         demo = of_known_concepts(demo)
-    model = systems.train_system(demo, name, banks["without"], **memory)
+    model = systems.train_system(demo, name, banks["without"], rows=rows, **memory)
     found = {}
     for key, bank in banks.items():
         found[key] = systems.evaluate_system(demo, f"{name}_{key}", *model, bank=bank, answer=False)
-    return found
+    return found | probe_values(demo, name, *model) if "latents" in banks["with"] else found
+
+
+def probe_values(demo: Demo, name: str, model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, Result]:
+    """Return what a system answers with the values of other rows, and with the MLP that reads them switched off."""
+    bank = demo.banks["latents_with"]
+    gather, order = bank.gather, torch.from_numpy(np.random.default_rng(demo.config.seed).permutation(len(bank)))
+    bank.gather = lambda ids, *dtype: gather(torch.where(ids < 0, ids, order[ids]), *dtype)
+    settings = {"bank": "latents_with", "answer": False}
+    found = {"values of others": systems.evaluate_system(demo, f"{name}_others", model, processor, **settings)}
+    del bank.gather
+    for parameter in model.base_model.memory_connector.mlp.linear_2.parameters():
+        torch.nn.init.zeros_(parameter)
+    return found | {"MLP off": systems.evaluate_system(demo, f"{name}_mlp_off", model, processor, **settings)}
 
 
 def knows(demo: Demo) -> dict[str, np.ndarray]:
@@ -137,7 +176,7 @@ def main():
     parser.add_argument("demo", type=Path, help="output folder of `tinyalign demo`, whose weights are used")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=(*SYSTEMS, *FEWER_ROWS))
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=(*SYSTEMS, *FEWER_ROWS, *LONG))
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
