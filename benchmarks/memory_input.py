@@ -21,6 +21,7 @@ the probability that a neighbour is right. Training goes on where it was interru
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from tinyalign_vlm.modeling_tinyalign.bank_rows import BankRows
 from tinyalign_vlm.modeling_tinyalign.outputs import probabilities
 from tinyalign_vlm.training.bank.calibration import fit_calibration
 from tinyalign_vlm.training.data import memory_dropout
@@ -130,12 +132,15 @@ def run_one(demo: Demo, name: str) -> dict[str, Result]:
 
 def probe_values(demo: Demo, name: str, model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, Result]:
     """Return what a system answers with the values of other rows, and with the MLP that reads them switched off."""
-    bank = demo.banks["latents_with"]
-    gather, order = bank.gather, torch.from_numpy(np.random.default_rng(demo.config.seed).permutation(len(bank)))
-    bank.gather = lambda ids, *dtype: gather(torch.where(ids < 0, ids, order[ids]), *dtype)
+    rng, gather = np.random.default_rng(demo.config.seed), BankRows.gather
+    order = torch.from_numpy(rng.permutation(len(demo.banks["latents_with"])))
+
+    def gather_others(bank: BankRows, ids: torch.Tensor, *dtype: torch.dtype) -> torch.Tensor:
+        return gather(bank, torch.where(ids < 0, ids, order[ids]), *dtype)
+
     settings = {"bank": "latents_with", "answer": False}
-    found = {"values of others": systems.evaluate_system(demo, f"{name}_others", model, processor, **settings)}
-    del bank.gather
+    with patch.object(BankRows, "gather", gather_others):
+        found = {"values of others": systems.evaluate_system(demo, f"{name}_others", model, processor, **settings)}
     for parameter in model.base_model.memory_connector.mlp.linear_2.parameters():
         torch.nn.init.zeros_(parameter)
     return found | {"MLP off": systems.evaluate_system(demo, f"{name}_mlp_off", model, processor, **settings)}
