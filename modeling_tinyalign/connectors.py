@@ -61,9 +61,10 @@ def pool_grid(features: torch.Tensor, size: int | None) -> torch.Tensor:
 
 def finished_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
     """Scale and cap logits as Granite, Cohere, Gemma 2 and others do behind their heads."""
+    settings = vars(text_config)
     if text_config.model_type.startswith(("granite", "cohere")):
-        logits = logits * getattr(text_config, "logit_scale", 1) / getattr(text_config, "logits_scaling", 1)
-    cap = getattr(text_config, "final_logit_softcapping", None)
+        logits = logits * settings.get("logit_scale", 1) / settings.get("logits_scaling", 1)
+    cap = settings.get("final_logit_softcapping")
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

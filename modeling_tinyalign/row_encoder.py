@@ -238,8 +238,9 @@ def stored_images(dataset: Iterable[dict], image_column: str) -> Iterable[dict]:
         import datasets
     except ImportError:
         return dataset
-    is_hub_dataset = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset))
-    if not is_hub_dataset or not dataset.features or getattr(dataset, "format", {}).get("type") == "custom":
+    is_transformed = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
+    is_typed = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None
+    if is_transformed or not is_typed:
         return dataset
     dataset = dataset.with_format(None)
     if isinstance(dataset.features.get(image_column), datasets.Image):
