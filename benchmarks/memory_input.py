@@ -9,7 +9,7 @@ captions and text without memory dropout ("coverage", "text_coverage"); captions
 has, with memory dropout ("dropout") and without ("known"); captions whose dropout always takes all neighbours
 ("all_off"), and captions in the second stage alone, in as many steps ("one_stage"). Not by default: the baseline on as
 few rows as are trained without memory in "all_off" ("baseline_120") and in "captions" ("baseline_20"), and three
-systems in ten times the steps ("baseline_long", "captions_long", "latents_long").
+systems in ten times the steps ("baseline_long", "captions_long", "latents_long"), with a plot of their losses.
 
 Every number is of concepts that were never trained on, with a bank that has them, one that lacks them, and none
 ("off"); of a system that reads values also with those of other rows, and with the MLP that reads them switched off:
@@ -19,6 +19,7 @@ the probability that a neighbour is right. Training goes on where it was interru
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from unittest.mock import patch
 import datasets
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
@@ -38,6 +40,7 @@ from tinyalign_vlm.training.data.neighbours import find_neighbours
 from tinyalign_vlm.training.demo import run, systems
 from tinyalign_vlm.training.demo.pairs import load_pairs
 from tinyalign_vlm.training.demo.state import BANKS, TOP_K, Clock, Demo, DemoConfig, Result
+from tinyalign_vlm.training.hub.run_facts import read_records
 
 METRICS = ("choice", "keyword_loss", "exact_match", "name_loss")
 SYSTEMS = (
@@ -200,7 +203,24 @@ def main():
             for bank in banks:
                 scores = {metric: demo.score(name, bank, metric) for metric in METRICS}
                 found.setdefault((name, bank), []).append(scores)
+        if long := [name for name in LONG if name in demo.results]:
+            plot_losses(demo, long, arguments.out / f"long_seed{seed}.png")
         print_table(found, len(arguments.seeds[: arguments.seeds.index(seed) + 1]))
+
+
+def plot_losses(demo: Demo, names: Sequence[str], path: Path) -> None:
+    """Plot the training losses of systems by step, stage 2 behind stage 1, in twenty parts, the mean of each."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axis = figure.subplots()
+    for name in names:
+        first, second = (np.array(record.losses) for record in read_records(demo.out / name / "model"))
+        second[:, 0] += first[-1, 0]
+        points = [part.mean(0) for part in np.array_split(np.concatenate([first, second]), 20)]
+        axis.plot(*zip(*points, strict=True), label=name, marker=".")
+    axis.axvline(first[-1, 0], color="gray", linestyle=":", label="stage 2 begins")
+    axis.set(xlabel="step", ylabel="training loss per token")
+    axis.legend()
+    figure.savefig(path, dpi=110)
 
 
 def print_table(found: dict[tuple[str, str], list[dict]], seeds: int) -> None:
