@@ -271,8 +271,8 @@ def load_image(image: Any, name: str = "image") -> Any:
 
 def check_levels(image: Any) -> None:
     """Raise `ValueError` for an array or a tensor whose numbers are 0 to 1, or beyond 255."""
-    kind = str(getattr(image, "dtype", ""))
-    highest = float(image.max()) if kind else 255
+    kind = str(getattr(image, "dtype", "uint8"))
+    highest = 255 if "uint8" in kind else float(image.max())
     if highest > 255 or ("float" in kind and 0 < highest <= 1):
         raise ValueError(
             f"Found an image of numbers up to {highest:g}, expected 0 to 255, or do_rescale=False with it."
