@@ -29,9 +29,9 @@ AUTO_CLASSES = {
     "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),
     "processor_config.json": ("AutoProcessor",),
 }
-# Of a checkpoint's folder; optimizer states, pickles and subfolders stay here.
-LOCAL_FILES = {"run.json", "bad_rows.json"}  # paths and rows of this machine
+# Of a checkpoint's folder; optimizer states, pickles and subfolders stay here, and what names this machine's paths.
 WEIGHT_SUFFIXES = {".json", ".safetensors", ".py", ".jinja", ".png", ".txt", ".model"}
+LOCAL_FILES = {"run.json", "bad_rows.json"}
 # Facts of a bank that nothing but a person knows.
 EXAMPLES = {"summary": "Photographs of North American birds with their names.", "license": ["cc-by-4.0"]}
 

@@ -71,8 +71,8 @@ class Answer:
 
     def pieces(self) -> Iterator[str]:
         """Yield the text as it comes, up to a stop string."""
-        # `generate` would find them in the prompt's end, too
-        (stops, self.config.stop_strings), streamer = (self.config.stop_strings or [], None), TokenQueue()
+        stops, streamer = self.config.stop_strings or [], TokenQueue()
+        self.config.stop_strings = None  # `generate` would find them in the prompt's end, too
         thread = threading.Thread(target=self._generate, args=(streamer,))
         thread.start()
         text, sent, held = "", 0, max(map(len, stops), default=1) - 1
