@@ -54,7 +54,6 @@ NOT_RUN = {
     "A trained prefix": "it did not fit into the time.",
     "A second language model, and a second tower": "only one of each can be had without the Hub.",
     "More than four neighbours": "a model has places for as many as it was trained with.",
-    "Fine-tuning on the bank's rows in as many seconds": "one epoch was run, see seconds of training.",
     "Equal steps with 20, 60 and 80% of the data": "40 and 100% alone are the paper's claim.",
     "Scores with captions of three words, one, five and ten neighbours; latents with long captions": "seconds alone.",
 }

@@ -15,7 +15,7 @@ from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.training.demo import systems
 from tinyalign_vlm.training.demo.state import Demo, Result, write_json
 
-SEEDS = (0,)  # of the scores
+SEEDS = (0, 1, 2)  # of the scores
 WORDS, NEIGHBOURS = (3, 15, 60), (1, 5, 10)
 # Captions to be asked with, by their title; names alone have 2.2 words.
 WRITTEN = {"15 words": (15, False), "60 words": (60, False), "15 words, the name last": (15, True)}
