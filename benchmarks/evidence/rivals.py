@@ -100,21 +100,27 @@ def pictures(study: Study, folder: Path) -> Section:
     """Compare with the neighbours' pictures in the prompt."""
     pictures_in_prompt.compare(study)
     demos = demos_of(study, pictures_in_prompt.SEEDS)
-    names = {"tinyalign": "TinyAlign", "text_cut": "text-only RAG, cut at 32 tokens"}
-    names[pictures_in_prompt.NAME] = "pictures and captions in the prompt"
+    names = {
+        "tinyalign": "TinyAlign",
+        "text_cut": "text-only RAG, cut at 32 tokens",
+        "pictures_in_prompt": "pictures and captions in the prompt",
+        "nearest_picture_in_prompt": "captions and the nearest one's picture in the prompt",
+    }
     rows = {title: result_of(name, "with") for name, title in names.items()}
     rows["baseline"] = result_of("baseline", "with")
     rows |= {f"{title}, a bank that lacks the concepts": result_of(name, "without") for name, title in names.items()}
-    ours, theirs = rows["TinyAlign"], rows["pictures and captions in the prompt"]
-    tokens = {name: demos[0].results[name]["with"].tokens for name in names}
+    ours, text = rows["TinyAlign"], rows[names["text_cut"]]
+    rivals = {names[name]: rows[names[name]] for name in pictures_in_prompt.SYSTEMS}
+    tokens = ", ".join(f"{demos[0].results[name]['with'].tokens:.0f} ({title})" for name, title in names.items())
+    beside = [f"TinyAlign beside {title}: {versus(demos, ours, pick)}" for title, pick in rivals.items()]
+    beside += [f"{title} beside text alone: {versus(demos, pick, text)}" for title, pick in rivals.items()]
     return Section(
         "Neighbours as pictures in the prompt",
         "None.",
-        "Each neighbour's visual tokens and its caption stand before the question, in training and after; as many "
-        f"steps. A prompt has {tokens[pictures_in_prompt.NAME]:.0f} tokens so, {tokens['tinyalign']:.0f} with memory "
-        f"tokens, {tokens['text_cut']:.0f} with text alone.\n\n" + scores_table(demos, rows, ours),
-        f"TinyAlign beside pictures in the prompt: {versus(demos, ours, theirs)}.",
-        ahead_of(demos, ours, {names[pictures_in_prompt.NAME]: theirs}),
+        "The visual tokens of each neighbour, or of the nearest alone, stand with the captions before the question, "
+        f"in training and after; as many steps. Tokens of a prompt: {tokens}.\n\n" + scores_table(demos, rows, ours),
+        f"{'; '.join(beside)}.",
+        ahead_of(demos, ours, rivals),
     )
 
 

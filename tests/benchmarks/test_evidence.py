@@ -94,13 +94,15 @@ def test_neighbours_stand_in_the_prompt_with_their_captions():
     from pictures_in_prompt import pictures_of, show_neighbours
 
     asked, answer = to_messages("what?", "a cat")
-    shown, said = show_neighbours([asked, answer], ["a dog", "a cow"])
-    texts = [part.get("text") or "picture" for part in shown["content"]]
+    both, said = show_neighbours([asked, answer], ["a dog", "a cow"], 2)
+    texts = [part.get("text") or "picture" for part in both["content"]]
     assert texts == ["picture", "a dog\n", "picture", "a cow\n", "picture", "what?"]
     assert said == answer and len(asked["content"]) == 2
+    nearest, _ = show_neighbours([asked, answer], ["a dog", "a cow"], 1)
+    assert nearest["content"] == [*both["content"][:2], *both["content"][3:]]
     found = {"with": (np.zeros((1, 5)), np.array([[2, 0, 1, 2, 0]]))}
     demo = SimpleNamespace(concepts={"with": np.array([7, 3, 9])}, found=found)
-    assert pictures_of(demo, "with") == [[9, 7, 3, 9]]  # as many as are read
+    assert pictures_of(demo, "with", 4) == [[9, 7, 3, 9]] and pictures_of(demo, "with", 1) == [[9]]
 
 
 def test_losses_at_equal_steps_and_seconds():
