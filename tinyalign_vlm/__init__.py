@@ -1,4 +1,4 @@
-"""TinyAlign: a small vision-language model that retrieves similar training examples for every image."""
+"""TinyAlign: a small vision-language model that retrieves similar examples for every image."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 

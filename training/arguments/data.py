@@ -53,7 +53,9 @@ class DataArguments:
     eval_dataset: str | None = setting(
         None, "Rows to evaluate on, as `dataset`; ten times, unless eval_strategy says otherwise."
     )
-    eval_image_folder: str | None = setting(None, "The same of `eval_dataset`, which may lie elsewhere.")
+    eval_image_folder: str | None = setting(
+        None, "What paths of images in `eval_dataset` are relative to, by default the folder of its file."
+    )
     eval_split: str = setting("validation", "Split of a folder or Hub dataset to evaluate on.")
     eval_samples: int = setting(
         4,

@@ -35,8 +35,7 @@ class ModelArguments:
         None,
         "Share of the images, 0 to 1, that lose neighbours in training: five in six the most similar ones, as if the "
         "bank did not know them, and one in six all. Without it a model learns to trust whatever it is given, see "
-        "docs/method.md. By default 0.3, and 0 for streamed rows. Set it to 0 where the bank lacks about a quarter of "
-        "the training images anyway.",
+        "docs/method.md. By default 0.3, and 0 for streamed rows.",
     )
 
     def read_model_kwargs(self):

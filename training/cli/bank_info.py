@@ -4,8 +4,8 @@ import argparse
 
 SUMMARY = "say what is in it"
 HELP = """
-Say what is in a bank: rows, sizes, tower, index, what the kept columns hold (sources, licences), and how it came
-about.
+Say what is in a bank: rows, sizes, tower, index, calibration, hashes, and what the kept columns hold (sources,
+licences).
 
   tinyalign bank info bank
 """

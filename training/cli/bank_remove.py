@@ -15,8 +15,8 @@ what the columns hold.
   tinyalign bank remove bank --out smaller --where "caption~telephone"
 
 A condition is COLUMN=VALUE (the whole text; nothing: empty or missing) or COLUMN~TEXT (somewhere in it). Several
---where must all be true; with --source-id or --image, rows that either is true of go. The other rows are numbered
-anew. BANK itself is not changed: delete it when the new one is good. On the Hub, docs/hub.md says how.
+--where must all be true. Rows that --source-id or --image names go as well, whatever --where says. The other rows are
+numbered anew. BANK itself is not changed: delete it when the new one is good. On the Hub, docs/hub.md says how.
 """
 
 

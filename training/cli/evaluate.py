@@ -8,11 +8,12 @@ HELP = """
 Answer the paper's benchmarks with a checkpoint: with its bank, with others, without, and beside another checkpoint.
 lmms-eval asks and scores; DIR/report.md has the numbers, their intervals, and which differences are more than noise.
 
-  tinyalign evaluate out/stage2 --memory off --shuffled          # three variants: its bank, none, and a random one
+  tinyalign evaluate out/stage2 --bank bank --limit 8            # eight images of each: to see that it works
+  tinyalign evaluate out/stage2 --bank bank --memory off --shuffled   # three variants: the bank, none, a random one
   tinyalign evaluate out/stage2 --bank bank --bank bank-300k --tasks gqa pope mme
-  tinyalign evaluate out/stage2 --against out/baseline --limit 8    # eight images of each: to see that it works
+  tinyalign evaluate me/model --against out/baseline             # with the bank that its config names
   tinyalign evaluate --compare runs/a runs/b                     # what is on disk; no model is loaded
-  torchrun --nproc_per_node 8 -m tinyalign_cli evaluate out/stage2  # 8 GPUs
+  torchrun --nproc_per_node 8 -m tinyalign_cli evaluate out/stage2 --bank bank   # 8 GPUs
 
 A variant whose answers are in DIR already is not asked again: the same command goes on from where it was stopped.
 --card replaces the results that the checkpoint's card has.

@@ -17,7 +17,12 @@ def add_model_to_ask(parser: argparse.ArgumentParser):
 def add_row_options(parser: argparse.ArgumentParser):
     """Add the fields of `RowSettings`, and `--ray`."""
     parser.add_argument(
-        "--ray", nargs="?", type=int, const=0, metavar="ACTORS", help="on a Ray cluster (default: one for each GPU)"
+        "--ray",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="on a Ray cluster, with N actors (no N: one for each GPU)",
     )
     group = parser.add_argument_group("the model, whose vision tower makes the keys")
     group.add_argument("--model", metavar="MODEL", help="a TinyAlign checkpoint: folder or repository; or")

@@ -104,7 +104,7 @@ def variants_of(
         settings = [{"bank": bank} for bank in banks or [None]]
         settings += [{"bank": banks[0] if banks else None, "shuffled": True}] * shuffled
         settings += [{"memory": "off"}] * memory_off
-    elif memory_off:
+    elif memory_off and not shuffled:
         settings = [{"memory": "off"}]
     else:
         raise ValueError(f"{checkpoint} retrieves neighbours, but its config names no bank: pass --bank.")
