@@ -130,10 +130,14 @@ class Repository:
         siblings = [{"rfilename": path} for path in sorted(self.at(revision).files)]
         stated = {"id": self.id, "author": self.id.split("/")[0], "sha": self.resolve(revision), "tags": []}
         card = self.at(revision).files.get("README.md")
-        licenses = [] if card is None else re.findall(rb"^license: (.*)$", card.content, re.MULTILINE)
+        text = "" if card is None else card.content.decode()
+        licenses = re.findall(r"^license: (.*)$", text, re.MULTILINE)
         if licenses:  # of the card's metadata; the standard library does not read YAML
-            names = licenses[0].decode().strip("[]").split(", ")
+            names = licenses[0].strip("[]").split(", ")
             stated["cardData"] = {"license": names if len(names) > 1 else names[0]}
+        files = re.findall(r"^- config_name: (.*)\n  data_files: (.*)$", text, re.MULTILINE)
+        if files:
+            stated["cardData"] = {"configs": [{"config_name": name, "data_files": files} for name, files in files]}
         return {**stated, "private": self.private, "siblings": siblings, "lastModified": DATE}
 
     def list_refs(self) -> dict:

@@ -172,7 +172,10 @@ def images_of(row: dict[str, Any]) -> list:
         image = row.get("image")
         images = image if isinstance(image, list) else [image]
     nothing = (type(None), float)  # pandas writes NaN for none
-    return [image for image in images if not isinstance(image, nothing) and image != ""]
+    images = [image for image in images if not isinstance(image, nothing) and image != ""]
+    return [
+        image for image in images if not isinstance(image, dict) or any(part is not None for part in image.values())
+    ]
 
 
 def name_row(row: dict[str, Any], images: list) -> str:

@@ -86,6 +86,11 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
     found = {number: problem for number, problem in enumerate(checked["problem"]) if problem is not None}
     kinds = {number: kind for number, kind in enumerate(checked["kind"]) if kind is not None}
     rows = checked.remove_columns(["kind", "problem"])
+    if column is None and not found and pc.sum(pc.list_value_length(checked.data.column("images"))).as_py() == 0:
+        logger.warning(
+            f"No row of {config.dataset} has an image; the columns are {raw.column_names}. If one of them has images, "
+            "set image_column."
+        )
     if column is not None:
         feature = raw.features[column]
         name = "image" if item_of(feature) is feature else "images"
@@ -140,14 +145,13 @@ def row_reader(config: StageArguments, processor: ProcessorMixin | None, name_im
 
 def _column_with_images(raw: datasets.Dataset, config: StageArguments) -> str | None:
     """Return the column that holds the images themselves, None where there are paths or text."""
-    names = IMAGE_COLUMNS if config.image_column is None else [config.image_column]
+    names, found = IMAGE_COLUMNS if config.image_column is None else [config.image_column], {}
     for name in names:
         stored = item_of(raw.features.get(name))
         if isinstance(stored, (datasets.Image, dict)) or stored in BYTES:
-            places = _stored_places(raw.data.column(name))
-            if places:
-                return name if places == {"bytes"} else None
-    return None
+            found[name] = _stored_places(raw.data.column(name))
+    found = {name: places for name, places in found.items() if places}
+    return next(iter(found)) if list(found.values()) == [{"bytes"}] else None
 
 
 def _stored_places(column: pa.ChunkedArray) -> set[str]:

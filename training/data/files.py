@@ -1,6 +1,5 @@
 """The files people have, as rows: JSON, CSV, Parquet, Arrow, WebDataset, folders, repositories."""
 
-import csv
 import hashlib
 import lzma
 import os
@@ -9,6 +8,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from glob import escape, glob, has_magic
 from gzip import BadGzipFile
@@ -75,10 +75,20 @@ def undecoded(rows: Rows) -> Rows:
     """Return the rows in plain Python, with images as they are stored."""
     rows = rows.with_format(None)
     for name, feature in rows.features.items():
-        item = item_of(feature)
-        if isinstance(item, datasets.Image) and item.decode:
-            rows = rows.cast_column(name, STORED_IMAGE if item is feature else type(feature)(STORED_IMAGE))
+        stored = _undecoded(feature)
+        if stored != feature:
+            rows = rows.cast_column(name, stored)
     return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    """Return a feature with images as they are stored, in lists and dictionaries, too."""
+    if isinstance(feature, datasets.Image):
+        return STORED_IMAGE
+    if isinstance(feature, dict):
+        return {name: _undecoded(field) for name, field in feature.items()}
+    item = item_of(feature)
+    return feature if item is feature else replace(feature, feature=_undecoded(item))
 
 
 def item_of(feature: Any) -> Any:
@@ -136,11 +146,6 @@ def _open_split(config: StageArguments, split: str) -> Rows:
         classes = len({os.path.dirname(file) for file in files}) > 1
         return _from_generator(partial(_read_images, classes), files, {"image": STORED_IMAGE, "label": TEXT}, config)
     source = {"path": name, "name": config.dataset_config, "revision": config.dataset_revision}
-    if not files and config.streaming:
-        named = datasets.load_dataset_builder(**source).config.data_files or {}
-        named = list(map(str, named.get(split, [])))
-        if named and all(kind_of(file) == ".json" for file in named):  # a list, which `datasets` does not stream
-            return _from_generator(_read_text, named, {"json": TEXT, FOLDER: TEXT}, config)
     if files:
         source = {"path": kind[1:], "data_files": {split: [escape(name) for name in files]}}
     if kind == ".parquet":
@@ -175,7 +180,7 @@ def unpacked(name: str) -> str:
 
 def find_files(config: StageArguments, name: str, split: str) -> list[str]:
     """Return the paths of the files that have the rows of a split, images where folders have nothing else, or in a
-    repository URLs but of text files; none where `datasets` finds them: in repositories whose card says which.
+    repository URLs but of text files; none where `datasets` finds them: others that a repository's card names.
 
     Raises `ValueError` if there is no such file, or none of the split.
     """
@@ -218,20 +223,24 @@ def _images_of_split(names: list[str], config: StageArguments, split: str) -> li
 
 def _files_of_repository(config: StageArguments, split: str) -> list[str]:
     check_name("dataset", config.dataset, "dataset")
-    if config.dataset_config is not None:
-        return []
     try:
         info = HfApi().dataset_info(config.dataset, revision=config.dataset_revision)
     except Exception:  # of an HTTP library that changes from version to version
         return []  # `datasets` has the rows in its cache, or says what is wrong
-    if (info.card_data or {}).get("configs"):  # says which files
-        return []
-    names = _data_files([file.rfilename for file in info.siblings], config, split)
+    start = f"hf://datasets/{info.id}@{info.sha}/"
+    if config.dataset_config is not None or (info.card_data or {}).get("configs"):  # the card says which files
+        builder = datasets.load_dataset_builder(info.id, name=config.dataset_config, revision=info.sha)
+        named = (builder.config.data_files or {}).get(split, [])
+        names = [str(file).removeprefix(start) for file in named]
+        if not names or any(kind_of(name) not in TEXT_SUFFIXES for name in names):
+            return []
+    else:
+        names = _data_files([file.rfilename for file in info.siblings], config, split)
     if not names or kind_of(names[0]) not in TEXT_SUFFIXES:
-        return [f"hf://datasets/{info.id}@{info.sha}/{name}" for name in names]
+        return [start + name for name in names]
     patterns = [escape(name) for name in names]
     if config.image_folder is None:
-        patterns += [f"*{suffix}" for suffix in IMAGE_SUFFIXES]
+        patterns += [f"*{end}" for suffix in IMAGE_SUFFIXES for end in (suffix, suffix.upper())]
     folder = snapshot_download(info.id, repo_type="dataset", revision=info.sha, allow_patterns=patterns)
     return [os.path.join(folder, name) for name in names]
 
@@ -334,7 +343,7 @@ def _read_text(files: list[str], versions: list) -> Iterator[dict]:
             with fsspec.open(name, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
                 for row in read(file):
                     yield {"json": row, FOLDER: os.path.dirname(name)}
-        except (ValueError, EOFError, BadGzipFile, RecursionError, csv.Error, lzma.LZMAError, zlib.error) as error:
+        except (ValueError, EOFError, BadGzipFile, RecursionError, lzma.LZMAError, zlib.error) as error:
             raise SourceError(
                 f"{name} cannot be read ({readable(str(error))}), expected a list of rows in JSON, or a row a line, "
                 "in UTF-8."

@@ -82,7 +82,7 @@ class CaptionedImages(StoredImages):
     def __post_init__(self):
         self.config.streaming = True  # or `datasets` would write a copy of all rows first
         self.reader = row_reader(self.config, None)
-        self.reader.prompt = "caption"  # a row with an answer column need not be a chat
+        self.reader.prompt = "?"  # a row with an answer column need not be a chat
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield numbered rows as they are stored; raises `ValueError` when the data set cannot be read."""
@@ -104,7 +104,7 @@ class CaptionedImages(StoredImages):
         images = self.reader.images(row)
         if len(images) != 1:
             kind = "several images" if images else "missing image"
-            raise BadRow(kind, f"found {len(images)} images, expected one")
+            raise BadRow(kind, f"found {len(images)} images in the columns {columns_of(row)}, expected one")
         if column is not None:
             check_caption(first_caption(row[column]))
         images, messages = replace(self.reader, answer_column=column).read(row)

@@ -26,7 +26,15 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 # Where a row's images are, the first that has any.
 PATH_COLUMNS = ("file_name", "filename", "filepath", "image_path", "image_file", "file", "path")
-IMAGE_COLUMNS = ("images", "image", *(suffix[1:] for suffix in IMAGE_SUFFIXES), *PATH_COLUMNS)
+IMAGE_COLUMNS = (
+    "images",
+    "image",
+    "img",
+    "picture",
+    "photo",
+    *(suffix[1:] for suffix in IMAGE_SUFFIXES),
+    *PATH_COLUMNS,
+)
 
 # Parts of a chat's content that are an image, as transformers and as OpenAI's clients call them.
 IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -55,7 +63,8 @@ class RowReader:
     The formats: `conversations` of turns with `from` and `value` (LLaVA), `messages` of turns with `role` and
     `content`, `prompt` + `completion` (TRL), `texts` of `user` and `assistant` (the Cauldron), or the column
     `answer_column` with answers to `prompt`, of several the first. `<image>` in a question says where an image stands;
-    where it is nowhere in chats that are not LLaVA's, images come first, as in TRL.
+    where it is nowhere in chats that are not LLaVA's, images come first, as in TRL. A text called `system` goes before
+    chats without a system prompt.
     """
 
     image_folder: str | None  # of relative paths; by default the folder of the row's file, or `folder`
@@ -103,6 +112,12 @@ class RowReader:
         images = [stored_image(image, folders) for image in self.images(row)]
         messages = self.messages(row, len(images))
         check_turns(messages)
+        if count_images(messages) and not images:
+            raise BadRow(
+                "missing image",
+                f"the chat has {count_images(messages)} <image>, but the row has no image: if one of the columns "
+                f"{columns_of(row)} has it, set image_column",
+            )
         check_placeholders(messages, len(images))
         check_messages(messages)
         return images, messages
@@ -113,23 +128,32 @@ class RowReader:
                 raise BadRow("missing image", f"no column {self.image_column!r}, the columns are {columns_of(row)}")
             return images_of({"image": row[self.image_column]})
         found = (images_of({"image": row.get(name)}) for name in IMAGE_COLUMNS)
-        return next(filter(None, found), []) or images_in_chats(row.values())
+        images = next(filter(None, found), []) or images_in_chats(row.values())
+        others = [name for name in ("video", "videos", "audio", "audios") if row.get(name) not in (None, "", [])]
+        if others and not images:
+            raise BadRow(
+                "missing image", f"the row has no image but {others[0]}, expected images or text alone: remove it"
+            )
+        return images
 
     def messages(self, row: dict[str, Any], num_images: int) -> list[dict]:
         columns = ("messages", "conversations", "texts") if self.messages_column is None else (self.messages_column,)
         turns = next((row[name] for name in columns if row.get(name) is not None), None)
         if self.prompt is not None and self.answer_column in row:
+            if self.prompt in row:
+                raise BadRow(
+                    "no chat",
+                    f"prompt is {self.prompt!r}, which is a column, expected one question for all images: where each "
+                    "has its own, call the columns prompt and completion",
+                )
             return to_messages(self.prompt, first_caption(row[self.answer_column]))
         if turns is not None:
             turns = list_turns(turns)
-            return place_images(turns, read_turns(turns), num_images)
+            return with_system(row, place_images(turns, read_turns(turns), num_images))
         if row.get("prompt") is not None and "completion" in row:
-            prompt, completion = (
-                [{"role": role, "content": row[name]}] if not isinstance(row[name], list) else row[name]
-                for role, name in (("user", "prompt"), ("assistant", "completion"))
-            )
+            prompt, completion = turns_of(row["prompt"], "user"), turns_of(row["completion"], "assistant")
             question = [{**turn, "train": False} for turn in read_turns(prompt)]
-            return place_images(prompt, question + read_turns(completion), num_images)
+            return with_system(row, place_images(prompt, question + read_turns(completion), num_images))
         raise BadRow(
             "no chat",
             f"the columns are {columns_of(row)}, expected messages or conversations: set messages_column, or "
@@ -234,6 +258,24 @@ def list_turns(turns: Any) -> Any:
     return turns
 
 
+def turns_of(value: Any, role: str) -> list:
+    """Return a list of turns, also of JSON as text, or the one turn of a role that a text is."""
+    turns = list_turns(value) if isinstance(value, str) else value
+    if isinstance(value, str) and not (
+        isinstance(turns, list) and turns and all(isinstance(turn, dict) and "content" in turn for turn in turns)
+    ):
+        turns = value
+    return turns if isinstance(turns, list) else [{"role": role, "content": turns}]
+
+
+def with_system(row: dict[str, Any], messages: list[dict]) -> list[dict]:
+    """Put the text of a column called `system` before a chat that has no system prompt."""
+    text = row.get("system")
+    if not isinstance(text, str) or not text.strip() or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": [{"type": "text", "text": text}], "train": None}, *messages]
+
+
 def read_turns(turns: list[dict]) -> list[dict]:
     """Turns of LLaVA or of TRL -> messages whose content is a list of parts. `<image>` in a question becomes a part,
     unless the chat has parts that are images: then it is text, as it is in an answer.
@@ -301,8 +343,6 @@ def check_placeholders(messages: list[dict], num_images: int):
                 "placeholder mismatch", f"a turn of {message['role']} has an image, expected it in a question"
             )
     found = count_images(messages)
-    if found and not num_images:
-        raise BadRow("missing image", f"the chat has {found} <image>, but the row has no image")
     if found != num_images:
         raise BadRow(
             "placeholder mismatch",

@@ -120,6 +120,7 @@ FILES = {
     "columns.json": lambda name: pd.DataFrame(ROWS).to_json(name),
     "index.json": lambda name: pd.DataFrame(ROWS, index=["a", "b"]).to_json(name, orient="index"),
     "crlf.jsonl": lambda name: write_lines(name, end="\r\n", encoding="utf-8-sig"),
+    "rows.jsonl": write_lines,
     "rows.jsonl.gz": lambda name: Path(name).write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
     "rows.json.gz": lambda name: Path(name).write_bytes(gzip.compress(json.dumps(ROWS).encode())),
     "rows.csv": write_table,
@@ -185,7 +186,17 @@ def test_a_tar_that_is_no_web_dataset(place, processor):
         (
             "rows.csv",
             b'image,caption\nred.png,"a red\nblue.png,blue\n',
-            "rows.csv cannot be read .unexpected end of data",
+            "rows.csv cannot be read .line 3: a quote inside a field, or one that is not closed: put",
+        ),
+        (
+            "rows.tsv",
+            b'image\tcaption\nred.png\t"Stop" sign\n',
+            "rows.tsv cannot be read .line 2: a quote inside a field",
+        ),
+        (
+            "rows.tsv",
+            b'image\tcaption\nred.png\t"Stop sign\nblue.png\tblue"\n',
+            "rows.tsv cannot be read .line 3: a quote inside a field",
         ),
         ("rows.csv", b"image\n\xff", r"rows.csv cannot be read \('utf-8' .* in UTF-8"),
         ("empty/.hidden", b"", "^empty has no images, rows or .zip in it, expected .json"),
@@ -209,7 +220,16 @@ def test_a_packed_table(place, processor):
 
 def test_a_repository_is_the_same_rows(place, tmp_path, monkeypatch):
     """In a process of its own: huggingface_hub reads the address of the Hub when it is imported."""
-    repositories = ("rows.json", "rows.jsonl.gz", "rows.csv", "metadata.csv", "rows.tar", "rows.parquet", "rows.json")
+    repositories = (
+        "rows.json",
+        "rows.jsonl.gz",
+        "rows.csv",
+        "metadata.csv",
+        "rows.tar",
+        "rows.parquet",
+        "rows.json",
+        "rows.jsonl",
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     with FakeHub() as hub:
         api = HfApi(endpoint=hub.url, token="hf_owner")
@@ -217,8 +237,12 @@ def test_a_repository_is_the_same_rows(place, tmp_path, monkeypatch):
             save_images(place / f"{number}")
             monkeypatch.chdir(place / f"{number}")
             FILES[name](name)
-            if number == 6:  # the card says which files
-                Path("README.md").write_text("---\nconfigs:\n- config_name: some\n  data_files: rows.json\n---\n")
+            if number == 0:  # as cameras write them
+                for picture in Path().glob("*.png"):
+                    picture.rename(picture.with_suffix(".PNG"))
+                Path(name).write_text(Path(name).read_text().replace(".png", ".PNG"))
+            if number >= 6:  # the card says which files
+                Path("README.md").write_text(f"---\nconfigs:\n- config_name: some\n  data_files: {name}\n---\n")
             api.create_repo(f"owner/{number}", repo_type="dataset")
             api.upload_folder(repo_id=f"owner/{number}", repo_type="dataset", folder_path=".")
         monkeypatch.chdir(place / "0")

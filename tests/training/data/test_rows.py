@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets.fingerprint import Hasher
@@ -216,6 +218,7 @@ BAD = {
         {**GOOD, "image": 5},
         {**GOOD, "image": [["red.png"]]},
         {**GOOD, "image": {"url": "https://images.example/red.png"}},
+        {"video": "a.mp4", "conversations": conversation("what happens?", "A dog runs.")},
     ],
     "broken image": [{**GOOD, "image": "broken.png"}],
     "turn order": [
@@ -406,6 +409,80 @@ def test_columns_of_images_that_are_empty_in_all_rows_or_in_one(folder):
     rows, check = check_rows(config("two.parquet", answer_column="caption", prompt="?"))
     assert [len(images_of(row)) for row in rows] == [1]
     assert list(check.kinds.values()) == ["missing image"]
+
+
+def test_images_in_one_column_for_some_rows_and_in_another_for_others(folder):
+    picture = {"bytes": Path("images/red.png").read_bytes(), "path": None}
+    table = {"images": [[picture], None], "image": [None, picture], "caption": ["a", "b"]}
+    features = {"images": datasets.List(datasets.Image()), "image": datasets.Image()}
+    features = datasets.Features(features | {"caption": datasets.Value("string")})
+    datasets.Dataset.from_dict(table, features).to_parquet("two.parquet")
+    rows, check = check_rows(config("two.parquet", answer_column="caption", prompt="?"))
+    assert not check.problems and [len(images_of(row)) for row in rows] == [1, 1]
+
+
+def test_a_picture_of_nulls_is_none(folder):
+    nothing = {"bytes": None, "path": None}
+    table = {"image": [nothing, {**nothing, "path": "red.png"}], "messages": [MESSAGES, MESSAGES]}
+    pq.write_table(pa.Table.from_pydict(table), "nulls.parquet")
+    rows, check = check_rows(config("nulls.parquet"))
+    assert not check.problems and [len(images_of(row)) for row in rows] == [0, 1]
+
+
+def test_a_broken_picture_inside_a_chat(folder):
+    """It is one bad row, as anywhere else."""
+    content = datasets.List(
+        {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    )
+    features = datasets.Features({"messages": datasets.List({"role": datasets.Value("string"), "content": content})})
+    chats = []
+    for picture in (Path("images/red.png").read_bytes(), b"broken"):
+        asked = [{"type": "image", "image": {"bytes": picture, "path": None}}, {"type": "text", "text": "What?"}]
+        chats.append(
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
+        )
+    chats = [
+        [{**turn, "content": [{"text": None, "image": None, **part} for part in turn["content"]]} for turn in chat]
+        for chat in chats
+    ]
+    datasets.Dataset.from_dict({"messages": chats}, features).to_parquet("inside.parquet")
+    rows, check = check_rows(config("inside.parquet"))
+    assert len(rows) == 1 and check.kinds == {1: "broken image"}
+
+
+MESSAGES = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+
+
+def test_turns_as_json_in_prompt_and_completion(folder):
+    turns = {"prompt": json.dumps(MESSAGES[:1]), "completion": json.dumps(MESSAGES[1:])}
+    answer = {"prompt": "Where?", "completion": '[{"box": [1, 2]}]'}
+    write_rows = [{"image": "red.png", **row} for row in (turns, answer)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, write_rows)))
+    (_, first), (_, second) = simple(check_rows(config("rows.jsonl"))[0])
+    assert first[-1] == ("assistant", ["red"]) and second[-1] == ("assistant", ['[{"box": [1, 2]}]'])
+
+
+def test_a_column_called_system(folder):
+    chats = [MESSAGES, [{"role": "system", "content": "Be brief."}, *MESSAGES]]
+    rows = [{"image": "red.png", "system": "Answer in French.", "messages": chat} for chat in chats]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = simple(check_rows(config("rows.jsonl"))[0])
+    assert [turns[0] for _, turns in found] == [("system", ["Answer in French."]), ("system", ["Be brief."])]
+
+
+def test_a_prompt_that_is_the_name_of_a_column(folder):
+    Path("rows.jsonl").write_text(json.dumps({"image": "red.png", "question": "Which colour?", "answer": "red"}))
+    _, check = check_rows(config("rows.jsonl", answer_column="answer", prompt="question"))
+    assert "prompt is 'question', which is a column" in check.problems[0]
+
+
+def test_columns_are_named_where_no_image_is_found(folder, caplog):
+    row = {"screenshot": "red.png", "messages": MESSAGES}
+    Path("rows.jsonl").write_text(json.dumps(row))
+    check_rows(config("rows.jsonl"))
+    assert "No row of rows.jsonl has an image" in caplog.text and "set image_column" in caplog.text
+    Path("rows.jsonl").write_text(json.dumps({**GOOD, "image": None, "screenshot": "red.png"}))
+    assert "'screenshot'] has it, set image_column" in check_rows(config("rows.jsonl"))[1].problems[0]
 
 
 def test_a_column_called_json_is_an_answer(folder):
