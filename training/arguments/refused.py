@@ -31,6 +31,9 @@ ALLOWED = {
         "another batch size is another run: set per_device_train_batch_size lower, and global_batch_size to keep the "
         "rows of a step",
     ),
+    "bf16_full_eval": ((False,), "the weights would be rounded for good: set bf16"),
+    "fp16_full_eval": ((False,), "the weights would be rounded for good: set fp16"),
+    "use_liger_kernel": ((False,), "Liger does not know this model: leave it out"),
     "push_to_hub": ((False,), "push the trained model, its card and its bank with `tinyalign push FOLDER REPOSITORY`"),
 }
 
@@ -42,6 +45,15 @@ def refuse_harmful_settings(config: TrainingArguments):
         if settings.get(name, values[0]) not in values:
             expected = " or ".join(map(repr, values))
             raise ValueError(f"{name} is {settings[name]!r}, expected {expected}: {advice}.")
+    if "schedule_free" in str(config.optim).lower():
+        raise ValueError(
+            f"optim is {config.optim}, expected another optimizer: what would be saved are not its averaged weights."
+        )
+    if config.neftune_noise_alpha is not None and settings.get("tune_language_model") == "frozen":
+        raise ValueError(
+            f"neftune_noise_alpha is {config.neftune_noise_alpha:g}, but the language model is frozen, and with it "
+            "the embeddings that get noise: leave it out, or set tune_language_model."
+        )
     if config.use_cpu and settings.get("activation_offloading"):
         raise ValueError(
             "activation_offloading is True, but this runs on the CPU: there is no GPU whose memory it saves. Leave it "

@@ -39,6 +39,9 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
     bf16: bool | None = setting(
         None, "Compute in bfloat16; weights that train stay float32. By default where the machine is fast in it."
     )
+    eval_strategy: str | None = setting(
+        None, "When to evaluate: no, steps or epoch; by default every tenth of the steps, if there is an eval_dataset."
+    )
     save_total_limit: int | None = setting(1, "Checkpoints to keep.")
     report_to: list[str] | None = field(
         default_factory=lambda: ["none"],
@@ -70,8 +73,14 @@ class StageArguments(ModelArguments, DataArguments, TuningArguments):
             str(self.resume_from_checkpoint).lower(), self.resume_from_checkpoint
         )
         self.logging_nan_inf_filter = False  # it waits for the device at every batch; LossCheck does once a step
-        if self.eval_dataset is not None and self.eval_strategy == "no":
-            self.eval_strategy, self.eval_steps = "steps", self.eval_steps or 0.1
+        if self.eval_dataset is None and (self.eval_split, self.eval_image_folder) != ("validation", None):
+            raise ValueError(
+                f"eval_split is {self.eval_split!r} and eval_image_folder {self.eval_image_folder!r}, but there is no "
+                "eval_dataset: set it, to the same as dataset if they are of a split of that."
+            )
+        if self.eval_strategy is None:
+            self.eval_strategy = "no" if self.eval_dataset is None else "steps"
+            self.eval_steps = self.eval_steps or (0.1 if self.eval_strategy == "steps" else None)
         if self.load_best_model_at_end and self.eval_steps and self.save_steps == type(self).save_steps:
             if min(self.eval_steps, self.save_steps) < 1 or self.save_steps % self.eval_steps:
                 self.save_steps = self.eval_steps  # or transformers would refuse the package's own

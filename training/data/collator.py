@@ -145,8 +145,8 @@ class TrainingCollator:
             )
         if self.dropout is None:
             return list(zip(ids, scores, strict=True))
-        chat = str(row["messages"])
-        return [self.dropout(*found, chat, number) for number, found in enumerate(zip(ids, scores, strict=True))]
+        text = "".join([str(row["messages"]), *(row.get("source_ids") or [])])  # a chat may be that of many images
+        return [self.dropout(*found, text, number) for number, found in enumerate(zip(ids, scores, strict=True))]
 
     def for_evaluation(self) -> "TrainingCollator":
         """Return a copy without dropout and names."""

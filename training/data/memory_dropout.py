@@ -31,14 +31,14 @@ class MemoryDropout(TrainerCallback):
         self.rate, self.top_k, self.seed = rate, top_k, seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes see it change
 
-    def __call__(self, ids: np.ndarray, scores: np.ndarray, chat: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, ids: np.ndarray, scores: np.ndarray, text: str, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and scores `(top_k,)` of the neighbours that are left; -1 and -inf where a slot is off.
 
         Args:
             ids, scores: `(depth,)` of one image, best first; `depth` is at least `top_k`.
-            chat, number: the text of the row, and which of its images this is.
+            text, number: chat and names of the images of the row, and which of its images this is.
         """
-        rng = np.random.default_rng([self.seed, int(self.epoch), zlib.crc32(chat.encode()), number])
+        rng = np.random.default_rng([self.seed, int(self.epoch), zlib.crc32(text.encode()), number])
         draw = rng.random()
         if draw < self.rate * OFF_SHARE:
             ids = np.full(len(ids), -1)

@@ -12,6 +12,7 @@ INSTEAD = {
     "model_init": "make the model first, and a trainer for each",
     "peft_config": "set tune_language_model to lora or another adapter in the trainer's args, and lora_r and the like",
     "formatting_func": "give the rows a column messages",
+    "optimizer_cls_and_kwargs": "set optim and optim_args in the trainer's args, or pass optimizers",
 }
 EXPECTED = {
     PreTrainedModel: "load or compose it first",
@@ -27,3 +28,8 @@ def check_arguments(model: Any, args: Any, given: dict[str, Any]):
     for thing, (expected, advice) in zip((model, args), EXPECTED.items(), strict=True):
         if not isinstance(thing, expected):
             raise TypeError(f"Found a {type(thing).__name__}, expected a {expected.__name__}: {advice}.")
+    if args.uses_lora and (given.get("optimizers") or [None])[0] is not None:
+        raise ValueError(
+            f"optimizers were given, but tune_language_model is {args.tune_language_model}: its adapters are made "
+            "when training begins, and the optimizer would not have them. Set optim and optim_args in args."
+        )

@@ -9,6 +9,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..arguments.tuning import TuningArguments
 
 
+def check_batches(args: TrainingArguments, num_rows: int):
+    """Raise `ValueError` where `dataloader_drop_last` would drop all rows."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and num_rows < batch:
+        raise ValueError(
+            f"There are {num_rows} rows, but a batch of all processes has {batch}, and dataloader_drop_last drops "
+            "what is less: no step could be taken. Leave it out, or set a smaller per_device_train_batch_size."
+        )
+
+
 def set_modes(model: PreTrainedModel, args: TuningArguments):
     """Put a frozen language model in evaluation mode, without dropout, as a vision tower always is. Their layers, and
     those of a tower that trains, stay in training mode to compute activations again, which they do in no other.

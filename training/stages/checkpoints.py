@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
 
+from ...modeling_tinyalign.bank_format import file_sha256
 from ...modeling_tinyalign.files import apply_umask
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..arguments.stage import StageArguments
@@ -19,6 +23,8 @@ from ..arguments.tuning import part_of
 from ..data.training_rows import content_hash
 from ..disk import save_file as write_file
 from ..hub.run_facts import RUN_NAME
+
+logger = logging.get_logger(__name__)
 
 TRAINED_NAME = "trained.safetensors"
 # What decides the trajectory: with another value, checkpoints are of another run.
@@ -67,7 +73,9 @@ def save_trained(
 
 def load_trained(model: PreTrainedModel, folder: str | os.PathLike):
     """Read what [`save_trained`] wrote."""
-    model.load_state_dict(load_file(Path(folder, TRAINED_NAME)), strict=False)
+    # also into a model that FSDP has divided
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, load_file(Path(folder, TRAINED_NAME)), options=options)
 
 
 def trajectory_settings(
@@ -75,6 +83,8 @@ def trajectory_settings(
 ) -> dict[str, Any]:
     """Return, by name, all that decides the losses of a run: its checkpoints are of no use with other values."""
     settings = {name: vars(args)[name] for name in TRAJECTORY}
+    if args.model is not None and os.path.isdir(args.model):  # stage 1 may have been trained anew
+        settings["model_weights"] = [file_sha256(path) for path in sorted(Path(args.model).glob("*.safetensors"))]
     settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if isinstance(rows, datasets.Dataset):
         settings["rows"] = len(rows)
@@ -118,6 +128,13 @@ def last_checkpoint(
         run.parent.mkdir(parents=True, exist_ok=True)
         write_file(run, f"{json.dumps(settings, indent=2)}\n".encode())
     return chosen or (complete[-1] if complete else None)
+
+
+def remove_checkpoints(output_dir: str | os.PathLike):
+    """Remove the checkpoints of an earlier run: the newest are kept, and those of one that begins anew are older."""
+    for path in sort_checkpoints(str(output_dir)):
+        logger.warning(f"Removing {path}: the run begins anew.")
+        shutil.rmtree(path)
 
 
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[str]:

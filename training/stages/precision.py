@@ -31,6 +31,6 @@ def ready_to_answer(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in ("forward", "_original_forward"):
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(model).pop(name, None)
         model.eval()

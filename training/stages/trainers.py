@@ -28,8 +28,8 @@ from ..data.training_rows import evaluation_rows, training_rows
 from ..hub.run_facts import Curves, RunClock
 from ..models import context_length
 from .arguments import check_arguments
-from .batches import align_tokens, set_modes, with_blank_image, without_repeated_rows
-from .checkpoints import last_checkpoint, load_trained, save_trained, trajectory_settings
+from .batches import align_tokens, check_batches, set_modes, with_blank_image, without_repeated_rows
+from .checkpoints import last_checkpoint, load_trained, remove_checkpoints, save_trained, trajectory_settings
 from .lora import adapters
 from .loss_check import EvaluationLoss, LossCheck
 from .metrics import Meter
@@ -164,18 +164,16 @@ class SupervisedTrainer(Trainer):
 
     def _checkpoint_to_resume(self, chosen: str | bool | None) -> str | None:
         args, rows = self.args, self.train_dataset
-        if isinstance(rows, datasets.Dataset) and args.dataloader_drop_last:
-            batch = args.train_batch_size * args.world_size
-            if len(rows) < batch:
-                raise ValueError(
-                    f"There are {len(rows)} rows, but a batch of all processes has {batch}, and dataloader_drop_last "
-                    "drops what is less: no step could be taken. Leave it out, or set a smaller "
-                    "per_device_train_batch_size."
-                )
+        if isinstance(rows, datasets.Dataset):
+            check_batches(args, len(rows))
         settings = trajectory_settings(args, self.model, self.processing_class, rows, self.memory_bank)
         path = args.resume_from_checkpoint if chosen in (None, True) else chosen
         checkpoint = last_checkpoint(args.output_dir, settings, path or None, write=self.is_world_process_zero())
-        return None if path is False else checkpoint
+        if path is not False:
+            return checkpoint
+        if args.should_save:
+            remove_checkpoints(args.output_dir)
+        return None
 
     def _load_finished(self, checkpoint: str) -> bool:
         """Load weights and state if the checkpoint is of the last step, and return True if it is. `Trainer` itself
@@ -189,6 +187,9 @@ class SupervisedTrainer(Trainer):
                     setattr(self.args, name, math.ceil(state.max_steps * share))
             return False
         self.state = state
+        if state.best_model_checkpoint is not None:  # the folder may have been moved
+            name = os.path.basename(state.best_model_checkpoint)
+            state.best_model_checkpoint = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), name)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         else:
@@ -231,6 +232,8 @@ class SupervisedTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
+        if "peft_config" in vars(self.model.base_model.language_model):
+            raise ValueError("The adapters are merged at the end of train(), expected save_model() after it.")
         output_dir = self.args.output_dir if output_dir is None else output_dir
         model, state_dict = self.model, None
         if self.is_divided:
@@ -279,7 +282,7 @@ class SupervisedTrainer(Trainer):
         if is_training:
             self.loss_check.add(loss, batch, rows)
         else:
-            self.evaluation_loss.add(loss, inputs["labels"])
+            self.evaluation_loss.add(loss, batch["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -299,32 +302,28 @@ class SupervisedTrainer(Trainer):
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
         """Neighbours, and rows that fill no batch, are taken away in training only."""
-        collator, drop_last = self.data_collator, self.args.dataloader_drop_last
-        if not is_training:
-            self.data_collator, self.args.dataloader_drop_last = collator.for_evaluation(), False
+        collator, kept = self.data_collator, (self.args.dataloader_drop_last, self.args.dataloader_persistent_workers)
+        if not is_training:  # `Trainer` would keep the loader of workers that persist for other rows, too
+            self.data_collator = collator.for_evaluation()
+            self.args.dataloader_drop_last = self.args.dataloader_persistent_workers = False
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
-            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
+            self.data_collator = collator
+            self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = kept
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
-            groups = parameter_groups(self.args, model, decayed)
             try:
                 optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-                self.optimizer = optimizer_cls(groups, **kwargs)
+                kwargs["params"] = parameter_groups(self.args, model, decayed)
+                self.optimizer_cls_and_kwargs = optimizer_cls, kwargs
+                super().create_optimizer(model)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"optim {self.args.optim}, optim_args {self.args.optim_args!r}: {error}.") from error
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        try:
-            return super().create_scheduler(num_training_steps, optimizer)
-        except (TypeError, ValueError) as error:
-            kind, kwargs = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
-            raise ValueError(f"lr_scheduler_type {kind}, lr_scheduler_kwargs {kwargs!r}: {error}.") from error
 
     def _init_training_state(self, max_steps, *args):
         """Count epochs of streamed rows: these have no length, and `Trainer` takes all steps for one epoch."""

@@ -25,6 +25,10 @@ REFUSED = [
     ("auto_find_batch_size", "True", "set per_device_train_batch_size lower"),
     ("push_to_hub", "True", "tinyalign push"),
     ("optim_target_modules", "linear_1", "leave it out"),
+    ("optim", "schedule_free_adamw", "another optimizer"),
+    ("bf16_full_eval", "True", "set bf16"),
+    ("fp16_full_eval", "True", "set fp16"),
+    ("use_liger_kernel", "True", "leave it out"),
     ("activation_offloading", "True", "runs on the CPU"),
 ]
 # Stage 1 has none of TRL's own settings.
@@ -54,3 +58,8 @@ def test_a_process_has_one_gpu(config, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "n_gpu", property(lambda self: 8))
     with pytest.raises(ValueError, match="sees 8 GPUs, expected one: .*ddp.yaml.*CUDA_VISIBLE_DEVICES=0"):
         config(output_dir=str(tmp_path))
+
+
+def test_noise_on_embeddings_that_are_frozen(tmp_path):
+    with pytest.raises(ValueError, match="neftune_noise_alpha is 5, but the language model is frozen"):
+        AlignmentConfig(output_dir=str(tmp_path), neftune_noise_alpha=5)

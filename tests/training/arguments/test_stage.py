@@ -71,3 +71,12 @@ def test_an_output_folder_that_is_a_file_is_refused_at_once(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file, which is a file, expected a folder or a new name"):
         AlignmentConfig(output_dir=str(tmp_path / "file"))
+
+
+def test_when_to_evaluate(config):
+    data = ("--eval_dataset", "rows.json")
+    assert config(1).eval_strategy == "no"
+    assert (config(1, *data).eval_strategy, config(1, *data).eval_steps) == ("steps", 0.1)
+    assert config(1, *data, "--eval_strategy", "no").eval_strategy == "no"
+    with pytest.raises(ValueError, match="eval_split is 'test' .*, but there is no eval_dataset: set it"):
+        config(1, "--eval_split", "test")

@@ -132,12 +132,14 @@ def test_a_model_divided_by_fsdp2_is_saved_whole(stage, files, monkeypatch):
     main(["train", f"stage{stage}.yaml", "--output_dir", "one", "--per_device_train_batch_size", "2"])
     settings = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())["fsdp_config"]
     (files / "as_gpus.py").write_text(AS_GPUS)
-    launch(
-        *("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "as_gpus.py"),
-        *("train", f"stage{stage}.yaml", "--output_dir", "two", "--per_device_train_batch_size", "2"),
-        folder=files,
-        environment={"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in settings.items()}},
-    )
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "as_gpus.py"]
+    command += ["train", f"stage{stage}.yaml", "--output_dir", "two", "--per_device_train_batch_size", "2"]
+    command += ["--save_steps", "3", "--save_total_limit", "2"]
+    fsdp = {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in settings.items()}}
+    launch(*command, folder=files, environment=fsdp)
+    if stage == 1:  # goes on from step 3; stage 2 does as any other model
+        (files / "two" / "checkpoint-4" / "trainer_state.json").unlink()
+        launch(*command, folder=files, environment=fsdp)
     np.testing.assert_allclose(losses(files / "one"), losses(files / "two"), rtol=1e-4)
     whole, divided = (load_file(files / name / "model.safetensors") for name in ("one", "two"))
     assert whole.keys() == divided.keys()

@@ -1,5 +1,6 @@
 """Both trainers: what trains, the loss, accumulation, evaluation, resuming, saving."""
 
+import json
 from pathlib import Path
 
 import datasets
@@ -20,7 +21,7 @@ from tinyalign_vlm.training.hub.run_facts import stage_record
 from tinyalign_vlm.training.stages.checkpoints import load_trained, save_trained
 from tinyalign_vlm.training.stages.trainers import AlignmentTrainer
 
-from .short_runs import changed_parts, losses, make_trainer, run, weights
+from .short_runs import STAGES, changed_parts, losses, make_trainer, run, weights
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,16 @@ def test_resuming_gives_the_uninterrupted_trajectory(
     earlier = {**settings, "resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-3")}
     again = run(stage, chosen, processor, dataset, bank, tmp_path / "whole", features, **earlier)
     assert losses(again) == losses(trainer) and not changed_parts(weights(whole), weights(chosen))
+
+    # not even with the best of its checkpoints, in a folder that was moved
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    state = tmp_path / "moved" / "checkpoint-6" / "trainer_state.json"
+    best = {"best_model_checkpoint": str(tmp_path / "whole" / "checkpoint-6")}
+    state.write_text(json.dumps(json.loads(state.read_text()) | best))
+    moved, evaluates = make_model(), {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}
+    rows = dataset.add_column("feature_index", list(range(len(dataset)))) if features is not None else dataset
+    run(stage, moved, processor, dataset, bank, tmp_path / "moved", features, rows, **settings, **evaluates)
+    assert not changed_parts(weights(whole), weights(moved))
 
     # a complete run is not trained again, and another run is not taken for it
     once_more = make_model()
@@ -160,6 +171,89 @@ def test_a_finished_run_is_loaded_and_not_trained(
     assert not changed_parts(weights(first), weights(again))
     assert not again.training and "forward" not in vars(again)
     assert f"{tmp_path} is finished: nothing to train" in capsys.readouterr().out
+
+
+def test_stage_1_trained_anew_is_another_run_of_stage_2(make_model, processor, dataset, bank, features, tmp_path):
+    model, folder = make_model(), tmp_path / "stage1"
+    model.save_pretrained(folder)
+
+    def train():
+        trainer = make_trainer(2, make_model(), processor, dataset, bank, tmp_path / "2", features, max_steps=1)
+        trainer.args.model = str(folder)
+        trainer.train()
+
+    train()
+    train()  # is finished
+    model.base_model.connector.linear_1.weight.data += 1
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="model_weights: "):
+        train()
+
+
+def test_a_run_that_begins_anew(make_model, processor, dataset, bank, features, tmp_path):
+    """The checkpoints that it leaves are its own, and so is what goes on from them."""
+    run(1, make_model(), processor, dataset, bank, tmp_path, features, save_steps=2)
+    anew = {"save_steps": 2, "resume_from_checkpoint": False}
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    run(1, make_model(), processor, dataset, bank, tmp_path, features, callbacks=[Stop()], **anew)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    again = run(1, make_model(), processor, dataset, bank, tmp_path, features, save_steps=2)
+    assert again.state.global_step == 4 and len(losses(again)) == 4
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_a_model_again_is_as_precise(stage, make_model, processor, dataset, bank, features, tmp_path):
+    """bfloat16 is around its forward as the first time."""
+    found = []
+    for times in (1, 2):
+        model = make_model()
+        for time in range(times):
+            model.load_state_dict(make_model().state_dict())
+            folder = tmp_path / f"{times}{time}"
+            trainer = run(stage, model, processor, dataset, bank, folder, features, bf16=True)
+        found.append(losses(trainer))
+    assert found[0] == found[1]
+
+
+def test_a_loss_of_ones_own(make_model, processor, dataset, bank, features, tmp_path):
+    config, trainer = STAGES[1]
+    rows = dataset.add_column("feature_index", list(range(len(dataset))))
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer(
+        make_model(),
+        config(output_dir=str(tmp_path), **settings),
+        train_dataset=dataset,
+        eval_dataset=rows,
+        processing_class=processor,
+        memory_bank=bank.for_any_tower(),
+        vision_features=features,
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.float().square().mean(),
+    )
+    trainer.train()
+    assert losses(trainer, "eval_loss")
+
+
+def test_workers_that_persist_evaluate_other_rows(make_model, processor, dataset, bank, features, tmp_path):
+    rows = dataset.add_column("feature_index", list(range(len(dataset))))
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make_trainer(1, make_model(), processor, dataset, bank, tmp_path, features, **settings)
+    found = [trainer.evaluate(part)["eval_loss"] for part in (rows, rows.select(range(3)))]
+    assert found[0] != found[1]
+
+
+def test_adapters_are_saved_after_training(make_model, processor, dataset, bank, features, tmp_path):
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.save_model(tmp_path / "best")
+
+    settings = {"tune_language_model": "lora", "callbacks": [Save()]}
+    trainer = make_trainer(2, make_model(), processor, dataset, bank, tmp_path, features, **settings)
+    with pytest.raises(ValueError, match="merged at the end of train.., expected save_model.. after it"):
+        trainer.train()
 
 
 def test_other_rows_or_another_reading_are_another_run(make_model, processor, dataset, bank, features, tmp_path):

@@ -96,3 +96,11 @@ def test_text_only_retrieval_reads_captions_at_run_time(
         trainer.evaluate(rows.add_column("feature_index", list(range(12)))) for rows in (scored_rows, other)
     )
     assert not np.isclose(first["eval_loss"], second["eval_loss"])
+
+
+def test_images_with_one_chat_are_dropped_each_for_itself(processor, scored_rows, bank):
+    """Labels and yes/no questions are the same chat for many images."""
+    row = {**scored_rows[0], "messages": scored_rows[0]["messages"]}
+    collator = TrainingCollator(processor, bank=bank, dropout=MemoryDropout(0.5, 2))
+    found = [collator.neighbours({**row, "source_ids": [f"{number:032x}"]}, 1)[0][0] for number in range(40)]
+    assert len({tuple(ids) for ids in found}) > 2
