@@ -167,12 +167,12 @@ class KeyIndex:
     def _best_of_blocks(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return scores and rows `(n, fetch)`, best first, from products with all keys."""
         vectors = torch.from_numpy(queries)
-        scores, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+        scores, rows = vectors.new_empty(len(queries), 0), vectors.new_empty(len(queries), 0, dtype=torch.long)
         for start in range(0, len(self.keys), BLOCK_ROWS):
             block = read_only_tensor(self.keys[start : start + BLOCK_ROWS]).float()
             with torch.autocast("cpu", enabled=False):
                 products = vectors @ block.T
-            numbers = torch.arange(start, start + len(block)).expand(products.shape)
+            numbers = torch.arange(start, start + len(block), device="cpu").expand(products.shape)
             scores, rows = torch.cat([scores, products], dim=1), torch.cat([rows, numbers], dim=1)
             scores, best = scores.topk(min(fetch, scores.shape[1]), dim=1)
             rows = rows.gather(1, best)

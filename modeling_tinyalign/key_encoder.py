@@ -218,6 +218,10 @@ class KeyEncoder(nn.Module):
         """Refuse another tower than `tower`, by its probe keys, in a ValueError; warn, once, of a small difference."""
         found = tower_name(model)
         advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
+        if "quantization_config" in model.config.to_dict():
+            advice = (
+                "The model is quantized: leave its vision tower out (llm_int8_skip_modules, modules_to_not_convert)."
+            )
         try:
             raw = self.probe(model, tower.image_shape)
         except (ValueError, RuntimeError) as error:
@@ -240,7 +244,7 @@ class KeyEncoder(nn.Module):
         logger.warning_once(
             f"The vision tower is in {dtype}, and the cosine of its keys and the bank's is {cosine:.4f}: now and then "
             "the nearest neighbour is another one (docs/keys.md). To find the same ones load the tower in the dtype "
-            "that the bank was built in, float32 mostly."
+            f"that the bank was built in, float32 mostly. {advice}"
         )
 
 

@@ -145,22 +145,22 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         if vision_features is None:
             vision_features, tower = self._read_vision_tower(pixel_values, **kwargs)
         check_tensor("vision_features", vision_features, "(images, tokens, width)")
-        tokens = self._visual_tokens(vision_features)
+        tokens, bank = self._visual_tokens(vision_features), None
         if self.config.memory_top_k > 0:
             given = {"memory_ids": memory_ids, "memory_scores": memory_scores}
             given |= {"memory_input_ids": memory_input_ids, "memory_values": memory_values}
             if memory == "off" or memory_top_k == 0:
                 given = no_memory(self.config, tokens.shape[0])
             elif not known:
-                queries = vision_features, query_input_ids, query_attention_mask
-                found = self.look_up(queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
+                queries, bank = (vision_features, query_input_ids, query_attention_mask), self.require_bank()
+                found = self.look_up(bank, queries, memory_ids, memory_scores, exclude_ids, memory_top_k)
                 given |= found if memory_values is None else found | {"memory_values": memory_values}
-            memory_tokens, memory_ids, memory_scores = self.read_memory(tokens, retrieval_threshold, **given)
-            tokens = torch.cat([tokens, memory_tokens.to(tokens.dtype)], dim=1)
+            memory_tokens, memory_ids, memory_scores = self.read_memory(tokens, retrieval_threshold, bank, **given)
+            tokens = torch.cat([tokens, memory_tokens.to(tokens)], dim=1)
         elif any(value is not None for value in (memory_ids, memory_input_ids, memory_values)):
             raise ValueError("config.memory_top_k is 0, a model without memory: pass no memory_ids, nor what is read.")
         wanted = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        return TinyAlignImageFeatures(
+        features = TinyAlignImageFeatures(
             last_hidden_state=vision_features,
             pooler_output=tokens if is_tracing(tokens) else list(tokens),  # a list fixes a graph's number of images
             hidden_states=tower.get("hidden_states") if wanted else None,
@@ -168,6 +168,8 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
             memory_ids=memory_ids,
             memory_scores=memory_scores,
         )
+        features.bank = bank
+        return features
 
     @can_return_tuple
     def forward(
@@ -327,12 +329,17 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
                 [`MemoryBank.rows`] with their `score` and the number of their `image` in it. A list is filled with the
                 same: a pipeline takes it in `generate_kwargs`, and returns text alone.
         """
-        kwargs |= merged_settings(kwargs.pop("call_settings", None))
+        settings = merged_settings(kwargs.pop("call_settings", None))
+        kwargs |= settings
+        config = settings.get("generation_config")
+        if config is not None and (config.max_new_tokens or config.max_length):
+            kwargs.pop("max_new_tokens", None)  # a pipeline's, which does not see the config
         images, mask = self._encode_images(inputs, kwargs)
         found = [] if sources is True else sources
         if isinstance(found, list) and mask is not None:
             reads = images is not None and images.memory_ids is not None and (images.memory_ids >= 0).any()
-            found += sources_of(self.memory_bank if reads else None, images, mask)  # else no bank is opened for it
+            bank = (images.bank or self.memory_bank) if reads else None  # else no bank is opened for it
+            found += sources_of(bank, images, mask)
         outputs = super().generate(inputs, *args, **kwargs)
         if images is not None and not torch.is_tensor(outputs):
             outputs["memory_ids"], outputs["memory_scores"] = images.memory_ids, images.memory_scores

@@ -1,5 +1,6 @@
 """The base of both models: loaded, saved with or without the models it was composed of, pushed, and given a memory."""
 
+import fnmatch
 import os
 import re
 import tempfile
@@ -105,8 +106,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             if model.config.connectors_only:
                 load_models(model, kwargs)
-            place = str(pretrained_model_name_or_path or "")
-            place = os.path.abspath(place) if os.path.isdir(place) else place
+            place = model.name_or_path if model._hf_peft_config_loaded else pretrained_model_name_or_path or ""
+            place = os.path.abspath(place) if os.path.isdir(place) else str(place)
             names = (*DOWNLOAD_KWARGS, "revision", "subfolder")
             model.base_model._loaded_from = place, {name: kwargs[name] for name in names if name in kwargs}
             return loaded
@@ -154,11 +155,10 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             self.config.memory_bank, self.config.memory_bank_revision = bank.repo_id, bank.revision
         kept = "memory_bank", "memory_bank_revision", "vision_model", "language_model"
         before = {name: vars(self.config)[name] for name in kept}
-        memory_bank = self.config.memory_bank
-        if memory_bank is not None and os.path.exists(memory_bank):
+        if os.path.exists(before["memory_bank"] or ""):
             logger.warning(
-                f"config.memory_bank is a local path ({memory_bank}) and is not saved: push the bank to the Hub and "
-                "set config.memory_bank to its repository, or attach it again after loading."
+                f"config.memory_bank is a local path ({before['memory_bank']}) and is not saved: push the bank to the "
+                "Hub and set config.memory_bank to its repository, or attach it again after loading."
             )
             self.config.memory_bank = self.config.memory_bank_revision = None
         if not connectors_only:
@@ -190,18 +190,17 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         self.base_model.pin_memory_bank(token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
+            files = {path.name: path for path in Path(folder).iterdir()}
             _, commit = push_files(
-                {path.name: path for path in Path(folder).iterdir()},
+                files,
                 repo_id,
                 "model",
-                replaced=WEIGHTS,
+                replaced=WEIGHTS if fnmatch.filter(files, WEIGHTS) else "",  # PEFT's adapters are saved alone
                 make_card=lambda name: make_model_card(name, self.config, tags or []),
                 token=token,
                 **{"commit_message": "Upload model", **kwargs},
             )
         return commit
-
-    # ------------------------------------------------------------------ memory
 
     @property
     def memory_bank(self) -> MemoryBank | None:
@@ -336,6 +335,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
     @torch.compiler.disable  # the search is no part of a graph
     def look_up(
         self,
+        bank: MemoryBank,
         queries: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
         memory_ids: torch.LongTensor | None,
         memory_scores: torch.Tensor | None,
@@ -343,7 +343,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         top_k: int | None = None,
     ) -> dict[str, torch.Tensor | None]:
         """Return ids, scores and values that the model reads: of these rows, or of the nearest to the queries."""
-        bank, slots = self.require_bank(), self.config.memory_top_k
+        slots = self.config.memory_top_k
         top_k = slots if top_k is None else top_k
         if memory_ids is None:
             keys = bank.encode_queries(*queries)
@@ -357,7 +357,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         return memory
 
     def read_memory(
-        self, tokens: torch.Tensor, threshold: float | None, **memory: torch.Tensor | None
+        self, tokens: torch.Tensor, threshold: float | None, bank: MemoryBank | None, **memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor | None]:
         """Return memory tokens `(n, M, hidden_size)` for the images of `tokens`, and the ids and scores in use.
 
@@ -378,8 +378,8 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
         if self.config.reads_captions:
             input_ids = memory.get("memory_input_ids")
             if input_ids is None:
-                input_ids = self.caption_tokenizer(captions_of(self.require_bank().rows(ids)))
-                check_vocabulary(input_ids, self.get_input_embeddings().num_embeddings)
+                input_ids = self.caption_tokenizer(captions_of(bank.rows(ids)))
+                check_vocabulary(input_ids, len(self.get_input_embeddings().weight))
             places = input_ids.to(tokens.device) >= 0
             words = self.get_input_embeddings()(input_ids.to(tokens.device).clamp(min=0))
         values = memory["memory_values"].to(tokens.device) if self.config.reads_latents else None

@@ -41,6 +41,7 @@ class TinyAlignImageFeatures(BaseModelOutputWithPooling):
 
     memory_ids: torch.LongTensor | None = None
     memory_scores: torch.Tensor | None = None
+    bank = None  # that the rows are of, which may be exchanged before they are asked for: an attribute, no output
 
 
 @dataclass

@@ -226,7 +226,7 @@ class RowEncoder:
 def finished(batches: Iterable[pa.RecordBatch], key_encoder: KeyEncoder) -> Iterator[pa.RecordBatch]:
     """Yield the batches with raw keys made into keys."""
     for batch in batches:
-        keys = key_encoder.finish(torch.tensor(matrix(batch, "key"))).numpy()
+        keys = key_encoder.finish(torch.tensor(matrix(batch, "key"), device="cpu")).numpy()
         yield batch.set_column(batch.schema.names.index("key"), "key", list_column(keys))
 
 

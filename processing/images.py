@@ -285,7 +285,9 @@ def download(url: str) -> bytes:
     """
     deadline = time.monotonic() + MAX_SECONDS
     try:
-        with get_session().stream("GET", url, timeout=MAX_SECONDS) as response:
+        # a client like the Hub's, but for HF_HUB_OFFLINE, which is about the Hub
+        client = type(get_session())(follow_redirects=True)
+        with client, client.stream("GET", url, timeout=MAX_SECONDS) as response:
             response.raise_for_status()
             return collect(response.iter_bytes(), deadline)  # as they come: to fill a chunk may take for ever
     except Exception as error:  # of httpx or of its successor, by the version of huggingface_hub

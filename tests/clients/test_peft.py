@@ -9,9 +9,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from tinyalign_vlm import TinyAlignForConditionalGeneration
+
 from .conftest import prompt
 
 TARGETS = (r".*language_model.*\.(q_proj|v_proj)", "all-linear")
+EMBEDDINGS = r".*language_model.*\.(q_proj|embed_tokens)"
 LORA = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
 
 
@@ -45,6 +48,13 @@ def test_an_adapter_is_loaded_and_merged(targets, saved, remote_model, images, t
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged")
     assert torch.equal(again(**inputs).logits, merged(**inputs).logits)
+
+
+def test_captions_are_read_with_an_adapter_of_the_embeddings(saved, images):
+    model = TinyAlignForConditionalGeneration.from_pretrained(saved.folder, memory_input="captions")
+    model.attach_memory_bank(saved.bank_folder)
+    trained = get_peft_model(model, LoraConfig(target_modules=EMBEDDINGS, **LORA))
+    assert trained(**prompt(saved, images[0])).logits.isfinite().all()
 
 
 @pytest.mark.skipif(

@@ -5,7 +5,7 @@ import torch
 import transformers
 from clients.conftest import only_say_letters, prompt
 from packaging.version import Version
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 from tinyalign_vlm import MemoryBank
 
@@ -139,6 +139,9 @@ def test_settings_of_generation(pipes, images):
     with pytest.raises(ValueError, match="top_k could be the number of neighbours or that of sampling: say"):
         pipe(text=chat, top_k=2, do_sample=True)
     pipe(text=chat, generate_kwargs={"do_sample": True, "top_k": 1})
+    config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    short = pipe(text=chat, return_full_text=False, generation_config=config)
+    assert short == pipe(text=chat, return_full_text=False, max_new_tokens=3, do_sample=False)
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,13 @@ def test_exact_search(quantized, queries):
 
 
 @pytest.mark.parametrize("quantized, queries", [(True, 1), (False, 40)])
-def test_autocast_changes_no_neighbour(quantized, queries):
+def test_settings_of_torch_change_no_neighbour(quantized, queries):
     bank, asked = bank_of(unit(6000, 24), quantized), unit(queries, 24, seed=1)
     expected = bank.search(asked, 7)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = bank.search(asked, 7)
-    assert (found[1] == expected[1]).all() and (found[0] == expected[0]).all()
+    for setting in (torch.autocast("cpu", torch.bfloat16), torch.device("meta")):  # as set_default_device("cuda")
+        with setting:
+            found = bank.search(asked, 7)
+        assert (found[1] == expected[1]).all() and (found[0] == expected[0]).all()
 
 
 @pytest.mark.parametrize("index", ["exact", None])

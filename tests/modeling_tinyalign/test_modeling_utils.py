@@ -1,6 +1,7 @@
 """A model with a memory bank: attaching, retrieving, answering, bad banks."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,41 @@ def test_generation_retrieves_once(with_bank, inputs, bank, monkeypatch):
     assert found.memory_scores.shape == (3, 2)
     values = with_bank.generate(**inputs, **settings, memory_values=bank.gather(found.memory_ids))
     assert values.sequences.equal(found.sequences)
+
+
+def test_sources_are_of_the_bank_that_was_read(with_bank, inputs, bank):
+    """Also if it was exchanged since, between two questions or by another thread."""
+    prompt = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    seen = {"image": with_bank.get_image_features(inputs["pixel_values"])}
+    settings = {"sources": True, "max_new_tokens": 1, "do_sample": False}
+    expected = with_bank.generate(**prompt, mm_encoder_outputs=seen, **settings)[1]
+    with_bank.attach_memory_bank(bank.remove(0))
+    assert with_bank.generate(**prompt, mm_encoder_outputs=seen, **settings)[1] == expected
+
+
+def test_pushing_an_adapter_deletes_no_weights(model, monkeypatch):
+    pushed = []
+
+    def push_files(files, *args, replaced, **kwargs):
+        pushed.append((sorted(files), replaced))
+        return "", None
+
+    def save(folder, **kwargs):  # as transformers saves a model with PEFT's adapters
+        Path(folder, "adapter_model.safetensors").touch()
+
+    monkeypatch.setattr("tinyalign_vlm.modeling_tinyalign.modeling_utils.push_files", push_files)
+    monkeypatch.setattr(model, "save_pretrained", save)
+    model.push_to_hub("me/adapter")
+    assert pushed == [(["adapter_model.safetensors"], "")]
+
+
+def test_a_quantized_tower_is_told_of(with_bank, bank, monkeypatch):
+    other = copy.deepcopy(with_bank)
+    for parameter in other.model.vision_tower.parameters():
+        torch.nn.init.normal_(parameter)
+    other.config.quantization_config = {"load_in_4bit": True}
+    with pytest.raises(ValueError, match="The model is quantized: leave its vision tower out"):
+        other.attach_memory_bank(bank)
 
 
 def test_gradients_reach_the_connector_but_not_the_bank(with_bank, inputs):

@@ -4,8 +4,10 @@ import base64
 import io
 import resource
 import struct
+import threading
 import time
 import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -210,6 +212,24 @@ def test_unknown_sources():
     for source in ("https://localhost:1/image.png", "no such file.png", "data:image/png;base64,A"):
         with pytest.raises(ValueError, match=r"image 3: .*expected .*\. Replace it or leave it out"):
             load_image(source, "image 3")
+
+
+def test_a_url_of_ones_own_server_where_the_hub_is_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(encoded(picture(), "PNG").getvalue())
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request).start()
+        found = load_image(f"http://127.0.0.1:{server.server_port}/a.png")
+    assert found.tobytes() == picture().tobytes()
 
 
 def test_bytes_and_nothing():

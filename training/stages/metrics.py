@@ -2,7 +2,6 @@
 
 import re
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
+from ...modeling_tinyalign.outputs import TinyAlignImageFeatures
 from ..arguments.tuning import part_of
 from ..hub.run_facts import peak_memory_gb
 from .trainable_parts import TrainedPart
@@ -42,14 +42,7 @@ class Meter(TrainerCallback):
         self.model: PreTrainedModel = trainer.model
         self.peak_flops = peak_flops()
         self.norms: dict[str, torch.Tensor] = {}
-        self.has_images = False
         self._reset()
-
-    def counting_slots(self) -> AbstractContextManager:
-        """Count the slots that the memory connector reads inside; the model is left as it was."""
-        if self.model.config.memory_top_k == 0:
-            return nullcontext()
-        return self.model.base_model.memory_connector.register_forward_pre_hook(self._count_slots)
 
     def _reset(self):
         device = self.trainer.args.device
@@ -58,25 +51,20 @@ class Meter(TrainerCallback):
         self.similarity = torch.zeros((), device=device)
         self.started = self.last_step = time.monotonic()
 
-    def count(self, inputs: dict[str, Any]):
-        """Count a batch that is about to be trained on."""
+    def count(self, inputs: dict[str, Any], images: TinyAlignImageFeatures | None):
+        """Count a batch that is trained on, and what was read of its images' neighbours; None if it has none."""
         self.on_device[0] += inputs["attention_mask"].sum()
-        self.has_images = not {"pixel_values", "vision_features"}.isdisjoint(inputs)
         names = inputs.get("exclude_ids", ()) if self.bank is not None else ()
         self.on_host["samples"] += len(inputs["input_ids"])
         self.on_host["named_images"] += len(names)
         self.on_host["own_images"] += sum(any(len(self.bank.ids_of(name)) for name in of_row) for of_row in names)
 
-    def _count_slots(self, connector: torch.nn.Module, arguments: tuple):
-        """Count the slots of each call of the memory connector, a blank image (`with_blank_image`) left out."""
-        _, _, scores, _, used = arguments
-        if not connector.training or not self.has_images:
+        if images is None or images.memory_ids is None:
             return
-        device = self.on_device.device
-        used = used.to(device)
+        used = images.memory_ids.to(self.on_device.device) >= 0
         similar = torch.zeros_like(used)
-        if scores is not None:
-            scores = torch.as_tensor(scores).to(device, torch.float32)
+        if images.memory_scores is not None:
+            scores = images.memory_scores.to(used.device, torch.float32)
             similar = used & scores.isfinite()
             self.similarity += torch.where(similar, scores, 0.0).sum()
         self.on_device[1:] += torch.stack([torch.ones_like(used).sum(), (~used).sum(), similar.sum()])

@@ -142,7 +142,6 @@ class SupervisedTrainer(Trainer):
         with (
             adapters(self.args, self.model),
             ready_to_answer(self.model),
-            self.meter.counting_slots(),
             bfloat16_language_model(self.model, use_bfloat16, frozen_only=True),
         ):
             self.parts = parts_of(self.args, self.model)
@@ -274,12 +273,13 @@ class SupervisedTrainer(Trainer):
         inputs = {**batch, "supervised_logits_only": supervised, "use_cache": False}
         if is_training:
             set_modes(self.model, self.args)  # Trainer has just put all of it in training mode
-            self.meter.count(inputs)
             if not {"pixel_values", "vision_features"} & inputs.keys():
                 inputs = with_blank_image(self.model, self.data_collator.processor, inputs)
         items = num_items_in_batch if is_training else None  # in evaluation, the mean of the batch itself
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, items)
         if is_training:
+            has_images = not {"pixel_values", "vision_features"}.isdisjoint(batch)
+            self.meter.count(batch, outputs.image_outputs if has_images else None)
             self.loss_check.add(loss, batch, rows)
         else:
             self.evaluation_loss.add(loss, batch["labels"])
