@@ -98,6 +98,7 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
 
     def _visual_tokens(self, vision_features: torch.Tensor) -> torch.Tensor:
         """Visual features `(n, T, C)` -> visual tokens `(n, P, hidden_size)`."""
+        check_tensor("vision_features", vision_features, "(images, tokens, width)")
         pooled = pool_grid(vision_features, self.config.vision_pool_size)
         if pooled.shape[1] != self.config.image_seq_length:
             raise ValueError(
@@ -129,10 +130,9 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         Args:
             vision_features (`(n, T, C)`): What [`get_vision_features`] gave, instead of `pixel_values (n, 3, H, W)`.
             query_input_ids, query_attention_mask (`(n, Q)`): The question, for language-space keys.
-            memory_ids (`(n, top_k)`): Rows of the bank to use; -1: none. Or what the model reads of them:
-                `memory_input_ids (n, M)`, tokens of captions, -1: none, and `memory_values (n, top_k, L, D)`. No
-                threshold leaves out given captions.
-            memory_scores (`(n, top_k)`): With these the rows' similarities.
+            memory_ids, memory_scores (`(n, top_k)`): Rows of the bank to use, -1: none, and their similarities. Or
+                what the model reads of them: `memory_input_ids (n, M)`, tokens of captions, -1: none, which no
+                threshold leaves out, and `memory_values (n, top_k, L, D)`.
             exclude_ids: For each image `None`, a `source_id`, a row id or a list of them; or one id for all images.
             memory: `"off"` fills all slots with "nothing retrieved".
             memory_top_k, retrieval_threshold: In place of the config's; slots beyond stay empty.
@@ -144,7 +144,6 @@ class TinyAlignModel(TinyAlignPreTrainedModel):
         tower = {}
         if vision_features is None:
             vision_features, tower = self._read_vision_tower(pixel_values, **kwargs)
-        check_tensor("vision_features", vision_features, "(images, tokens, width)")
         tokens, bank = self._visual_tokens(vision_features), None
         if self.config.memory_top_k > 0:
             given = {"memory_ids": memory_ids, "memory_scores": memory_scores}
