@@ -218,10 +218,8 @@ class KeyEncoder(nn.Module):
         """Refuse another tower than `tower`, by its probe keys, in a ValueError; warn, once, of a small difference."""
         found = tower_name(model)
         advice = "Use the tower the bank was built with, or build a bank with this one (MemoryBank.build)."
-        if "quantization_config" in model.config.to_dict():
-            advice = (
-                "The model is quantized: leave its vision tower out (llm_int8_skip_modules, modules_to_not_convert)."
-            )
+        if not all(parameter.is_floating_point() for parameter in model.base_model.vision_tower.parameters()):
+            advice = "The vision tower is quantized: leave it out (llm_int8_skip_modules, modules_to_not_convert)."
         try:
             raw = self.probe(model, tower.image_shape)
         except (ValueError, RuntimeError) as error:
@@ -244,7 +242,7 @@ class KeyEncoder(nn.Module):
         logger.warning_once(
             f"The vision tower is in {dtype}, and the cosine of its keys and the bank's is {cosine:.4f}: now and then "
             "the nearest neighbour is another one (docs/keys.md). To find the same ones load the tower in the dtype "
-            f"that the bank was built in, float32 mostly. {advice}"
+            "that the bank was built in, float32 mostly."
         )
 
 

@@ -331,8 +331,8 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         settings = merged_settings(kwargs.pop("call_settings", None))
         kwargs |= settings
         config = settings.get("generation_config")
-        if config is not None and (config.max_new_tokens or config.max_length):
-            kwargs.pop("max_new_tokens", None)  # a pipeline's, which does not see the config
+        if config is not None and (config.max_new_tokens or config.max_length) and kwargs.get("max_new_tokens") == 256:
+            del kwargs["max_new_tokens"]  # the default of a pipeline, which does not see the config
         images, mask = self._encode_images(inputs, kwargs)
         found = [] if sources is True else sources
         if isinstance(found, list) and mask is not None:

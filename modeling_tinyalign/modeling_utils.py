@@ -379,7 +379,7 @@ class TinyAlignPreTrainedModel(PreTrainedModel):
             input_ids = memory.get("memory_input_ids")
             if input_ids is None:
                 input_ids = self.caption_tokenizer(captions_of(bank.rows(ids)))
-                check_vocabulary(input_ids, len(self.get_input_embeddings().weight))
+                check_vocabulary(input_ids, self.config.text_config.vocab_size)
             places = input_ids.to(tokens.device) >= 0
             words = self.get_input_embeddings()(input_ids.to(tokens.device).clamp(min=0))
         values = memory["memory_values"].to(tokens.device) if self.config.reads_latents else None

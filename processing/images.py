@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import fsspec
 import numpy as np
-from huggingface_hub import get_session
+from huggingface_hub import constants, get_session
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from transformers import BaseImageProcessor
 from transformers.utils import is_torch_tensor, is_torchvision_available
@@ -285,9 +285,10 @@ def download(url: str) -> bytes:
     """
     deadline = time.monotonic() + MAX_SECONDS
     try:
-        # a client like the Hub's, but for HF_HUB_OFFLINE, which is about the Hub
-        client = type(get_session())(follow_redirects=True)
-        with client, client.stream("GET", url, timeout=MAX_SECONDS) as response:
+        client = get_session()
+        if constants.HF_HUB_OFFLINE:  # which is about the Hub, and its client refuses all
+            client = type(client)(follow_redirects=True)
+        with client.stream("GET", url, timeout=MAX_SECONDS) as response:
             response.raise_for_status()
             return collect(response.iter_bytes(), deadline)  # as they come: to fill a chunk may take for ever
     except Exception as error:  # of httpx or of its successor, by the version of huggingface_hub

@@ -142,6 +142,9 @@ def test_settings_of_generation(pipes, images):
     config = GenerationConfig(max_new_tokens=3, do_sample=False)
     short = pipe(text=chat, return_full_text=False, generation_config=config)
     assert short == pipe(text=chat, return_full_text=False, max_new_tokens=3, do_sample=False)
+    assert short == pipe(
+        text=chat, return_full_text=False, max_new_tokens=3, generation_config=GenerationConfig(max_new_tokens=9)
+    )
 
 
 @pytest.mark.parametrize(

@@ -225,10 +225,9 @@ def test_pushing_an_adapter_deletes_no_weights(model, monkeypatch):
 
 def test_a_quantized_tower_is_told_of(with_bank, bank, monkeypatch):
     other = copy.deepcopy(with_bank)
-    for parameter in other.model.vision_tower.parameters():
-        torch.nn.init.normal_(parameter)
-    other.config.quantization_config = {"load_in_4bit": True}
-    with pytest.raises(ValueError, match="The model is quantized: leave its vision tower out"):
+    layer = next(module for module in other.model.vision_tower.modules() if isinstance(module, torch.nn.Linear))
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="The vision tower is quantized: leave it out"):
         other.attach_memory_bank(bank)
 
 

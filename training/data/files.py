@@ -230,10 +230,13 @@ def _files_of_repository(config: StageArguments, split: str) -> list[str]:
     start = f"hf://datasets/{info.id}@{info.sha}/"
     if config.dataset_config is not None or (info.card_data or {}).get("configs"):  # the card says which files
         builder = datasets.load_dataset_builder(info.id, name=config.dataset_config, revision=info.sha)
-        named = (builder.config.data_files or {}).get(split, [])
-        names = [str(file).removeprefix(start) for file in named]
-        if not names or any(kind_of(name) not in TEXT_SUFFIXES for name in names):
+        named = list(map(str, (builder.config.data_files or {}).get(split, [])))
+        said = {key for entry in (info.card_data or {}).get("configs") or [] for key in entry}
+        plain = said <= {"config_name", "data_files", "default"} and not builder.info.features
+        lists = config.streaming and all(kind_of(name) == ".json" for name in named)  # `datasets` does not stream them
+        if not all(name.startswith(start) and kind_of(name) in TEXT_SUFFIXES for name in named) or not plain | lists:
             return []
+        names = [name.removeprefix(start) for name in named]
     else:
         names = _data_files([file.rfilename for file in info.siblings], config, split)
     if not names or kind_of(names[0]) not in TEXT_SUFFIXES:

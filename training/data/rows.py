@@ -26,15 +26,8 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 # Where a row's images are, the first that has any.
 PATH_COLUMNS = ("file_name", "filename", "filepath", "image_path", "image_file", "file", "path")
-IMAGE_COLUMNS = (
-    "images",
-    "image",
-    "img",
-    "picture",
-    "photo",
-    *(suffix[1:] for suffix in IMAGE_SUFFIXES),
-    *PATH_COLUMNS,
-)
+OTHER_COLUMNS = ("img", "picture", "photo")
+IMAGE_COLUMNS = ("images", "image", *(suffix[1:] for suffix in IMAGE_SUFFIXES), *PATH_COLUMNS, *OTHER_COLUMNS)
 
 # Parts of a chat's content that are an image, as transformers and as OpenAI's clients call them.
 IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -235,7 +228,7 @@ def _parse(text: str) -> dict:
         raise BadRow(
             "no chat",
             f"found {shown(row)}, expected an object with the fields of the row, or in CSV one field for each column "
-            "name: put text that has the separator in it in quotes",
+            "name: put text that has the separator in it in quotes, and close these",
         )
     if "\\ud" in text.lower():  # a surrogate pair is one character, half of one cannot be stored
         try:
@@ -259,13 +252,15 @@ def list_turns(turns: Any) -> Any:
 
 
 def turns_of(value: Any, role: str) -> list:
-    """Return a list of turns, also of JSON as text, or the one turn of a role that a text is."""
-    turns = list_turns(value) if isinstance(value, str) else value
-    if isinstance(value, str) and not (
-        isinstance(turns, list) and turns and all(isinstance(turn, dict) and "content" in turn for turn in turns)
-    ):
-        turns = value
-    return turns if isinstance(turns, list) else [{"role": role, "content": turns}]
+    """Return a list of turns, also of JSON as text, or the one turn of a role that any other text is."""
+    if isinstance(value, list):
+        return value
+    with suppress(ValueError, TypeError):
+        turns = json.loads(value)
+        wanted = {"role", "content"}
+        if isinstance(turns, list) and turns and all(wanted <= dict(turn).keys() for turn in turns):
+            return turns
+    return [{"role": role, "content": value}]
 
 
 def with_system(row: dict[str, Any], messages: list[dict]) -> list[dict]:

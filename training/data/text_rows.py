@@ -66,10 +66,10 @@ def csv_rows(file: TextIO) -> Iterator[str]:
     rows = csv.DictReader(chain([header], file), delimiter=separator, skipinitialspace=spaced, strict=True)
     try:
         for row in rows:
-            if separator == "\t" and any("\t" in str(text) and "\n" in str(text) for text in row.values()):
-                raise csv.Error  # a quote that is closed lines later
-            # the end of a caption with a comma is in the next field: such a row is a list, and bad
-            yield json.dumps(list(row.values()) if None in row else row)
+            # a quote that is closed lines later; the end of a caption with a comma is in the next field: such a row
+            # is a list, and bad
+            swallowed = separator == "\t" and any("\t" in str(text) and "\n" in str(text) for text in row.values())
+            yield json.dumps(list(row.values()) if None in row or swallowed else row)
     except csv.Error as error:
         raise ValueError(
             f"line {rows.reader.line_num}: a quote inside a field, or one that is not closed: put such a field in "

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
@@ -130,11 +130,20 @@ def last_checkpoint(
     return chosen or (complete[-1] if complete else None)
 
 
-def remove_checkpoints(output_dir: str | os.PathLike):
+def begin_anew(args: StageArguments):
     """Remove the checkpoints of an earlier run: the newest are kept, and those of one that begins anew are older."""
-    for path in sort_checkpoints(str(output_dir)):
+    for path in sort_checkpoints(args.output_dir) if args.should_save else ():
         logger.warning(f"Removing {path}: the run begins anew.")
         shutil.rmtree(path)
+
+
+def read_state(checkpoint: str) -> TrainerState:
+    """Return the state of a run at a checkpoint, the best of them beside it: their folder may have been moved."""
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    if state.best_model_checkpoint is not None:
+        name = os.path.basename(state.best_model_checkpoint)
+        state.best_model_checkpoint = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), name)
+    return state
 
 
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[str]:

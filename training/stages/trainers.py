@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerState, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
@@ -29,7 +28,7 @@ from ..hub.run_facts import Curves, RunClock
 from ..models import context_length
 from .arguments import check_arguments
 from .batches import align_tokens, check_batches, set_modes, with_blank_image, without_repeated_rows
-from .checkpoints import last_checkpoint, load_trained, remove_checkpoints, save_trained, trajectory_settings
+from .checkpoints import begin_anew, last_checkpoint, load_trained, read_state, save_trained, trajectory_settings
 from .lora import adapters
 from .loss_check import EvaluationLoss, LossCheck
 from .metrics import Meter
@@ -168,17 +167,13 @@ class SupervisedTrainer(Trainer):
         settings = trajectory_settings(args, self.model, self.processing_class, rows, self.memory_bank)
         path = args.resume_from_checkpoint if chosen in (None, True) else chosen
         checkpoint = last_checkpoint(args.output_dir, settings, path or None, write=self.is_world_process_zero())
-        if path is not False:
-            return checkpoint
-        if args.should_save:
-            remove_checkpoints(args.output_dir)
-        return None
+        return begin_anew(args) if path is False else checkpoint
 
     def _load_finished(self, checkpoint: str) -> bool:
         """Load weights and state if the checkpoint is of the last step, and return True if it is. `Trainer` itself
         would do one more step when `max_steps` ends within an epoch.
         """
-        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        state = read_state(checkpoint)
         if not 0 < state.max_steps <= state.global_step:
             for name in ("logging_steps", "eval_steps", "save_steps"):  # `Trainer` warns of shares: it kept numbers
                 share = vars(self.args)[name]
@@ -186,9 +181,6 @@ class SupervisedTrainer(Trainer):
                     setattr(self.args, name, math.ceil(state.max_steps * share))
             return False
         self.state = state
-        if state.best_model_checkpoint is not None:  # the folder may have been moved
-            name = os.path.basename(state.best_model_checkpoint)
-            state.best_model_checkpoint = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), name)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         else:
@@ -324,6 +316,13 @@ class SupervisedTrainer(Trainer):
             except (TypeError, ValueError) as error:
                 raise ValueError(f"optim {self.args.optim}, optim_args {self.args.optim_args!r}: {error}.") from error
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            kind, kwargs = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
+            raise ValueError(f"lr_scheduler_type {kind}, lr_scheduler_kwargs {kwargs!r}: {error}.") from error
 
     def _init_training_state(self, max_steps, *args):
         """Count epochs of streamed rows: these have no length, and `Trainer` takes all steps for one epoch."""

@@ -455,11 +455,11 @@ MESSAGES = [{"role": "user", "content": "What?"}, {"role": "assistant", "content
 
 def test_turns_as_json_in_prompt_and_completion(folder):
     turns = {"prompt": json.dumps(MESSAGES[:1]), "completion": json.dumps(MESSAGES[1:])}
-    answer = {"prompt": "Where?", "completion": '[{"box": [1, 2]}]'}
-    write_rows = [{"image": "red.png", **row} for row in (turns, answer)]
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, write_rows)))
-    (_, first), (_, second) = simple(check_rows(config("rows.jsonl"))[0])
-    assert first[-1] == ("assistant", ["red"]) and second[-1] == ("assistant", ['[{"box": [1, 2]}]'])
+    answers = ['[{"box": [1, 2], "content": "tea"}]', '{"items": ["tea"], "total": 3}', "[1]", "3"]
+    rows = [turns, *({"prompt": "Where?", "completion": answer} for answer in answers)]
+    Path("rows.jsonl").write_text("\n".join(json.dumps({"image": "red.png", **row}) for row in rows))
+    found = simple(check_rows(config("rows.jsonl"))[0])
+    assert [turns[-1] for _, turns in found] == [("assistant", [answer]) for answer in ("red", *answers)]
 
 
 def test_a_column_called_system(folder):
