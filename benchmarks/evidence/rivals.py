@@ -82,9 +82,9 @@ def alternatives(study: Study, folder: Path) -> Section:
         "What a sceptic asks",
         "None: the paper compares with text-only RAG alone.",
         "The same data and questions. Text-only RAG is trained in as many steps, in a prompt of at most as many "
-        "tokens: memory always takes 32. Fine-tuning starts from the trained baseline, and takes as long with it as "
-        f"TinyAlign's training and adding its {len(demos[0].pairs.heldout)} concepts to the bank, of which each tuned "
-        "system has seen the share in its title; longer runs were not tried. "
+        "tokens: memory always takes 32. Fine-tuning starts from the trained baseline, and takes with it at least as "
+        f"long as TinyAlign's training and adding its {len(demos[0].pairs.heldout)} concepts to the bank, of which "
+        "each tuned system has seen the share in its title; longer runs were not tried. "
         "Negatives are training concepts, one for each taught one. A fine-tuned system that does not know it is the "
         "untouched baseline, and it forgets by being tuned anew. Other concepts: 100 that no bank has and nothing was "
         "trained on; on them the probabilities that two of the rules use were fitted. Published for tuning on a "

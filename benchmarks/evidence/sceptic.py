@@ -22,7 +22,7 @@ from tinyalign_vlm.training.hub.run_facts import RECORD_NAME, read_records, writ
 SEEDS = (0, 1, 2)  # 12 minutes each
 TAUGHT = 100  # concepts whose teaching is timed
 NONE_RIGHT = 0.5  # above this probability that no neighbour is right, the rule says nothing of the bank
-# With the baseline's training as many seconds as TinyAlign's and adding all rows to its bank, on 2 cores with AVX-512.
+# With the baseline's training more seconds than TinyAlign's and adding all rows to its bank, on 2 cores with AVX-512.
 STEPS, FULL_STEPS = 180, 148
 FULL_LEARNING_RATE = 5e-5
 # Fine-tuned systems: is the whole language model trained, and do rows of training concepts come between?
