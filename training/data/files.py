@@ -241,9 +241,8 @@ def _files_of_repository(config: StageArguments, split: str) -> list[str]:
         names = _data_files([file.rfilename for file in info.siblings], config, split)
     if not names or kind_of(names[0]) not in TEXT_SUFFIXES:
         return [start + name for name in names]
-    patterns = [escape(name) for name in names]
-    if config.image_folder is None:
-        patterns += [f"*{end}" for suffix in IMAGE_SUFFIXES for end in (suffix, suffix.upper())]
+    suffixes = IMAGE_SUFFIXES if config.image_folder is None else ()
+    patterns = [*map(escape, names), *(f"*{end}" for suffix in suffixes for end in (suffix, suffix.upper()))]
     folder = snapshot_download(info.id, repo_type="dataset", revision=info.sha, allow_patterns=patterns)
     return [os.path.join(folder, name) for name in names]
 
