@@ -39,7 +39,6 @@ class Meter(TrainerCallback):
 
     def __init__(self, trainer: Trainer, bank: MemoryBank | None):
         self.trainer, self.bank = trainer, bank
-        self.model: PreTrainedModel = trainer.model
         self.peak_flops = peak_flops()
         self.norms: dict[str, torch.Tensor] = {}
         self._reset()

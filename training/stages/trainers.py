@@ -214,7 +214,6 @@ class SupervisedTrainer(Trainer):
     def _forget_preparation(self):
         """Let accelerate put its mixed precision around the model again, which [`ready_to_answer`] has taken away."""
         self.accelerator.free_memory()
-        vars(self.model).pop("_is_accelerate_prepared", None)  # of newer versions
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Write model and processor to `output_dir`, for `from_pretrained`. All processes call it: each may hold a
