@@ -337,8 +337,7 @@ class TinyAlignForConditionalGeneration(TinyAlignPreTrainedModel, GenerationMixi
         found = [] if sources is True else sources
         if isinstance(found, list) and mask is not None:
             reads = images is not None and images.memory_ids is not None and (images.memory_ids >= 0).any()
-            bank = (images.bank or self.memory_bank) if reads else None  # else no bank is opened for it
-            found += sources_of(bank, images, mask)
+            found += sources_of((images.bank or self.memory_bank) if reads else None, images, mask)  # else opens none
         outputs = super().generate(inputs, *args, **kwargs)
         if images is not None and not torch.is_tensor(outputs):
             outputs["memory_ids"], outputs["memory_scores"] = images.memory_ids, images.memory_scores

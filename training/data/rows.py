@@ -257,8 +257,7 @@ def turns_of(value: Any, role: str) -> list:
         return value
     with suppress(ValueError, TypeError):
         turns = json.loads(value)
-        wanted = {"role", "content"}
-        if isinstance(turns, list) and turns and all(wanted <= dict(turn).keys() for turn in turns):
+        if isinstance(turns, list) and turns and all({"role", "content"} <= dict(turn).keys() for turn in turns):
             return turns
     return [{"role": role, "content": value}]
 

@@ -112,5 +112,8 @@ def _request(connection: socket.socket, parts: SplitResult, name: str, tls: ssl.
                     note = ", and redirects are not followed" if 300 <= response.status < 400 else ""
                     raise ValueError(f"the server answers {response.status}{note}")
                 return collect(iter(lambda: response.read(CHUNK_BYTES), b""), deadline)
+        except OSError as error:  # the watch's end of the connection may be a reset
+            late = time.monotonic() > deadline
+            raise ValueError(f"not complete after {MAX_SECONDS} seconds" if late else str(error)) from error
         finally:
             watch.cancel()

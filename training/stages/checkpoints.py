@@ -141,8 +141,8 @@ def read_state(checkpoint: str) -> TrainerState:
     """Return the state of a run at a checkpoint, the best of them beside it: their folder may have been moved."""
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
     if state.best_model_checkpoint is not None:
-        name = os.path.basename(state.best_model_checkpoint)
-        state.best_model_checkpoint = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), name)
+        name = Path(state.best_model_checkpoint).name
+        state.best_model_checkpoint = str(Path(checkpoint).absolute().with_name(name))
     return state
 
 

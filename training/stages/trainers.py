@@ -206,13 +206,9 @@ class SupervisedTrainer(Trainer):
         if self.is_in_train or self.is_divided:
             yield
             return
-        self._forget_preparation()
-        with ready_to_answer(self.model):
+        self.accelerator.free_memory()  # accelerate puts its mixed precision around the model again, which
+        with ready_to_answer(self.model):  # this takes away
             yield
-        self._forget_preparation()
-
-    def _forget_preparation(self):
-        """Let accelerate put its mixed precision around the model again, which [`ready_to_answer`] has taken away."""
         self.accelerator.free_memory()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):

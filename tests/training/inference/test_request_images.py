@@ -219,6 +219,19 @@ def test_answers_that_are_refused(path, message, internet, server, monkeypatch):
     assert "/red.png" not in [path for path, _ in server.requests]
 
 
+def test_a_connection_that_is_reset_when_time_is_up(internet, server, monkeypatch):
+    """What ending the connection makes of it is the system's: a reset, or an end."""
+
+    def reset(client):
+        time.sleep(0.3)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    set_seconds(monkeypatch, 0.1)
+    monkeypatch.setattr("http.client.HTTPConnection.getresponse", reset)
+    with pytest.raises(ValueError, match="cannot be fetched .not complete after 0.1 seconds."):
+        load_request_image("http://images.example/red.png", HOSTS)
+
+
 def test_a_host_that_is_silent(internet, monkeypatch):
     set_seconds(monkeypatch, 0.3)
     with socket.socket() as silent:
