@@ -1,4 +1,4 @@
-"""The neighbours themselves in the prompt: their visual tokens and their captions, in training and after."""
+"""The neighbours themselves in the prompt: captions in lines, alone and with visual tokens, in training and after."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,7 +17,7 @@ from tinyalign_vlm.training.stages.precision import bfloat16_language_model
 
 SEEDS = (0, 1, 2)  # 3 minutes each
 # Of how many neighbours the pictures stand in the prompt, by system; captions stand there of all.
-SYSTEMS = {"pictures_in_prompt": TOP_K, "nearest_picture_in_prompt": 1}
+SYSTEMS = {"lines_in_prompt": 0, "pictures_in_prompt": TOP_K, "nearest_picture_in_prompt": 1}
 
 
 def show_neighbours(messages: list[dict], captions: list[str], pictures: int) -> list[dict]:

@@ -103,8 +103,9 @@ def pictures(study: Study, folder: Path) -> Section:
     names = {
         "tinyalign": "TinyAlign",
         "text_cut": "text-only RAG, cut at 32 tokens",
-        "pictures_in_prompt": "pictures and captions in the prompt",
-        "nearest_picture_in_prompt": "captions and the nearest one's picture in the prompt",
+        "lines_in_prompt": "captions in lines before the picture",
+        "pictures_in_prompt": "captions in lines, each with its picture",
+        "nearest_picture_in_prompt": "captions in lines, the nearest with its picture",
     }
     rows = {title: result_of(name, "with") for name, title in names.items()}
     rows["baseline"] = result_of("baseline", "with")
@@ -113,12 +114,16 @@ def pictures(study: Study, folder: Path) -> Section:
     rivals = {names[name]: rows[names[name]] for name in pictures_in_prompt.SYSTEMS}
     tokens = ", ".join(f"{demos[0].results[name]['with'].tokens:.0f} ({title})" for name, title in names.items())
     beside = [f"TinyAlign beside {title}: {versus(demos, ours, pick)}" for title, pick in rivals.items()]
-    beside += [f"{title} beside text alone: {versus(demos, pick, text)}" for title, pick in rivals.items()]
+    lines = names["lines_in_prompt"]
+    beside.append(f"{lines} beside text-only RAG: {versus(demos, rows[lines], text)}")
+    beside += [f"{title} beside {lines}: {versus(demos, rivals[title], rows[lines])}" for title in [*rivals][1:]]
     return Section(
         "Neighbours as pictures in the prompt",
         "None.",
-        "The visual tokens of each neighbour, or of the nearest alone, stand with the captions before the question, "
-        f"in training and after; as many steps. Tokens of a prompt: {tokens}.\n\n" + scores_table(demos, rows, ours),
+        "Text-only RAG writes the captions behind the picture, as `Similar: a; b; c; d`. Here each stands in a line of "
+        "its own before it, as an answer would be written; then, too, the visual tokens of each neighbour, or of the "
+        "nearest alone, before its caption. In training and after; as many steps. Tokens of a prompt: "
+        f"{tokens}.\n\n" + scores_table(demos, rows, ours),
         f"{'; '.join(beside)}.",
         ahead_of(demos, ours, rivals),
     )
