@@ -173,11 +173,12 @@ def bank_card(facts: BankFacts) -> DatasetCard:
         ) from error
 
 
-def space_card(repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCard:
+def space_card(repo_id: str, facts: ModelFacts, model_revision: str, visitors_may: str = "ask") -> SpaceCard:
     """Return the card of a demo Space, which is its configuration as well: space_app.py reads it.
 
     `facts` are those of the model as it is on the Hub; the Space runs the weights and the code of the commit
-    `model_revision`. Raises `ValueError` for a name that is none of a repository.
+    `model_revision`, and its visitors may do what `tinyalign app` says. Raises `ValueError` for a name that is none of
+    a repository.
     """
     for name in (repo_id, facts.repo_id):
         validate_repo_id(name)
@@ -197,7 +198,7 @@ def space_card(repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCar
         tags=["tinyalign"],
         model_revision=model_revision,
         prompt=facts.example.prompt,
-        visitors_may="ask",
+        visitors_may=visitors_may,
     )
     return SpaceCard.from_template(
         data,
@@ -226,13 +227,15 @@ def write_card(folder: str | os.PathLike, facts: ModelFacts | BankFacts | None =
     return card
 
 
-def write_space(folder: str | os.PathLike, repo_id: str, facts: ModelFacts, model_revision: str) -> SpaceCard:
+def write_space(
+    folder: str | os.PathLike, repo_id: str, facts: ModelFacts, model_revision: str, visitors_may: str = "ask"
+) -> SpaceCard:
     """Write a demo Space into a folder: README.md, app.py, requirements.txt and the package. Arguments as of
     `space_card`.
 
     The package travels as it is installed here: a Space runs what its author has tried, released or not.
     """
-    card, folder = space_card(repo_id, facts, model_revision), Path(folder)
+    card, folder = space_card(repo_id, facts, model_revision, visitors_may), Path(folder)
     card.save(folder / "README.md")
     shutil.copy(HERE / "space_app.py", folder / "app.py")
     needed = [line for line in importlib.metadata.requires("tinyalign-vlm") if "extra ==" not in line]

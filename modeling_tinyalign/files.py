@@ -213,12 +213,16 @@ def push_files(
         replaced: pattern of files that are deleted unless they are in `files`: shards of an earlier version.
         make_card: makes README.md from the repository's name, where neither `files` nor the repository has one.
         commit: of `HfApi.create_commit`.
+
+    Raises ValueError for a bank whose shards would replace those of a data set that is none.
     """
     api, where = HfApi(token=token), {"repo_type": repo_type, "revision": revision}
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
     present = set(api.list_repo_files(repo_id, **where))
+    if repo_type == "dataset" and CONFIG_NAME not in present and fnmatch.filter(present, replaced):
+        raise ValueError(f"{repo_id} holds another data set ({replaced}), expected a bank or none: choose another name.")
     if CARD_NAME not in present | files.keys():
         files = {**files, CARD_NAME: make_card(repo_id).encode()}
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]

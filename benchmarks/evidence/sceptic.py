@@ -49,11 +49,10 @@ def fine_tuned(demo: Demo, name: str, full: bool, negatives: bool) -> tuple[PreT
     rng = np.random.default_rng(demo.config.seed)
     taught = rng.permutation(demo.pairs.heldout)
     labels, features = demo.labels(taught), demo.features["noto"][taught]
-    if negatives:  # one of each, in turn
-        kept = rng.permutation(len(demo.pairs.train))[: len(taught)]
-        others = demo.labels(demo.pairs.train[kept])
-        labels = [name for pair in zip(labels, others, strict=True) for name in pair]
-        features = np.stack([features, demo.features["train"][kept]], 1).reshape(-1, *features.shape[1:])
+    if negatives:  # one of each, in turn, drawn in the same style: it must not tell them apart
+        others = rng.permutation(demo.pairs.train)[: len(taught)]
+        labels = [name for pair in zip(labels, demo.labels(others), strict=True) for name in pair]
+        features = np.stack([features, demo.features["noto"][others]], 1).reshape(-1, *features.shape[1:])
     settings = systems.stage2_settings(demo.config) | {"max_steps": STEPS}
     if full:
         settings |= {"tune_language_model": "full", "max_steps": FULL_STEPS, "learning_rate": FULL_LEARNING_RATE}

@@ -55,20 +55,20 @@ def scores_table(demos: Sequence[Demo], rows: dict[str, Pick], against: Pick | N
     return f"{table(header, lines)}\n\nSeeds: {', '.join(str(demo.config.seed) for demo in demos)}."
 
 
-def better(demos: Sequence[Demo], pick: Pick, than: Pick) -> list[str]:
-    """Return the metrics in which one is better than another: in every seed, and with an interval off 0."""
-    found = []
+def better(demos: Sequence[Demo], pick: Pick, than: Pick) -> dict[str, bool]:
+    """Return the metrics in which one is better than another, with an interval off 0, and True if in every seed."""
+    found = {}
     for metric, title in METRICS.items():
         difference = score(demos, pick, metric, minus=than)
         is_better, sign = (is_less, -1) if metric in LOSSES else (is_more, 1)
-        if is_better(difference) and all(sign * mean(demo, pick, metric, than) > 0 for demo in demos):
-            found.append(title)
+        if is_better(difference):
+            found[title] = all(sign * mean(demo, pick, metric, than) > 0 for demo in demos)
     return found
 
 
 def beats(demos: Sequence[Demo], pick: Pick, than: Pick) -> bool:
-    """Tell whether one is better than another in something, and worse in nothing."""
-    return bool(better(demos, pick, than)) and not better(demos, than, pick)
+    """Tell whether one is better than another in something, in every seed, and worse in nothing, in the mean."""
+    return any(better(demos, pick, than).values()) and not better(demos, than, pick)
 
 
 def versus(demos: Sequence[Demo], pick: Pick, than: Pick) -> str:
@@ -82,8 +82,9 @@ def ahead_of(demos: Sequence[Demo], ours: Pick, rivals: dict[str, Pick]) -> str:
     return "; ".join(f"{title} in {said(names)}" for title, names in found.items() if names)
 
 
-def said(names: Sequence[str]) -> str:
-    return ", ".join(names) or "nothing"
+def said(found: dict[str, bool]) -> str:
+    """Name the metrics that `better` found."""
+    return ", ".join(title if always else f"{title} (not in every seed)" for title, always in found.items()) or "nothing"
 
 
 def demos_of(study: Study, seeds: Sequence[int]) -> list[Demo]:

@@ -243,6 +243,7 @@ def calibrate_from_files(
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{name} is {value}, expected a share above 0 and up to 1.")
     config = read_config(paths, [*fields, "--cache_features", "False"])
+    config.eval_dataset = None  # calibrated on what is trained on
     folder = Path(config.memory_bank or "")
     if config.memory_bank is None or not folder.is_dir() or config.any_tower or config.streaming:
         raise ValueError(

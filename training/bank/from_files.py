@@ -214,6 +214,9 @@ class FileBuild:
         model, processor = load_model(config)
         model.to(config.device).eval()
         columns = settings.keep if bank is None else bank.config.columns
+        lost = settings.constants().keys() - {*columns, "image", "caption", settings.caption_column}
+        if lost:
+            raise ValueError(f"--set names {sorted(lost)}, but the bank keeps {list(columns)}: leave them out.")
         source = CaptionedImages(config, settings.caption_column, columns, settings.constants())
         batch_size = settings.batch_size or batch_size_of(config)
         tower = hashlib.sha256(model.config.vision_config.to_json_string().encode())

@@ -65,6 +65,12 @@ def check(arguments: argparse.Namespace):
     model, tasks = arguments.model, arguments.tasks
     if (model is None) == (arguments.compare is None):
         raise ValueError("evaluate needs a checkpoint, or --compare with folders of answers: one of them.")
+    if arguments.compare:
+        usual = {"memory": "on", "tasks": USUAL_BENCHMARKS, "batch_size": 8}
+        names = "banks memory shuffled against tasks data limit images judge card batch_size".split()
+        given = [name for name in names if vars(arguments)[name] and vars(arguments)[name] != usual.get(name)]
+        if given:
+            raise ValueError(f"--compare reads what is on disk: leave out --{', --'.join(given).replace('banks', 'bank')}.")
     if "mmvet" in tasks and not (arguments.judge and os.environ.get("OPENAI_API_KEY")):
         raise ValueError("mmvet is scored by a judge: pass --judge MODEL, and set OPENAI_API_KEY and OPENAI_BASE_URL.")
     if arguments.images is not None and "vqav2_val" not in tasks:
@@ -85,5 +91,7 @@ def check(arguments: argparse.Namespace):
         raise ValueError(f"card is for whole benchmarks of the Hub: leave it out, or {', '.join(narrowed)}.")
     if not os.path.isdir(arguments.model or ""):
         raise ValueError(f"card is for a checkpoint's folder, found {arguments.model!r}: leave out --card.")
+    if not os.path.isfile(os.path.join(arguments.model, "card_facts.json")):  # its README.md would be overwritten
+        raise ValueError(f"card is made of card_facts.json, which {arguments.model} lacks: leave out --card.")
     if set(arguments.tasks) == {"vqav2_testdev"}:
         raise ValueError("card is for scores, and only EvalAI has those of vqav2_testdev: leave out --card.")

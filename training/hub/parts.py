@@ -15,6 +15,7 @@ from ..arguments.names import HUB_SECONDS
 
 UNKNOWN = "unknown"  # an id of the Hub's list of licences, too
 LOCAL = "local, without a revision"
+FREE_TEXT = ("--prompt", "--where", "--set")  # options whose values are no paths
 
 
 def describe_part(role: str, name: str, hub_type: str, revision: str | None = None) -> Part:
@@ -51,11 +52,17 @@ def common_license(parts: Sequence[Part]) -> str:
 
 def public_command(arguments: Sequence[str]) -> str:
     """Return a command line without access tokens, and with paths of this machine cut to their last name."""
-    options = ["", *arguments]
-    return shlex.join(_public(argument, option) for option, argument in zip(options, arguments, strict=False))
+    words, option = [], ""
+    for argument in arguments:
+        words.append(_public(argument, option))
+        if argument.startswith("--") or option not in FREE_TEXT:
+            option = argument
+    return shlex.join(words)
 
 
 def _public(argument: str, option: str) -> str:
+    if option in FREE_TEXT and not argument.startswith("--"):
+        return re.sub(r"\bhf_\w{30,}", "...", argument)
     name, equals, value = argument.partition("=")
     if equals and re.fullmatch(r"[\w-]+", name):
         return f"{name}={_public(value, name)}"
@@ -64,7 +71,7 @@ def _public(argument: str, option: str) -> str:
     if argument.startswith(("{", "[")):  # JSON
         return re.sub(r'"([^"]+)"', lambda text: f'"{_public(text[1], "")}"', argument)
     is_url = re.match(r"(?!file:)\w+://", argument)
-    if "/" not in argument or option == "--prompt" or is_url or is_hub_id(argument):
+    if "/" not in argument or is_url or is_hub_id(argument):
         return argument
     return Path(argument).name
 

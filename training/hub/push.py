@@ -1,10 +1,12 @@
 """Pushing a checkpoint and its memory bank to the Hub, with their cards."""
 
 import json
+import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, SpaceCard
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -24,6 +26,7 @@ from ...modeling_tinyalign.files import CARD_NAME, WEIGHTS, push_files, resolve_
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.modeling_tinyalign import TinyAlignForConditionalGeneration
 from .bank_facts import with_facts_of_hub
+from .parts import describe_part
 
 AUTO_CLASSES = {
     "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),
@@ -31,7 +34,7 @@ AUTO_CLASSES = {
 }
 # Of a checkpoint's folder; optimizer states, pickles and subfolders stay here, and what names this machine's paths.
 WEIGHT_SUFFIXES = {".json", ".safetensors", ".py", ".jinja", ".png", ".txt", ".model"}
-LOCAL_FILES = {"run.json", "bad_rows.json"}
+LOCAL_FILES = {"run.json", "bad_rows.json", "trainer_state.json"}
 # Facts of a bank that nothing but a person knows.
 EXAMPLES = {"summary": "Photographs of North American birds with their names.", "license": ["cc-by-4.0"]}
 
@@ -60,6 +63,8 @@ def push(
     for name in (model and model[1], bank and bank[1], space):
         if name is not None:
             validate_repo_id(name)
+            if "/" not in name:
+                raise ValueError(f"The repository is {name!r}, expected OWNER/NAME: cards name it in full.")
     facts = None if model is None else checked_facts(Path(model[0]), has_bank=bank is not None)
     if space is not None and facts is None:
         raise ValueError(f"A Space needs a checkpoint with {FACTS_NAME}, which says what to ask it.")
@@ -80,6 +85,9 @@ def push(
         config.memory_bank_revision = resolve_commit(config.memory_bank, config.memory_bank_revision)
     elif config.memory_top_k > 0:
         print("The checkpoint names no memory bank: give --bank, or attach one after loading.")
+    if facts is not None and config.memory_bank is not None and (bank is not None or facts.bank is None):
+        source = config.memory_bank if bank is None else os.path.abspath(bank[0])  # not the bank of the training
+        facts = replace(facts, bank=describe_part("memory bank", source, "dataset"))
     facts = facts and model_on_hub(facts, model[1], config.memory_bank, config.memory_bank_revision)
     commit = push_checkpoint(Path(model[0]), model[1], config, facts, **options)
     print(f"model: {commit.repo_url} at {commit.oid}")
@@ -165,7 +173,9 @@ def push_space(repo_id: str, facts: ModelFacts, model_revision: str, private: bo
     """Put a chat with a pushed model, at this commit, into a Space, which is created if it does not exist."""
     api = HfApi()
     url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-    message = f"A chat with {facts.repo_id}"
+    message, visitors_may = f"A chat with {facts.repo_id}", "ask"
+    if api.file_exists(url.repo_id, CARD_NAME, repo_type="space"):  # what its owner has set there stays
+        visitors_may = SpaceCard.load(url.repo_id).data.get("visitors_may", visitors_may)
     with tempfile.TemporaryDirectory() as folder:
-        write_space(folder, url.repo_id, facts, model_revision)
+        write_space(folder, url.repo_id, facts, model_revision, visitors_may)
         return api.upload_folder(repo_id=url.repo_id, repo_type="space", folder_path=folder, commit_message=message)

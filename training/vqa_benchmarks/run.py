@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from .samples import NEIGHBOUR, file_name, is_answered, samples_path, save_sampl
 from .tasks import Questions
 
 REVISIONS = "revisions.json"  # commits of the data, by repository: the first run writes it, later ones obey
+MAX_DEPTH = 32  # of the folders that a variant is named by, where their last names are the same
 IMAGE_NAME = re.compile(r"(?:.*/)?(?:[A-Za-z][\w-]*?)?(\d+)(?:\.[A-Za-z]+)?\s*")
 ANSWERING_PACKAGES = ("tinyalign-vlm", "lmms-eval", "transformers", "torch", "datasets")
 
@@ -112,13 +114,19 @@ def variants_of(
     for other in against:
         has_memory = TinyAlignConfig.from_pretrained(other).num_neighbours > 0
         variants += variants_of(other, banks[:1] if has_memory else ())
-    if len({file_name(variant.name) for variant in variants}) < len(variants):  # a/stage2 and b/stage2, say
-        in_full = [variant_name(**{**asdict(variant), "name": str}) for variant in variants]
-        variants = [replace(variant, name=name) for variant, name in zip(variants, in_full, strict=True)]
-    names = [variant.name for variant in variants]
+    names, depth = [variant.name for variant in variants], 1
+    while len(set(map(file_name, names))) < len(names) and depth < MAX_DEPTH:  # a/stage2 and b/stage2, say
+        depth += 1
+        names = [variant_name(**{**asdict(variant), "name": partial(end_of, depth=depth)}) for variant in variants]
+    variants = [replace(variant, name=name) for variant, name in zip(variants, names, strict=True)]
     if len(set(map(file_name, names))) < len(names):
         raise ValueError(f"Variants are called {names}, expected names that differ: name each model and bank once.")
     return variants
+
+
+def end_of(path: str, depth: int = 1) -> str:
+    """Return the last names of a folder or repository: what is above them is this machine's."""
+    return "/".join(Path(path).resolve().parts[-depth:])
 
 
 def variant_name(
@@ -126,7 +134,7 @@ def variant_name(
     bank: str | None = None,
     memory: str = "on",
     shuffled: bool = False,
-    name: Callable[[str], str] = lambda path: Path(path).resolve().name,
+    name: Callable[[str], str] = end_of,
 ) -> str:
     """Return what a variant is called; `name` makes a name of a folder or repository."""
     words = [name(checkpoint), *([name(bank)] if bank else []), *["shuffled"] * shuffled]

@@ -23,7 +23,11 @@ from tinyalign_cli.main import main
             ["model", "--tasks", "vqav2_val", "--exclude", "--data", "x", "--images", "y", "--card"],
             "out, or --exclude, --data, --images.",
         ),
-        (["--compare", "a", "--card"], "card is for a checkpoint's folder, found None: leave out --card."),
+        (["model", "--card"], "card is made of card_facts.json, which model lacks: leave out --card."),
+        (
+            ["--compare", "a", "--shuffled", "--tasks", "pope", "--card"],
+            "--compare reads what is on disk: leave out --shuffled, --tasks, --card.",
+        ),
         (["model", "--card", "--tasks", "vqav2_testdev"], "only EvalAI has those of vqav2_testdev"),
         (["--compare", "nowhere"], "nowhere has no samples/VARIANT/BENCHMARK.parquet, expected a folder of results."),
         (["nowhere"], "model is 'nowhere': there is no "),
@@ -34,6 +38,8 @@ def test_what_is_wrong_is_said_in_a_line(arguments, message, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     (tmp_path / "model").mkdir()
+    if "vqav2_testdev" in arguments:
+        (tmp_path / "model" / "card_facts.json").touch()
     with pytest.raises(SystemExit) as end:
         main(["evaluate", *arguments])
     assert message in str(end.value) and "\n" not in str(end.value)

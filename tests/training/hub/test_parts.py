@@ -62,6 +62,12 @@ def test_a_command_line_without_tokens_and_with_the_words_of_a_prompt():
     assert public_command(["--dataset", "hf_pairs.json"]) == "--dataset hf_pairs.json"
 
 
+def test_conditions_and_constants_are_no_paths():
+    command = ["--where", "caption~and/or", "source=a b/c", "--set", "note=a/b/c", "--out", "/home/me/bank"]
+    assert public_command(command) == "--where 'caption~and/or' 'source=a b/c' --set note=a/b/c --out bank"
+    assert public_command(["--set", f"note=hf_{'x' * 34}"]) == "--set note=..."
+
+
 @pytest.mark.parametrize(("license", "known"), [("[mit", "unknown"), ("2.0", "2.0"), ("[mit, 3]", "mit, 3")])
 def test_somebodys_readme(license, known, tmp_path):
     (tmp_path / "README.md").write_text(f"---\nlicense: {license}\n---\n")

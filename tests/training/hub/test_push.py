@@ -59,6 +59,21 @@ def command(*arguments: str) -> list:
     return [output.getvalue(), end]
 
 
+def set_in_card(space: str, visitors_may: str):
+    from huggingface_hub import SpaceCard
+
+    card = SpaceCard.load(space)
+    card.data["visitors_may"] = visitors_may
+    card.push_to_hub(space)
+
+
+def put(repo: str, name: str, text: str):
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo, repo_type="dataset")
+    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=repo, repo_type="dataset")
+
+
 @pytest.fixture
 def folders(saved, tmp_path) -> dict[str, str]:
     """Copies, with what training leaves beside a checkpoint."""
@@ -125,6 +140,13 @@ def test_cards_are_made_of_recorded_facts(hub, owner, folders):
     assert card.data.datasets == ["cli/facts-bank"] and commit in card.text and "../bank" not in card.text
     bank_card = DatasetCard(hub.files("cli/facts-bank", "dataset")["README.md"].decode())
     assert "12 rows" in bank_card.text and "cli/facts" in bank_card.text
+    # the licence is that of the bank that is pushed, not of the one that was trained with
+    write(folders["bank"], {**BANK_FACTS, "license": ["cc-by-4.0"]})
+    _, end = owner.run(command, folders["model"], "cli/facts", "--bank", folders["bank"], "cli/facts-bank")
+    assert end is None and json.loads(hub.files("cli/facts")["card_facts.json"])["bank"]["license"] == "cc-by-4.0"
+    for kind, arguments in (("model", []), ("bank", ["--bank"])):
+        _, end = owner.run(command, *arguments, folders[kind], "without-owner")
+        assert "The repository is 'without-owner', expected OWNER/NAME" in end
     output, end = owner.run(command, folders["model"], "cli/facts-2")
     assert "names the local bank ../bank: push it too, with --bank" in end
 
@@ -184,6 +206,15 @@ def test_a_bank_that_does_not_fit_is_not_pushed(hub, owner, folders, make_model,
     assert "cosine" in end and set(hub.repositories) == known
 
 
+def test_another_data_set_is_not_replaced_by_a_bank(hub, owner, folders):
+    write(folders["bank"], BANK_FACTS)
+    owner.run(put, "cli/birds", "data/train-00000-of-00001.parquet", "photographs")
+    before = hub.files("cli/birds", "dataset")
+    _, end = owner.run(command, "--bank", folders["bank"], "cli/birds")
+    assert "cli/birds holds another data set (data/train-*.parquet), expected a bank or none" in end
+    assert hub.files("cli/birds", "dataset") == before
+
+
 def test_a_space_chats_with_the_commit_that_was_pushed(hub, owner, folders):
     write(folders["model"], MODEL_FACTS)
     write(folders["bank"], BANK_FACTS)
@@ -197,14 +228,18 @@ def test_a_space_chats_with_the_commit_that_was_pushed(hub, owner, folders):
     assert data["model_revision"] == hub.repositories["model", "cli/spaced"].resolve("main")
     facts = json.loads(hub.files("cli/spaced")["card_facts.json"])
     assert (facts["repo_id"], facts["bank"]["source"]) == ("cli/spaced", "cli/spaced-bank")
+    # what its owner has set stays when it is pushed again
+    owner.run(set_in_card, "cli/space", "teach")
+    assert owner.run(command, *arguments)[1] is None
+    assert SpaceCard(hub.files("cli/space", "space")["README.md"].decode()).data["visitors_may"] == "teach"
     assert "A Space needs a checkpoint with card_facts.json" in owner.run(command, *arguments[2:])[1]
 
 
 def test_files_that_name_paths_of_this_machine_stay_here(tmp_path, monkeypatch, make_model):
     model, sent = make_model(), {}
     model.save_pretrained(tmp_path)
-    for name in ("run.json", "bad_rows.json"):
+    for name in ("run.json", "bad_rows.json", "trainer_state.json"):
         (tmp_path / name).write_text('{"image_folder": "/home/me"}')
     monkeypatch.setattr(push, "push_files", lambda files, *_, **__: (sent.update(files), None))
     push.push_checkpoint(tmp_path, "me/m", model.config, None)
-    assert "config.json" in sent and not {"run.json", "bad_rows.json"} & sent.keys()
+    assert "config.json" in sent and not {"run.json", "bad_rows.json", "trainer_state.json"} & sent.keys()
