@@ -222,7 +222,7 @@ def push_files(
         api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
     present = set(api.list_repo_files(repo_id, **where))
     if repo_type == "dataset" and CONFIG_NAME not in present and fnmatch.filter(present, replaced):
-        raise ValueError(f"{repo_id} holds another data set ({replaced}), expected a bank or none: choose another name.")
+        raise ValueError(f"{repo_id} holds another data set ({replaced}), expected a bank: choose another name.")
     if CARD_NAME not in present | files.keys():
         files = {**files, CARD_NAME: make_card(repo_id).encode()}
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]

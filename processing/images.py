@@ -112,7 +112,8 @@ def decode_image(image: Any, formats: Sequence[str] | None = None) -> Image.Imag
         reason = re.sub(r" <_io[^>]*>", "", f"{type(error).__name__}: {error}")
         kind = "of a mode such as RGB, L or P"
         if isinstance(error, UnidentifiedImageError):
-            kind = "such as JPEG, PNG or WebP: convert HEIC and SVG, and download pages or pointers of Git LFS again"
+            known = f"in one of {', '.join(formats)}" if formats else "such as JPEG, PNG or WebP"
+            kind = f"{known}: convert HEIC, SVG and others, and download pages or pointers of Git LFS again"
         raise ValueError(f"the image cannot be read ({reason}), expected an intact image {kind}") from error
     check_proportions(rgb.size)
     rgb.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -128,14 +129,19 @@ def check_proportions(sides: Sequence[int]) -> None:
         )
 
 
+def base64_bytes(text: str) -> bytes:
+    """Return what base64 text stands for, in lines or not, padded or not, URL-safe or not. ValueError if none."""
+    text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
 def _local_file(name: str) -> str | bytes:
     """Return the path of a file, or the bytes that base64 text or a name of datasets' stands for."""
     shown = repr(name if len(name) <= 100 else f"{name[:50]}...")
     if is_base64(name):
         try:
             text = unquote(name.partition(",")[2] if name[:5].lower() == "data:" else name)
-            text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
-            return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+            return base64_bytes(text)
         except ValueError:
             raise ValueError(f"the image cannot be read: found {shown}, expected whole base64 text") from None
     if OF_DATASETS.match(name):

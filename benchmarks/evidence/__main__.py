@@ -73,9 +73,9 @@ validation concepts, some of which are test concepts of another seed.
 
 Brackets are 95% intervals of {draws} bootstrap draws of concepts, over all seeds of a table, and are for these runs;
 from which seed's result to which they go stands in parentheses, and a run of one seed differs from the next by as
-much. "Better" is: in every seed, and with a paired interval off 0; what is so in the mean alone is marked. Four metrics are looked at each time, so that
-of two equals one is better in something in up to one comparison of ten. None of 200 is [0, 0] here; up to 1.5% is
-possible.
+much. "Better" is: in every seed, and with a paired interval off 0; what is so in the mean alone is marked. Four
+metrics are looked at each time, so that of two equals one is better in something in up to one comparison of ten. None
+of 200 is [0, 0] here; up to 1.5% is possible.
 
 | claim | verdict |
 |---|---|

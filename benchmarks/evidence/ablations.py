@@ -142,7 +142,7 @@ def queries(study: Study, folder: Path) -> Section:
         f'The question in the query is "{PROMPT}", for both questions. One model, trained with the first row\'s '
         "neighbours, whose keys were learned, which those of the other rows were not. Recall, a right row among four, "
         f"by row: {found}.\n\n" + scores_table(demos, rows, picture),
-        f"{UNTESTED}: all pictures are asked the same here, so the question cannot tell them apart. Beside the query of "
+        f"{UNTESTED}: all pictures are asked the same, so the question cannot tell them apart. Beside the query of "
         f"the picture alone, one with the question is {versus(demos, question, image)}. Keys of the tower's space, "
         f"beside it: {versus(demos, picture, question)}.",
     )

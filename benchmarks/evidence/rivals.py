@@ -10,7 +10,7 @@ import pictures_in_prompt
 import sceptic
 import teaching
 from pooling import is_less, is_more, result_of
-from sections import FAILS, HOLDS, UNTESTED, Section, ahead_of, cell, demos_of, said, scores_table, versus
+from sections import FAILS, HOLDS, UNTESTED, Section, ahead_of, cell, demos_of, scores_table, versus
 from study import Study
 
 from tinyalign_vlm.hub_cards.markdown import table
@@ -120,8 +120,8 @@ def pictures(study: Study, folder: Path) -> Section:
     return Section(
         "Neighbours as pictures in the prompt",
         "None.",
-        "Text-only RAG writes the captions behind the picture, as `Similar: a; b; c; d`. Here each stands in a line of "
-        "its own before it, as an answer would be written; then, too, the visual tokens of each neighbour, or of the "
+        "Text-only RAG writes the captions behind the picture, as `Similar: a; b; c; d`. Here each is a line of its "
+        "own before it, as an answer would be written; then, too, the visual tokens of each neighbour, or of the "
         "nearest alone, before its caption. In training and after; as many steps. Tokens of a prompt: "
         f"{tokens}.\n\n" + scores_table(demos, rows, ours),
         f"{'; '.join(beside)}.",
@@ -246,5 +246,5 @@ def easy_vqa(study: Study, folder: Path) -> Section:
         f"{interval_cell(cost['off'], '+')} without memory. Beside blind answers it is "
         f"{interval_cell(found.score('own', minus='blind'), '+')}, the baseline's "
         f"{interval_cell(found.score('baseline', minus='blind'), '+')}.",
-        f"the baseline in accuracy ({said(behind)})" if behind else "",
+        f"the baseline in accuracy ({', '.join(behind)})" if behind else "",
     )

@@ -84,7 +84,8 @@ def ahead_of(demos: Sequence[Demo], ours: Pick, rivals: dict[str, Pick]) -> str:
 
 def said(found: dict[str, bool]) -> str:
     """Name the metrics that `better` found."""
-    return ", ".join(title if always else f"{title} (not in every seed)" for title, always in found.items()) or "nothing"
+    told = [title if always else f"{title} (not in every seed)" for title, always in found.items()]
+    return ", ".join(told) or "nothing"
 
 
 def demos_of(study: Study, seeds: Sequence[int]) -> list[Demo]:

@@ -262,11 +262,14 @@ def test_what_is_no_request(server, monkeypatch):
             urllib.request.urlopen(urllib.request.Request(server.url + path, b"{}"))
 
 
-def test_an_answer_that_nobody_waits_for_ends(saved, monkeypatch):
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_nobody_waits_for_ends(saved, monkeypatch, stream):
+    """And one that was given up while others had the model is not begun."""
     model, processor = serve.load_to_answer(saved.folder, memory="off", device="cpu")
-    started, ended = threading.Event(), threading.Event()
+    started, ended, begun = threading.Event(), threading.Event(), []
 
     def generate(stopping_criteria, **inputs):
+        begun.append(1)
         started.set()
         while not stopping_criteria[0](torch.zeros(1, 1, dtype=torch.long), None).all():
             time.sleep(0.01)
@@ -274,13 +277,18 @@ def test_an_answer_that_nobody_waits_for_ends(saved, monkeypatch):
 
     monkeypatch.setattr(model, "generate", generate)
     server = Server(serve.build_app(NAME, model, processor, "off"))
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
-    body = json.dumps({"messages": openai_chat()})
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    assert started.wait(60)
-    connection.close()
+    body = json.dumps({"messages": openai_chat(), "stream": stream})
+    first, second = (http.client.HTTPConnection(server.url.removeprefix("http://")) for _ in range(2))
+    for connection in (first, second):
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        assert started.wait(60)
+    time.sleep(0.5)  # the second waits for the model
+    second.close()
+    time.sleep(1)
+    first.close()
     assert ended.wait(60)
     server.stop()
+    assert len(begun) == 1
 
 
 def test_a_picture_on_its_side(server, images):
@@ -359,3 +367,36 @@ def test_a_template_that_refuses_a_chat_says_why(server, images, monkeypatch):
     monkeypatch.setattr(TinyAlignProcessor, "apply_chat_template", refuse)
     with pytest.raises(openai.BadRequestError, match="System role not supported"):
         server.chat(data_url(images[0]))
+
+
+def test_what_the_model_cannot_do_is_told_in_json(server, images, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(serve, "completion", fail)
+    with pytest.raises(openai.InternalServerError, match="RuntimeError: out of memory") as error:
+        server.chat(data_url(images[0]))
+    assert error.value.type == "server_error"
+
+
+def test_top_p_alone_samples(saved):
+    config = serve.sampling_settings({"top_p": 0.9}, saved.model, 8)
+    assert config.do_sample and config.top_p == 0.9
+    assert not serve.sampling_settings({"top_p": 0.9, "temperature": 0}, saved.model, 8).do_sample
+
+
+def test_its_health_is_told_while_all_threads_wait(server, monkeypatch):
+    waiting = threading.Event()
+    monkeypatch.setattr(serve, "events", lambda *args: iter(lambda: waiting.wait(60) and None, None))
+    streams = []
+    for _ in range(45):  # there are 40 threads
+        streams.append(http.client.HTTPConnection(server.url.removeprefix("http://")))
+        body = json.dumps({"messages": openai_chat(), "stream": True})
+        streams[-1].request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    try:
+        time.sleep(2)
+        assert urllib.request.urlopen(f"{server.url}/health", timeout=20).status == 200
+    finally:
+        waiting.set()
+        for stream in streams:
+            stream.close()

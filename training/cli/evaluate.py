@@ -67,10 +67,11 @@ def check(arguments: argparse.Namespace):
         raise ValueError("evaluate needs a checkpoint, or --compare with folders of answers: one of them.")
     if arguments.compare:
         usual = {"memory": "on", "tasks": USUAL_BENCHMARKS, "batch_size": 8}
-        names = "banks memory shuffled against tasks data limit images judge card batch_size".split()
-        given = [name for name in names if vars(arguments)[name] and vars(arguments)[name] != usual.get(name)]
+        options = vars(arguments) | {"bank": arguments.banks}
+        names = "bank memory shuffled against tasks data limit images judge card batch_size".split()
+        given = [name for name in names if options[name] and options[name] != usual.get(name)]
         if given:
-            raise ValueError(f"--compare reads what is on disk: leave out --{', --'.join(given).replace('banks', 'bank')}.")
+            raise ValueError(f"--compare reads what is on disk: leave out --{', --'.join(given)}.")
     if "mmvet" in tasks and not (arguments.judge and os.environ.get("OPENAI_API_KEY")):
         raise ValueError("mmvet is scored by a judge: pass --judge MODEL, and set OPENAI_API_KEY and OPENAI_BASE_URL.")
     if arguments.images is not None and "vqav2_val" not in tasks:

@@ -2,6 +2,7 @@
 
 import contextlib
 import html
+import os
 import tempfile
 from collections.abc import Iterator
 
@@ -58,9 +59,28 @@ def start_app(
 
 
 @contextlib.contextmanager
+def no_proxy() -> Iterator[None]:
+    """Ask no proxy for this machine's own pages meanwhile: Gradio looks at its own before it is ready."""
+    before = os.environ.get("no_proxy")
+    direct = ",".join(filter(None, [before or os.environ.get("NO_PROXY"), *SAFE_HOSTS]))
+    with patch_environment(NO_PROXY=direct):
+        os.environ["no_proxy"] = direct  # which would count more
+        try:
+            yield
+        finally:
+            os.environ.pop("no_proxy")
+            if before is not None:
+                os.environ["no_proxy"] = before
+
+
+@contextlib.contextmanager
 def serving(shared: Shared, host: str | None = "127.0.0.1", port: int | None = None) -> Iterator[gr.Blocks]:
     """Serve the app meanwhile; what was uploaded is deleted at the end. A `port` of None is the first that is free."""
-    with tempfile.TemporaryDirectory(prefix="tinyalign-app-") as uploads, patch_environment(GRADIO_TEMP_DIR=uploads):
+    with (
+        tempfile.TemporaryDirectory(prefix="tinyalign-app-") as uploads,
+        patch_environment(GRADIO_TEMP_DIR=uploads),
+        no_proxy(),
+    ):
         app, guards = build_app(shared), [Middleware(Guard)]
         if host in (*SAFE_HOSTS, "::1"):  # else a page whose name leads here could push with the user's token
             guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=SAFE_HOSTS))

@@ -110,14 +110,14 @@ class Pages:
         self.gallery = gr.HTML(js_on_load=CARD_CLICK, elem_id="gallery", visible=self.shared.has_memory)
 
     def _settings(self):
-        most, threshold = self.shared.model.config.memory_top_k, self.shared.model.config.retrieval_threshold
+        most, threshold = self.shared.model.config.memory_top_k, self.shared.model.config.retrieval_threshold or 0
+        read = max(1, most)  # Gradio refuses what is out of a slider's range, a hidden one's, too
         with gr.Row(visible=self.shared.has_memory):
             self.top_k = gr.Slider(
-                1, max(2, most), most, step=1, label="Neighbours that are read", visible=most > 1, elem_id="top-k"
+                1, max(2, most), read, step=1, label="Neighbours that are read", visible=most > 1, elem_id="top-k"
             )
-            self.threshold = gr.Slider(
-                0, 1, threshold or 0, step=0.01, label="Similarity below which none is read", elem_id="threshold"
-            )
+            label = "Similarity below which none is read"
+            self.threshold = gr.Slider(min(0, threshold), 1, threshold, step=0.01, label=label, elem_id="threshold")
             self.compare = gr.Checkbox(True, label="Answer without memory, too", elem_id="compare")
             self.put_back = gr.Button("Put back what was left out", visible=False, elem_id="put-back")
 

@@ -1,6 +1,5 @@
 """Images that a stranger names in a request to a server."""
 
-import base64
 import contextlib
 import http.client
 import ipaddress
@@ -14,7 +13,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from PIL import Image
 
-from ...processing.images import MAX_SECONDS, collect, decode_image
+from ...processing.images import MAX_SECONDS, base64_bytes, collect, decode_image
 
 CHUNK_BYTES = 2**16
 # Where the public addresses of IPv6 are, but for those of 6to4, which hold an address of IPv4.
@@ -36,9 +35,9 @@ def load_request_image(url: str, allowed_hosts: Collection[str] = ()) -> Image.I
     """
     if isinstance(url, str) and url.startswith(("http://", "https://")):
         data = download_image(url, allowed_hosts)
-    elif isinstance(url, str) and url.startswith("data:image/"):
+    elif isinstance(url, str) and url.startswith("data:image/") and ";base64," in url:
         try:
-            data = base64.b64decode(url.partition(";base64,")[2], validate=True)
+            data = base64_bytes(url.partition(";base64,")[2])
         except ValueError as error:
             raise ValueError(f"found {url[:100]!r}, expected base64 after `;base64,` ({error})") from error
     else:

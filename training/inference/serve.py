@@ -110,12 +110,13 @@ def build_app(
     async def in_the_words_of_openai(request: Request, error: AnyHTTPException) -> JSONResponse:
         return error_response(str(error.detail), error.status_code)
 
+    # async: the threads may all be waiting for the model
     @app.get("/health")
-    def health() -> dict:
+    async def health() -> dict:
         return {"status": "ok"}
 
     @app.get("/v1/models")
-    def models() -> dict:
+    async def models() -> dict:
         return {"object": "list", "data": [entry]}
 
     @app.post("/v1/chat/completions")
@@ -128,7 +129,7 @@ def build_app(
             settings = pictures, memory, allowed_hosts, max_tokens
             answer = await asyncio.to_thread(read_request, body, model, processor, *settings)
             if body.get("stream"):
-                return StreamingResponse(events(answer, body, name), media_type="text/event-stream")
+                return Events(answer, events(answer, body, name))
             work = asyncio.ensure_future(asyncio.to_thread(completion, answer, body, name))
             while not (await asyncio.wait([work], timeout=0.5))[0]:
                 if await request.is_disconnected():
@@ -140,13 +141,34 @@ def build_app(
             return error_response(str(error), 400, "context_length_exceeded")
         except (ValueError, TypeError, KeyError, TemplateError) as error:
             raise HTTPException(400, str(error)) from error
+        except (RuntimeError, MemoryError) as error:  # torch's
+            return error_response(f"{type(error).__name__}: {error}", 500)
 
     return app
 
 
+class Events(StreamingResponse):
+    """An answer as server-sent events, which ends when its client leaves: nobody reads it, and others wait."""
+
+    def __init__(self, answer: Answer, content: Iterator[str]):
+        super().__init__(content, media_type="text/event-stream")
+        self.answer = answer
+
+    async def __call__(self, *connection):
+        try:
+            await super().__call__(*connection)
+        finally:
+            self.answer.stopped.set()
+
+    async def listen_for_disconnect(self, receive):
+        await super().listen_for_disconnect(receive)
+        self.answer.stopped.set()  # before the thread has its turn, in which it would begin
+
+
 def error_response(message: str, status: int, code: str | None = None) -> JSONResponse:
     message = message.encode(errors="replace").decode()  # it may quote half a character
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": code}
     return JSONResponse({"error": error}, status)
 
 
@@ -216,6 +238,7 @@ def sampling_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> Ge
         config.temperature = float(temperature) if config.do_sample else None
     if body.get("top_p") is not None:
         config.top_p = float(body["top_p"])
+        config.do_sample = config.do_sample or temperature is None  # OpenAI's temperature is 1 by default
     stops = body.get("stop") or None
     config.stop_strings = [stops] if isinstance(stops, str) else stops
     wanted = body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens
@@ -286,5 +309,5 @@ def read_part(part: Any, images: list[Image.Image], allowed_hosts: Collection[st
     images.append(load_request_image(part["image_url"].get("url"), allowed_hosts))
     pixels, most = sum(image.width * image.height for image in images), Image.MAX_IMAGE_PIXELS
     if most is not None and pixels > most:
-        raise ValueError(f"the images have {pixels} pixels, expected {most} in all")
+        raise ValueError(f"the images have {pixels} pixels, expected {most} in all: send fewer, or smaller ones")
     return {"type": "image", "image": images[-1]}

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from PIL import Image
 from starlette.datastructures import Headers
@@ -69,13 +70,13 @@ def _lessons(uploads: list[tuple[str, Opener]]) -> Iterator[tuple[str, Image.Ima
         if name in files:  # in subfolders, of which Gradio tells nothing
             raise ValueError(f"There are several files named {name:.100}: upload the folder as a zip file.")
         if not PurePosixPath(name).name.startswith("."):  # left by a system, "._a.png" of a Mac say
-            files[name] = file
+            files[normalize("NFC", name)] = file  # a Mac writes accents apart
     tables = [name for name in files if name.lower().endswith(".csv")]
     if len(tables) != 1:
         raise ValueError(f"Found {len(tables)} CSV files among {len(files)} files, expected one, beside the pictures.")
     folder = PurePosixPath(tables[0]).parent
     for row in _rows(files[tables[0]], tables[0]):
-        name = row["image"] or ""
+        name = normalize("NFC", row["image"] or "").replace("\\", "/")
         file = files.get(str(folder / name)) or files.get(name) or _only_end(files, name)
         if file is None:
             raise ValueError(f"{tables[0]} names the picture {name!r:.100}, which was not uploaded.")
@@ -89,14 +90,15 @@ def _lessons(uploads: list[tuple[str, Opener]]) -> Iterator[tuple[str, Image.Ima
 def _rows(file: Opener, name: str) -> list[dict[str, str | None]]:
     try:
         text = _limited(file, name, MAX_CSV_BYTES).decode("utf-8-sig")
-        rows = csv.DictReader(io.StringIO(text, newline=""))
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # an open quote would take in all
         if not set(COLUMNS) <= set(rows.fieldnames or []):
             raise ValueError(
                 f"its columns are {rows.fieldnames!s:.300}, expected {' and '.join(COLUMNS)} in its first line"
             )
         rows = list(islice(rows, MAX_ROWS + 1))
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{name} cannot be read: {error}.") from error
+        hint = ": save it as UTF-8" if isinstance(error, UnicodeError) else ""
+        raise ValueError(f"{name} cannot be read ({error}){hint}.") from error
     if len(rows) > MAX_ROWS:
         raise ValueError(f"{name} has more than {MAX_ROWS} rows, expected at most so many at once: split it.")
     return rows

@@ -326,6 +326,10 @@ def test_add(build, place, tmp_path, capsys, tinyalign):
         tinyalign(*red)
     with pytest.raises(SystemExit, match="--set is 'license', expected COLUMN=VALUE"):
         tinyalign(*red, "--set", "license")
+    with pytest.raises(
+        SystemExit, match=r"--set names \['source'\], but the bank keeps \['license'\]: leave them out"
+    ):
+        tinyalign(*red, "--set", "license=mine", "source=mine")
     assert not (tmp_path / "red").exists() and not (tmp_path / ".red.build").exists()
     tinyalign(*red, "--set", "license=mine")
     assert MemoryBank.from_pretrained(tmp_path / "red").rows([36])[0]["license"] == "mine"

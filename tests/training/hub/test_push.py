@@ -211,7 +211,7 @@ def test_another_data_set_is_not_replaced_by_a_bank(hub, owner, folders):
     owner.run(put, "cli/birds", "data/train-00000-of-00001.parquet", "photographs")
     before = hub.files("cli/birds", "dataset")
     _, end = owner.run(command, "--bank", folders["bank"], "cli/birds")
-    assert "cli/birds holds another data set (data/train-*.parquet), expected a bank or none" in end
+    assert "cli/birds holds another data set (data/train-*.parquet), expected a bank: choose" in end
     assert hub.files("cli/birds", "dataset") == before
 
 

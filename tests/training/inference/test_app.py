@@ -618,7 +618,18 @@ def test_an_app_without_memory_says_why_and_answers(folders, images, make_model,
     make_processor(baseline).save_pretrained(tmp_path / "baseline")
     shared = load_shared(str(tmp_path / "baseline"), "main", str(folders / "bank"), "cpu")
     assert "was trained without memory" in shared.problem
-    app_module.build_app(shared)
+    for threshold in (None, -0.5):  # Gradio refuses a question where a slider is out of its range
+        shared.model.config.retrieval_threshold = threshold
+        blocks = app_module.build_app(shared).blocks.values()
+        sliders = [block for block in blocks if block.get_block_name() == "slider"]
+        assert sliders and all(slider.minimum <= slider.value <= slider.maximum for slider in sliders)
+
+
+def test_a_proxy_is_not_asked_for_the_apps_own_page(monkeypatch):
+    monkeypatch.setenv("no_proxy", "intranet.example")
+    with app_module.no_proxy():
+        assert all(map(urllib.request.proxy_bypass_environment, ("127.0.0.1", "localhost", "intranet.example")))
+    assert os.environ["no_proxy"] == "intranet.example" and not urllib.request.proxy_bypass_environment("127.0.0.1")
 
 
 def test_a_space_starts_from_its_folder(folders, tmp_path):

@@ -252,6 +252,15 @@ def test_images_in_the_request():
     for data, size in ((png(image), (6, 4)), (png(image, exif=exif), (4, 6))):
         url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
         assert load_request_image(url).size == size
+    in_lines = base64.encodebytes(png(image)).decode().rstrip("=\n")  # not padded
+    assert load_request_image(f"data:image/png;base64,{in_lines}").size == (6, 4)
+    with pytest.raises(ValueError, match="expected a data:image/...;base64, URL"):
+        load_request_image("data:image/svg+xml;utf8,<svg/>")
+    file = io.BytesIO()
+    image.save(file, "TIFF")
+    tiff = base64.b64encode(file.getvalue()).decode()
+    with pytest.raises(ValueError, match="expected an intact image in one of PNG, .*: convert HEIC"):
+        load_request_image(f"data:image/tiff;base64,{tiff}")
 
 
 def test_what_no_request_may_name(tmp_path, monkeypatch):

@@ -55,6 +55,12 @@ def test_a_zip_file_of_a_folder(put):
     assert [line for _, _, line in read_lessons(put(files, True))] == ["one"]
 
 
+def test_accents_in_either_form_and_folders_of_windows(put):
+    table = "image,caption\nbirds\\Zaunk\u00f6nig.png,x\n".encode()
+    files = {"birds/Zaunko\u0308nig.png": png(), "lessons.csv": table}
+    assert [line for _, _, line in read_lessons(put(files, True))] == ["x"]
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_a_mac_leaves_behind(put, zipped):
     folder = "__MACOSX/" if zipped else ""
@@ -98,7 +104,8 @@ def test_a_folder_with_two_pictures_of_one_name(put, tmp_path):
     ("changed", "message"),
     [
         ({"lessons.csv": b"file,text\na.png,x\n"}, r"columns are \['file', 'text'\], expected image and caption"),
-        ({"lessons.csv": b"\xff\xfe"}, "lessons.csv cannot be read"),
+        ({"lessons.csv": b"\xff\xfe"}, "lessons.csv cannot be read .*: save it as UTF-8"),
+        ({"lessons.csv": b'image,caption\na.png,"open\nb.png,x\n'}, "lessons.csv cannot be read .*end of data"),
         ({"lessons.csv": b"image,caption\nc.png,x\n"}, "names the picture 'c.png', which was not uploaded"),
         ({"lessons.csv": b"image,caption\n../../etc/passwd,x\n"}, "which was not uploaded"),
         ({"other.csv": b""}, "Found 2 CSV files among 4 files, expected one"),

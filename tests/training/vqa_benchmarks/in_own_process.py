@@ -287,9 +287,16 @@ def test_names_of_variants(saved, make_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="a/model is a model without memory: leave out --bank"):
         variants_of("a/model", [saved["bank"]])
-    found = variants_of("b/model", ["bank"], against=["a/model", "./b/model"])
-    assert [variant.name for variant in found] == ["b/model, bank", "a/model", "./b/model, bank"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "b/model").rename(tmp_path / "c/model")
+    make_model().save_pretrained(tmp_path / "b/model")
+    # by the shortest ends that differ: what is above them is this machine's
+    found = variants_of("b/model", ["bank"], against=["a/model", str(tmp_path / "c/model")])
+    place = tmp_path.name
+    assert [variant.name for variant in found] == [f"b/model, {place}/bank", "a/model", f"c/model, {place}/bank"]
     assert [variant.bank for variant in found] == ["bank", None, "bank"]
+    with pytest.raises(ValueError, match="Variants are called .* expected names that differ"):
+        variants_of("b/model", ["bank"], against=["./b/model"])
 
 
 def test_images_of_a_list(tmp_path):
