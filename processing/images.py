@@ -129,19 +129,14 @@ def check_proportions(sides: Sequence[int]) -> None:
         )
 
 
-def base64_bytes(text: str) -> bytes:
-    """Return what base64 text stands for, in lines or not, padded or not, URL-safe or not. ValueError if none."""
-    text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-
-
 def _local_file(name: str) -> str | bytes:
     """Return the path of a file, or the bytes that base64 text or a name of datasets' stands for."""
     shown = repr(name if len(name) <= 100 else f"{name[:50]}...")
     if is_base64(name):
         try:
             text = unquote(name.partition(",")[2] if name[:5].lower() == "data:" else name)
-            return base64_bytes(text)
+            text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+            return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except ValueError:
             raise ValueError(f"the image cannot be read: found {shown}, expected whole base64 text") from None
     if OF_DATASETS.match(name):

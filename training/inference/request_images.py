@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from PIL import Image
 
-from ...processing.images import MAX_SECONDS, base64_bytes, collect, decode_image
+from ...processing.images import MAX_SECONDS, collect, decode_image
 
 CHUNK_BYTES = 2**16
 # Where the public addresses of IPv6 are, but for those of 6to4, which hold an address of IPv4.
@@ -34,15 +34,10 @@ def load_request_image(url: str, allowed_hosts: Collection[str] = ()) -> Image.I
         ValueError: it is neither, the host is not allowed, or `decode_image` refuses what is there.
     """
     if isinstance(url, str) and url.startswith(("http://", "https://")):
-        data = download_image(url, allowed_hosts)
-    elif isinstance(url, str) and url.startswith("data:image/") and ";base64," in url:
-        try:
-            data = base64_bytes(url.partition(";base64,")[2])
-        except ValueError as error:
-            raise ValueError(f"found {url[:100]!r}, expected base64 after `;base64,` ({error})") from error
-    else:
+        url = BytesIO(download_image(url, allowed_hosts))
+    elif not (isinstance(url, str) and url.startswith("data:image/") and ";base64," in url):
         raise ValueError(f"found {str(url)[:100]!r}, expected a data:image/...;base64, URL")
-    return decode_image(BytesIO(data), REQUEST_FORMATS)
+    return decode_image(url, REQUEST_FORMATS)  # which reads no file: the URL has the bytes
 
 
 def download_image(url: str, allowed_hosts: Collection[str]) -> bytes:
