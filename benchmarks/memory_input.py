@@ -7,9 +7,10 @@ Each seed trains, in the demo's steps: the baseline; TinyAlign ("captions"), tex
 latents ("both") and latents alone, the paper's way ("latents"), all on training concepts of which the bank lacks 30%;
 captions and text without memory dropout ("coverage", "text_coverage"); captions with training concepts that the bank
 has, with memory dropout ("dropout") and without ("known"); captions whose dropout always takes all neighbours
-("all_off"), and captions in the second stage alone, in as many steps ("one_stage"). Not by default: the baseline on as
-few rows as are trained without memory in "all_off" ("baseline_120") and in "captions" ("baseline_20"), and three
-systems in ten times the steps ("baseline_long", "captions_long", "latents_long"), with a plot of their losses.
+("all_off"), and captions in the second stage alone, in as many steps ("one_stage"). Not by default: captions without
+similarities ("no_scores"), the baseline on as few rows as are trained without memory in "all_off" ("baseline_120") and
+in "captions" ("baseline_20"), and three systems in ten times the steps ("baseline_long", "captions_long",
+"latents_long"), with a plot of their losses.
 
 Every number is of concepts that were never trained on, with a bank that has them, one that lacks them, and none
 ("off"); of a system that reads values also with those of other rows, and with the MLP that reads them switched off:
@@ -119,7 +120,7 @@ def run_one(demo: Demo, name: str) -> dict[str, Result]:
             for bank in BANKS
         }
     banks = {bank: bank for bank in (*BANKS, "off")}
-    memory = {}
+    memory = {"memory_scores": False} if name == "no_scores" else {}
     if part in ("both", "latents"):
         run.make_latent_banks(demo)
         memory = {"memory_input": part}
@@ -184,7 +185,7 @@ def main():
     parser.add_argument("demo", type=Path, help="output folder of `tinyalign demo`, whose weights are used")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=(*SYSTEMS, *FEWER_ROWS, *LONG))
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=(*SYSTEMS, "no_scores", *FEWER_ROWS, *LONG))
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

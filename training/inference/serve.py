@@ -27,6 +27,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Receive, Scope, Send
 
 MAX_BODY_BYTES = 64 * 2**20
 MAX_IMAGES = 16
@@ -154,13 +155,13 @@ class Events(StreamingResponse):
         super().__init__(content, media_type="text/event-stream")
         self.answer = answer
 
-    async def __call__(self, *connection):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(*connection)
+            await super().__call__(scope, receive, send)
         finally:
             self.answer.stopped.set()
 
-    async def listen_for_disconnect(self, receive):
+    async def listen_for_disconnect(self, receive: Receive) -> None:
         await super().listen_for_disconnect(receive)
         self.answer.stopped.set()  # before the thread has its turn, in which it would begin
 
