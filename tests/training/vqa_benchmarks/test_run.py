@@ -11,6 +11,8 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from vqa_rows import COMMANDS, gqa_rows, save, write
 
+from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
 
 
@@ -82,6 +84,7 @@ def test_data_of_the_hub_are_pinned(hub, saved, tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "revisions.json").write_text(json.dumps({name: commit}))
     model = shutil.copytree(saved["model"], tmp_path / "model")  # which gets a card
+    write_facts(model, ModelFacts(repo_id="model"))
     asked = ["evaluate", str(model), "--bank", saved["bank"], "--tasks", "gqa", "--output"]
     commands = [[*asked, str(tmp_path / folder)] for folder in ("pinned", "new", "missing")]
     commands[1].append("--card")
