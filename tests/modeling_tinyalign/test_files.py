@@ -240,7 +240,8 @@ class FakeHub:
 
 
 def test_one_commit_brings_new_files_and_deletes_old_shards(monkeypatch):
-    hub = FakeHub(["README.md", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "notes.txt"])
+    shards = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
+    hub = FakeHub(["README.md", "bank_config.json", *shards, "notes.txt"])
     monkeypatch.setattr(files, "HfApi", lambda token: hub)
     new = {"data/train-00000-of-00001.parquet": b"rows", "bank_config.json": b"{}"}
     found = files.push_files(
