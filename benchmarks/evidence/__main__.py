@@ -6,6 +6,7 @@ Run every claim of the paper again, and what a sceptic asks, and write docs/evid
     python benchmarks/evidence evidence --seeds 0 --only loss bank --report evidence/report.md
 
 Systems, evaluations and answers are kept in the folder, so a run that was killed goes on, and a section runs alone.
+Each system takes half a gigabyte of disk: three seeds of one section 11 GB, a whole run several times as many.
 Clip art, for real_captions and a row in bank and sources: `apt-get install openclipart-png openclipart-svg`.
 Sections: {sections}.
 """
