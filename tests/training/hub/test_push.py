@@ -60,11 +60,11 @@ def command(*arguments: str) -> list:
 
 
 def set_in_card(space: str, visitors_may: str):
-    from huggingface_hub import SpaceCard
+    from huggingface_hub import HfApi, SpaceCard
 
     card = SpaceCard.load(space)
     card.data["visitors_may"] = visitors_may
-    card.push_to_hub(space)
+    HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id=space, repo_type="space")
 
 
 def put(repo: str, name: str, text: str):
