@@ -383,6 +383,7 @@ def test_top_p_alone_samples(saved):
     config = serve.sampling_settings({"top_p": 0.9}, saved.model, 8)
     assert config.do_sample and config.top_p == 0.9
     assert not serve.sampling_settings({"top_p": 0.9, "temperature": 0}, saved.model, 8).do_sample
+    assert not serve.sampling_settings({"top_p": 1}, saved.model, 8).do_sample
 
 
 def test_its_health_is_told_while_all_threads_wait(server, monkeypatch):

@@ -239,7 +239,7 @@ def sampling_settings(body: dict, model: PreTrainedModel, max_tokens: int) -> Ge
         config.temperature = float(temperature) if config.do_sample else None
     if body.get("top_p") is not None:
         config.top_p = float(body["top_p"])
-        config.do_sample = config.do_sample or temperature is None  # OpenAI's temperature is 1 by default
+        config.do_sample = config.do_sample or (temperature is None and body["top_p"] < 1)  # 1 asks for nothing
     stops = body.get("stop") or None
     config.stop_strings = [stops] if isinstance(stops, str) else stops
     wanted = body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens
