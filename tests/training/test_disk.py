@@ -14,8 +14,7 @@ from isolation import set_hf_home
 from tinyalign_cli.main import main
 from tinyalign_vlm import MemoryBank
 from tinyalign_vlm.hub_cards.facts import ModelFacts, write_facts
-from tinyalign_vlm.training.data import neighbour_table as neighbours
-from tinyalign_vlm.training.data.neighbour_table import neighbour_table
+from tinyalign_vlm.training.data import neighbours
 from tinyalign_vlm.training.demo.state import write_json
 from tinyalign_vlm.training.hub.run_facts import StageRecord, write_records
 from tinyalign_vlm.training.stages.samples import write_samples
@@ -91,19 +90,20 @@ def test_a_killed_process_leaves_the_file_that_was_there(name, tmp_path, monkeyp
     assert (tmp_path / name).read_bytes() != earlier and not list(tmp_path.glob("*.new"))
 
 
-def test_what_a_killed_process_leaves_of_a_neighbour_table_goes_with_its_parts(
+def test_what_a_killed_process_leaves_beside_a_neighbour_table_goes(
     bank, model, processor, images, tmp_path, monkeypatch
 ):
-    write, begun = neighbours.save_file, []
+    def killed(table, path):
+        write(table, path)
+        raise Killed(str(path))
 
-    def note(path, content):
-        begun.append(path)
-        write(path, content)
-
-    monkeypatch.setattr(neighbours, "save_file", note)
-    path = neighbour_table(bank, model, processor, images, 3, folder=tmp_path)
-    assert [file.parent for file in begun] == [path.with_suffix(".parts"), tmp_path]
-    assert not path.with_suffix(".parts").exists()
+    write, search = neighbours.write_parquet, neighbours.NeighbourSearch(bank, model, processor, images, 3)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(neighbours, "write_parquet", killed)
+        search.table(tmp_path)
+    assert len(list(tmp_path.glob("*.partial"))) == len(list(tmp_path.glob("*.parquet"))) == 1
+    path = search.table(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} - {path.name} == {lock.name for lock in tmp_path.glob("*.lock")}
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -3,28 +3,20 @@
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from io import BytesIO
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...processing.images import decode_image, image_source
-from .progress import ImageProgress
 from .rows import image_path
-
-PART_IMAGES = 256  # what a killed process loses at most
+from .shared_array import fill_array, from_main_process, one_run_at_a_time
 
 
 def cache_vision_features(
@@ -73,22 +65,6 @@ def cache_vision_features(
                 if state.is_main_process:
                     os.replace(partial, complete)
     return np.load(complete, mmap_mode="r", allow_pickle=False)
-
-
-def from_main_process(make: Callable[[], Any]) -> Any:
-    """Return what `make` returns in the main process, in all of them."""
-    (found,) = broadcast_object_list([make() if PartialState().is_main_process else None])
-    return found
-
-
-@contextmanager
-def one_run_at_a_time(lock: Path) -> Iterator[PartialState]:
-    """Let all processes of a run in and out together; another run that wants the same waits, and then finds it."""
-    state = PartialState()
-    with FileLock(lock) if state.is_main_process else nullcontext():
-        state.wait_for_everyone()
-        yield state
-        state.wait_for_everyone()
 
 
 def refuse_transforms(dataset: datasets.Dataset):
@@ -152,52 +128,23 @@ def _image_bytes(image: Any) -> bytes:
 def _compute(
     model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any], partial: Path, batch_size: int, desc: str
 ):
-    """Fill `partial`, an .npy file. Until all is there, a byte for each part, 1 when it is written, ends the file."""
-    state = PartialState()
-    ((_, features),) = feature_batches(model, processor, images, range(1), 1)  # for their shape
-    header, row_bytes, num_parts = BytesIO(), 2 * features.numel(), -(-len(images) // PART_IMAGES)
-    shape = (len(images), *features.shape[1:])
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
-    end = header.tell() + len(images) * row_bytes
-    if state.is_main_process and not (partial.exists() and partial.stat().st_size in (end, end + num_parts)):
-        free = shutil.disk_usage(partial.parent).free
-        if end > free:
-            raise OSError(
-                f"The features of {len(images)} images take {end / 1e9:.1f} GB, but {partial.parent} has "
-                f"{free / 1e9:.1f} GB left. Make room, set HF_HOME to a larger disk, or train with cache_features: "
-                "false."
-            )
-        with open(partial, "wb") as file:
-            file.write(header.getvalue())
-            file.truncate(end + num_parts)
-    state.wait_for_everyone()
-    with open(partial, "rb+") as file:
-        file.seek(end)
-        written = file.read() or bytes([1]) * num_parts  # the bytes are gone once all parts are written
-        state.wait_for_everyone()  # all know what is to do before one of them starts to do it
-        todo = [part for part in range(num_parts) if not written[part]]
-        todo = todo[state.process_index :: state.num_processes]
-        spans = [range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, len(images))) for part in todo]
-        with ImageProgress(sum(map(len, spans)), desc, state.process_index) as bar:
-            for part, span in zip(todo, spans, strict=True):
-                file.seek(header.tell() + span.start * row_bytes)
-                for start, features in feature_batches(model, processor, images, span, batch_size):
-                    features = features.to("cpu", torch.float16)
-                    finite = features.flatten(1).isfinite().all(dim=1)
-                    if not finite.all():
-                        raise ValueError(
-                            f"Image {start + int(finite.int().argmin())} has features that are NaN or do not fit in "
-                            "float16: check the tower's weights and dtype."
-                        )
-                    file.write(features.numpy().tobytes())  # not by a memory map: a full disk would be a SIGBUS
-                    bar.update(len(features))
-                file.flush()
-                os.fsync(file.fileno())
-                file.seek(end + part)
-                file.write(b"\1")
-    state.wait_for_everyone()
-    if state.is_main_process:
-        os.truncate(partial, end)
+    """Fill the file `partial` with the features of all images."""
+
+    def compute(spans: list[range]) -> Iterator[np.ndarray]:
+        for span in spans:
+            for start, features in feature_batches(model, processor, images, span, batch_size):
+                features = features.to("cpu", torch.float16)
+                finite = features.flatten(1).isfinite().all(dim=1)
+                if not finite.all():
+                    raise ValueError(
+                        f"Image {start + int(finite.int().argmin())} has features that are NaN or do not fit in "
+                        "float16: check the tower's weights and dtype."
+                    )
+                yield features.numpy()
+
+    ((_, first),) = feature_batches(model, processor, images, range(1), 1)  # for their shape
+    shape = (len(images), *first.shape[1:])
+    fill_array(partial, np.dtype("<f2"), shape, compute, desc, ", or train with cache_features: false")
 
 
 def feature_batches(

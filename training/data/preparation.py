@@ -21,7 +21,7 @@ from ..models import attach_bank, context_length, load_model, neighbours_of_base
 from .check import training_data
 from .features import cache_vision_features
 from .files import Rows
-from .neighbour_table import neighbour_table, read_neighbours, summary
+from .neighbours import NeighbourSearch, summary
 from .rows import RowImages, batch_size_of
 
 logger = logging.get_logger(__name__)
@@ -108,19 +108,10 @@ def with_neighbours(
         if bank.config.key_encoder.key_space == "language":
             texts = [processor.query_text_of(messages) for messages in rows["messages"]]
             queries = [texts[row] for row in row_numbers]
-        path = neighbour_table(
-            bank,
-            model,
-            processor,
-            images,
-            2 * top_k,
-            rows=row_numbers,
-            queries=queries,
-            vision_features=features,
-            batch_size=batch_size_of(config),
-            num_workers=config.dataloader_num_workers,
-        )
-        table = read_neighbours(path)
+        settings = (row_numbers, queries, features, batch_size_of(config), config.dataloader_num_workers)
+        search = NeighbourSearch(bank, model, processor, images, 2 * top_k, *settings)
+        path = search.table(cache_root() / "neighbours")
+        table = datasets.Dataset.from_parquet(str(path))
         if PartialState().is_main_process:
             logger.warning(f"{path}: {summary(table, top_k)}")
         columns = {name: table[name.replace("source_ids", "source_id")][:] for name in columns}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data.neighbour_table import write_parquet
+from ..data.neighbours import write_parquet
 
 FACTS = b"tinyalign"  # key of the metadata
 NEIGHBOUR = pa.struct(

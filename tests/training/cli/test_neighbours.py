@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tinyalign_cli.main import main
-from tinyalign_vlm.training.data import neighbour_table
+from tinyalign_vlm.training.data.neighbours import NeighbourSearch
 
 
 def tables(folder) -> list:
@@ -19,7 +19,7 @@ def test_neighbours_are_looked_up_once(folder, monkeypatch):
     assert table["own_rows"].to_pylist() == [1] * 20 + [0] * 10
     assert np.array(table["memory_ids"].to_pylist()).shape == (30, 4)  # twice memory_top_k
     assert all(index not in ids for index, ids in enumerate(table["memory_ids"].to_pylist()))
-    monkeypatch.setattr(neighbour_table.NeighbourSearch, "write_parts", None)
+    monkeypatch.setattr(NeighbourSearch, "write_table", None)
     main(["train", "stage1.yaml", "--output_dir", "out"])  # finds them
     main(["train", "stage1.yaml", "--output_dir", "one", "--model_kwargs", '{"memory_top_k": 1}'])
     main(["train", "stage1.yaml", "--output_dir", "rag", "--baseline", "text_rag"])

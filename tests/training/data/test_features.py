@@ -1,4 +1,4 @@
-"""Cached features and neighbours."""
+"""Cached features."""
 
 import io
 import json
@@ -15,8 +15,8 @@ from PIL import Image
 from tinyalign_cli.main import main
 from tinyalign_vlm import TinyAlignForConditionalGeneration, TinyAlignProcessor
 from tinyalign_vlm.training.data import features as module
+from tinyalign_vlm.training.data import shared_array
 from tinyalign_vlm.training.data.features import cache_vision_features
-from tinyalign_vlm.training.data.neighbours import find_neighbours, source_ids_of
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_the_next_stage_finds_the_features(make_model, make_processor, images, t
 def test_goes_on_where_it_was_killed(model, processor, images, tmp_path, forward_passes, monkeypatch):
     whole = cache_vision_features(model, processor, images, tmp_path / "whole")
     forward_passes.clear()
-    monkeypatch.setattr(module, "PART_IMAGES", 5)
+    monkeypatch.setattr(shared_array, "PART_IMAGES", 5)
     original = module.read_image
 
     def killed(images, index):
@@ -120,9 +120,10 @@ from pathlib import Path
 from accelerate import PartialState
 from tinyalign_vlm import TinyAlignForConditionalGeneration
 from tinyalign_vlm.training.data import features as module
+from tinyalign_vlm.training.data import shared_array
 
 state = PartialState(cpu=True)
-module.PART_IMAGES = 5
+shared_array.PART_IMAGES = 5
 read_image, read = module.read_image, []
 module.read_image = lambda images, index: read.append(index) or read_image(images, index)
 processor, images = pickle.loads(Path("inputs.pkl").read_bytes())
@@ -156,22 +157,6 @@ def test_bad_images_are_named_and_none_is_refused(model, processor, images, tmp_
         cache_vision_features(model, processor, [], tmp_path / "features")
 
 
-def test_neighbours_leave_the_own_image_out(model, images, bank, features):
-    scores, with_own = find_neighbours(bank, model, features, 2, batch_size=5)
-    assert with_own.dtype == np.int64 and with_own[:, 0].tolist() == list(range(12))
-    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-3)
-    _, without = find_neighbours(bank, model, features, 2, source_ids_of(images), batch_size=5)
-    assert (without != np.arange(12)[:, None]).all()
-    assert without[:, 0].tolist() == with_own[:, 1].tolist()
-    with pytest.raises(ValueError, match="3 source_ids for 12"):
-        find_neighbours(bank, model, features, 2, source_ids_of(images[:3]))
-
-
-def test_source_ids_are_those_of_the_bank(images, dataset, bank):
-    ids = source_ids_of(dataset["image"])
-    assert ids == [row["source_id"] for row in bank.rows(list(range(12)))] == source_ids_of(images)
-
-
 def test_features_are_kept_for_other_runs(files, monkeypatch):
     monkeypatch.chdir(files)
     set_hf_home(monkeypatch, files / "home")
@@ -193,8 +178,8 @@ def test_augmented_images_have_no_features(make_model, processor, dataset, tmp_p
 
 
 def test_features_that_the_disk_has_no_room_for(make_model, processor, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(OSError, match="The features of 12 images take 0.0 GB, but .* has 0.0 GB left"):
+    monkeypatch.setattr(shared_array.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="Vision features: 12 images take 0.0 GB, but .* has 0.0 GB left"):
         module.cache_vision_features(make_model(), processor, images, tmp_path / "features")
 
 

@@ -1,9 +1,10 @@
-"""The table of neighbours: what is in it, who finds it again, and what a kill leaves."""
+"""Neighbours of features, and the table of a data set's: who finds it again, and what a kill leaves."""
 
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,19 +14,39 @@ import torch
 from PIL import Image
 
 from tinyalign_vlm import MemoryBank
-from tinyalign_vlm.training.data import neighbour_table as module
-from tinyalign_vlm.training.data.neighbour_table import neighbour_table, read_neighbours
-from tinyalign_vlm.training.data.neighbours import source_ids_of
+from tinyalign_vlm.training.data import neighbours as module
+from tinyalign_vlm.training.data import shared_array
+from tinyalign_vlm.training.data.neighbours import NeighbourSearch, find_neighbours, source_ids_of
+
+
+def neighbour_table(*arguments, folder: Path, **settings) -> Path:
+    return NeighbourSearch(*arguments, **settings).table(folder)
 
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(module, "PART_ROWS", 5)
+    monkeypatch.setattr(shared_array, "PART_IMAGES", 5)
 
 
 def columns(path) -> dict[str, np.ndarray]:
     table = pq.read_table(path)
     return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+
+
+def test_neighbours_leave_the_own_image_out(model, images, bank, features):
+    scores, with_own = find_neighbours(bank, model, features, 2, batch_size=5)
+    assert with_own.dtype == np.int64 and with_own[:, 0].tolist() == list(range(12))
+    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-3)
+    _, without = find_neighbours(bank, model, features, 2, source_ids_of(images), batch_size=5)
+    assert (without != np.arange(12)[:, None]).all()
+    assert without[:, 0].tolist() == with_own[:, 1].tolist()
+    with pytest.raises(ValueError, match="3 source_ids for 12"):
+        find_neighbours(bank, model, features, 2, source_ids_of(images[:3]))
+
+
+def test_source_ids_are_those_of_the_bank(images, dataset, bank):
+    ids = source_ids_of(dataset["image"])
+    assert ids == [row["source_id"] for row in bank.rows(list(range(12)))] == source_ids_of(images)
 
 
 def test_it_is_the_search_without_own_rows(bank, model, processor, images, features, small_parts, tmp_path):
@@ -37,7 +58,7 @@ def test_it_is_the_search_without_own_rows(bank, model, processor, images, featu
     scores, ids = bank.search(bank.encode_queries(full), 3, exclude=own)
     assert (table["memory_ids"] == ids.numpy()).all()
     np.testing.assert_allclose(table["memory_scores"], scores.numpy(), atol=1e-2)
-    rows = read_neighbours(path)
+    rows = datasets.Dataset.from_parquet(str(path))
     assert rows[0]["memory_ids"] == ids[0].tolist() and len(rows) == len(images)
     # cached features and workers give the same neighbours
     again = neighbour_table(
@@ -67,9 +88,9 @@ def test_it_is_found_again_and_only_by_its_own_data_and_bank(
     bank, model, processor, images, small_parts, monkeypatch, tmp_path
 ):
     first = neighbour_table(bank, model, processor, images, 3, folder=tmp_path)
-    assert not list(tmp_path.glob("*.parts"))
+    assert not list(tmp_path.glob("*.partial"))
     with monkeypatch.context() as patch:
-        patch.setattr(module.NeighbourSearch, "write_parts", None)  # nothing is computed
+        patch.setattr(NeighbourSearch, "write_table", None)  # nothing is computed
         assert neighbour_table(bank, model, processor, list(images), 3, folder=tmp_path) == first
         assert neighbour_table(bank, model, processor, images, 2, folder=tmp_path) == first  # deep enough
     others = [
@@ -114,28 +135,32 @@ import os, pickle, random, signal, sys, time
 from pathlib import Path
 from accelerate import PartialState
 from tinyalign_vlm import TinyAlignForConditionalGeneration
-from tinyalign_vlm.training.data import neighbour_table as module
+from tinyalign_vlm.training.data import neighbours as module
+from tinyalign_vlm.training.data import shared_array
 
 def make():
     state = PartialState(cpu=True)
-    search, module.NeighbourSearch.write_parts = module.NeighbourSearch.write_parts, lambda self, files: (
-        Path(f"{folder} {state.process_index} {len(files)}").touch(), search(self, files)
+    batches, module.NeighbourSearch.batches = module.NeighbourSearch.batches, lambda self, spans: (
+        Path(f"{folder} {state.process_index} {len(spans)}").touch() or batches(self, spans)
     )
-    module.neighbour_table(bank, model, processor, images, 3, folder=folder, batch_size=2)
+    module.NeighbourSearch(bank, model, processor, images, 3, batch_size=2).table(Path(folder))
+
+def written():
+    return sum(path.read_bytes()[-PARTS:].count(1) for path in Path(folder).glob("*.partial"))
 
 def make_until_killed(parts):
     pid = os.fork()
     if pid == 0:
-        module.shutil.rmtree = lambda *_: time.sleep(3600)  # it never ends before it is killed
+        module.write_parquet = lambda *_: time.sleep(3600)  # it never ends before it is killed
         make()
-    while len(list(Path(folder).glob("*.parts/[0-9]*.parquet"))) < parts:
+    while written() < parts:
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
         time.sleep(0.001)
     time.sleep(random.Random(parts).uniform(0.0, 0.05))
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
-module.PART_ROWS = 5
+shared_array.PART_IMAGES, PARTS = 5, 30
 bank, processor, images = pickle.loads(Path("inputs.pkl").read_bytes())
 model = TinyAlignForConditionalGeneration.from_pretrained("model")
 folder, *kills = sys.argv[1:]
