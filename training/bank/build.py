@@ -23,7 +23,7 @@ from ...modeling_tinyalign.row_encoder import RowEncoder, check_as_many, check_m
 from ...modeling_tinyalign.value_encoder import ValueEncoder
 from ..data.images import DatasetImages
 from ..hub.bank_facts import facts_of_dataset
-from .encode import EncodedParts, RowChoice, no_usable_row
+from .encode import EncodedParts, no_usable_row
 from .value_encoder_training import ValueEncoderTrainingConfig, train_new_value_encoder
 
 MAX_WHITENING_ROWS = 4096  # that it is fitted on: their products with one another must fit in memory
@@ -84,8 +84,8 @@ def build_bank(
         cache_errors(),
         scratch_folder(cache_root(), SCRATCH_PREFIX) as folder,
     ):
-        parts = EncodedParts(folder)
-        parts.encode(encoder, source, RowChoice(total=source.total))
+        parts = EncodedParts(folder, total=source.total)
+        parts.encode(encoder, source)
         bank = finish_bank(encoder, parts, "The dataset", whiten_dim, quantized)
     bank.card_facts = facts_of_dataset(bank, dataset)
     return bank

@@ -1,7 +1,7 @@
 """Encoded rows on their way into a memory bank: kept in parts, so that a killed run goes on where it stopped."""
 
 import json
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
@@ -12,24 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from ...modeling_tinyalign.row_encoder import LeftOutRow, RowEncoder
+from ..data.check import count_kinds, kind_of_problem
 from ..data.images import StoredImages
 from ..data.progress import Progress
 from ..disk import save_file
 
 PART_ROWS = 512  # of the data set: what a killed run loses at most
-Chunk = Iterator[tuple[int, dict[str, Any]]]
-
-
-@dataclass
-class RowChoice:
-    """The rows of a data set to encode: all, or as many as are `wanted`, chosen by `seed` of the `total`, if known.
-
-    For a chosen row that has to be left out another one is chosen.
-    """
-
-    wanted: int | None = None
-    seed: int = 0
-    total: int | None = None
 
 
 @dataclass
@@ -38,9 +26,15 @@ class EncodedParts:
 
     Part i depends on the data set and the parts before it and on nothing else: whoever makes it, and whenever, it is
     the same. `num_rows` are encoded so far, and `left_out` are rows that were left out.
+
+    All rows are encoded, or as many as are `wanted`, chosen by `seed` of the `total`, if that is known. For a chosen
+    row that has to be left out another one is chosen.
     """
 
     folder: Path
+    wanted: int | None = None
+    seed: int = 0
+    total: int | None = None
     num_rows: int = 0
     left_out: list[LeftOutRow] = field(default_factory=list)
 
@@ -57,15 +51,15 @@ class EncodedParts:
         parts = map(read_part, self.folder.glob("[0-9]*.arrow"))
         return sum(len(rows) + len(left_out) for rows, left_out in parts)
 
-    def encode(self, encoder: RowEncoder, source: StoredImages, choice: RowChoice) -> None:
+    def encode(self, encoder: RowEncoder, source: StoredImages) -> None:
         """Encode the data set, but for the parts that are there.
 
         Raises `ValueError` if a row is bad and not to be left out, or gets a key or value that is not finite, and
         `OSError` if the disk is full; the parts so far are kept.
         """
         first_id = encoder.next_id
-        with Progress(total=choice.wanted or choice.total, desc="Encoding the bank", unit="row") as bar:
-            for number, chunk in enumerate(chunks(source, self.rounds(choice), PART_ROWS)):
+        with Progress(total=self.wanted or self.total, desc="Encoding the bank", unit="row") as bar:
+            for number, chunk in enumerate(chunks(source, self.rounds(), PART_ROWS)):
                 if not self.path(number).exists():
                     encoder.left_out = []
                     batches = []
@@ -76,19 +70,19 @@ class EncodedParts:
                 self.count_part(number, encoder.seen)
                 encoder.next_id = first_id + self.num_rows
                 # parts that were there already count, too
-                bar.n = self.num_rows + (0 if choice.wanted else len(self.left_out))
+                bar.n = self.num_rows + (0 if self.wanted else len(self.left_out))
                 bar.refresh()
                 bar.say(f"{self.num_rows + len(self.left_out):,} rows are done")
 
-    def rounds(self, choice: RowChoice) -> Iterator[np.ndarray | None]:
+    def rounds(self) -> Iterator[np.ndarray | None]:
         """Yield the numbers of rows to encode, ascending, None for all; again while chosen rows are left out."""
-        if choice.wanted is None:
+        if self.wanted is None:
             yield None
             return
-        order = np.random.default_rng(choice.seed).permutation(choice.total)
+        order = np.random.default_rng(self.seed).permutation(self.total)
         done = 0
-        while done < len(order) and self.num_rows < choice.wanted:
-            numbers = order[done : done + choice.wanted - self.num_rows]
+        while done < len(order) and self.num_rows < self.wanted:
+            numbers = order[done : done + self.wanted - self.num_rows]
             done += len(numbers)
             yield np.sort(numbers)
 
@@ -108,7 +102,9 @@ def read_part(path: Path) -> tuple[pa.Table, list[LeftOutRow]]:
     return rows, [LeftOutRow(**row) for row in json.loads(rows.schema.metadata[b"left_out"])]
 
 
-def chunks(source: StoredImages, rounds: Iterable[np.ndarray | None], size: int) -> Iterator[Chunk]:
+def chunks(
+    source: StoredImages, rounds: Iterable[np.ndarray | None], size: int
+) -> Iterator[Iterator[tuple[int, dict[str, Any]]]]:
     """Yield the rows of each round of `EncodedParts.rounds`, as they are stored, `size` to a part, read one by one."""
     for numbers in rounds:
         rows = iter(source.rows(numbers))
@@ -127,17 +123,15 @@ def part_content(batches: Sequence[pa.RecordBatch], schema: pa.Schema, left_out:
     return content.getvalue()
 
 
-def count_kinds(left_out: Sequence[LeftOutRow]) -> str:
+def describe_left_out(left_out: Sequence[LeftOutRow]) -> str:
     """Return `3 left out (2 broken image, 1 duplicate)`."""
-    kinds = Counter(row.reason.partition(":")[0] for row in left_out)
-    if not kinds:
-        return "0 left out"
-    return f"{len(left_out)} left out ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"
+    kinds = count_kinds(row.reason for row in left_out)
+    return f"{len(left_out)} left out ({kinds})" if left_out else "0 left out"
 
 
 def no_usable_row(name: str, left_out: Sequence[LeftOutRow]) -> ValueError:
     """Return the error of a data set none of whose rows can be in a bank, with the first reason of each kind."""
-    first = {row.reason.partition(":")[0]: row for row in reversed(left_out)}
+    first = {kind_of_problem(row.reason): row for row in reversed(left_out)}
     reasons = [f"row {row.row}: {row.reason}" for row in list(first.values())[:5]]
-    text = "\n  ".join([f"{count_kinds(left_out)}:", *reasons])
+    text = "\n  ".join([f"{describe_left_out(left_out)}:", *reasons])
     return ValueError(f"{name} has no usable row, a memory bank needs at least one image with a caption. {text}")

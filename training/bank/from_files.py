@@ -24,7 +24,7 @@ from ..hub.bank_facts import DATA, command_of_settings, save_with_facts
 from ..hub.parts import UNKNOWN, describe_part
 from ..models import load_model
 from .build import finish_bank, new_key_encoder
-from .encode import EncodedParts, RowChoice, count_kinds, no_usable_row
+from .encode import EncodedParts, describe_left_out, no_usable_row
 from .folders import WorkFolder, check_new_folder, work_folder
 from .value_encoder_training import ValueEncoderTrainingConfig, train_new_value_encoder
 
@@ -176,7 +176,7 @@ def _write_bank(
         work.clear()
     new = f", {parts.num_rows} of them new" if with_old_rows else ""
     listed = f", listed in {Path(out, LEFT_OUT_NAME)}" if parts.left_out else ""
-    print(f"{out}: {len(bank)} rows{new}; {count_kinds(parts.left_out)}{listed}.")
+    print(f"{out}: {len(bank)} rows{new}; {describe_left_out(parts.left_out)}{listed}.")
 
 
 @dataclass
@@ -204,7 +204,7 @@ class FileBuild:
         used = {**asdict(settings), "files": files, "bank": bank and bank.config.sha256.config}
         used = json.loads(json.dumps(used))  # as the earlier ones: a tuple becomes a list
         earlier = work.read_settings()
-        if out.exists() and earlier and used.items() <= earlier["settings"].items():
+        if out.exists() and earlier and used.items() <= earlier.items():
             work.clear()  # a process was killed at its very end
             return None
         check_new_folder(out)
@@ -224,11 +224,11 @@ class FileBuild:
         used |= {"batch_size": batch_size, "tower": tower.hexdigest()}
         used |= {"torch": torch.__version__, "transformers": __version__}
         if work.has_work:
-            check_same_work(work, earlier.get("settings", {}), used)
+            check_same_work(work, earlier, used)
             total = earlier["total"]
         else:
             total = count_rows(settings, source, is_local=files is not None)
-        work.write_settings({"settings": used, "total": total})
+        work.write_settings(used | {"total": total})
         return cls(settings, work, model, processor, source, total, batch_size)
 
     def row_encoder(self, bank: MemoryBank | None) -> RowEncoder:
@@ -274,9 +274,8 @@ class FileBuild:
 
     def encode(self, encoder: RowEncoder, ray: int | None) -> EncodedParts:
         """Encode the rows, here or on a Ray cluster, but for those that are encoded already."""
-        parts = EncodedParts(self.work.path)
-        choice = RowChoice(self.settings.rows, self.settings.seed, self.total)
-        total, done = choice.wanted or choice.total, parts.count_done()
+        parts = EncodedParts(self.work.path, self.settings.rows, self.settings.seed, self.total)
+        total, done = parts.wanted or parts.total, parts.count_done()
         if done or total is None or total > MANY_ROWS:
             rows = "all" if total is None else f"{total:,}"
             print(f"Encoding {rows} rows, {done:,} of them are done already; --rows N takes fewer.", flush=True)
@@ -284,10 +283,10 @@ class FileBuild:
             if ray is not None:
                 from .ray import encode_on_cluster
 
-                encode_on_cluster(parts, ray, encoder, self.source, choice)
+                encode_on_cluster(parts, ray, encoder, self.source)
             else:
                 with evaluating(self.model, encoder.value_encoder):
-                    parts.encode(encoder, self.source, choice)
+                    parts.encode(encoder, self.source)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(
                 f"stopped; {parts.count_done():,} rows are done, and the same command goes on with the others"

@@ -21,7 +21,7 @@ from ...modeling_tinyalign.row_encoder import DUPLICATE_REASON, BadRow, LeftOutR
 from ..data.images import CaptionedImages
 from ..disk import save_file
 from . import encode
-from .encode import EncodedParts, RowChoice, chunks, part_content
+from .encode import EncodedParts, chunks, part_content
 
 try:
     import ray
@@ -30,9 +30,7 @@ except ImportError:
     ray = None
 
 
-def encode_on_cluster(
-    parts: EncodedParts, actors: int, encoder: RowEncoder, source: CaptionedImages, choice: RowChoice
-) -> None:
+def encode_on_cluster(parts: EncodedParts, actors: int, encoder: RowEncoder, source: CaptionedImages) -> None:
     """Do what `EncodedParts.encode` does, with actors of a Ray cluster: the same parts, in the same batches.
 
     All images are read twice. First tasks name them, by their pixels, and find the bad ones; the names are kept beside
@@ -48,9 +46,9 @@ def encode_on_cluster(
     source = _anywhere(source)
     with _cluster():
         rounds, plans = [], []
-        for numbers in parts.rounds(choice):
+        for numbers in parts.rounds():
             rounds.append(numbers)
-            plans += _plan_round(parts, source, numbers, len(plans), encoder, choice.total)
+            plans += _plan_round(parts, source, numbers, len(plans), encoder)
         missing = [number for number in range(len(plans)) if not parts.path(number).exists()]
         if missing:
             with tqdm(total=parts.num_rows, desc="Encoding the bank", unit="row") as bar:
@@ -90,10 +88,9 @@ def _plan_round(
     numbers: np.ndarray | None,
     first: int,
     encoder: RowEncoder,
-    total: int | None,
 ) -> list[dict]:
     """Return the plan of each part from `first` on, see `ReadTask`, and count their rows in `parts`."""
-    expected = total if numbers is None else len(numbers)
+    expected = parts.total if numbers is None else len(numbers)
     count = None if expected is None else -(-expected // encode.PART_ROWS)
     there = {int(path.stem) for path in parts.folder.glob("[0-9]*.names")}
     missing = None if count is None else set(range(first, first + count)) - there

@@ -25,14 +25,7 @@ shown = _shown.repr
 
 
 def to_messages(prompt: str, answer: str) -> list[dict]:
-    """One question about an image and its answer, as a chat. Raises `BadRow` when one of them is no text."""
-    for name, text in (("prompt", prompt), ("answer", answer)):
-        if not isinstance(text, str) or not text.strip():
-            raise BadRow(
-                f"empty {name}" if text is None or isinstance(text, str) else "no chat",
-                f"the {name} is {shown(text)}, expected text that is not blank: fill it in or remove the row (a "
-                'number is written as text, "3")',
-            )
+    """Return one question about an image and its answer, as a chat."""
     return [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": prompt}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
@@ -43,33 +36,30 @@ def check_messages(messages: list[dict]):
     """Raise `BadRow`, saying what was found, unless this is a chat in which the assistant says something."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRow("no chat", f"the chat is {shown(messages)}, expected a list of {{'role': ..., 'content': ...}}")
-    spoken = False
     for message in messages:
-        content = message.get("content")
+        role, content = message.get("role"), message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         if not all(isinstance(part, dict) for part in parts):
             raise BadRow(
                 "no chat",
-                f"a turn of {message.get('role')!r} has the content {shown(content)}, expected text or a list of "
+                f"a turn of {role!r} has the content {shown(content)}, expected text or a list of "
                 '{"type": "image"} and {"type": "text", "text": ...}',
             )
         texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        if role == "assistant" and not any(text is not None and str(text).strip() for text in texts):
+            raise BadRow(
+                "empty answer",
+                "an assistant turn is empty, expected text that is not blank: fill it in or remove the row. "
+                f"The chat: {shown(messages)}",
+            )
         for text in texts:
-            if text is None or not isinstance(text, str):
+            if not isinstance(text, str):
                 raise BadRow(
-                    "empty answer" if message.get("role") == "assistant" and text is None else "no chat",
-                    f"a turn of {message.get('role')!r} has the text {shown(text)}, expected a string: fill it in or "
-                    f"remove the row. The chat: {shown(messages)}",
+                    "no chat",
+                    f'a turn of {role!r} has the text {shown(text)}, expected a string (a number as text, "3"): '
+                    f"fill it in or remove the row. The chat: {shown(messages)}",
                 )
-        if message.get("role") == "assistant":
-            spoken = True
-            if not "".join(texts).strip():
-                raise BadRow(
-                    "empty answer",
-                    "an assistant turn is empty, expected text that is not blank: fill it in or remove the row. "
-                    f"The chat: {shown(messages)}",
-                )
-    if not spoken:
+    if all(message.get("role") != "assistant" for message in messages):
         raise BadRow("turn order", f"no token to learn: expected an assistant turn. The chat: {shown(messages)}")
 
 

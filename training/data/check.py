@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,25 +31,23 @@ BAD_ROWS_NAME = "bad_rows.json"
 
 @dataclass
 class DataCheck:
-    """Number of `rows` in a data set, and its bad rows: what is wrong with each, and its kind, by number."""
+    """Number of `rows` in a data set, and what is wrong with each bad one, `kind: text`, by its number."""
 
     rows: int
     problems: dict[int, str]
-    kinds: dict[int, str]
 
     def __str__(self) -> str:
         """`12 rows: 10 good, 2 bad (1 missing image, 1 over-long)`"""
         good = f"{self.rows} rows: {self.rows - len(self.problems)} good"
         if not self.problems:
             return good
-        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(self.kinds.values()).most_common())
-        return f"{good}, {len(self.problems)} bad ({kinds})"
+        return f"{good}, {len(self.problems)} bad ({count_kinds(self.problems.values())})"
 
     def lines(self) -> Iterator[str]:
         """Yield `row 3: missing image: a.png is no file ...; and 2 more: 7, 8` for each kind; the first is 0."""
         by_kind = defaultdict(list)
-        for number, kind in self.kinds.items():
-            by_kind[kind].append(number)
+        for number, problem in self.problems.items():
+            by_kind[kind_of_problem(problem)].append(number)
         for first, *others in by_kind.values():
             more = f"; and {len(others)} more: {', '.join(map(str, others[:5]))}" if others else ""
             if len(others) > 5:
@@ -62,6 +60,17 @@ class DataCheck:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(path, f"{json.dumps(self.problems, indent=1)}\n".encode())
         return path
+
+
+def kind_of_problem(problem: str) -> str:
+    """Return the first words of what is wrong with a row, by which such rows are counted."""
+    return problem.partition(":")[0]
+
+
+def count_kinds(problems: Iterable[str]) -> str:
+    """Return `2 broken image, 1 duplicate`, the most frequent first."""
+    kinds = Counter(map(kind_of_problem, problems))
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) -> tuple[datasets.Dataset, DataCheck]:
@@ -84,8 +93,7 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
         desc="Checking rows",
     )
     found = {number: problem for number, problem in enumerate(checked["problem"]) if problem is not None}
-    kinds = {number: kind for number, kind in enumerate(checked["kind"]) if kind is not None}
-    rows = checked.remove_columns(["kind", "problem"])
+    rows = checked.remove_columns("problem")
     if column is None and not found and pc.sum(pc.list_value_length(checked.data.column("images"))).as_py() == 0:
         logger.warning(
             f"No row of {config.dataset} has an image; the columns are {raw.column_names}. If one of them has images, "
@@ -98,7 +106,7 @@ def check_rows(config: StageArguments, processor: ProcessorMixin | None = None) 
         rows = datasets.concatenate_datasets([images, rows.remove_columns("images")], axis=1)
     if found:
         rows = rows.select([number for number in range(len(rows)) if number not in found])
-    return rows, DataCheck(len(raw), found, kinds)
+    return rows, DataCheck(len(raw), found)
 
 
 def training_data(config: StageArguments, processor: ProcessorMixin, name_images: bool = False) -> Rows:
@@ -116,7 +124,7 @@ def training_data(config: StageArguments, processor: ProcessorMixin, name_images
         counted = raw.num_shards == 1  # of several files, whose order is drawn, each would be counted from 0
         reader = reader if counted else partial(reader, number=None)
         rows = raw.map(reader, with_indices=counted, remove_columns=list(raw.features), features=features)
-        rows = rows.filter(keep).remove_columns(["kind", "problem"])
+        rows = rows.filter(keep).remove_columns("problem")
         if next(iter(rows), None) is None:
             raise ValueError(f"{config.dataset} has no good row: none is left to train on.")
         keep.skipped.zero_()  # these rows come again
@@ -189,9 +197,10 @@ class _SkipBadRows:
             raise ValueError(f"{message}. Repair or remove it, or train without --strict, which skips it.")
         self.skipped += 1
         count = int(self.skipped)
-        if row["kind"] not in self.kinds or str(count).rstrip("0") == "1":  # 10, 100, 1000, ...
+        kind = kind_of_problem(row["problem"])
+        if kind not in self.kinds or str(count).rstrip("0") == "1":  # 10, 100, 1000, ...
             logger.warning(f"Skipped {message} ({count} skipped so far)")
-        self.kinds.add(row["kind"])
+        self.kinds.add(kind)
         return False
 
 

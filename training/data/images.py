@@ -110,11 +110,7 @@ class CaptionedImages(StoredImages):
         images, messages = replace(self.reader, answer_column=column).read(row)
         answer = next(message for message in messages if message["role"] == "assistant")
         caption = "".join(part["text"] for part in answer["content"])
-        try:
-            image = decode_image(images[0])
-        except ValueError:
-            self.reader.check_image(images[0])  # says why
-            raise
+        image = self.reader.open_image(images[0])
         for name in self.keep_columns:
             if isinstance(row[name], bytes | dict):
                 raise ValueError(f"The column {name} holds a {type(row[name]).__name__}, expected text to keep.")

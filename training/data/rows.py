@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import datasets
 import numpy as np
+from PIL import Image
 from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.row_encoder import first_caption, image_source_id, readable
@@ -35,14 +36,13 @@ IMAGE_PARTS = ("image", "image_url", "input_image")
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 # What every format becomes; `row` is its number, and an answer whose `train` is False belongs to the question. Rows
-# that are bad have no messages but a `problem`, whose first words are `kind`.
+# that are bad have no messages but a `problem`.
 TURN = {"role": TEXT, "content": datasets.List({"type": TEXT, "text": TEXT}), "train": datasets.Value("bool")}
 FEATURES = datasets.Features(
     {
         "messages": datasets.List(TURN),
         "row": datasets.Value("int64"),
         "id": TEXT,
-        "kind": TEXT,
         "problem": TEXT,
         "images": datasets.List(STORED_IMAGE),
     }
@@ -73,19 +73,22 @@ class RowReader:
     version: str = importlib.metadata.version("tinyalign-vlm")  # of what is cached: another may read rows otherwise
 
     def __call__(self, row: dict[str, Any], number: int | None) -> dict[str, Any]:
-        result = {"images": [], "messages": [], "row": number, "id": None, "kind": None, "problem": None}
+        result = {"images": [], "messages": [], "row": number, "id": None, "problem": None}
         source_ids = []
         try:
             row = self.fields(row)
             result["id"] = None if row.get("id") is None else str(row["id"])
             images, messages = self.read(row)
-            source_ids = [self.check_image(image) for image in images]
+            for image in images:
+                decoded = self.open_image(image)
+                if self.name_images:
+                    source_ids.append(image_source_id(decoded))
             if self.processor is not None:
                 self.check_tokens(messages, len(images))
             result |= {"images": images, "messages": messages}
         except BadRow as error:
             name = "" if row.get("id") is None else f" (id {row['id']})"
-            result |= {"kind": error.kind, "problem": readable(f"{error}{name}")}
+            result["problem"] = readable(f"{error}{name}")
         return {**result, "source_ids": source_ids} if self.name_images else result
 
     def fields(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -162,16 +165,15 @@ class RowReader:
         if found != num_images * processor.num_image_tokens:
             raise BadRow("placeholder mismatch", f"the text has the model's own token {processor.image_token!r}")
 
-    def check_image(self, image: Any) -> str | None:
-        """Decode the image; its name if that is wanted."""
+    def open_image(self, image: Any) -> Image.Image:
+        """Decode an image; raises `BadRow`."""
         path = image_path(image)
         if path is not None and "://" not in path and not os.path.isfile(path):
             raise BadRow(
                 "missing image", f"{path} is no file: set image_folder (or eval_image_folder), or remove the row"
             )
         try:
-            decoded = decode_image(image)
-            return image_source_id(decoded) if self.name_images else None
+            return decode_image(image)
         except MissingImage as error:
             raise BadRow("missing image", str(error)) from error
         except ValueError as error:

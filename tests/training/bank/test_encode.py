@@ -6,7 +6,7 @@ import pytest
 from tinyalign_vlm.modeling_tinyalign.row_encoder import LeftOutRow, RowEncoder
 from tinyalign_vlm.training.bank import encode
 from tinyalign_vlm.training.bank.build import new_key_encoder
-from tinyalign_vlm.training.bank.encode import EncodedParts, RowChoice, count_kinds, no_usable_row
+from tinyalign_vlm.training.bank.encode import EncodedParts, describe_left_out, no_usable_row
 from tinyalign_vlm.training.data.images import DatasetImages
 
 
@@ -25,7 +25,7 @@ def new_encoder(model, processor, value_encoder, source):
 def test_parts_go_on_where_they_stopped(source, new_encoder, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     whole, encoder = EncodedParts(tmp_path / "whole"), new_encoder()
-    whole.encode(encoder, source, RowChoice())
+    whole.encode(encoder, source)
     assert whole.num_rows == encoder.next_id == 36 and [row.row for row in whole.left_out] == [3, 5, 9, 20]
     assert len(list(whole.folder.iterdir())) == 5 and sum(map(len, whole.batches())) == 36
     # of another one, the first parts and the last; the duplicate of row 2 is in the third
@@ -35,29 +35,30 @@ def test_parts_go_on_where_they_stopped(source, new_encoder, tmp_path, monkeypat
         other.path(number).write_bytes(whole.path(number).read_bytes())
     made, save_file = [], encode.save_file
     monkeypatch.setattr(encode, "save_file", lambda path, content: (made.append(path.name), save_file(path, content)))
-    other.encode(encoder, source, RowChoice())
+    other.encode(encoder, source)
     assert made == ["000002.arrow", "000003.arrow"] and other.left_out == whole.left_out
     for number in range(5):
         assert other.path(number).read_bytes() == whole.path(number).read_bytes()
 
 
 def test_for_rows_that_are_left_out_others_are_chosen(source, new_encoder, tmp_path):
-    parts = EncodedParts(tmp_path)
-    parts.encode(new_encoder(), source, RowChoice(wanted=35, seed=1, total=40))
+    parts = EncodedParts(tmp_path, wanted=35, seed=1, total=40)
+    parts.encode(new_encoder(), source)
     assert parts.num_rows == 35
     ids = [row for batch in parts.batches() for row in batch["id"].to_pylist()]
     assert ids == list(range(35))
     with pytest.raises(StopIteration):  # that is enough
-        next(parts.rounds(RowChoice(wanted=35, seed=1, total=40)))
-    (numbers,) = EncodedParts(tmp_path).rounds(RowChoice())
+        next(parts.rounds())
+    (numbers,) = EncodedParts(tmp_path).rounds()
     assert numbers is None
-    first = next(EncodedParts(tmp_path).rounds(RowChoice(wanted=7, seed=1, total=40)))
+    first = next(EncodedParts(tmp_path, wanted=7, seed=1, total=40).rounds())
     assert len(first) == 7 and (np.diff(first) > 0).all()
 
 
 def test_words():
     left_out = [LeftOutRow(3, "broken image: cut"), LeftOutRow(4, "duplicate: x"), LeftOutRow(5, "duplicate: x")]
-    assert count_kinds(left_out) == "3 left out (2 duplicate, 1 broken image)" and count_kinds([]) == "0 left out"
+    assert describe_left_out(left_out) == "3 left out (2 duplicate, 1 broken image)"
+    assert describe_left_out([]) == "0 left out"
     text = str(no_usable_row("pairs.json", left_out))
     assert text.startswith("pairs.json has no usable row") and "row 3: broken image: cut" in text
     assert "row 4: duplicate: x" in text and "row 5" not in text  # one of each kind

@@ -259,9 +259,9 @@ def test_what_is_wrong_is_told_without_a_traceback(files, checkpoints, monkeypat
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["blue", None], "row 1: empty answer: the answer is None, expected text that is not blank"),
-        (["blue", " "], "row 1: empty answer: the answer is ' '"),
-        (["blue", 8], "row 1: no chat: the answer is 8, expected text"),
+        (["blue", None], "row 1: empty answer: an assistant turn is empty, expected text that is not blank"),
+        (["blue", " "], "row 1: empty answer: an assistant turn is empty"),
+        (["blue", 8], "row 1: no chat: a turn of 'assistant' has the text 8, expected a string"),
         ([{"role": "user", "content": "?"}], "row 0: turn order: the turns are of user"),
     ],
 )

@@ -420,7 +420,8 @@ def test_captions_in_dictionaries(name, place, processor):
     write_lines("rows.jsonl", [{**row, "caption": [{"id": 1, name: row["caption"]}]} for row in ROWS])
     if name == "en":
         assert (
-            check_rows(config("rows.jsonl"))[1].problems[1].startswith("no chat: the answer is {'en': 'NA', 'id': 1}")
+            "no chat: a turn of 'assistant' has the text {'en': 'NA', 'id': 1}, expected"
+            in check_rows(config("rows.jsonl"))[1].problems[1]
         )
     else:
         assert read("rows.jsonl", processor) == PAIRS
