@@ -117,10 +117,8 @@ def calibration_error(probability: np.ndarray, outcome: np.ndarray) -> float:
 
 
 def share_found(none_known: np.ndarray, none_unknown: np.ndarray, false_alarms: float = 0.05) -> float:
-    """Return the share of unknown pictures found where `false_alarms` of those with a right row are taken for unknown.
-
-    Args:
-        none_known, none_unknown: `none_probability` of pictures that the bank has and has not a right row for.
+    """Return the share of unknown pictures found where `false_alarms` of the known ones are taken for unknown, by the
+    `none_probability` of both.
     """
     return float((none_unknown > np.quantile(none_known, 1 - false_alarms)).mean())
 
@@ -180,14 +178,10 @@ def calibrate_rows(
 def measure(
     calibration: CalibrationConfig, scores: np.ndarray, right: np.ndarray
 ) -> tuple[dict[str, float], dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Return how good probabilities are for images that ask a bank, and ask it without the rows that are right.
+    """Return how good probabilities are, as numbers by their names, for images with these `scores` and `right` rows.
 
-    Args:
-        scores, right: as `fit_calibration` takes them, of images that it was not fitted on, or was.
-
-    Returns:
-        numbers by their names, and the probabilities and outcomes behind them as `plot_reliability` takes them: three
-        in four of the images as they are, one in four as the bank would not know it.
+    And the probabilities and outcomes behind them, as `plot_reliability` takes them: three in four of the images as
+    they are, one in four as the bank would not know it.
     """
     cases = [torch.from_numpy(part) for part in known_and_unknown(scores, right, calibration.top_k)]
     (of_known, none_known), (of_unknown, none_unknown) = (

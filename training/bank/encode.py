@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...modeling_tinyalign.row_encoder import LeftOutRow, RowEncoder
-from ..data.check import count_kinds, kind_of_problem
+from ..data.check import DataCheck, count_kinds
 from ..data.images import StoredImages
 from ..data.progress import Progress
 from ..disk import save_file
@@ -131,7 +131,6 @@ def describe_left_out(left_out: Sequence[LeftOutRow]) -> str:
 
 def no_usable_row(name: str, left_out: Sequence[LeftOutRow]) -> ValueError:
     """Return the error of a data set none of whose rows can be in a bank, with the first reason of each kind."""
-    first = {kind_of_problem(row.reason): row for row in reversed(left_out)}
-    reasons = [f"row {row.row}: {row.reason}" for row in list(first.values())[:5]]
-    text = "\n  ".join([f"{describe_left_out(left_out)}:", *reasons])
+    reasons = DataCheck(len(left_out), {row.row: row.reason for row in left_out}).lines()
+    text = "\n  ".join([f"{describe_left_out(left_out)}:", *islice(reasons, 5)])
     return ValueError(f"{name} has no usable row, a memory bank needs at least one image with a caption. {text}")

@@ -109,11 +109,9 @@ def build_from_files(settings: BuildSettings, out: str | os.PathLike, ray: int |
     Killed, it goes on where it stopped when it is called again with the same settings, and ends with the same bank.
 
     Args:
-        ray: encode with this many actors of a Ray cluster; 0: one for each of its GPUs, or else of its CPUs. The bank
-            is the same.
+        ray: encode with this many actors of a Ray cluster; 0: one for each of its GPUs, or else of its CPUs.
 
     Raises:
-        ImportError: Ray is not installed.
         ValueError: the data, the model or the settings do not fit, `out` is there, another process builds it, or no
             row is usable.
         OSError: a file cannot be read, or written; what was encoded is kept.
@@ -313,8 +311,6 @@ def count_rows(settings: RowSettings, source: CaptionedImages, is_local: bool) -
     if not is_local and settings.rows is None:
         return None
     total = sum(1 for _ in source)
-    if total == 0:
-        raise ValueError(f"{settings.dataset} has no rows, expected at least one.")
     if settings.rows is not None and not 1 <= settings.rows <= total:
         raise ValueError(f"--rows is {settings.rows}, but {settings.dataset} has {total} rows, expected 1 to {total}.")
     return total

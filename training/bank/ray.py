@@ -34,10 +34,8 @@ def encode_on_cluster(parts: EncodedParts, actors: int, encoder: RowEncoder, sou
     """Do what `EncodedParts.encode` does, with actors of a Ray cluster: the same parts, in the same batches.
 
     All images are read twice. First tasks name them, by their pixels, and find the bad ones; the names are kept beside
-    the parts. Then it is known which rows are in which part, and the actors encode the parts, in any order.
-
-    Args:
-        actors: how many; 0: one for each of the cluster's GPUs, or else of its CPUs.
+    the parts. Then it is known which rows are in which part, and the actors encode the parts, in any order. No actors
+    are one for each of the cluster's GPUs, or else of its CPUs.
     """
     if ray is None:
         raise ImportError('--ray needs Ray: `pip install "tinyalign-vlm[ray]"`.')

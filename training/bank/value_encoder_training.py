@@ -58,8 +58,7 @@ def train_value_encoder(
 
     Args:
         encoder: with new weights; left frozen and in evaluation mode.
-        images: vision features `(n, T, C)`, as an array or tensor.
-        captions: `(n,)`, of the images.
+        images: vision features `(n, T, C)`.
         checkpoint: a file, written every 50 steps, from which the same training goes on.
 
     Returns:

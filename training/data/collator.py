@@ -11,10 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
-from ...processing.images import decode_image
 from .chats import BadRow, check_messages, count_images, encode_chat, images_of, name_row, with_captions
 from .memory_dropout import MemoryDropout
-from .rows import image_path
+from .rows import open_image
 
 
 class TrainingCollator:
@@ -185,17 +184,13 @@ def _of_images(row: dict[str, Any], name: str, count: int) -> list:
 
 
 def _load_images(row: dict[str, Any]) -> list[Image.Image]:
-    loaded = []
-    for image in images_of(row):
-        try:
-            loaded.append(decode_image(image))
-        except ValueError as error:
-            path = image_path(image)
-            raise ValueError(
-                f"The image{'' if path is None else f' {path}'} of a row cannot be used: {error}. Repair it or "
-                f"remove the row. The row's chat: {str(row['messages'])[:200]}"
-            ) from error
-    return loaded
+    try:
+        return [open_image(image) for image in images_of(row)]
+    except BadRow as error:
+        raise ValueError(
+            f"An image of a row cannot be used: {error}. Repair it or remove the row. The row's chat: "
+            f"{str(row['messages'])[:200]}"
+        ) from error
 
 
 def _column(row: dict[str, Any], name: str) -> Any:

@@ -34,18 +34,16 @@ def cache_vision_features(
     Under `accelerate launch` or `torchrun` all processes must call this: each computes a share, on its own device.
 
     Args:
-        model: a TinyAlign model; its tower runs where it is, in its dtype.
+        model: its tower runs where it is, in its dtype.
         images: a column of a `datasets.Dataset` (`dataset["image"]`), or PIL images, bytes or paths.
-        batch_size: images per forward pass. Small ones are faster on a CPU: EfficientNet-Lite0 takes 24 ms an image
-            in batches of 4, 82 ms in batches of 32.
-        desc: what the progress bar says.
+        batch_size: images per forward pass; few are faster on a CPU.
 
     Returns:
         `(n, T, C)` float16, memory-mapped, one row an image.
 
     Raises:
-        ValueError: there is no image, one cannot be read, its features do not fit in float16 (its number is named),
-            the tower trains, or a transform changes the images.
+        ValueError: there is no image, a transform changes them, one cannot be read, or its features do not fit in
+            float16 (its number is named).
         OSError: the disk has no room for them, or is full: what was computed is kept for the next call.
     """
     if isinstance(images, datasets.Column):

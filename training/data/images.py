@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from glob import escape, glob
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..arguments.stage import StageArguments
 from .chats import BadRow
 from .check import row_reader
 from .files import is_leftover, open_rows, undecoded, with_class_names
-from .rows import columns_of
+from .rows import columns_of, open_image
 
 CAPTION_COLUMNS = ("caption", "txt")
 
@@ -82,7 +82,6 @@ class CaptionedImages(StoredImages):
     def __post_init__(self):
         self.config.streaming = True  # or `datasets` would write a copy of all rows first
         self.reader = row_reader(self.config, None)
-        self.reader.prompt = "?"  # a row with an answer column need not be a chat
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield numbered rows as they are stored; raises `ValueError` when the data set cannot be read."""
@@ -100,17 +99,17 @@ class CaptionedImages(StoredImages):
         for name in (self.caption_column, *self.keep_columns):
             if name is not None and name not in row:
                 raise BadRow("missing column", f"no column {name!r}, the columns are {columns_of(row)}")
-        column = self._caption_column(row)
-        images = self.reader.images(row)
+        column, images = self._caption_column(row), self.reader.stored_images(row)
         if len(images) != 1:
             kind = "several images" if images else "missing image"
             raise BadRow(kind, f"found {len(images)} images in the columns {columns_of(row)}, expected one")
         if column is not None:
-            check_caption(first_caption(row[column]))
-        images, messages = replace(self.reader, answer_column=column).read(row)
-        answer = next(message for message in messages if message["role"] == "assistant")
-        caption = "".join(part["text"] for part in answer["content"])
-        image = self.reader.open_image(images[0])
+            caption = check_caption(first_caption(row[column]))
+        else:
+            _, messages = self.reader.read(row)
+            answer = next(message for message in messages if message["role"] == "assistant")
+            caption = "".join(part["text"] for part in answer["content"])
+        image = open_image(images[0])
         for name in self.keep_columns:
             if isinstance(row[name], bytes | dict):
                 raise ValueError(f"The column {name} holds a {type(row[name]).__name__}, expected text to keep.")

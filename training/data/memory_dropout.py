@@ -16,9 +16,8 @@ class MemoryDropout(TrainerCallback):
       asked for. Without it, a model learns to trust whatever it is given.
     - one in six loses all of them: the bank is off.
 
-    What happens to an image depends on the seed, the epoch, its chat and its number in it, and on nothing else: not on
-    the batch, the process or the worker, nor on whether the run was interrupted. The epoch is known where it is a
-    callback of the trainer.
+    What happens to an image depends on the seed, the epoch, its chat and its number in it, and on nothing else. The
+    epoch is known where it is a callback of the trainer.
 
     Args:
         rate: the share of images, 0 to 1.

@@ -39,7 +39,6 @@ def find_neighbours(
     """Find the `top_k` rows of the bank nearest to each image, best first.
 
     Args:
-        model: checked against the bank; the search runs on its device.
         vision_features: `(n, T, C)`, as `cache_vision_features` returns.
         source_ids: of each image (`source_ids_of`); its own rows of the bank are left out. Training without it lets
             an image retrieve itself, its answer included.
@@ -47,8 +46,7 @@ def find_neighbours(
     Returns:
         similarities `(n, top_k)` float32 and row ids `(n, top_k)` int64, -inf and -1 where exclusion left too few.
 
-    Raises:
-        ValueError: the bank is of another tower, `top_k` is larger than it, or the lengths differ.
+    Raises `ValueError` if the bank is of another tower, `top_k` is larger than it, or the lengths differ.
     """
     n = len(vision_features)
     if source_ids is not None and len(source_ids) != n:
@@ -152,7 +150,7 @@ class NeighbourSearch:
     def write_table(self, path: Path):
         """Compute the table with all processes of this run, and write it."""
         partial = path.with_suffix(".partial")
-        fill_array(partial, self.dtype, (len(self.images),), self.batches, "Neighbours", "")
+        fill_array(partial, self.dtype, (len(self.images),), self.batches, "Neighbours")
         if PartialState().is_main_process:
             rows = np.load(partial, allow_pickle=False)
             columns = {"source_id": rows["source_id"].astype(str), "own_rows": rows["own_rows"]}

@@ -80,7 +80,7 @@ class RowReader:
             result["id"] = None if row.get("id") is None else str(row["id"])
             images, messages = self.read(row)
             for image in images:
-                decoded = self.open_image(image)
+                decoded = open_image(image)
                 if self.name_images:
                     source_ids.append(image_source_id(decoded))
             if self.processor is not None:
@@ -103,20 +103,18 @@ class RowReader:
 
     def read(self, row: dict[str, Any]) -> tuple[list, list[dict]]:
         """The images of a row, not yet looked at, and its messages. Raises `BadRow` unless they are a chat."""
-        own_folders = [self.folder] if row.get(FOLDER) is None else [row[FOLDER], self.folder]
-        folders = own_folders if self.image_folder is None else [self.image_folder]
-        images = [stored_image(image, folders) for image in self.images(row)]
+        images = self.stored_images(row)
         messages = self.messages(row, len(images))
         check_turns(messages)
-        if count_images(messages) and not images:
-            raise BadRow(
-                "missing image",
-                f"the chat has {count_images(messages)} <image>, but the row has no image: if one of the columns "
-                f"{columns_of(row)} has it, set image_column",
-            )
-        check_placeholders(messages, len(images))
+        check_placeholders(messages, len(images), columns_of(row))
         check_messages(messages)
         return images, messages
+
+    def stored_images(self, row: dict[str, Any]) -> list:
+        """The images of a row, not yet looked at, as `datasets` stores them."""
+        own_folders = [self.folder] if row.get(FOLDER) is None else [row[FOLDER], self.folder]
+        folders = own_folders if self.image_folder is None else [self.image_folder]
+        return [stored_image(image, folders) for image in self.images(row)]
 
     def images(self, row: dict[str, Any]) -> list:
         if self.image_column is not None:
@@ -165,19 +163,18 @@ class RowReader:
         if found != num_images * processor.num_image_tokens:
             raise BadRow("placeholder mismatch", f"the text has the model's own token {processor.image_token!r}")
 
-    def open_image(self, image: Any) -> Image.Image:
-        """Decode an image; raises `BadRow`."""
-        path = image_path(image)
-        if path is not None and "://" not in path and not os.path.isfile(path):
-            raise BadRow(
-                "missing image", f"{path} is no file: set image_folder (or eval_image_folder), or remove the row"
-            )
-        try:
-            return decode_image(image)
-        except MissingImage as error:
-            raise BadRow("missing image", str(error)) from error
-        except ValueError as error:
-            raise BadRow("broken image", f"{path or ''} {error}".strip()) from error
+
+def open_image(image: Any) -> Image.Image:
+    """Return a stored image as upright RGB; raises `BadRow` if there is none, or it is broken."""
+    path = image_path(image)
+    if path is not None and "://" not in path and not os.path.isfile(path):
+        raise BadRow("missing image", f"{path} is no file: set image_folder (or eval_image_folder), or remove the row")
+    try:
+        return decode_image(image)
+    except MissingImage as error:
+        raise BadRow("missing image", str(error)) from error
+    except ValueError as error:
+        raise BadRow("broken image", f"{path or ''} {error}".strip()) from error
 
 
 def image_path(image: Any) -> str | None:
@@ -331,7 +328,7 @@ def check_turns(messages: list[dict]):
         )
 
 
-def check_placeholders(messages: list[dict], num_images: int):
+def check_placeholders(messages: list[dict], num_images: int, columns: list[str]):
     """Raise `BadRow` unless there is a place for each image, in what the user says."""
     for message in messages:
         if message["role"] != "user" and count_images([message]):
@@ -340,10 +337,9 @@ def check_placeholders(messages: list[dict], num_images: int):
             )
     found = count_images(messages)
     if found != num_images:
-        raise BadRow(
-            "placeholder mismatch",
-            f"the chat has {found} <image>, but the row has {num_images} images: expected one for each",
-        )
+        kind = "placeholder mismatch" if num_images else "missing image"
+        text = f"the chat has {found} <image>, but the row has {num_images} images, expected one for each"
+        raise BadRow(kind, f"{text}: if one of the columns {columns} has more, set image_column")
 
 
 class RowImages(Sequence):

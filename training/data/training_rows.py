@@ -55,7 +55,7 @@ def training_rows(
         raise ValueError(
             f"The data set has no {', '.join(missing)}, its columns are {dataset.column_names}. `messages` are chats, "
             "`memory_ids` and `memory_scores` are what find_neighbours returns, `image` or `images` are not needed "
-            "with vision_features."
+            "with vision_features and a column feature_index that says which are whose."
         )
     rows = dataset.select_columns(columns + [name for name in ("row", "id") if name in dataset.column_names])
     if "row" not in rows.column_names:
@@ -102,12 +102,6 @@ def evaluation_rows(
     if dataset is None or isinstance(dataset, datasets.IterableDataset):
         return dataset
     if vision_features is not None and "feature_index" not in dataset.column_names:
-        if not {"image", "images"} & set(dataset.column_names):
-            raise ValueError(
-                f"eval_dataset has the columns {dataset.column_names}, expected image, images or feature_index: "
-                "vision_features are one array for both data sets. Append the features of the evaluation rows to "
-                "those of the training rows and give both a column feature_index with the rows' positions in it."
-            )
         vision_features = None
     return training_rows(model, dataset, bank, vision_features)
 

@@ -79,7 +79,9 @@ def test_a_broken_image_is_named(make_model, processor, tmp_path):
     rows = {"image": [str(tmp_path / "broken.png")], "messages": [to_messages("what?", "blue")]}
     dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     (row,) = training_rows(make_model(memory_top_k=0), dataset, None, None)
-    with pytest.raises(ValueError, match="broken.png of a row cannot be used: .*The row's chat: .*blue"):
+    with pytest.raises(
+        ValueError, match="An image of a row cannot be used: broken image: .*broken.png .*The row's chat: .*blue"
+    ):
         TrainingCollator(processor)([row])
 
 

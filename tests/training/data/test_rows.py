@@ -482,7 +482,7 @@ def test_columns_are_named_where_no_image_is_found(folder, caplog):
     check_rows(config("rows.jsonl"))
     assert "No row of rows.jsonl has an image" in caplog.text and "set image_column" in caplog.text
     Path("rows.jsonl").write_text(json.dumps({**GOOD, "image": None, "screenshot": "red.png"}))
-    assert "'screenshot'] has it, set image_column" in check_rows(config("rows.jsonl"))[1].problems[0]
+    assert "'screenshot'] has more, set image_column" in check_rows(config("rows.jsonl"))[1].problems[0]
 
 
 def test_a_column_called_json_is_an_answer(folder):

@@ -437,7 +437,7 @@ def test_evaluation_during_training(make_model, processor, dataset, bank, featur
     assert len(losses(trainer, "eval_loss")) == 2
     images = run(1, make_model(), processor, dataset, bank, tmp_path / "b", features, dataset, **settings)
     np.testing.assert_allclose(losses(images, "eval_loss"), losses(trainer, "eval_loss"), rtol=1e-3)
-    with pytest.raises(ValueError, match="eval_dataset has the columns .* expected image, images or feature_index"):
+    with pytest.raises(ValueError, match="The data set has no image, its columns are .* a column feature_index"):
         trainer.evaluate(dataset.remove_columns("image"))
 
 
