@@ -12,7 +12,7 @@ import numpy as np
 from ...modeling_tinyalign import MemoryBank
 from ..data.memory_dropout import MemoryDropout
 from ..disk import save_file
-from ..evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from ..evaluation.bootstrap import Interval, bootstrap_interval
 from .pairs import NUM_KEYWORDS, Pairs
 
 BANKS = ("with", "without")  # the drawings of the held-out concepts
@@ -186,9 +186,11 @@ class Demo:
         return None if values is None else bootstrap_interval(values, self.groups(metric), weights)
 
     def difference(self, system: str, bank: str, metric: str, minus: str) -> Interval | None:
-        """Return how much more a system has than another one, on the same questions, with its paired interval."""
+        """Return how much more a system has than another one, on the same questions, with its paired interval. It is
+        narrower than what two intervals side by side show, because hard questions are hard for both.
+        """
         first, weights = self.results[system][bank].column(metric)
         second, _ = self.results[minus][bank].column(metric)
         if first is None or second is None:
             return None
-        return paired_difference(first, second, self.groups(metric), weights)
+        return bootstrap_interval(np.subtract(first, second, dtype=np.float64), self.groups(metric), weights)

@@ -189,9 +189,7 @@ def evaluate_system(
         if answer:
             shown = ask(PROMPT, demo.answered)
             result.tokens = prompt_tokens(processor, shown)
-            chatted = shown.map(lambda row: {"messages": [*row["messages"], to_messages("-", "-")[1]]})
-            answers = evaluate_answers(model, processor, chatted, max_new_tokens=ANSWER_TOKENS, **settings)
-            result.answers, result.seconds = answers.answers, float(answers.seconds.mean())
+            result.answers, result.seconds = evaluate_answers(model, processor, shown, ANSWER_TOKENS, **settings)
     write_json(path, asdict(result))
     return result
 

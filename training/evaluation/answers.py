@@ -1,7 +1,7 @@
-"""Greedy answers to the chats of a data set, and what the data say."""
+"""Questions about images in batches, and a model's greedy answers to them."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import datasets
 import numpy as np
@@ -12,67 +12,52 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ...modeling_tinyalign.outputs import IMAGE_INPUTS
-from ..data.chats import encode_chat
+from ..data.chats import count_images, encode_chat
 from ..data.collator import TrainingCollator
 from ..data.memory_dropout import MemoryDropout
 from ..data.training_rows import training_rows
 
 
-@dataclass
-class GreedyAnswers:
-    """Results of [`evaluate_answers`], one entry a row. Losses of answers: [`score_answers`].
+def question_batches(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: datasets.Dataset,
+    bank: MemoryBank | None = None,
+    vision_features: np.ndarray | None = None,
+    batch_size: int = 16,
+    desc: str = "Evaluation",
+) -> Iterator[tuple[list[list[dict]], dict[str, torch.Tensor]]]:
+    """Yield batches of questions: their chats, and the inputs of their images.
 
-    Attributes:
-        answers, references: the greedy answer and the one in the data.
-        seconds: `(n,)` float64, time of the answer's batch divided by the batch's size.
+    Args:
+        questions: rows as for training, but `messages` ends with a turn of the user.
+        bank, vision_features: as for training; `memory_ids` are rows of this bank.
     """
-
-    answers: list[str]
-    references: list[str]
-    seconds: np.ndarray
-
-    @property
-    def exact_match(self) -> np.ndarray:
-        """`(n,)` bool, spaces around an answer aside."""
-        pairs = zip(self.answers, self.references, strict=True)
-        return np.array([answer.strip() == reference.strip() for answer, reference in pairs])
+    rows = training_rows(model, questions, bank, vision_features)
+    neighbours = model.config.memory_top_k
+    dropout = MemoryDropout(0.0, neighbours) if neighbours else None
+    collator = TrainingCollator(processor, vision_features, bank, dropout=dropout)
+    model.eval()
+    for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
+        batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+        chats = [row["messages"] for row in batch]
+        yield chats, send_to_device(collator.image_inputs(batch, list(map(count_images, chats))), model.device)
 
 
 @torch.no_grad()
 def evaluate_answers(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    dataset: datasets.Dataset,
-    bank: MemoryBank | None = None,
-    vision_features: np.ndarray | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 32,
-    desc: str = "Evaluation",
-) -> GreedyAnswers:
-    """Return the model's own greedy answers beside those in the data.
+    model: PreTrainedModel, processor: ProcessorMixin, questions: datasets.Dataset, max_new_tokens: int, **kwargs
+) -> tuple[list[str], float]:
+    """Return the model's own greedy answers, and the mean seconds of one.
 
-    Args:
-        dataset: Rows as for training; the last turn of `messages` is the answer.
-        bank, vision_features: As for training; `memory_ids` are rows of this bank.
-
-    Raises:
-        ValueError: As training; or a chat does not end with an assistant turn.
+    Other arguments are those of [`question_batches`].
     """
-    rows = training_rows(model, dataset, bank, vision_features)
-    neighbours, captions = model.config.num_neighbours, model.config.prompt_captions
-    dropout = MemoryDropout(0.0, neighbours) if neighbours else None
-    collator = TrainingCollator(processor, vision_features, bank, dropout=dropout, prompt_captions=captions)
-    answers, references, seconds = [], [], []
-    model.eval()
-    for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
-        batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        references += [reference_of(row["messages"]) for row in batch]
-        inputs = send_to_device(collator(batch), model.device)
+    answers, seconds = [], 0.0
+    for chats, images in question_batches(model, processor, questions, **kwargs):
         started = time.perf_counter()
-        chats = [collator.messages(row)[:-1] for row in batch]
-        answers += greedy_answers(model, processor, chats, inputs, max_new_tokens)[0]
-        seconds += [(time.perf_counter() - started) / len(batch)] * len(batch)
-    return GreedyAnswers(answers, references, np.array(seconds))
+        answers += greedy_answers(model, processor, chats, images, max_new_tokens)[0]
+        seconds += time.perf_counter() - started
+    return answers, seconds / len(answers)
 
 
 def reference_of(messages: list[dict]) -> str:

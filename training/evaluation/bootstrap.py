@@ -83,12 +83,3 @@ def interval_of(values: np.ndarray) -> Interval:
     """Return the first of what [`resampled`] returned, with its 95% interval by the others."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return Interval(float(values[0]), float(low), float(high))
-
-
-def paired_difference(first: Sequence[float], second: Sequence[float], *args, **kwargs) -> Interval:
-    """Return the mean of `first - second`, of two systems that answered the same questions, with its 95% interval. It
-    is narrower than what two intervals side by side show, because hard questions are hard for both.
-
-    Other arguments are those of [`bootstrap_interval`].
-    """
-    return bootstrap_interval(np.asarray(first, np.float64) - np.asarray(second, np.float64), *args, **kwargs)

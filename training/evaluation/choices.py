@@ -7,16 +7,11 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ...modeling_tinyalign.memory_bank import MemoryBank
-from ..data.chats import count_images, encode_chat
-from ..data.collator import TrainingCollator
-from ..data.memory_dropout import MemoryDropout
-from ..data.training_rows import training_rows
+from ..data.chats import encode_chat
+from .answers import question_batches
 
 
 @dataclass
@@ -42,32 +37,23 @@ def score_answers(
     processor: ProcessorMixin,
     questions: datasets.Dataset,
     answers: Sequence[Sequence[str]],
-    bank: MemoryBank | None = None,
-    vision_features: np.ndarray | None = None,
-    batch_size: int = 16,
-    desc: str = "Answers",
+    *args,
+    **kwargs,
 ) -> AnswerScores:
     """Score answers to questions. What stands before the answers is read once for all answers to a question.
 
     Args:
-        questions: rows as for training, but `messages` ends with a turn of the user.
         answers: `(questions, answers)` texts, as many for each question.
-        bank, vision_features: as for training; `memory_ids` are rows of this bank.
+
+    Other arguments are those of [`question_batches`].
     """
-    rows = training_rows(model, questions, bank, vision_features)
-    neighbours = model.config.memory_top_k
-    dropout = MemoryDropout(0.0, neighbours) if neighbours else None
-    collator = TrainingCollator(processor, vision_features, bank, dropout=dropout)
-    model.eval()
-    parts = []
-    for start in tqdm(range(0, len(rows), batch_size), desc, unit="batch"):
-        batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        images = collator.image_inputs(batch, [count_images(row["messages"]) for row in batch])
+    parts, answers = [], iter(answers)
+    for chats, images in question_batches(model, processor, questions, *args, **kwargs):
         prompts, endings = [], []
-        for row, texts in zip(batch, answers[start : start + batch_size], strict=True):
-            prompts.append(encode_chat(processor, row["messages"], add_generation_prompt=True)[0])
-            endings += [_ending(processor, row["messages"], text) for text in texts]
-        parts.append(_score_batch(model, processor, prompts, endings, send_to_device(images, model.device)))
+        for chat in chats:
+            prompts.append(encode_chat(processor, chat, add_generation_prompt=True)[0])
+            endings += [_ending(processor, chat, text) for text in next(answers)]
+        parts.append(_score_batch(model, processor, prompts, endings, images))
     return AnswerScores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
