@@ -100,56 +100,56 @@ class PopeF1(BenchmarkMetric):
     columns: ClassVar[dict[str, str]] = dict.fromkeys(("answer", "target", "category"), "string")
 
     @classmethod
+    def read(cls, answers: pd.Series) -> tuple[pd.Series, pd.Series]:
+        """Return which answers are a yes, and which are a no."""
+        says = answers.map(says_yes)
+        return says, ~says
+
+    @classmethod
+    def splits(cls, questions: pd.DataFrame) -> np.ndarray:
+        """Return `(questions, splits)`, the split that each question is one of."""
+        return pd.get_dummies(questions["category"]).to_numpy()
+
+    @classmethod
     def sums(cls, questions: pd.DataFrame) -> np.ndarray:
-        says, is_yes = questions["answer"].map(says_yes), questions["target"].str.strip().str.lower() == "yes"
-        counts = np.stack([says & is_yes, says & ~is_yes, ~says & is_yes, ~says & ~is_yes], axis=1)
-        splits = pd.get_dummies(questions["category"]).to_numpy()
-        return (splits[:, :, None] & counts[:, None]).reshape(len(questions), -1).astype(float)
+        yes, no = cls.read(questions["answer"])
+        truth = questions["target"].str.strip().str.lower() == "yes"
+        counts = np.stack([yes & truth, yes & ~truth, no & truth, no & ~truth, np.ones(len(truth), bool)], axis=1)
+        return (cls.splits(questions)[:, :, None] & counts[:, None]).reshape(len(questions), -1).astype(float)
 
     @classmethod
     def values(cls, sums: np.ndarray) -> dict[str, np.ndarray]:
-        right_yes, wrong_yes, missed, right_no = np.moveaxis(sums.reshape(len(sums), -1, 4), 2, 0)
-        asked = right_yes + wrong_yes + missed + right_no
-        return {
-            "F1": 100 * f1(right_yes, wrong_yes, missed).mean(1),
-            "accuracy": 100 * _share(right_yes + right_no, asked).mean(1),
-            "yes answers": 100 * _share(right_yes + wrong_yes, asked).mean(1),
+        right_yes, wrong_yes, missed, right_no, asked = np.moveaxis(sums.reshape(len(sums), -1, 5), 2, 0)
+        precision, recall = _share(right_yes, right_yes + wrong_yes), _share(right_yes, right_yes + missed)
+        values = {
+            "F1": _share(2 * precision * recall, precision + recall),
+            "accuracy": _share(right_yes + right_no, asked),
+            "precision": precision,
+            "recall": recall,
+            "yes answers": _share(right_yes + wrong_yes, asked),
         }
+        return {name: 100 * value.mean(1) for name, value in values.items()}
 
 
-class StrictPopeF1(BenchmarkMetric):
+class StrictPopeF1(PopeF1):
     """F1 of all splits together, times 100, where only the word alone is a yes or a no: lmms-eval's reading."""
 
     columns: ClassVar[dict[str, str]] = dict.fromkeys(("answer", "target"), "string")
 
     @classmethod
-    def sums(cls, questions: pd.DataFrame) -> np.ndarray:
-        answer, target = (questions[name].str.lower().str.strip() for name in ("answer", "target"))
-        counts = [(answer == said) & (target == truth) for said in ("yes", "no") for truth in ("yes", "no")]
-        return np.stack([*counts, np.ones(len(answer), bool)], axis=1).astype(float)
+    def read(cls, answers: pd.Series) -> tuple[pd.Series, pd.Series]:
+        words = answers.str.lower().str.strip()
+        return words == "yes", words == "no"
 
     @classmethod
-    def values(cls, sums: np.ndarray) -> dict[str, np.ndarray]:
-        right_yes, wrong_yes, missed, right_no, asked = sums.T
-        return {
-            "F1": 100 * f1(right_yes, wrong_yes, missed),
-            "accuracy": 100 * _share(right_yes + right_no, asked),
-            "precision": 100 * _share(right_yes, right_yes + wrong_yes),
-            "recall": 100 * _share(right_yes, right_yes + missed),
-            "yes answers": 100 * _share(right_yes + wrong_yes, asked),
-        }
+    def splits(cls, questions: pd.DataFrame) -> np.ndarray:
+        return np.ones((len(questions), 1), bool)
 
 
 def says_yes(answer: str) -> bool:
     """Return LLaVA's reading of an answer to a question of POPE: no where its first sentence says no or not."""
     words = answer.strip().partition(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
-
-
-def f1(right_yes: np.ndarray, wrong_yes: np.ndarray, missed: np.ndarray) -> np.ndarray:
-    """Return the harmonic mean of precision and recall, 0 where there is neither."""
-    precision, recall = _share(right_yes, right_yes + wrong_yes), _share(right_yes, right_yes + missed)
-    return _share(2 * precision * recall, precision + recall)
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
