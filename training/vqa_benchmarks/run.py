@@ -4,9 +4,8 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,11 +42,17 @@ class Variant:
         shuffled: every key of the bank leads to another row: the control.
     """
 
-    name: str
     checkpoint: str
     bank: str | None = None
     memory: str = "on"
     shuffled: bool = False
+    name: str = ""
+
+    def named(self, depth: int) -> "Variant":
+        """Return it with a name of the last `depth` names of its paths: what is above them is this machine's."""
+        paths = [Path(path).resolve() for path in (self.checkpoint, self.bank) if path]
+        words = ["/".join(path.parts[-depth:]) for path in paths] + ["shuffled"] * self.shuffled
+        return replace(self, name=", ".join([*words, *["memory off"] * (self.memory == "off")]))
 
 
 def run_command(options: argparse.Namespace):
@@ -110,35 +115,16 @@ def variants_of(
         settings = [{"memory": "off"}]
     else:
         raise ValueError(f"{checkpoint} retrieves neighbours, but its config names no bank: pass --bank.")
-    variants = [Variant(variant_name(checkpoint, **own), checkpoint, **own) for own in settings]
+    variants = [Variant(checkpoint, **own) for own in settings]
     for other in against:
         has_memory = TinyAlignConfig.from_pretrained(other).num_neighbours > 0
         variants += variants_of(other, banks[:1] if has_memory else ())
-    names, depth = [variant.name for variant in variants], 1
-    while len(set(map(file_name, names))) < len(names) and depth < MAX_DEPTH:  # a/stage2 and b/stage2, say
-        depth += 1
-        names = [variant_name(**{**asdict(variant), "name": partial(end_of, depth=depth)}) for variant in variants]
-    variants = [replace(variant, name=name) for variant, name in zip(variants, names, strict=True)]
-    if len(set(map(file_name, names))) < len(names):
-        raise ValueError(f"Variants are called {names}, expected names that differ: name each model and bank once.")
-    return variants
-
-
-def end_of(path: str, depth: int = 1) -> str:
-    """Return the last names of a folder or repository: what is above them is this machine's."""
-    return "/".join(Path(path).resolve().parts[-depth:])
-
-
-def variant_name(
-    checkpoint: str,
-    bank: str | None = None,
-    memory: str = "on",
-    shuffled: bool = False,
-    name: Callable[[str], str] = end_of,
-) -> str:
-    """Return what a variant is called; `name` makes a name of a folder or repository."""
-    words = [name(checkpoint), *([name(bank)] if bank else []), *["shuffled"] * shuffled]
-    return ", ".join([*words, *["memory off"] * (memory == "off")])
+    for depth in range(1, MAX_DEPTH):  # of a/stage2 and b/stage2 two names, say
+        variants = [variant.named(depth) for variant in variants]
+        if len({file_name(variant.name) for variant in variants}) == len(variants):
+            return variants
+    names = [variant.name for variant in variants]
+    raise ValueError(f"Variants are called {names}, expected names that differ: name each model and bank once.")
 
 
 def run_benchmarks(variants: Sequence[Variant], asked: Sequence[Questions], output: Path, batch_size: int = 8):

@@ -209,7 +209,11 @@ def _load(
         raise ValueError(f"{folder} has neither {name}.parquet nor a folder {name} of Parquet files, expected one.")
     content = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
     try:
-        return content.hexdigest(), datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+        rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+        for column, kind in rows.features.items():
+            if isinstance(kind, dict) and re.fullmatch(r"image(_\d)?", column):  # as pandas writes them
+                rows = rows.cast_column(column, datasets.Image())
+        return content.hexdigest(), rows
     except Exception as error:  # whatever pyarrow and datasets make of it
         raise ValueError(
             f"{name} in {folder} cannot be read ({error.__cause__ or error}), expected Parquet files with rows."
@@ -217,14 +221,7 @@ def _load(
 
 
 def _check_images(name: str, rows: datasets.Dataset):
-    """Refuse (`ValueError`) images that are not stored as such, and rows without one."""
-    for column, kind in rows.features.items():
-        is_empty = kind == datasets.Value("null")
-        if re.fullmatch(r"image(_\d)?", column) and not isinstance(kind, datasets.Image) and not is_empty:
-            raise ValueError(
-                f"The column {column} of {name} is {kind}, expected images: cast it with "
-                f"cast_column({column!r}, datasets.Image()), and save it again."
-            )
+    """Refuse (`ValueError`) rows without an image."""
     missing = np.flatnonzero(rows.data.column("image").is_null()) if "image" in rows.features else []
     if len(missing):
         raise ValueError(f"Row {missing[0]} of {name} has no image, expected one in every row.")
