@@ -19,7 +19,6 @@ from huggingface_hub import (
     SpaceCardData,
 )
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import UndefinedError
 
 from .facts import FACTS_NAME, BankFacts, Evaluation, ModelFacts, Part, facts_of_bank_config, read_facts, write_facts
 from .markdown import block, escaped, literal, table, text
@@ -138,10 +137,7 @@ def usage_snippet(facts: ModelFacts) -> str:
 
 
 def bank_card(facts: BankFacts) -> DatasetCard:
-    """Return the card of a memory bank, with the metadata that make `load_dataset` and the viewer read its rows.
-
-    Raises `ValueError` if `facts.config` is not the whole content of a bank_config.json.
-    """
+    """Return the card of a memory bank, with the metadata that make `load_dataset` and the viewer read its rows."""
     bank, rows = ".", '"parquet", data_files="data/train-*.parquet"'  # datasets can't load "."
     if "/" in facts.repo_id:
         bank, rows = facts.repo_id, literal(facts.repo_id)
@@ -154,23 +150,18 @@ def bank_card(facts: BankFacts) -> DatasetCard:
         tags=["tinyalign", "memory-bank"],
         configs=BANK_FILES,
     )
-    try:
-        return DatasetCard.from_template(
-            data,
-            HERE / "bank_card.md",
-            **escaped(asdict(facts)),
-            name=text(facts.repo_id.split("/")[-1]),
-            is_local="/" not in facts.repo_id,
-            model_literal=facts.model and literal(facts.model),
-            bank_literal=literal(bank),
-            rows=rows,
-            parts_table=_parts_table(facts.parts),
-            command_block=facts.command and block(facts.command, "bash"),
-        )
-    except (UndefinedError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"The config of the bank {facts.repo_id!r} is not whole ({error}): save the bank again."
-        ) from error
+    return DatasetCard.from_template(
+        data,
+        HERE / "bank_card.md",
+        **escaped(asdict(facts)),
+        name=text(facts.repo_id.split("/")[-1]),
+        is_local="/" not in facts.repo_id,
+        model_literal=facts.model and literal(facts.model),
+        bank_literal=literal(bank),
+        rows=rows,
+        parts_table=_parts_table(facts.parts),
+        command_block=facts.command and block(facts.command, "bash"),
+    )
 
 
 def space_card(repo_id: str, facts: ModelFacts, model_revision: str, visitors_may: str = "ask") -> SpaceCard:
@@ -218,13 +209,20 @@ def write_card(folder: str | os.PathLike, facts: ModelFacts | BankFacts | None =
     if isinstance(facts, BankFacts):
         card = bank_card(facts)
     else:
+        check_pictures(folder, facts)
         card = model_card(facts)
-        for name in facts.pictures:
-            if not Path(folder, name).is_file():
-                raise ValueError(f"The card of {folder} shows {name}, which is not there. Correct {FACTS_NAME}.")
     write_facts(folder, facts)
     card.save(Path(folder, "README.md"))
     return card
+
+
+def check_pictures(folder: str | os.PathLike, facts: ModelFacts) -> None:
+    """Raise `ValueError` if a picture that a card shows is missing in its folder."""
+    lost = [name for name in facts.pictures if not Path(folder, name).is_file()]
+    if lost:
+        raise ValueError(
+            f"The card of {folder} shows {', '.join(lost)}, which is not there: put it there, or correct {FACTS_NAME}."
+        )
 
 
 def write_space(
@@ -268,25 +266,25 @@ def _parts_table(parts: list[Part]) -> str:
 
 def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     """Return the model's own scores as the Hub's metadata."""
-    return [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=evaluation.datasets.get(metric, evaluation.dataset),
-            dataset_name=evaluation.dataset_name,
-            dataset_split=evaluation.splits.get(metric, evaluation.split),
-            dataset_revision=evaluation.revisions.get(metric),
-            metric_type=metric,
-            metric_name=f"{evaluation.metrics[metric]} ({system})",
-            metric_value=score[0],
-        )
-        for system in evaluation.this_model
-        for metric, score in evaluation.systems[system].items()
-    ]
+    results = []
+    for system, scores in evaluation.own.items():
+        for metric, score in scores.items():
+            source = {"dataset_type": evaluation.dataset, "dataset_split": evaluation.split}
+            result = EvalResult(
+                task_type=TASK,
+                dataset_name=evaluation.dataset_name,
+                metric_type=metric,
+                metric_name=f"{evaluation.metrics.get(metric, metric)} ({system})",
+                metric_value=score[0],
+                **source | evaluation.sources.get(metric, {}),
+            )
+            results.append(result)
+    return results
 
 
 def _scores_table(evaluation: Evaluation) -> str:
     rows = []
-    for system, scores in evaluation.systems.items():
+    for system, scores in (evaluation.own | evaluation.others).items():
         rows.append([text(system), *(_cell(scores.get(metric)) for metric in evaluation.metrics)])
     return table(["system", *map(text, evaluation.metrics.values())], rows)
 

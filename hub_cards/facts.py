@@ -46,28 +46,17 @@ class Part(Facts):
 @strict
 @dataclass(kw_only=True)
 class Evaluation(Facts):
-    """A table of systems and metrics."""
+    """A table of systems and metrics: of the model itself, and of what it is compared with."""
 
     dataset: str  # its Hub id, or the name of its folder
     dataset_name: str  # as a reader should see it, like the split
     split: str
     metrics: dict[str, str]  # column headings: {"exact_match": "Exact match"}
     # By system and metric: the value alone, or [value, low, high] with its 95% interval.
-    systems: dict[str, dict[str, list[int | float]]]
-    this_model: list[str]  # systems that are the model itself: their scores go into the card's metadata, too
-    # By metric, where the metrics are of several.
-    datasets: dict[str, str] = field(default_factory=dict)
-    splits: dict[str, str] = field(default_factory=dict)
-    revisions: dict[str, str] = field(default_factory=dict)
-
-    def validate_names(self):
-        for name, scores in self.systems.items():
-            if unknown := scores.keys() - self.metrics.keys():
-                raise ValueError(f"{name} has a score of {sorted(unknown)}, expected those of {list(self.metrics)}")
-            if any(len(score) not in (1, 3) for score in scores.values()):
-                raise ValueError(f"{name} has the scores {scores}, expected [value] or [value, low, high]")
-        if unknown := set(self.this_model) - self.systems.keys():
-            raise ValueError(f"this_model is {sorted(unknown)}, expected some of the systems {list(self.systems)}")
+    own: dict[str, dict[str, list[int | float]]]  # go into the card's metadata, too
+    others: dict[str, dict[str, list[int | float]]] = field(default_factory=dict)
+    # By metric, where each has its own: {"dataset_type": "org/name", "dataset_split": "test", "dataset_revision": ...}
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @strict

@@ -30,11 +30,8 @@ def model_facts() -> ModelFacts:
             dataset_name="Emoji pairs",
             split="held-out concepts",
             metrics={"loss": "Loss per token", "exact_match": "Exact match"},
-            systems={
-                "copy the nearest label": {"exact_match": [0.4]},
-                "bank extended": {"exact_match": [0.5, 0.45, 0.5512], "loss": [2.0]},
-            },
-            this_model=["bank extended"],
+            own={"bank extended": {"exact_match": [0.5, 0.45, 0.5512], "loss": [2.0]}},
+            others={"copy the nearest label": {"exact_match": [0.4]}},
         ),
         hardware="2 CPU cores",
         training_hours=0.5,

@@ -60,7 +60,7 @@ def test_model_card(model_facts):
         "| images and labels | npm emoji-datasource | 16.0.0 | CC-BY-4.0 |",
         "| learning rate | 2e-05 |",
         "| system | Loss per token | Exact match |\n|---|---|---|\n",
-        "| copy the nearest label | - | 0.4 |\n| bank extended | 2 | 0.5 (0.45 to 0.551) |\n\n",
+        "| bank extended | 2 | 0.5 (0.45 to 0.551) |\n| copy the nearest label | - | 0.4 |\n\n",
         "![Training curves](loss.png)",
         "Hardware: 2 CPU cores. Training took 0.5 hours and at most\n3.25 GB of memory.\n",
         "It printed:\n\n```text\ngrinning face\n```\n",
@@ -103,18 +103,9 @@ def test_facts_that_say_nothing_are_refused(model_facts, change, message):
         dataclasses.replace(model_facts, **change)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"systems": {"it": {"loss": [math.nan]}}, "this_model": []}, "systems is nan"),
-        ({"systems": {"it": {"bleu": [1.0]}}}, r"it has a score of \['bleu'\], expected those of \['loss'"),
-        ({"systems": {"it": {"loss": [1.0, 2.0]}}}, r"expected \[value\] or \[value, low, high\]"),
-        ({"this_model": ["that"]}, r"this_model is \['that'\], expected some of the systems"),
-    ],
-)
-def test_scores_have_a_heading_and_a_value(model_facts, change, message):
-    with pytest.raises(StrictDataclassError, match=message):
-        dataclasses.replace(model_facts.evaluation, **change)
+def test_scores_are_finite(model_facts):
+    with pytest.raises(StrictDataclassError, match="own is nan"):
+        dataclasses.replace(model_facts.evaluation, own={"it": {"loss": [math.nan]}})
 
 
 OPTIONAL = (
@@ -195,7 +186,7 @@ def test_facts_are_text_and_not_markdown(model_facts, bank_facts):
         model_facts, parts=[part], stages={HOSTILE: {HOSTILE: HOSTILE}}, example=example, **changes
     )
     model_facts.evaluation = dataclasses.replace(
-        model_facts.evaluation, systems={HOSTILE: {"loss": [1.0]}}, this_model=[HOSTILE]
+        model_facts.evaluation, own={HOSTILE: {"loss": [1.0]}}, others={HOSTILE: {"loss": [1.0]}}
     )
     del changes["versions"]
     config = {**bank_facts.config, "columns": [HOSTILE], "versions": {"torch": HOSTILE}}
@@ -246,13 +237,6 @@ def test_the_card_of_a_quantized_bank(bank_facts):
     bank_facts.config["quantized"] = True
     text = bank_card(bank_facts).text
     assert "1280 x float32, rounded to float16 |" in text and "3072 x float16, rounded to 8 bits |" in text
-
-
-def test_a_broken_bank_config_is_named(bank_facts):
-    for key in ("tower", "key_encoder"):
-        config = {name: value for name, value in bank_facts.config.items() if name != key}
-        with pytest.raises(ValueError, match=f"The config of the bank 'org/bank' is not whole .*{key}"):
-            bank_card(dataclasses.replace(bank_facts, config=config))
 
 
 def test_space_card(model_facts, tmp_path):

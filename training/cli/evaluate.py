@@ -90,8 +90,6 @@ def check(arguments: argparse.Namespace):
     narrowed = [f"--{name}" for name in ("limit", "exclude", "data", "images") if vars(arguments)[name]]
     if narrowed:
         raise ValueError(f"card is for whole benchmarks of the Hub: leave it out, or {', '.join(narrowed)}.")
-    if not os.path.isdir(arguments.model or ""):
-        raise ValueError(f"card is for a checkpoint's folder, found {arguments.model!r}: leave out --card.")
     if not os.path.isfile(os.path.join(arguments.model, "card_facts.json")):  # its README.md would be overwritten
         raise ValueError(f"card is made of card_facts.json, which {arguments.model} lacks: leave out --card.")
     if set(arguments.tasks) == {"vqav2_testdev"}:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ...hub_cards.cards import write_card
 from ...hub_cards.facts import Evaluation, Example, ModelFacts, Part, read_facts
 from ..hub.run_facts import CURVES_NAME, RECORD_NAME, hardware, hyperparameters, read_records, run_snippet, versions
-from .report import METRICS, SYSTEMS
+from .report import METRICS, SYSTEMS, measured
 from .state import PROMPT, Demo
 
 EXAMPLE_NAME = "example.png"
@@ -124,19 +124,17 @@ def _write_bank_card(demo: Demo, name: str, concepts: str) -> None:
 
 def _demo_evaluation(demo: Demo) -> Evaluation:
     """Return the table: the model with both banks, then what it is compared with."""
+    titles = {name: title.strip("*") for name, title in SYSTEMS.items()}
+    titles["text_rag"] += f", {DEMO_SETTINGS['with']}"
     others = [name for name in ("baseline", "text_rag", "random_bank", "copy", "rule") if name in demo.results]
-    systems = {}
-    for system, bank in [("tinyalign", "with"), ("tinyalign", "without"), *((name, "with") for name in others)]:
-        name = SYSTEMS[system].strip("*")
-        if system in ("tinyalign", "text_rag"):
-            name = f"{name}, {DEMO_SETTINGS[bank]}"
-        scores = {metric: demo.score(system, bank, metric) for metric in METRICS}
-        systems[name] = {metric: list(score) for metric, score in scores.items() if score is not None}
+    own = {}
+    for bank, setting in DEMO_SETTINGS.items():
+        own[f"{titles['tinyalign']}, {setting}"] = measured(demo, "tinyalign", bank)
     return Evaluation(
         dataset="emoji-pairs",
         dataset_name="Emoji pairs",
         split=f"{len(demo.queried)} Twemoji drawings of concepts never trained on",
         metrics=METRICS,
-        systems=systems,
-        this_model=list(systems)[:2],
+        own=own,
+        others={titles[name]: measured(demo, name, "with") for name in others},
     )

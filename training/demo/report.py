@@ -60,6 +60,12 @@ def interval_cell(found: Interval | None, sign: str = "") -> str:
     return "-" if found is None else f"{found:{sign}.3f}"
 
 
+def measured(demo: Demo, system: str, bank: str) -> dict[str, list[float]]:
+    """Return a system's metrics with one bank, each as value, low and high; none that were not measured."""
+    scores = {metric: demo.score(system, bank, metric) for metric in METRICS}
+    return {metric: list(score) for metric, score in scores.items() if score is not None}
+
+
 def question_table(demo: Demo, metrics: tuple[str, str], titles: tuple[str, str]) -> str:
     """Return the table of one question: two metrics with both banks, and what TinyAlign has more."""
     has_it, lacks_it = BANKS
@@ -176,10 +182,7 @@ def write_demo_report(demo: Demo, answer: str, label: str) -> None:
     plot_neighbours(demo)
     summaries = {}
     for system, banks in demo.results.items():
-        summaries[system] = {}
-        for bank in banks:
-            scores = {metric: demo.score(system, bank, metric) for metric in METRICS}
-            summaries[system][bank] = {metric: found for metric, found in scores.items() if found is not None}
+        summaries[system] = {bank: measured(demo, system, bank) for bank in banks}
     record = {"config": asdict(demo.config), "summaries": summaries, "seconds": demo.clock.seconds}
     (demo.out / "results.json").write_text(json.dumps(record, indent=1))
     tables = {

@@ -10,7 +10,7 @@ from huggingface_hub import CommitInfo, HfApi, SpaceCard
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ...hub_cards.cards import bank_card, model_card, plain_model_card, write_space
+from ...hub_cards.cards import bank_card, check_pictures, model_card, plain_model_card, write_space
 from ...hub_cards.facts import (
     FACTS_NAME,
     ModelFacts,
@@ -137,11 +137,7 @@ def checked_facts(folder: Path, has_bank: bool) -> ModelFacts | None:
     if not (folder / FACTS_NAME).is_file():
         return None
     facts = read_facts(folder)
-    lost = [name for name in facts.pictures if not (folder / name).is_file()]
-    if lost:
-        raise ValueError(
-            f"The card of {folder} shows {', '.join(lost)}, which is not there: put it there, or correct {FACTS_NAME}."
-        )
+    check_pictures(folder, facts)
     if facts.bank is not None and facts.bank.hub_type is None and not has_bank:
         raise ValueError(f"The card of {folder} names the local bank {facts.bank.source}: push it too, with --bank.")
     return facts

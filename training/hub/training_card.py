@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -18,7 +17,7 @@ from ...hub_cards.facts import FACTS_NAME, Evaluation, Example, ModelFacts, Part
 from ...modeling_tinyalign.memory_bank import MemoryBank
 from ..arguments.stage import StageArguments
 from .bank_facts import licenses_of_rows
-from .parts import LOCAL, UNKNOWN, common_license, describe_part, license_of, public_command, public_source
+from .parts import UNKNOWN, common_license, describe_part, license_of, public_command, public_source
 from .run_facts import (
     CURVES_NAME,
     RECORD_NAME,
@@ -69,7 +68,6 @@ def _facts(
     license = earlier.license if earlier is not None and earlier.parts else common_license(parts)
     data = _data_part(config)
     again = [part for part in parts if (part.source, part.revision) == (data.source, data.revision)]
-    evaluation = _evaluation(config, records[-1], data)
     return ModelFacts(
         repo_id=Path(config.output_dir).resolve().name,
         summary=_card_summary(parts, data, bank),
@@ -82,11 +80,11 @@ def _facts(
         stages=hyperparameters(records),
         curves=CURVES_NAME,
         command=public_command(shlex.split(command)),
-        evaluation=evaluation,
+        evaluation=_evaluation(config, records[-1], data),
         hardware=hardware(config.world_size, config.use_cpu),
         training_hours=sum(record.seconds for record in records) / 3600,
         peak_memory_gb=max((record.peak_memory_gb for record in records if record.peak_memory_gb), default=None),
-        limits=_limits([*parts, data], bank, evaluation, records[-1]),
+        limits=_limits([*parts, data], bank, records[-1]),
         versions=versions(),
     )
 
@@ -96,10 +94,7 @@ def _composed_of(model: PreTrainedModel) -> list[Part]:
     parts = []
     origins = model.config.vision_model, model.config.language_model  # paths, when it was composed in this process
     for part, origin in zip(parts_of_config(model.config), origins, strict=True):
-        if origin is None and part.hub_type is None:  # its folder is not known any more
-            parts.append(replace(part, revision=part.revision or LOCAL, license=UNKNOWN))
-        else:
-            parts.append(describe_part(part.role, origin or part.source, "model", part.revision))
+        parts.append(describe_part(part.role, origin or part.source, "model", part.revision))
     return parts
 
 
@@ -159,18 +154,14 @@ def _evaluation(config: StageArguments, record: StageRecord, data: Part) -> Eval
         dataset_name=name,
         split=f"{split}, step {step}",
         metrics={"loss": "loss per token"},
-        systems={"this model": {"loss": [loss]}},
-        this_model=["this model"],
+        own={"this model": {"loss": [loss]}},
     )
 
 
-def _limits(
-    parts: list[Part], bank: MemoryBank | None, evaluation: Evaluation | None, record: StageRecord
-) -> list[str]:
-    measured = "Nothing" if evaluation is None else "Nothing but the loss above"
-    limits = [f"{measured} was measured; bias and safety were not evaluated."]
-    if evaluation is not None and not record.eval_losses:
-        limits.append("That loss is of rows it was trained on: it says nothing about other images.")
+def _limits(parts: list[Part], bank: MemoryBank | None, record: StageRecord) -> list[str]:
+    limits = ["Bias and safety were not evaluated."]
+    if not record.eval_losses:
+        limits.append("The loss in training is of rows it was trained on: it says nothing about other images.")
     if bank is not None:
         limits.append("Answers depend on the bank: one that lacks what is asked for can mislead the model.")
     unknown = dict.fromkeys(part.source for part in parts if part.license in (None, UNKNOWN))

@@ -1,7 +1,6 @@
 """report.md and results.json of answers on disk, and the results in a checkpoint's card."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +44,8 @@ def compare_folders(folders: Sequence[Path], output: Path, exclude: bool = False
 
 def _in_order(folder: Path) -> list[Path]:
     """Return the files of answers in a folder, the variants in the order of its last report, if it has one."""
-    try:
-        names = list(json.loads((folder / RESULTS).read_text())["variants"])
-    except (OSError, ValueError, LookupError, TypeError):
-        names = []
+    report = folder / RESULTS
+    names = json.loads(report.read_text())["variants"] if report.exists() else []
     folders = [*map(file_name, names), *sorted(path.name for path in folder.glob("samples/*"))]
     return [path for name in dict.fromkeys(folders) for path in sorted(folder.glob(f"samples/{name}/*.parquet"))]
 
@@ -181,23 +178,19 @@ def _number(value: float | None) -> str:
 def write_results_card(checkpoint: Path, results: dict[str, dict], own: str):
     """Write the results into the checkpoint's card: a table of all variants, and those of `own` as its model-index."""
     scored = {name: result for name, result in results.items() if value_in(results, name, own) is not None}
-    systems = {}
+    variants, sources = {}, {}
     for benchmark, result in scored.items():
+        found = {"type": result["source"], "split": result["split"], "revision": result["data_version"]}
+        sources[benchmark] = {f"dataset_{name}": value for name, value in found.items()}
         for name, entry in result["variants"].items():
-            systems.setdefault(name, {})[benchmark] = entry["value"]
+            variants.setdefault(name, {})[benchmark] = entry["value"]
     evaluation = Evaluation(
         dataset="lmms-eval",
-        datasets={name: result["source"] for name, result in scored.items()},
         dataset_name="benchmarks of visual question answering",
         split=", ".join(sorted({result["split"] for result in scored.values()})),
-        splits={name: result["split"] for name, result in scored.items()},
-        revisions={name: result["data_version"] for name, result in scored.items()},
+        sources=sources,
         metrics={name: BENCHMARKS[name].title for name in scored},
-        systems=systems,
-        this_model=[own],
+        own={own: variants.pop(own)},
+        others=variants,
     )
-    facts = read_facts(checkpoint)
-    # those of the training's card, whose only number was the loss
-    limits = [limit for limit in facts.limits if not limit.startswith("That loss ")]
-    limits = [re.sub("^Nothing .*was measured; bias", "Bias", limit) for limit in limits]
-    write_card(checkpoint, replace(facts, evaluation=evaluation, limits=limits))
+    write_card(checkpoint, replace(read_facts(checkpoint), evaluation=evaluation))
