@@ -66,4 +66,3 @@ BENCHMARKS = {
         "VQAv2 test-dev", "vqav2/vqav2_test.yaml", "image_id", settings={"test_split": "testdev"}
     ),
 }
-ALIASES = {"textvqa_without_ocr": "textvqa"}  # of the same rows

@@ -103,19 +103,18 @@ def variants_of(
         ValueError: a model has no memory, or no bank; or two variants are the same.
     """
     config = TinyAlignConfig.from_pretrained(checkpoint)
+    has_bank = bool(banks) or config.memory_bank is not None
     if config.num_neighbours == 0:
         if memory_off or shuffled or (banks and not against):
             raise ValueError(f"{checkpoint} is a model without memory: leave out --bank, --memory and --shuffled.")
-        settings = [{}]
-    elif banks or config.memory_bank is not None:
-        settings = [{"bank": bank} for bank in banks or [None]]
-        settings += [{"bank": banks[0] if banks else None, "shuffled": True}] * shuffled
-        settings += [{"memory": "off"}] * memory_off
-    elif memory_off and not shuffled:
-        settings = [{"memory": "off"}]
-    else:
+        variants = [Variant(checkpoint)]
+    elif not has_bank and (shuffled or not memory_off):
         raise ValueError(f"{checkpoint} retrieves neighbours, but its config names no bank: pass --bank.")
-    variants = [Variant(checkpoint, **own) for own in settings]
+    else:
+        named = list(banks) or [None]
+        variants = [Variant(checkpoint, bank) for bank in named] * has_bank
+        variants += [Variant(checkpoint, named[0], shuffled=True)] * shuffled
+        variants += [Variant(checkpoint, memory="off")] * memory_off
     for other in against:
         has_memory = TinyAlignConfig.from_pretrained(other).num_neighbours > 0
         variants += variants_of(other, banks[:1] if has_memory else ())

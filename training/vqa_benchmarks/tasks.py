@@ -15,7 +15,7 @@ import numpy as np
 from huggingface_hub import HfApi
 from PIL import ImageFile
 
-from .benchmarks import ALIASES, BENCHMARKS
+from .benchmarks import BENCHMARKS
 from .judge import judge_answer
 
 try:
@@ -79,7 +79,7 @@ class Questions:
         self.source, self.split = config["dataset_path"], config["test_split"]
         revisions = {} if revisions is None else revisions
         subset = config.get("dataset_name")
-        self.version, self.rows = _load(ALIASES.get(name, name), folder, config, subset, revisions)
+        self.version, self.rows = _load(name.removesuffix("_without_ocr"), folder, config, subset, revisions)
         _check_images(name, self.rows)
         self.images = None
         if name == "gqa" and "image" not in self.rows.column_names:
