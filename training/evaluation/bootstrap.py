@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(
-    values: Sequence[float], groups: Sequence | None = None, weights: Sequence[float] | None = None, seed: int = 0
+    values: Sequence[float], groups: Sequence | None = None, weights: Sequence[float] | None = None
 ) -> Interval:
     """Return `sum(values) / sum(weights)` with its 95% interval: whole groups are drawn with replacement.
 
@@ -31,20 +31,12 @@ def bootstrap_interval(
         groups: `(questions,)`, what a question is about. Questions about one thing are drawn together, since they are
             right or wrong together. None: each is about something else.
         weights: `(questions,)`, what the values are sums over: the tokens of the answer, say. None: one each.
-
-    Raises:
-        ValueError: there is no question, or the lengths differ.
     """
     values = np.asarray(values, np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
     groups = np.arange(len(values)) if groups is None else np.asarray(groups)
-    if len(values) == 0 or not len(values) == len(weights) == len(groups):
-        raise ValueError(
-            f"Found {len(values)} values, {len(weights)} weights and {len(groups)} groups, expected as many of each, "
-            "at least one."
-        )
     sums = np.stack([values, weights], axis=1)
-    return interval_of(resampled(sums, groups, lambda drawn: drawn[:, 0] / drawn[:, 1], seed=seed))
+    return interval_of(resampled(sums, groups, lambda drawn: drawn[:, 0] / drawn[:, 1]))
 
 
 def resampled(
@@ -53,11 +45,10 @@ def resampled(
     statistic: Callable[[np.ndarray], np.ndarray],
     strata: Sequence | None = None,
     draws: int = DRAWS,
-    seed: int = 0,
 ) -> np.ndarray:
     """Return a statistic of all questions, and then of `draws` samples: `(1 + draws,)`.
 
-    Whole groups are drawn with replacement; the same groups and seed give the same samples, whatever is summed.
+    Whole groups are drawn with replacement; the same groups give the same samples, whatever is summed.
 
     Args:
         sums: `(questions, columns)`, what the statistic needs, summed over the questions of a sample.
@@ -69,7 +60,7 @@ def resampled(
     totals = np.stack([np.bincount(group, column) for column in np.transpose(sums)], axis=1)
     stratum = np.zeros(len(names)) if strata is None else np.asarray(strata)[first]
     members = [np.flatnonzero(stratum == name) for name in np.unique(stratum)]
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = [np.sum(sums, axis=0)]
     for _ in range(draws):
         counts = np.zeros(len(names))  # how often each group is drawn: sums times counts need no copies of rows

@@ -12,7 +12,7 @@ def test_intervals():
     value, low, high = bootstrap_interval(values)
     assert value == pytest.approx(values.mean())
     assert [low, high] == pytest.approx([value - 1.96 / 20, value + 1.96 / 20], abs=0.015)
-    assert bootstrap_interval(values) == (value, low, high) != bootstrap_interval(values, seed=1)
+    assert bootstrap_interval(values) == (value, low, high)
 
 
 def test_weights_are_what_values_are_sums_over():
@@ -34,9 +34,3 @@ def test_pairs_show_what_two_intervals_hide():
     found = bootstrap_interval((hard + 0.3) - hard)
     assert found == pytest.approx((0.3, 0.3, 0.3))
     assert bootstrap_interval(hard + 0.3).low < bootstrap_interval(hard).high
-
-
-@pytest.mark.parametrize("arguments", [([],), ([1.0], [1, 2]), ([1.0], None, [1.0, 2.0])])
-def test_lengths(arguments):
-    with pytest.raises(ValueError, match="expected as many of each"):
-        bootstrap_interval(*arguments)
