@@ -5,7 +5,7 @@ import importlib.util
 import os
 import re
 import shutil
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,7 @@ def plain_model_card(repo_id: str, config: Any, tags: list[str]) -> str:
 
 def plain_bank_card(repo_id: str, bank_config: Any) -> str:
     """Return the README.md of a memory bank of which no more is known than the content of its bank_config.json."""
-    config = asdict(bank_config) if is_dataclass(bank_config) else bank_config
-    return str(bank_card(facts_of_bank_config(repo_id, config)))
+    return str(bank_card(facts_of_bank_config(repo_id, asdict(bank_config))))
 
 
 def parts_of_config(config: Any) -> list[Part]:
@@ -164,42 +163,6 @@ def bank_card(facts: BankFacts) -> DatasetCard:
     )
 
 
-def space_card(repo_id: str, facts: ModelFacts, model_revision: str, visitors_may: str = "ask") -> SpaceCard:
-    """Return the card of a demo Space, which is its configuration as well: space_app.py reads it.
-
-    `facts` are those of the model as it is on the Hub; the Space runs the weights and the code of the commit
-    `model_revision`, and its visitors may do what `tinyalign app` says. Raises `ValueError` for a name that is none of
-    a repository.
-    """
-    for name in (repo_id, facts.repo_id):
-        validate_repo_id(name)
-    data = SpaceCardData(
-        title=repo_id.split("/")[-1],
-        emoji="🔎",
-        colorFrom="indigo",
-        colorTo="green",
-        sdk="gradio",
-        sdk_version=GRADIO_VERSION,
-        python_version="3.11",
-        app_file="app.py",
-        license=facts.license,
-        short_description=SPACE_SUMMARY if facts.bank else BASELINE_SPACE_SUMMARY,
-        models=[facts.repo_id],
-        datasets=[facts.bank.source] if facts.bank else None,
-        tags=["tinyalign"],
-        model_revision=model_revision,
-        prompt=facts.example.prompt,
-        visitors_may=visitors_may,
-    )
-    return SpaceCard.from_template(
-        data,
-        HERE / "space_card.md",
-        **escaped({"model": facts.repo_id, "prompt": facts.example.prompt, "model_revision": model_revision}),
-        title=text(repo_id.split("/")[-1]),
-        bank=facts.bank and text(facts.bank.source),
-    )
-
-
 def write_card(folder: str | os.PathLike, facts: ModelFacts | BankFacts | None = None) -> ModelCard | DatasetCard:
     """Write README.md, and the facts it is made of, by default those there, into the folder of a checkpoint or a bank.
 
@@ -228,12 +191,41 @@ def check_pictures(folder: str | os.PathLike, facts: ModelFacts) -> None:
 def write_space(
     folder: str | os.PathLike, repo_id: str, facts: ModelFacts, model_revision: str, visitors_may: str = "ask"
 ) -> SpaceCard:
-    """Write a demo Space into a folder: README.md, app.py, requirements.txt and the package. Arguments as of
-    `space_card`.
+    """Write a demo Space into a folder: app.py, requirements.txt, the package, and README.md, its card, which is its
+    configuration as well.
 
-    The package travels as it is installed here: a Space runs what its author has tried, released or not.
+    `facts` are those of the model as it is on the Hub; the Space runs the weights and the code of the commit
+    `model_revision`, and its visitors may do what `tinyalign app` says. The package travels as it is installed here: a
+    Space runs what its author has tried, released or not. Raises `ValueError` for a name that is none of a repository.
     """
-    card, folder = space_card(repo_id, facts, model_revision, visitors_may), Path(folder)
+    for name in (repo_id, facts.repo_id):
+        validate_repo_id(name)
+    data = SpaceCardData(
+        title=repo_id.split("/")[-1],
+        emoji="🔎",
+        colorFrom="indigo",
+        colorTo="green",
+        sdk="gradio",
+        sdk_version=GRADIO_VERSION,
+        python_version="3.11",
+        app_file="app.py",
+        license=facts.license,
+        short_description=SPACE_SUMMARY if facts.bank else BASELINE_SPACE_SUMMARY,
+        models=[facts.repo_id],
+        datasets=[facts.bank.source] if facts.bank else None,
+        tags=["tinyalign"],
+        model_revision=model_revision,
+        prompt=facts.example.prompt,
+        visitors_may=visitors_may,
+    )
+    card = SpaceCard.from_template(
+        data,
+        HERE / "space_card.md",
+        **escaped({"model": facts.repo_id, "prompt": facts.example.prompt, "model_revision": model_revision}),
+        title=text(repo_id.split("/")[-1]),
+        bank=facts.bank and text(facts.bank.source),
+    )
+    folder = Path(folder)
     card.save(folder / "README.md")
     shutil.copy(HERE / "space_app.py", folder / "app.py")
     needed = [line for line in importlib.metadata.requires("tinyalign-vlm") if "extra ==" not in line]

@@ -172,21 +172,6 @@ def read_facts(folder: str | os.PathLike) -> ModelFacts | BankFacts:
         raise ValueError(f"{path} has no facts of a card: {reason}. Correct it, see docs/cards.md.") from error
 
 
-def model_on_hub(facts: ModelFacts, repo_id: str, bank: str | None, revision: str | None) -> ModelFacts:
-    """Return the facts of a model that is pushed to `repo_id`, whose bank is in this repository, if in any."""
-    part = facts.bank
-    if part is not None and bank is not None:
-        part = replace(part, source=bank, revision=revision, hub_type="dataset")
-    return replace(facts, repo_id=repo_id, bank=part)
-
-
-def bank_on_hub(facts: BankFacts, repo_id: str, model: str | None) -> BankFacts:
-    """Return the facts of a bank that is pushed to `repo_id`, and maybe a model that reads it."""
-    if model is None and not (facts.model or ".").startswith((".", "/")):
-        model = facts.model
-    return replace(facts, repo_id=repo_id, model=model)
-
-
 def _leaves(value: Any) -> Iterator[Any]:
     """Yield what is in lists and dictionaries, however deep."""
     if not isinstance(value, (dict, list)):

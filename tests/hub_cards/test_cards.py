@@ -17,9 +17,7 @@ from tinyalign_vlm.hub_cards.cards import (
     SPACE_SUMMARY,
     bank_card,
     model_card,
-    plain_bank_card,
     plain_model_card,
-    space_card,
     usage_snippet,
     write_card,
     write_space,
@@ -28,8 +26,7 @@ from tinyalign_vlm.hub_cards.facts import (
     Example,
     ModelFacts,
     Part,
-    bank_on_hub,
-    model_on_hub,
+    facts_of_bank_config,
     read_facts,
     write_facts,
 )
@@ -154,16 +151,20 @@ def test_a_model_without_facts_has_a_card_of_its_config(tmp_path):
     assert_no_blanks(local + alone)
 
 
+def card_of_config(config: dict) -> str:
+    return str(bank_card(facts_of_bank_config("me/bank", config)))
+
+
 def test_the_card_of_a_bank_without_values_tells_of_none(bank_facts):
     config = {**bank_facts.config, "num_latents": 0, "latent_dim": 0, "value_encoder": None}
-    text = plain_bank_card("me/bank", {**config, "sha256": {"keys": "0", "values": "1", "rows": "2"}})
+    text = card_of_config({**config, "sha256": {"keys": "0", "values": "1", "rows": "2"}})
     assert "read by the model through its caption." in text and "SHA-256 of the keys" in text
     assert not any(word in text for word in ("`value`", "| value", "value_encoder/", "SHA-256 of the values"))
     assert_no_blanks(text)
 
 
 def test_a_bank_without_facts_has_a_card_of_its_config(bank_facts):
-    text = plain_bank_card("me/bank", {**bank_facts.config, "num_left_out": 3, "sha256": {}})
+    text = card_of_config({**bank_facts.config, "num_left_out": 3, "sha256": {}})
     card = DatasetCard(text)
     assert_no_blanks(text)
     assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
@@ -178,7 +179,7 @@ def test_a_bank_without_facts_has_a_card_of_its_config(bank_facts):
         assert line in text
 
 
-def test_facts_are_text_and_not_markdown(model_facts, bank_facts):
+def test_facts_are_text_and_not_markdown(model_facts, bank_facts, tmp_path):
     part = Part(role=HOSTILE, source=HOSTILE, revision=HOSTILE, license=HOSTILE, hub_type="model")
     example = Example(prompt='"); import os #', output=HOSTILE)
     changes = {"summary": HOSTILE, "limits": [HOSTILE], "versions": {HOSTILE: HOSTILE}, "command": HOSTILE}
@@ -205,7 +206,7 @@ def test_facts_are_text_and_not_markdown(model_facts, bank_facts):
     compile(usage_snippet(model_facts), "snippet", "exec")
     assert r'"text": "\"); import os #"' in usage_snippet(model_facts)
     with pytest.raises(ValueError):
-        space_card("org/demo", dataclasses.replace(model_facts, repo_id=HOSTILE), "abc")
+        write_space(tmp_path, "org/demo", dataclasses.replace(model_facts, repo_id=HOSTILE), "abc")
 
 
 def test_bank_card(bank_facts, tmp_path):
@@ -272,22 +273,14 @@ def test_facts_are_kept_beside_what_they_are_of(model_facts, bank_facts, tmp_pat
     assert read_facts(tmp_path / "bank") == bank_facts
 
 
-def test_a_push_changes_the_names(model_facts, bank_facts):
-    local = dataclasses.replace(
-        model_facts, repo_id="checkpoint", bank=dataclasses.replace(BANK, source="../bank", hub_type=None)
-    )
-    assert 'model="."' in usage_snippet(local) and 'attach_memory_bank("../bank")' in usage_snippet(local)
-    assert 'Image.open("example.png")' in usage_snippet(local)
-    pushed = model_on_hub(local, "org/model", "org/new-bank", "abc")
-    assert (pushed.bank.source, pushed.bank.revision, pushed.bank.hub_type) == ("org/new-bank", "abc", "dataset")
-    assert "attach" not in usage_snippet(pushed)
-    assert 'hf_hub_download("org/model", "example.png")' in usage_snippet(pushed)
-    assert local.bank.source == "../bank"
-    assert bank_on_hub(bank_facts, "me/bank", "me/model").model == "me/model"
-    assert bank_on_hub(bank_facts, "me/bank", None).model == "org/tinyalign-emoji"
-    alone = bank_on_hub(dataclasses.replace(bank_facts, model="../checkpoint"), "me/bank", None)
-    text = bank_card(alone).text
-    assert alone.model is None and 'model.attach_memory_bank("me/bank")' in text and "from_pretrained" not in text
+def test_the_python_of_a_card_names_files_or_repositories(model_facts, bank_facts):
+    bank = dataclasses.replace(BANK, source="../bank", hub_type=None)
+    local = usage_snippet(dataclasses.replace(model_facts, repo_id="checkpoint", bank=bank))
+    assert 'model="."' in local and 'attach_memory_bank("../bank")' in local and 'Image.open("example.png")' in local
+    pushed = usage_snippet(model_facts)
+    assert "attach" not in pushed and 'hf_hub_download("org/tinyalign-emoji", "example.png")' in pushed
+    text = bank_card(dataclasses.replace(bank_facts, model=None)).text
+    assert 'model.attach_memory_bank("org/bank")' in text and "from_pretrained" not in text
     assert_no_blanks(text)
 
 

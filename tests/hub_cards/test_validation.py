@@ -8,7 +8,7 @@ from card_rules import card_errors
 from fake_hub import FakeHub
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard, constants, metadata_eval_result, repocard
 
-from tinyalign_vlm.hub_cards.cards import bank_card, model_card, space_card
+from tinyalign_vlm.hub_cards.cards import bank_card, model_card, write_space
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,9 @@ def hub():
         yield hub
 
 
-def test_cards_are_valid(hub, model_facts, bank_facts):
-    before = len(hub.requests)
-    for card in (model_card(model_facts), bank_card(bank_facts), space_card("org/demo", model_facts, "0123")):
+def test_cards_are_valid(hub, model_facts, bank_facts, tmp_path):
+    before, space = len(hub.requests), write_space(tmp_path, "org/demo", model_facts, "0123")
+    for card in (model_card(model_facts), bank_card(bank_facts), space):
         card.validate()
     assert hub.requests[before:] == ["POST /api/validate-yaml"] * 3
 
@@ -45,12 +45,12 @@ def test_a_malformed_data_set_id_is_refused(hub, model_facts):
         model_card(model_facts).validate()
 
 
-def test_metadata_survive_the_client(model_facts, bank_facts):
+def test_metadata_survive_the_client(model_facts, bank_facts, tmp_path):
     """What the Hub's client reads is what was written, and what it writes itself is the same."""
     for kind, card in (
         (ModelCard, model_card(model_facts)),
         (DatasetCard, bank_card(bank_facts)),
-        (SpaceCard, space_card("org/demo", model_facts, "0123")),
+        (SpaceCard, write_space(tmp_path, "org/demo", model_facts, "0123")),
     ):
         assert str(kind(str(card))) == str(card)
     card = model_card(model_facts)

@@ -11,16 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ...hub_cards.cards import bank_card, check_pictures, model_card, plain_model_card, write_space
-from ...hub_cards.facts import (
-    FACTS_NAME,
-    ModelFacts,
-    bank_on_hub,
-    facts_json,
-    model_on_hub,
-    read_facts,
-    read_object,
-    write_facts,
-)
+from ...hub_cards.facts import FACTS_NAME, ModelFacts, Part, facts_json, read_facts, read_object, write_facts
 from ...modeling_tinyalign.configuration_tinyalign import TinyAlignConfig
 from ...modeling_tinyalign.files import CARD_NAME, WEIGHTS, push_files, resolve_commit
 from ...modeling_tinyalign.memory_bank import MemoryBank
@@ -85,10 +76,13 @@ def push(
         config.memory_bank_revision = resolve_commit(config.memory_bank, config.memory_bank_revision)
     elif config.memory_top_k > 0:
         print("The checkpoint names no memory bank: give --bank, or attach one after loading.")
-    if facts is not None and config.memory_bank is not None and (bank is not None or facts.bank is None):
-        source = config.memory_bank if bank is None else os.path.abspath(bank[0])  # not the bank of the training
-        facts = replace(facts, bank=describe_part("memory bank", source, "dataset"))
-    facts = facts and model_on_hub(facts, model[1], config.memory_bank, config.memory_bank_revision)
+    if facts is not None:
+        part, name, revision = facts.bank, config.memory_bank, config.memory_bank_revision
+        if name is not None and (part is None or (part.source, part.revision) != (name, revision)):
+            source = name if bank is None else os.path.abspath(bank[0])
+            license = describe_part("memory bank", source, "dataset", revision).license
+            part = Part(role="memory bank", source=name, revision=revision, license=license, hub_type="dataset")
+        facts = replace(facts, repo_id=model[1], bank=part)
     commit = push_checkpoint(Path(model[0]), model[1], config, facts, **options)
     print(f"model: {commit.repo_url} at {commit.oid}")
     if space is not None:
@@ -162,7 +156,9 @@ def bank_card_for_push(folder: Path, repo_id: str, model: str | None) -> str:
             f"({examples}, say; licences are ids of https://huggingface.co/docs/hub/repositories-licenses), read over "
             "the rest, and push again."
         )
-    return str(bank_card(bank_on_hub(facts, repo_id, model)))
+    if model is None and not (facts.model or ".").startswith((".", "/")):
+        model = facts.model
+    return str(bank_card(replace(facts, repo_id=repo_id, model=model)))
 
 
 def push_space(repo_id: str, facts: ModelFacts, model_revision: str, private: bool | None = None) -> CommitInfo:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard
@@ -148,6 +149,17 @@ def test_cards_are_made_of_recorded_facts(hub, owner, folders):
         assert "The repository is 'without-owner', expected OWNER/NAME" in end
     output, end = owner.run(command, folders["model"], "cli/facts-2")
     assert "names the local bank ../bank: push it too, with --bank" in end
+
+
+@pytest.mark.parametrize(
+    ("known", "pushed", "named"),
+    [("../model", None, None), ("../model", "me/new", "me/new"), ("me/old", None, "me/old")],
+)
+def test_a_banks_card_names_a_model_that_is_on_the_hub(folders, known, pushed, named):
+    write(folders["bank"], {**BANK_FACTS, "model": known})
+    card = push.bank_card_for_push(Path(folders["bank"]), "me/bank", pushed)
+    assert 'attach_memory_bank("me/bank")' in card and ("from_pretrained" in card) == (named is not None)
+    assert named is None or f'from_pretrained("{named}"' in card
 
 
 def test_what_is_missing_is_said_before_anything_is_pushed(hub, owner, folders, tmp_path):
