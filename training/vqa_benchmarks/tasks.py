@@ -7,6 +7,8 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -80,14 +82,12 @@ class Questions:
         revisions = {} if revisions is None else revisions
         subset = config.get("dataset_name")
         self.version, self.rows = _load(name.removesuffix("_without_ocr"), folder, config, subset, revisions)
-        _check_images(name, self.rows)
         self.images = None
         if name == "gqa" and "image" not in self.rows.column_names:
             version, self.images = _load("gqa_images", folder, config, "testdev_balanced_images", revisions)
             self.version += "" if version == self.version else f", images {version}"
-            _check_images("gqa_images", self.images)
         unit = self.benchmark.unit
-        try:
+        with self._same_schema():
             self.task = LocalTask(config, self.rows)
             self.units = list(map(str, range(len(self.rows)) if unit is None else self.rows[unit]))
             if name == "mme" and set(Counter(self.units).values()) != {2}:
@@ -96,8 +96,6 @@ class Questions:
             if images is not None:
                 asked = [unit for unit in asked if int(unit) in images]
             asked = set(asked if limit is None else self._drawn(asked, limit))
-        except Exception as error:  # whatever lmms-eval makes of it
-            raise self._other_schema(error) from error
         self.numbers = [number for number, unit in enumerate(self.units) if unit in asked]
         if not self.numbers:
             raise ValueError(f"{self.benchmark.title} has no question about the images that were asked for.")
@@ -118,7 +116,7 @@ class Questions:
         """Return the prompt of a row without its images, or refuse (`ValueError`) what would end a run later on."""
         if number == self.numbers[0]:
             self.ask(number)
-        try:
+        with self._same_schema(number):
             prompt, target, categories = self.task.doc_to_text(row), self.target(row), self.benchmark.categories(row)
             if self.images is not None and row["imageId"] not in self._image_rows:
                 raise ValueError(f"gqa_images has no {row['imageId']!r}")
@@ -131,15 +129,18 @@ class Questions:
                 raise ValueError(f"the answer is {target!r}, expected yes or no")
             if number == self.numbers[0] and self.name != "mmvet":  # whose judge would be asked
                 self.score(row, "")
-        except Exception as error:  # whatever lmms-eval makes of it
-            raise self._other_schema(error, number) from error
         return prompt
 
-    def _other_schema(self, error: Exception, number: int = 0) -> ValueError:
-        return ValueError(
-            f"Row {number} of {self.name} cannot be asked ({type(error).__name__}: {error}): found the columns "
-            f"{self.rows.column_names}, expected those of {self.source}, and values like its."
-        )
+    @contextmanager
+    def _same_schema(self, number: int = 0) -> Iterator[None]:
+        """Refuse (`ValueError`) a row of another schema, or with a broken image."""
+        try:
+            yield
+        except Exception as error:  # whatever lmms-eval makes of it
+            raise ValueError(
+                f"Row {number} of {self.name} cannot be asked ({type(error).__name__}: {error}): found the columns "
+                f"{self.rows.column_names}, expected those of {self.source}, and values like its."
+            ) from error
 
     @property
     def generation(self) -> dict:
@@ -160,13 +161,11 @@ class Questions:
 
     def ask(self, number: int) -> tuple[dict, list[dict]]:
         """Return a row with its images, and the chat that asks its question; `ValueError` where one is broken."""
-        try:
+        with self._same_schema(number):
             row = self.rows[number]
             if self.images is not None:
                 row["image"] = self.images[self._image_rows[row["imageId"]]]["image"]
             return row, ChatMessages(messages=self.task.doc_to_messages(row)).to_hf_messages()
-        except Exception as error:  # whatever lmms-eval makes of it
-            raise self._other_schema(error, number) from error
 
     def score(self, row: dict, answer: str) -> float:
         """Return the score of an answer, NaN where others keep the truth."""
@@ -213,15 +212,11 @@ def _load(
         for column, kind in rows.features.items():
             if isinstance(kind, dict) and re.fullmatch(r"image(_\d)?", column):  # as pandas writes them
                 rows = rows.cast_column(column, datasets.Image())
-        return content.hexdigest(), rows
     except Exception as error:  # whatever pyarrow and datasets make of it
         raise ValueError(
             f"{name} in {folder} cannot be read ({error.__cause__ or error}), expected Parquet files with rows."
         ) from error
-
-
-def _check_images(name: str, rows: datasets.Dataset):
-    """Refuse (`ValueError`) rows without an image."""
     missing = np.flatnonzero(rows.data.column("image").is_null()) if "image" in rows.features else []
     if len(missing):
         raise ValueError(f"Row {missing[0]} of {name} has no image, expected one in every row.")
+    return content.hexdigest(), rows
