@@ -259,12 +259,13 @@ def _parts_table(parts: list[Part]) -> str:
 def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     """Return the model's own scores as the Hub's metadata."""
     results = []
+    dataset_type = re.sub(r"[^A-Za-z0-9_./-]+", "-", evaluation.dataset).strip("-./") or "data"  # the Hub's alphabet
     for system, scores in evaluation.own.items():
         for metric, score in scores.items():
-            source = {"dataset_type": evaluation.dataset, "dataset_split": evaluation.split}
+            source = {"dataset_type": dataset_type, "dataset_split": evaluation.split}
             result = EvalResult(
                 task_type=TASK,
-                dataset_name=evaluation.dataset_name,
+                dataset_name=evaluation.dataset,
                 metric_type=metric,
                 metric_name=f"{evaluation.metrics.get(metric, metric)} ({system})",
                 metric_value=score[0],

@@ -48,8 +48,7 @@ class Part(Facts):
 class Evaluation(Facts):
     """A table of systems and metrics: of the model itself, and of what it is compared with."""
 
-    dataset: str  # its Hub id, or the name of its folder
-    dataset_name: str  # as a reader should see it, like the split
+    dataset: str  # its Hub id, or a name of it, as a reader should see it
     split: str
     metrics: dict[str, str]  # column headings: {"exact_match": "Exact match"}
     # By system and metric: the value alone, or [value, low, high] with its 95% interval.
@@ -83,14 +82,12 @@ class ModelFacts(Facts):
     top_k: int | None = None  # examples that it retrieves for an image; 0 for a baseline without memory
     bank: Part | None = None  # its source is a path from the checkpoint's folder until it is on the Hub
     example: Example = field(default_factory=Example)
-    # Settings by name of each stage of training, in the order in which they ran.
+    # Settings by name of each stage of training, its minutes and memory among them, in the order in which they ran.
     stages: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
     curves: str | None = None  # picture of the training curves, a file beside the card
     command: str | None = None  # trains the model again
     evaluation: Evaluation | None = None
     hardware: str | None = None  # "2 cores of AMD EPYC"
-    training_hours: int | float | None = None  # of all stages
-    peak_memory_gb: int | float | None = None
     limits: list[str] = field(default_factory=list)  # what the model can't do, one sentence an item
     versions: dict[str, str] = field(default_factory=dict)
 

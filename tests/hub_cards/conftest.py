@@ -26,16 +26,13 @@ def model_facts() -> ModelFacts:
         curves="loss.png",
         command="tinyalign demo",
         evaluation=Evaluation(
-            dataset="emoji-pairs",
-            dataset_name="Emoji pairs",
+            dataset="Emoji pairs",
             split="held-out concepts",
             metrics={"loss": "Loss per token", "exact_match": "Exact match"},
             own={"bank extended": {"exact_match": [0.5, 0.45, 0.5512], "loss": [2.0]}},
             others={"copy the nearest label": {"exact_match": [0.4]}},
         ),
         hardware="2 CPU cores",
-        training_hours=0.5,
-        peak_memory_gb=3.25,
         limits=["It knows nothing but emoji.", "It speaks English only."],
         versions={"torch": "2.13.0", "transformers": "5.23.0"},
     )

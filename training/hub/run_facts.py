@@ -142,8 +142,13 @@ class Curves(TrainerCallback):
 
 
 def hyperparameters(records: list[StageRecord]) -> dict[str, dict[str, str | int | float]]:
-    """Return the settings of each stage by its name, for a model's card."""
-    return {record.name: {**record.hyperparameters, "minutes": f"{record.seconds / 60:.1f}"} for record in records}
+    """Return the settings of each stage by its name, for a model's card, with its minutes and memory."""
+    stages = {}
+    for record in records:
+        stages[record.name] = {**record.hyperparameters, "minutes": f"{record.seconds / 60:.1f}"}
+        if record.peak_memory_gb is not None:
+            stages[record.name]["peak memory, GB"] = f"{record.peak_memory_gb:.3g}"
+    return stages
 
 
 def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None:

@@ -82,8 +82,6 @@ def _facts(
         command=public_command(shlex.split(command)),
         evaluation=_evaluation(config, records[-1], data),
         hardware=hardware(config.world_size, config.use_cpu),
-        training_hours=sum(record.seconds for record in records) / 3600,
-        peak_memory_gb=max((record.peak_memory_gb for record in records if record.peak_memory_gb), default=None),
         limits=_limits([*parts, data], bank, records[-1]),
         versions=versions(),
     )
@@ -150,8 +148,7 @@ def _evaluation(config: StageArguments, record: StageRecord, data: Part) -> Eval
         return None
     step, loss = losses[-1]
     return Evaluation(
-        dataset=re.sub(r"[^A-Za-z0-9_./-]+", "-", name).strip("-./") or "data",  # what the Hub takes for one
-        dataset_name=name,
+        dataset=name,
         split=f"{split}, step {step}",
         metrics={"loss": "loss per token"},
         own={"this model": {"loss": [loss]}},

@@ -185,8 +185,7 @@ def write_results_card(checkpoint: Path, results: dict[str, dict], own: str):
         for name, entry in result["variants"].items():
             variants.setdefault(name, {})[benchmark] = entry["value"]
     evaluation = Evaluation(
-        dataset="lmms-eval",
-        dataset_name="benchmarks of visual question answering",
+        dataset="benchmarks of visual question answering",
         split=", ".join(sorted({result["split"] for result in scored.values()})),
         sources=sources,
         metrics={name: BENCHMARKS[name].title for name in scored},

@@ -20,15 +20,12 @@ MODEL_FACTS = {
     "curves": "curves.png",
     "command": "tinyalign train",
     "evaluation": {
-        "dataset": "noise",
-        "dataset_name": "Noise",
+        "dataset": "Noise",
         "split": "test",
         "metrics": {"loss": "Loss"},
         "own": {"it": {"loss": [1.5]}},
     },
     "hardware": "2 cores",
-    "training_hours": 0.1,
-    "peak_memory_gb": 1.0,
     "limits": ["It knows noise only."],
     "versions": {"torch": "2.13.0"},
 }
