@@ -361,6 +361,16 @@ def test_data_of_another_schema_are_refused(tmp_path, case):
         Questions(name, tmp_path, limit=99)
 
 
+def test_other_questions_and_other_right_answers_have_another_fingerprint(tmp_path):
+    """By which variants are compared: not those of other data or another --limit."""
+    rows, found = pope_rows(2), []
+    for asked, limit in ((rows, None), (rows, 1), (pope_rows(3), None), (with_value(rows, 0, "answer", "no"), None)):
+        save(asked, tmp_path / "pope.parquet")
+        found.append(Questions("pope", tmp_path, limit).fingerprint)
+    save(rows, tmp_path / "pope.parquet")
+    assert len(set(found)) == 4 and Questions("pope", tmp_path).fingerprint == found[0]
+
+
 def test_images_as_pandas_writes_them_are_read(tmp_path):
     """In structs, without a word in the schema that says what they are."""
     save(pope_rows(1), tmp_path / "images.parquet")
