@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -66,61 +67,57 @@ class Answer:
     seed: int | None = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "stop"
-    error: Exception | None = None
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def pieces(self) -> Iterator[str]:
         """Yield the text as it comes, up to a stop string."""
         stops, streamer = self.config.stop_strings or [], TokenQueue()
         self.config.stop_strings = None  # `generate` would find them in the prompt's end, too
-        thread = threading.Thread(target=self._generate, args=(streamer,))
-        thread.start()
         text, sent, held = "", 0, max(map(len, stops), default=1) - 1
-        try:
-            for tokens in iter(streamer.tokens.get, None):
-                self.tokens += tokens
-                text = self.processor.decode(self.tokens, skip_special_tokens=True)
-                ends = [text.find(stop) for stop in stops if stop in text]
-                if ends:
-                    text = text[: min(ends)]
-                    break
-                ready = len(text.rstrip("\ufffd")) - held  # half a character, and what may begin a stop string
-                if ready > sent:
-                    yield text[sent:ready]
-                    sent = ready
-            else:
-                ended = set(self.tokens[-1:]) & set(torch.tensor(self.config.eos_token_id or []).reshape(-1).tolist())
-                if len(self.tokens) >= self.config.max_new_tokens and not ended:
-                    self.finish_reason = "length"
-        finally:  # also when nobody listens any more
-            self.stopped.set()
-            thread.join()
-        if self.error is not None:
-            raise self.error
+        with ThreadPoolExecutor(1) as thread:
+            work = thread.submit(self._generate, streamer)
+            work.add_done_callback(lambda work: streamer.end())  # also if it failed
+            try:
+                for tokens in iter(streamer.tokens.get, None):
+                    self.tokens += tokens
+                    text = self.processor.decode(self.tokens, skip_special_tokens=True)
+                    ends = [text.find(stop) for stop in stops if stop in text]
+                    if ends:
+                        text = text[: min(ends)]
+                        break
+                    ready = len(text.rstrip("\ufffd")) - held  # half a character, and what may begin a stop string
+                    if ready > sent:
+                        yield text[sent:ready]
+                        sent = ready
+                else:
+                    self.finish_reason = self._reason()
+            finally:  # also when nobody listens any more
+                self.stopped.set()
+        work.result()
         if text[sent:]:
             yield text[sent:]
 
+    def _reason(self) -> str:
+        ends = torch.tensor(self.config.eos_token_id or []).reshape(-1).tolist()
+        is_full = len(self.tokens) >= self.config.max_new_tokens
+        return "length" if is_full and self.tokens[-1] not in ends else "stop"
+
     def _generate(self, streamer: TokenQueue):
-        try:
-            devices = [self.model.device] * (self.model.device.type == "cuda")
-            with LOCK, torch.no_grad(), torch.random.fork_rng(devices, enabled=self.seed is not None):
-                if self.stopped.is_set():  # while others had the model
-                    return
-                if self.seed is not None:
-                    torch.manual_seed(self.seed)
-                self.model.generate(
-                    **self.look_up(self.inputs),
-                    generation_config=self.config,
-                    streamer=streamer,
-                    # on the device of the ids, where `generate` joins it with its own criteria
-                    stopping_criteria=[
-                        lambda ids, scores: torch.full((len(ids),), self.stopped.is_set(), device=ids.device)
-                    ],
-                )
-        except Exception as error:  # for the thread that waits
-            self.error = error
-        finally:
-            streamer.end()
+        devices = [self.model.device] * (self.model.device.type == "cuda")
+        with LOCK, torch.no_grad(), torch.random.fork_rng(devices, enabled=self.seed is not None):
+            if self.stopped.is_set():  # while others had the model
+                return
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+            self.model.generate(
+                **self.look_up(self.inputs),
+                generation_config=self.config,
+                streamer=streamer,
+                # on the device of the ids, where `generate` joins it with its own criteria
+                stopping_criteria=[
+                    lambda ids, scores: torch.full((len(ids),), self.stopped.is_set(), device=ids.device)
+                ],
+            )
 
     @property
     def usage(self) -> dict[str, int]:

@@ -5,13 +5,13 @@ import html
 import os
 import tempfile
 from collections.abc import Iterator
+from unittest.mock import patch
 
 try:
     import gradio as gr
 except ImportError as error:
     raise ImportError("`tinyalign app` needs gradio: pip install tinyalign-vlm[app]") from error
 
-from accelerate.utils import patch_environment
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -59,27 +59,13 @@ def start_app(
 
 
 @contextlib.contextmanager
-def no_proxy() -> Iterator[None]:
-    """Ask no proxy for this machine's own pages meanwhile: Gradio looks at its own before it is ready."""
-    before = os.environ.get("no_proxy")
-    direct = ",".join(filter(None, [before or os.environ.get("NO_PROXY"), *SAFE_HOSTS]))
-    with patch_environment(NO_PROXY=direct):
-        os.environ["no_proxy"] = direct  # which would count more
-        try:
-            yield
-        finally:
-            os.environ.pop("no_proxy")
-            if before is not None:
-                os.environ["no_proxy"] = before
-
-
-@contextlib.contextmanager
 def serving(shared: Shared, host: str | None = "127.0.0.1", port: int | None = None) -> Iterator[gr.Blocks]:
     """Serve the app meanwhile; what was uploaded is deleted at the end. A `port` of None is the first that is free."""
+    # Gradio asks for its own page before it is ready, of which no proxy knows
+    direct = ",".join(filter(None, [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), *SAFE_HOSTS]))
     with (
         tempfile.TemporaryDirectory(prefix="tinyalign-app-") as uploads,
-        patch_environment(GRADIO_TEMP_DIR=uploads),
-        no_proxy(),
+        patch.dict(os.environ, GRADIO_TEMP_DIR=uploads, NO_PROXY=direct, no_proxy=direct),
     ):
         app, guards = build_app(shared), [Middleware(Guard)]
         if host in (*SAFE_HOSTS, "::1"):  # else a page whose name leads here could push with the user's token

@@ -1,6 +1,7 @@
 """Pieces of the app's page that Gradio has no component for: cards of examples, and the view of a bank."""
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class Card:
     row: str
     caption: str
     picture: Image.Image | None
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
     kind: str = ""
 
 

@@ -342,15 +342,8 @@ class Pages:
 
 def source_card(source: Neighbour) -> Card:
     """Return a neighbour as a card: how similar, how likely right, and whether it was read."""
-    notes = [f"similarity {source.similarity:.2f}"]
-    if source.probability is not None:
-        notes.append(f"right with {source.probability:.0%}")
-    if source.lesson:
-        notes.append("taught by you")
-    if not source.used:
-        notes.append("not used")
     kind = "yours" if source.lesson else ""
-    return Card(source.source_id, source.caption, source.thumbnail, tuple(notes), kind if source.used else "unused")
+    return Card(source.source_id, source.caption, source.thumbnail, source.notes, kind if source.used else "unused")
 
 
 def conversation(turns: list[list[str]], answer: int) -> list[dict]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from ...modeling_tinyalign.connectors import check_retrieval
 from ..models import load_to_answer
 from .conversation import ERRORS, UNSURE, Conversation
-from .lessons import Neighbour
 
 try:
     import readline
@@ -143,7 +142,7 @@ class TerminalChat:
     def sources(self, rest: str = ""):
         """Print the examples that were found for the last question."""
         for source in self.conversation.sources:
-            print(printable(source_line(source)))
+            print(printable(f"{source.caption}  ({', '.join(source.notes)})"))
         if not self.conversation.sources:
             print("No examples were read for the last answer.")
 
@@ -173,16 +172,6 @@ def split_path(text: str, usage: str) -> tuple[str, str]:
         path, rest = text, ""  # blanks need no quotes where nothing follows
     path = path[1:-1] if path.startswith(("'", '"')) else path.replace("\\ ", " ")
     return path, rest
-
-
-def source_line(source: Neighbour) -> str:
-    """Return what is known of an example in a line."""
-    parts = [f"{source.similarity:.2f}"]
-    if source.probability is not None:
-        parts.append(f"{source.probability:.0%} right")
-    parts.append(source.caption)
-    parts += [mark for mark, is_so in (("taught", source.lesson), ("not used", not source.used)) if is_so]
-    return "  ".join(parts)
 
 
 def print_pieces(pieces: Iterable[str]):

@@ -1,6 +1,7 @@
 """One visitor's conversation about a picture, over a model that visitors share."""
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -10,12 +11,10 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...modeling_tinyalign.connectors import check_retrieval
-from ...modeling_tinyalign.outputs import probabilities
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ..models import context_length
 from .answers import PROMPT, Answer, answer_room
 from .lessons import Lessons, Neighbour
-from .pictures import Pictures
 
 UNSURE = 0.5  # from this probability on that no neighbour is right, the visitor is told
 QUERY = ("query_input_ids", "query_attention_mask")
@@ -31,7 +30,6 @@ class Conversation:
 
     Args:
         lessons: those of the visitor, with the bank they are over. By default none, over the model's bank.
-        pictures: shared by all visitors of a model.
 
     Attributes:
         image: the picture, RGB, or None.
@@ -45,12 +43,10 @@ class Conversation:
         model: PreTrainedModel,
         processor: ProcessorMixin,
         lessons: Lessons | None = None,
-        pictures: Pictures | None = None,
         max_new_tokens: int = 256,
     ):
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
-        self.lessons = Lessons(model, processor, pictures=pictures) if lessons is None else lessons
-        self.pictures = self.lessons.pictures
+        self.lessons = Lessons(model, processor) if lessons is None else lessons
         self.image: Image.Image | None = None
         self.clear()
 
@@ -87,26 +83,33 @@ class Conversation:
         memory: Literal["on", "off"] = "on",
         top_k: int | None = None,
         retrieval_threshold: float | None = None,
-        exclude: Sequence[int | str] = (),
+        exclude: Sequence[str] = (),
     ) -> Iterator[str]:
         """Yield the answer as it is generated; `sources` are known with its first piece.
 
         Args:
             image: see `show`; without one the picture stays.
             memory, top_k, retrieval_threshold: as of `model.generate`, whose `memory_top_k` it is.
-            exclude: ids and source_ids of rows and lessons to leave out.
+            exclude: source_ids of rows and lessons to leave out.
 
         Raises:
             ValueError: a setting, the picture or the length of the question is wrong.
         """
         check_retrieval(self.model.config, memory, top_k, retrieval_threshold)
-        check_question(question)
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:  # a terminal's
+            raise ValueError(f"The question has half a character ({error}): type it again.") from error
         if image is not None:
             self.show(image)
+        if top_k is None:
+            top_k = self.model.config.memory_top_k
+        if retrieval_threshold is None:
+            retrieval_threshold = self.model.config.retrieval_threshold
+        settings = {"top_k": 0 if memory == "off" else top_k, "threshold": retrieval_threshold, "exclude": exclude}
         config = copy.deepcopy(self.model.generation_config)
         inputs = self._prompt(question)
         config.max_new_tokens = answer_room(self.model, inputs["input_ids"].shape[1], self.max_new_tokens)
-        settings = {"memory": memory, "top_k": top_k, "threshold": retrieval_threshold, "exclude": exclude}
         text = ""
         for piece in Answer(self.model, self.processor, inputs, config, partial(self._look_up, **settings)).pieces():
             text += piece
@@ -118,10 +121,9 @@ class Conversation:
         context = context_length(self.model)
         for start in range(len(self.turns) + 1):
             messages = []
-            for asked, answered in [*self.turns[start:], (question, None)]:
-                messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
-                if answered is not None:
-                    messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
+            for text in [*itertools.chain(*self.turns[start:]), question]:
+                role = "assistant" if len(messages) % 2 else "user"
+                messages.append({"role": role, "content": [{"type": "text", "text": text}]})
             if self.image is not None:
                 messages[0]["content"].insert(0, {"type": "image", "image": self.image})
             inputs = self.processor.apply_chat_template(messages, **PROMPT).to(self.model.device)
@@ -129,44 +131,21 @@ class Conversation:
                 break
         return inputs
 
-    def _look_up(
-        self, inputs: dict, memory: str, top_k: int | None, threshold: float | None, exclude: Sequence[int | str]
-    ) -> dict:
+    def _look_up(self, inputs: dict, top_k: int, threshold: float | None, exclude: Sequence[str]) -> dict:
         """Return the inputs of `generate`: features in place of pixels, and all that the model reads of neighbours."""
         self.sources, self.none_right = [], None
-        inputs, config = dict(inputs), self.model.config
+        inputs = dict(inputs)
         if len(inputs["pixel_values"]) == 0:
             return inputs
-        picture = self.pictures.look_at(inputs.pop("pixel_values")[0])
+        picture = self.lessons.pictures.look_at(inputs.pop("pixel_values")[0])
         inputs["vision_features"] = picture.features
         query = {name: inputs.pop(name) for name in QUERY if name in inputs}
-        if config.memory_top_k == 0:
-            return inputs
-        top_k = config.memory_top_k if top_k is None else top_k
-        if memory == "off" or top_k == 0:
+        if top_k == 0:
             return {**inputs, "memory": "off"}
-        threshold = config.retrieval_threshold if threshold is None else threshold
-        search = partial(self.lessons.neighbours, picture, query=query, exclude=exclude)
-        self.sources = search(top_k)
+        self.sources, self.none_right = self.lessons.neighbours(picture, top_k, query, exclude)
         for source in self.sources:
             source.used = threshold is None or source.similarity >= threshold
-        self._calibrate(search)
         return inputs | self._memory() | {"retrieval_threshold": threshold}
-
-    def _calibrate(self, search: partial):
-        """Set the probabilities of the sources, and that none is right, if the bank was calibrated."""
-        bank = self.lessons.require_bank()
-        calibration = None if bank.any_tower else bank.config.calibration
-        if calibration is None:
-            return
-        # the probabilities were fitted to so many similarities, whatever the answer reads
-        found = search(max(len(self.sources), calibration.top_k))
-        if not found:
-            return
-        right, none = probabilities(calibration, torch.tensor([[neighbour.similarity for neighbour in found]]))
-        self.none_right = float(none[0])
-        for source, probability in zip(self.sources, right[0].tolist(), strict=False):  # fewer than found
-            source.probability = probability
 
     def _memory(self) -> dict[str, torch.Tensor]:
         """Return what the model reads of the sources that are used."""
@@ -186,11 +165,3 @@ class Conversation:
         if config.reads_captions:
             memory["memory_input_ids"] = self.model.caption_tokenizer([[s.caption for s in sources if s.used]])
         return memory
-
-
-def check_question(question: str):
-    """Raise `ValueError` for a question that is no Unicode text, as half a character of a terminal is."""
-    try:
-        question.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"The question has half a character ({error}): type it again.") from error

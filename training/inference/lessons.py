@@ -5,8 +5,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ...modeling_tinyalign.bank_arrays import cache_root, quantize
 from ...modeling_tinyalign.bank_format import matrix
 from ...modeling_tinyalign.bank_rows import renumbered
 from ...modeling_tinyalign.key_encoder import evaluating
+from ...modeling_tinyalign.outputs import probabilities
 from ...modeling_tinyalign.row_encoder import PairReader, RowEncoder, finished, read_thumbnail
 from ..bank.folders import check_new_folder
 from .answers import LOCK
@@ -69,6 +69,18 @@ class Neighbour:
     used: bool = True
     probability: float | None = None
 
+    @property
+    def notes(self) -> list[str]:
+        """Remarks for a user, beside the caption."""
+        notes = [f"similarity {self.similarity:.2f}"]
+        if self.probability is not None:
+            notes.append(f"right with {self.probability:.0%}")
+        if self.lesson:
+            notes.append("taught by you")
+        if not self.used:
+            notes.append("not used")
+        return notes
+
 
 class Lessons:
     """Lessons of one visitor: in memory alone, found beside the rows of a bank, and forgotten without a trace.
@@ -100,22 +112,12 @@ class Lessons:
         """The source_ids of the bank's rows that lessons stand in place of."""
         return [lesson.row["source_id"] for lesson in self._lessons if lesson.replaces]
 
-    @cached_property
-    def _encoder(self) -> RowEncoder:
-        bank = self.require_bank()
-        settings = {"keep_columns": bank.config.columns, "thumbnail_size": bank.config.thumbnail_size}
-        reader = PairReader(self.processor.decode_image, keep_columns=bank.config.columns)
-        return RowEncoder(
-            self.model, self.processor, bank.value_encoder, bank.key_encoder, reader, **settings, seen=None
-        )
-
     def require_bank(self) -> MemoryBank:
         """Return the bank; `ValueError` if there is none to read or to teach."""
         if self.model.config.memory_top_k == 0:
             raise ValueError("This model has no memory: use one whose memory_top_k is not 0.")
         if not self._lessons and self.bank is not self.model.memory_bank:  # not before: it may have to be downloaded
             self.bank = self.model.memory_bank
-            vars(self).pop("_encoder", None)
         if self.bank is None:
             raise ValueError("There is no memory bank: pass --memory_bank, attach one, or answer with memory off.")
         return self.bank
@@ -124,12 +126,23 @@ class Lessons:
         """Remember a picture (PIL, bytes, path) by a line, in place of what was known of the same; return its row.
         ValueError says why the picture or the line cannot be used, or that there is no bank.
         """
-        columns = dict.fromkeys(self.require_bank().config.columns)
-        with LOCK, evaluating(self.model, self._encoder.value_encoder):
-            row = self._encoder.read_row(0, {**columns, "image": image, "caption": caption})
+        bank = self.require_bank()
+        columns, size = bank.config.columns, bank.config.thumbnail_size
+        reader = PairReader(self.processor.decode_image, keep_columns=columns)
+        with LOCK, evaluating(self.model, bank.value_encoder):
+            row = reader(0, {**dict.fromkeys(columns), "image": image, "caption": caption})
             picture = self.look_at(row.image)
-            encoder = replace(self._encoder, vision_features=picture.features)
-            (batch,) = finished([encoder.encode([row])], self.bank.key_encoder)
+            encoder = RowEncoder(
+                self.model,
+                self.processor,
+                bank.value_encoder,
+                bank.key_encoder,
+                reader,
+                columns,
+                thumbnail_size=size,
+                vision_features=picture.features,
+            )
+            (batch,) = finished([encoder.encode([row])], bank.key_encoder)
             lesson = self._lesson(batch, picture.name)
             self._drop(row.source_id)
             self._lessons.append(lesson)
@@ -171,24 +184,33 @@ class Lessons:
     # ------------------------------------------------------------------ reading them
 
     def neighbours(
-        self, picture: Picture, top_k: int, query: dict[str, torch.Tensor], exclude: Sequence[int | str] = ()
-    ) -> list[Neighbour]:
-        """Return the nearest rows of the bank and lessons, best first.
+        self, picture: Picture, top_k: int, query: dict[str, torch.Tensor], exclude: Sequence[str] = ()
+    ) -> tuple[list[Neighbour], float | None]:
+        """Return the nearest rows of the bank and lessons, best first, and the probability that none is right, which
+        is None unless the bank was calibrated.
 
         Args:
             query: `query_input_ids` and `query_attention_mask`, for language-space keys.
-            exclude: ids and source_ids to leave out.
+            exclude: source_ids to leave out.
         """
-        size = len(self.require_bank())
-        shared = [item for item in exclude if isinstance(item, str) or item < size] + self._replaced
-        scores, ids = picture.neighbours(self.bank, min(top_k, size), query, shared)
+        bank = self.require_bank()
+        size, calibration = len(bank), None if bank.any_tower else bank.config.calibration
+        # the probabilities were fitted to so many similarities, whatever is asked for
+        depth = top_k if calibration is None else max(top_k, calibration.top_k)
+        scores, ids = picture.neighbours(bank, min(depth, size), query, [*exclude, *self._replaced])
         found = [item for item in zip(scores[0].tolist(), ids[0].tolist(), strict=True) if item[1] >= 0]
-        key = picture.key(self.bank, query)[0].cpu()
+        key = picture.key(bank, query)[0].cpu()
         for number, lesson in enumerate(self._lessons, start=size):
-            if number not in exclude and lesson.row["source_id"] not in exclude:
+            if lesson.row["source_id"] not in exclude:
                 found.append((float(lesson.key @ key), number))
-        found.sort(key=lambda item: (-item[0], item[1]))
-        return [self._neighbour(score, number) for score, number in found[:top_k]]
+        found = sorted(found, key=lambda item: (-item[0], item[1]))[:depth]
+        neighbours = [self._neighbour(score, number) for score, number in found[:top_k]]
+        if calibration is None or not found:
+            return neighbours, None
+        right, none = probabilities(calibration, torch.tensor([[score for score, _ in found]]))
+        for neighbour, probability in zip(neighbours, right[0].tolist(), strict=False):  # fewer than found
+            neighbour.probability = probability
+        return neighbours, float(none[0])
 
     def _neighbour(self, score: float, number: int) -> Neighbour:
         is_lesson = number >= len(self.bank)

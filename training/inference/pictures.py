@@ -1,7 +1,6 @@
 """Pictures, looked at once: a second question about one needs no vision tower."""
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
@@ -10,6 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ...modeling_tinyalign import MemoryBank
+
+KEPT_PICTURES = 32
 
 
 class Picture:
@@ -29,7 +30,7 @@ class Picture:
         return found["key"]
 
     def neighbours(
-        self, bank: MemoryBank, top_k: int, query: dict[str, torch.Tensor], exclude: Sequence[int | str] = ()
+        self, bank: MemoryBank, top_k: int, query: dict[str, torch.Tensor], exclude: Sequence[str] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores and ids `(1, top_k)` as `bank.search`; kept unless they depend on more than the picture."""
         if query or exclude:
@@ -41,16 +42,11 @@ class Picture:
 
 
 class Pictures:
-    """The last pictures that a model has looked at, by their pixels. Threads may share it.
+    """The last pictures that a model has looked at, by their pixels. Threads that share it hold `answers.LOCK`."""
 
-    Args:
-        size: pictures that are kept.
-    """
-
-    def __init__(self, model: PreTrainedModel, size: int = 32):
-        self.model, self.size = model, size
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
         self._kept: OrderedDict[str, Picture] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -61,18 +57,16 @@ class Pictures:
         content = pixels.detach().cpu().contiguous()
         name = hashlib.sha256(f"{content.shape}{content.dtype}".encode() + content.view(torch.uint8).numpy().tobytes())
         name = name.hexdigest()
-        with self._lock:  # while the tower looks, too: who asks about the same picture waits for it
-            if name not in self._kept:
-                self._kept[name] = Picture(name, self.model.get_vision_features(pixels[None]))
-            self._kept.move_to_end(name)
-            if len(self._kept) > self.size:
-                self._kept.popitem(last=False)
-            return self._kept[name]
+        if name not in self._kept:
+            self._kept[name] = Picture(name, self.model.get_vision_features(pixels[None]))
+        self._kept.move_to_end(name)
+        if len(self._kept) > KEPT_PICTURES:
+            self._kept.popitem(last=False)
+        return self._kept[name]
 
     def forget(self, name: str):
         """Drop a picture, if it is there."""
-        with self._lock:
-            self._kept.pop(name, None)
+        self._kept.pop(name, None)
 
     def looked_up(self, inputs: dict) -> dict:
         """Return inputs of `generate` with features and neighbours in the attached bank in place of the pixels."""

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
 from unicodedata import normalize
 
 from PIL import Image
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -135,42 +135,38 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        is_upload = scope["path"].endswith("/gradio_api/upload")
-        refusal = refusal_at_once(scope, MAX_UPLOAD_BYTES if is_upload else MAX_CALL_BYTES)
-        if refusal is not None:
-            while (await receive()).get("more_body"):  # a client that still writes would not see the answer
-                pass
-            await refusal(scope, receive, send)
-        elif scope["method"] != "POST":
-            await self.app(scope, receive, send)
-        elif is_upload:
-            await self.app(scope, counted(receive, MAX_UPLOAD_BYTES), send)
-        else:
+        app = self.app
+        if scope["type"] == "http":
             try:
-                body = await Request(scope, counted(receive, MAX_CALL_BYTES)).body()
-                if names_url(body):
-                    refusal = PlainTextResponse("No URL is fetched here: upload the file.", 403)
-            except ClientDisconnect:
-                refusal = PlainTextResponse("The request is too large.", 413)
-            if refusal is None:
-                await self.app(scope, replayed(body, receive), send)
-            else:
-                await refusal(scope, receive, send)
+                receive = await checked(scope, receive)
+            except HTTPException as refusal:
+                app = PlainTextResponse(refusal.detail, refusal.status_code)
+        await app(scope, receive, send)
 
 
-def refusal_at_once(scope: Scope, most: int) -> PlainTextResponse | None:
-    """Return the answer to a request whose path, or size beyond `most` bytes, is refused; None to others."""
+async def checked(scope: Scope, receive: Receive) -> Receive:
+    """Return what receives the body of a request; `HTTPException` if the request is refused."""
     path, size = scope["path"], int(Headers(scope=scope).get("content-length", 0))
+    is_upload = path.endswith("/gradio_api/upload")
+    most = MAX_UPLOAD_BYTES if is_upload else MAX_CALL_BYTES
     if any(f"/{word}=" in path and "://" in path for word in ("file", "proxy", "stream")):
-        return PlainTextResponse("No URL is fetched here.", 403)
+        raise HTTPException(403, "No URL is fetched here.")
     if path.rstrip("/").endswith("/process_recording"):
-        return PlainTextResponse("No recording is taken here: upload a picture.", 403)
+        raise HTTPException(403, "No recording is taken here: upload a picture.")
     if size > most:
-        return PlainTextResponse(f"The request has {size} bytes, expected at most {most}: send less.", 413)
-    return None
+        while (await receive()).get("more_body"):  # a client that still writes would not see the answer
+            pass
+        raise HTTPException(413, f"The request has {size} bytes, expected at most {most}: send less.")
+    receive = counted(receive, most)
+    if is_upload or scope["method"] != "POST":
+        return receive
+    try:
+        body = await Request(scope, receive).body()
+    except ClientDisconnect as error:
+        raise HTTPException(413, f"The request has more than {most} bytes: send less.") from error
+    if names_url(body):
+        raise HTTPException(403, "No URL is fetched here: upload the file.")
+    return replayed(body, receive)
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
@@ -198,17 +194,16 @@ def counted(receive: Receive, most: int) -> Receive:
 
 def names_url(body: bytes) -> bool:
     """Return True if a JSON body has a file, an object with a `path`, that is a URL, or is nested beyond reading."""
+    paths = []
+
+    def look_at(found: dict) -> dict:
+        paths.append(str(found.get("path")))
+        return found
+
     try:
-        return _names_url(json.loads(body))
+        json.loads(body, object_hook=look_at)
     except ValueError:
         return False  # Gradio says that it is no JSON
     except RecursionError:
         return True
-
-
-def _names_url(value: Any) -> bool:
-    if isinstance(value, dict):
-        if "://" in str(value.get("path")):
-            return True
-        value = list(value.values())
-    return isinstance(value, list) and any(map(_names_url, value))
+    return any("://" in path for path in paths)

@@ -16,14 +16,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ...hub_cards.facts import FACTS_NAME, read_facts
 from ..models import load_to_answer
 from .answers import LOCK
-from .conversation import ERRORS, Conversation, check_question
+from .conversation import ERRORS, KEPT_TURNS, Conversation
 from .lessons import Lessons, Neighbour
 from .pictures import Pictures
 from .uploads import read_picture
 
 MAY = ("ask", "teach", "save")
 MAX_VISITORS = 64
-MAX_TURNS = 20  # that are shown
 MAX_TAUGHT = 500  # of a visitor
 MAX_QUESTION = 2000  # letters, and of a line that is taught
 ANSWER_TOKENS = 64
@@ -125,11 +124,10 @@ class Visitor:
     def ask(self, question: str, top_k: int | None, threshold: float, compare: bool) -> Iterator[None]:
         """Answer a question in `turns`, yielding after each piece: with memory, then without."""
         question = question.strip()[:MAX_QUESTION] or self.shared.question
-        check_question(question)
         if self.with_memory.image is None:
             raise ValueError("There is no picture yet: upload one, or click one of the examples.")
         turn = [question, "", ""]
-        self.turns = [*self.turns, turn][-MAX_TURNS:]
+        self.turns = [*self.turns, turn][-KEPT_TURNS:]
         try:
             if self.shared.has_memory:
                 threshold = threshold if threshold > 0 else EVERYTHING  # not None, which is the model's own
@@ -215,7 +213,7 @@ class Visitor:
         if self.shared.model.config.key_space != "vision":
             raise ValueError("This bank is searched by picture and question together: ask about the picture.")
         with LOCK:
-            return self.lessons.neighbours(self.lessons.look_at(picture), FOUND, {})
+            return self.lessons.neighbours(self.lessons.look_at(picture), FOUND, {})[0]
 
     def check_allowed(self, action: str):
         """Raise `ValueError` for what visitors may not do here."""

@@ -625,9 +625,9 @@ def test_an_app_without_memory_says_why_and_answers(folders, images, make_model,
         assert sliders and all(slider.minimum <= slider.value <= slider.maximum for slider in sliders)
 
 
-def test_a_proxy_is_not_asked_for_the_apps_own_page(monkeypatch):
+def test_a_proxy_is_not_asked_for_the_apps_own_page(shared, monkeypatch):
     monkeypatch.setenv("no_proxy", "intranet.example")
-    with app_module.no_proxy():
+    with app_module.serving(shared):
         assert all(map(urllib.request.proxy_bypass_environment, ("127.0.0.1", "localhost", "intranet.example")))
     assert os.environ["no_proxy"] == "intranet.example" and not urllib.request.proxy_bypass_environment("127.0.0.1")
 

@@ -73,7 +73,7 @@ def test_a_chat_in_a_terminal(parts, images, folder):
     first = terminal.do(QUESTION)
     assert first == generated(parts, images[0], parts.bank, QUESTION)
     assert terminal.do("and now?") == generated(parts, images[0], parts.bank, QUESTION, first, "and now?")
-    assert terminal.do("/sources").startswith("1.00  a red square 0\n")
+    assert terminal.do("/sources").startswith("a red square 0  (similarity 1.00)\n")
     assert terminal.do("/memory off") == ""
     assert terminal.do(QUESTION) == generated(parts, images[0], parts.bank, QUESTION, memory="off")
     assert terminal.do("/memory 1") == ""
@@ -84,7 +84,7 @@ def test_a_chat_in_a_terminal(parts, images, folder):
     assert terminal.do('/teach "new one.png" it\'s a zorblax') == "Remembered: it's a zorblax"
     terminal.do("/image new one.png")
     terminal.do(QUESTION)
-    assert terminal.do("/sources") == "1.00  it's a zorblax  taught"
+    assert terminal.do("/sources") == "it's a zorblax  (similarity 1.00, taught by you)"
     assert terminal.do("/save saved") == "Wrote a bank to saved: the one in use, and 1 lesson."
     assert terminal.do("/forget") == "Forgot 1 lesson."
     terminal.do(QUESTION)

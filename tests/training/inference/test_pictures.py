@@ -1,11 +1,11 @@
 """Pictures that were looked at are kept: by their pixels, bounded, for each bank anew."""
 
 import gc
-import threading
 
 import torch
 
 from tinyalign_vlm import MemoryBank
+from tinyalign_vlm.training.inference import pictures as pictures_module
 from tinyalign_vlm.training.inference.conversation import Conversation
 from tinyalign_vlm.training.inference.pictures import Pictures
 
@@ -14,8 +14,9 @@ def pixels_of(parts, images) -> torch.Tensor:
     return parts.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 
-def test_a_picture_is_looked_at_once(parts, images, tower_calls):
-    pictures, pixels = Pictures(parts.model, size=2), pixels_of(parts, images[:3])
+def test_a_picture_is_looked_at_once(parts, images, tower_calls, monkeypatch):
+    monkeypatch.setattr(pictures_module, "KEPT_PICTURES", 2)
+    pictures, pixels = Pictures(parts.model), pixels_of(parts, images[:3])
     first = pictures.look_at(pixels[0])
     assert torch.equal(first.features, parts.model.get_vision_features(pixels[:1]))
     del tower_calls[:]
@@ -42,22 +43,12 @@ def test_a_changed_bank_is_seen_at_once(parts, images, monkeypatch):
     monkeypatch.setattr(type(parts.bank), "search", lambda *args: searches.append(args) or search(*args))
     scores, ids = picture.neighbours(parts.bank, 2, {})
     assert picture.neighbours(parts.bank, 2, {})[1] is ids and len(searches) == 1 and ids[0, 0] == 0
-    assert picture.neighbours(parts.bank, 2, {}, [0])[1][0, 0] == ids[0, 1]
+    assert picture.neighbours(parts.bank, 2, {}, [parts.bank.rows([0])[0]["source_id"]])[1][0, 0] == ids[0, 1]
     smaller = parts.bank.remove(0)
     assert picture.neighbours(smaller, 2, {})[0][0, 0] == scores[0, 1]
     del smaller, searches[:]
     gc.collect()
     assert len(picture._found) == 1  # a bank that is gone is not kept alive
-
-
-def test_many_threads(parts, images, tower_calls):
-    pictures, pixels = Pictures(parts.model, size=4), pixels_of(parts, images)
-    threads = [threading.Thread(target=lambda: [pictures.look_at(image) for image in pixels]) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(pictures) == 4
 
 
 def test_language_keys_depend_on_the_question(make_model, make_processor, images, captions):
@@ -74,7 +65,7 @@ def test_language_keys_depend_on_the_question(make_model, make_processor, images
         assert [source.id for source in chat.sources] == expected.ids[0].tolist()
         assert torch.allclose(torch.tensor(found[-1]), expected.scores[0], atol=1e-5)
         chat.clear()
-    assert found[0] != found[1] and len(chat.pictures) == 1
+    assert found[0] != found[1] and len(chat.lessons.pictures) == 1
     image = images[0].rotate(90)
     chat.teach(image, "a zorblax")
     model.attach_memory_bank(model.memory_bank.add(image, model, processor, captions="a zorblax"))
