@@ -71,11 +71,11 @@ def escape(text: str) -> str:
     return text
 
 
-def render_view(bank: MemoryBank, name: str, seed: int = 0) -> str:
+def render_view(bank: MemoryBank) -> str:
     """Return what `tinyalign bank view` writes, as a frame of the page, in which its scripts see nothing of ours."""
-    chosen = np.random.default_rng(seed).permutation(len(bank))[:VIEWED_ROWS]
+    chosen = np.random.default_rng(0).permutation(len(bank))[:VIEWED_ROWS]
     no_keys = np.empty((0, bank.config.key_dim), np.float32)
     data = page_data(bank, chosen, min(5, len(bank)), [], no_keys)
     facts = [["rows", f"{len(bank):,}"], ["in this view", f"{len(chosen):,}"]]
-    page = render_page({"name": name, "facts": facts, **data})
+    page = render_page({"name": "of this model", "facts": facts, **data})
     return f'<iframe class="view" sandbox="allow-scripts" title="Bank" srcdoc="{escape(page)}"></iframe>'

@@ -66,14 +66,12 @@ class Pages:
         """Free what a visitor who closes the page has asked, taught and uploaded."""
         self.visitors.leave(request.session_hash)
 
-    def uploaded(self, picture: dict | None, component: str, visitor: Visitor) -> Image.Image | None:
-        """Return the picture that a component shows now; the file of the one before is deleted."""
-        path = picture and uploaded_path(picture["path"])
-        if path != visitor.files.get(component):
-            visitor.delete_files(component)
-        if path is None:
+    def uploaded(self, picture: dict | None, visitor: Visitor) -> Image.Image | None:
+        """Return an uploaded picture, whose file is deleted when its visitor forgets or leaves."""
+        if not picture:
             return None
-        visitor.files[component] = path
+        path = uploaded_path(picture["path"])
+        visitor.files.add(path)
         return read_picture(path)
 
     # ------------------------------------------------------------------ Ask
@@ -126,7 +124,7 @@ class Pages:
         visitor = self.visitor(request)
         visitor.look_at(None)
         try:
-            visitor.look_at(self.uploaded(picture, "picture", visitor))
+            visitor.look_at(self.uploaded(picture, visitor))
         except ERRORS as error:  # the page shows no longer what was said of another picture
             gr.Warning(words(error), title="Error")
         return self.everything(visitor)
@@ -215,8 +213,7 @@ class Pages:
     def teach(self, picture: dict | None, line: str, request: gr.Request) -> list:
         visitor = self.visitor(request)
         with in_words():
-            visitor.teach(self.uploaded(picture, "new-picture", visitor), str(line))
-        visitor.delete_files("new-picture")
+            visitor.teach(self.uploaded(picture, visitor), str(line))
         return [None, "", *self.taught(visitor)]
 
     def teach_this(self, line: str, request: gr.Request) -> list:
@@ -234,7 +231,7 @@ class Pages:
         problem = ""
         try:
             visitor.check_allowed("teach")
-            for _, picture, line in read_lessons(paths):
+            for picture, line in read_lessons(paths):
                 visitor.teach(picture, line)
         except ERRORS as error:
             problem = f" Then: {words(error)}"
@@ -281,11 +278,11 @@ class Pages:
             with gr.Column(scale=3):
                 self.found = gr.HTML(elem_id="found")
         self.view = gr.HTML(elem_id="view")
-        tab.select(self.view_bank, None, self.view, api_name="view", **self.alone)
+        tab.select(self.view_bank, None, self.view, **self.alone)
 
     def view_bank(self) -> str:
         """Return the map of the keys and the similarities, as `tinyalign bank view` has them."""
-        return render_view(self.shared.model.memory_bank, "of this model")
+        return render_view(self.shared.model.memory_bank)
 
     def find_caption(self, text: str, request: gr.Request) -> str:
         with in_words():
@@ -296,7 +293,7 @@ class Pages:
         """Return the rows that are most like an uploaded picture."""
         visitor, found = self.visitor(request), []
         with in_words():
-            wanted = self.uploaded(picture, "wanted", visitor)
+            wanted = self.uploaded(picture, visitor)
             if wanted is not None:
                 found = visitor.find_picture(wanted)
         return render_cards(list(map(source_card, found)))
@@ -309,35 +306,35 @@ class Pages:
         # unread: Gradio would open the file itself, with whatever program PIL has for it
         unread = {"preprocess": False, **self.alone}
         last = {**unread, "trigger_mode": "always_last"}
-        self.picture.input(self.look, self.picture, page, api_name="look", **last)
+        self.picture.input(self.look, self.picture, page, **last)
         self.examples.click(self.look_at_example, None, [self.picture, *page], api_name=False, **self.each)
         cleared = [self.with_memory.clear, self.without.clear]
-        gr.on(cleared, self.start_over, None, page, api_name="start_over", **self.alone)
+        gr.on(cleared, self.start_over, None, page, **self.alone)
         questions = [self.ask_button.click, self.question.submit]
-        asked = gr.on(questions, self.ask, [self.question, *settings], page, api_name="ask", **self.alone)
+        asked = gr.on(questions, self.ask, [self.question, *settings], page, **self.alone)
         asked.success(self.without_asked, self.question, self.question, api_name=False)
         self.compare.change(lambda shown: gr.update(visible=shown), self.compare, self.without, api_name=False)
         self.gallery.click(self.leave_out, settings, page, api_name=False, **self.each)
-        self.put_back.click(self.use_all, settings, page, api_name="use_all", **self.alone)
+        self.put_back.click(self.use_all, settings, page, **self.alone)
         if self.shared.has_memory:
             self._connect_lessons(page, settings, unread)
-            self.text.change(self.find_caption, self.text, self.found, api_name="find_caption", **self.alone)
-            self.wanted.input(self.find_picture, self.wanted, self.found, api_name="find_picture", **last)
+            self.text.change(self.find_caption, self.text, self.found, **self.alone)
+            self.wanted.input(self.find_picture, self.wanted, self.found, **last)
 
     def _connect_lessons(self, page: list, settings: list, unread: dict):
         taught = [self.said, self.lessons]
         forgotten = [*taught, self.picture, self.new_picture, self.wanted, self.text, self.found, *page]
         named = [self.teach_this_button.click, self.line.submit]
-        known = gr.on(named, self.teach_this, self.line, [self.line, *taught], api_name="teach_this", **self.alone)
+        known = gr.on(named, self.teach_this, self.line, [self.line, *taught], **self.alone)
         known.success(self.ask_again, settings, page, api_name=False, **self.alone)
         inputs, given = [self.new_picture, self.new_line], [self.teach_button.click, self.new_line.submit]
-        gr.on(given, self.teach, inputs, [*inputs, *taught], api_name="teach", **unread)
+        gr.on(given, self.teach, inputs, [*inputs, *taught], **unread)
         for button in (self.zip, self.folder):
-            button.upload(self.teach_many, button, taught, api_name="teach_many", **self.each)
+            button.upload(self.teach_many, button, taught, **self.each)
         self.lessons.click(self.forget, None, forgotten, api_name=False, **self.each)
-        self.forget_button.click(self.forget_all, None, forgotten, api_name="forget_all", **self.alone)
-        self.save_button.click(self.save, self.name, self.said, api_name="save", **self.alone)
-        self.push_button.click(self.push, self.repository, self.said, api_name="push", **self.alone)
+        self.forget_button.click(self.forget_all, None, forgotten, **self.alone)
+        self.save_button.click(self.save, self.name, self.said, **self.alone)
+        self.push_button.click(self.push, self.repository, self.said, **self.alone)
 
 
 def source_card(source: Neighbour) -> Card:

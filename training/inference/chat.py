@@ -130,12 +130,10 @@ class TerminalChat:
         """Set whether, and from how many examples, it answers."""
         if rest not in ("on", "off") and not rest.isdecimal():
             raise ValueError(f"/memory is {rest!r}, expected off, on, or the number of examples.")
-        top_k = None
         if rest != "off":
             self.conversation.lessons.require_bank()
-        if rest.isdecimal():
-            top_k = int(rest)
-            check_retrieval(self.conversation.model.config, None, top_k, None)
+        top_k = int(rest) if rest.isdecimal() else None
+        check_retrieval(self.conversation.model.config, None, top_k, None)
         self.settings = {"memory": "off" if rest == "off" else "on", "top_k": top_k}
         self.conversation.clear()  # earlier answers would be given again
 
@@ -164,14 +162,15 @@ class TerminalChat:
 
 def split_path(text: str, usage: str) -> tuple[str, str]:
     """Return a path, without its quotes and backslashes, and what follows; ValueError says how a command is used."""
-    match = PATH.fullmatch(text)
-    if match is None or (usage.endswith("LINE") and not match[2]):
+    match, has_line = PATH.fullmatch(text), usage.endswith("LINE")
+    if match is None or (has_line and not match[2]):
         raise ValueError(f"Expected {usage}.")
     path, rest = match.groups()
-    if not usage.endswith("LINE") and not path.startswith(("'", '"')):
+    if path.startswith(("'", '"')):
+        return path[1:-1], rest
+    if not has_line:
         path, rest = text, ""  # blanks need no quotes where nothing follows
-    path = path[1:-1] if path.startswith(("'", '"')) else path.replace("\\ ", " ")
-    return path, rest
+    return path.replace("\\ ", " "), rest
 
 
 def print_pieces(pieces: Iterable[str]):

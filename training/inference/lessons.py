@@ -127,21 +127,14 @@ class Lessons:
         ValueError says why the picture or the line cannot be used, or that there is no bank.
         """
         bank = self.require_bank()
-        columns, size = bank.config.columns, bank.config.thumbnail_size
+        columns, encoders = bank.config.columns, (bank.value_encoder, bank.key_encoder)
         reader = PairReader(self.processor.decode_image, keep_columns=columns)
+        settings = {"keep_columns": columns, "thumbnail_size": bank.config.thumbnail_size}
         with LOCK, evaluating(self.model, bank.value_encoder):
             row = reader(0, {**dict.fromkeys(columns), "image": image, "caption": caption})
             picture = self.look_at(row.image)
-            encoder = RowEncoder(
-                self.model,
-                self.processor,
-                bank.value_encoder,
-                bank.key_encoder,
-                reader,
-                columns,
-                thumbnail_size=size,
-                vision_features=picture.features,
-            )
+            settings["vision_features"] = picture.features
+            encoder = RowEncoder(self.model, self.processor, *encoders, reader, **settings)
             (batch,) = finished([encoder.encode([row])], bank.key_encoder)
             lesson = self._lesson(batch, picture.name)
             self._drop(row.source_id)
@@ -197,12 +190,11 @@ class Lessons:
         size, calibration = len(bank), None if bank.any_tower else bank.config.calibration
         # the probabilities were fitted to so many similarities, whatever is asked for
         depth = top_k if calibration is None else max(top_k, calibration.top_k)
-        scores, ids = picture.neighbours(bank, min(depth, size), query, [*exclude, *self._replaced])
+        key, scores, ids = picture.neighbours(bank, min(depth, size), query, [*exclude, *self._replaced])
         found = [item for item in zip(scores[0].tolist(), ids[0].tolist(), strict=True) if item[1] >= 0]
-        key = picture.key(bank, query)[0].cpu()
         for number, lesson in enumerate(self._lessons, start=size):
             if lesson.row["source_id"] not in exclude:
-                found.append((float(lesson.key @ key), number))
+                found.append((float(lesson.key @ key[0].cpu()), number))
         found = sorted(found, key=lambda item: (-item[0], item[1]))[:depth]
         neighbours = [self._neighbour(score, number) for score, number in found[:top_k]]
         if calibration is None or not found:

@@ -20,25 +20,20 @@ class Picture:
         self.name, self.features = name, features
         self._found = WeakKeyDictionary()  # a bank is immutable, and one that was replaced is not kept alive
 
-    def key(self, bank: MemoryBank, query: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the key `(1, key_dim)` to search a bank with; `query` is the question, for language-space keys."""
-        if query:
-            return bank.encode_queries(self.features, **query)
-        found = self._found.setdefault(bank, {})
-        if "key" not in found:
-            found["key"] = bank.encode_queries(self.features)
-        return found["key"]
-
     def neighbours(
         self, bank: MemoryBank, top_k: int, query: dict[str, torch.Tensor], exclude: Sequence[str] = ()
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores and ids `(1, top_k)` as `bank.search`; kept unless they depend on more than the picture."""
-        if query or exclude:
-            return bank.search(self.key(bank, query), top_k, [list(exclude) or None])
-        found = self._found.setdefault(bank, {})
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the key `(1, key_dim)`, and scores and ids `(1, top_k)` as `bank.search`; kept unless they depend on
+        more than the picture: on the question in `query`, for language-space keys, or on rows to leave out.
+        """
+        found = {} if query else self._found.setdefault(bank, {})
+        if "key" not in found:
+            found["key"] = bank.encode_queries(self.features, **query)
+        if exclude:
+            return found["key"], *bank.search(found["key"], top_k, [list(exclude)])
         if top_k not in found:
-            found[top_k] = bank.search(self.key(bank, query), top_k)
-        return found[top_k]
+            found[top_k] = bank.search(found["key"], top_k)
+        return found["key"], *found[top_k]
 
 
 class Pictures:
@@ -47,9 +42,6 @@ class Pictures:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._kept: OrderedDict[str, Picture] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     @torch.no_grad()
     def look_at(self, pixels: torch.Tensor) -> Picture:
@@ -79,6 +71,6 @@ class Pictures:
         config = self.model.config
         if config.memory_top_k and config.key_space == "vision" and inputs.get("memory") != "off":
             bank = self.model.require_bank()
-            found = [picture.neighbours(bank, config.memory_top_k, {}) for picture in pictures]
+            found = [picture.neighbours(bank, config.memory_top_k, {})[1:] for picture in pictures]
             inputs["memory_scores"], inputs["memory_ids"] = map(torch.cat, zip(*found, strict=True))
         return inputs

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import math
 import time
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
@@ -266,16 +267,11 @@ def read_chat(messages: list[Message], allowed_hosts: Collection[str]) -> list[d
             except ValueError as error:
                 raise ValueError(f"messages.{number}: {error}") from error
             content.append({"type": "image", "image": images[-1]})
-            check_images(images)
+            pixels, most = sum(math.prod(image.size) for image in images), Image.MAX_IMAGE_PIXELS or math.inf
+            if len(images) > MAX_IMAGES or pixels > most:
+                raise ValueError(
+                    f"{len(images)} images have {pixels} pixels, expected at most {MAX_IMAGES} of {most} in all: send "
+                    "fewer, or smaller ones"
+                )
         chat.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     return chat
-
-
-def check_images(images: list[Image.Image]):
-    """Raise `ValueError` for more than one request may have."""
-    pixels, most = sum(image.width * image.height for image in images), Image.MAX_IMAGE_PIXELS or float("inf")
-    if len(images) > MAX_IMAGES or pixels > most:
-        raise ValueError(
-            f"{len(images)} images have {pixels} pixels, expected at most {MAX_IMAGES} of {most} in all: send fewer, "
-            "or smaller ones"
-        )

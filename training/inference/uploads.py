@@ -35,8 +35,8 @@ def read_picture(path: str | Path) -> Image.Image:
     return _decoded(partial(open, path, "rb"), Path(path).name)
 
 
-def read_lessons(paths: list[str | Path]) -> Iterator[tuple[str, Image.Image, str]]:
-    """Yield name, picture and line of each row of the CSV among uploaded files, or in a zip file.
+def read_lessons(paths: list[str | Path]) -> Iterator[tuple[Image.Image, str]]:
+    """Yield picture and line of each row of the CSV among uploaded files, or in a zip file.
 
     Args:
         paths: one zip file, or files of one folder. The CSV has the columns `image`, a file's name, and `caption`.
@@ -64,7 +64,7 @@ def read_lessons(paths: list[str | Path]) -> Iterator[tuple[str, Image.Image, st
         yield from _lessons([(Path(path).name, partial(open, path, "rb")) for path in paths])
 
 
-def _lessons(uploads: list[tuple[str, Opener]]) -> Iterator[tuple[str, Image.Image, str]]:
+def _lessons(uploads: list[tuple[str, Opener]]) -> Iterator[tuple[Image.Image, str]]:
     files: dict[str, Opener] = {}
     for name, file in uploads:
         if name in files:  # in subfolders, of which Gradio tells nothing
@@ -84,7 +84,7 @@ def _lessons(uploads: list[tuple[str, Opener]]) -> Iterator[tuple[str, Image.Ima
             picture = _decoded(file, name)
         except ValueError as error:
             raise ValueError(f"{name:.100}: {error}") from error
-        yield name, picture, row["caption"] or ""
+        yield picture, row["caption"] or ""
 
 
 def _rows(file: Opener, name: str) -> list[dict[str, str | None]]:

@@ -101,7 +101,7 @@ class Visitor:
         turns: `[question, answer with memory, answer without]`, as shown: the conversations forget theirs when
             something is taught.
         left_out: source_ids of neighbours that the visitor does not want to be read.
-        files: uploads that the page shows, by the component that shows each.
+        files: pictures that were uploaded, which the page may still show.
     """
 
     def __init__(self, shared: Shared):
@@ -112,7 +112,7 @@ class Visitor:
         )
         self.turns: list[list[str]] = []
         self.left_out: list[str] = []
-        self.files: dict[str, Path] = {}
+        self.files: set[Path] = set()
 
     def look_at(self, picture: Image.Image | None):
         """Talk about another picture, or none, from now on."""
@@ -173,13 +173,9 @@ class Visitor:
         """Forget one lesson or all, the conversation, which may have spoken of it, and uploads, which may show it."""
         self.lessons.forget(source_id)
         self.look_at(None)
-        self.delete_files(*self.files)
-
-    def delete_files(self, *components: str):
-        """Delete the uploads that these components show, but for one that another shows as well."""
-        gone = [self.files.pop(component, None) for component in components]
-        for path in set(filter(None, gone)) - set(self.files.values()):
+        for path in self.files:
             path.unlink(missing_ok=True)
+        self.files.clear()
 
     def save(self, name: str) -> Path:
         """Write a new bank with the lessons into a folder below the current one, and return it."""
@@ -232,9 +228,6 @@ class Visitors:
         self.shared = shared
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._visitors)
 
     def __getitem__(self, session: Any) -> Visitor:
         with self._lock:

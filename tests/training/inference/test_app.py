@@ -444,19 +444,16 @@ def test_visitors_are_bounded_and_freed(shared, images, tmp_path, monkeypatch):
     visitors = Visitors(shared)
     forgotten = tmp_path / "of the first.png"
     forgotten.write_bytes(b"")
-    visitors[0].files["picture"] = forgotten
+    visitors[0].files.add(forgotten)
     for number in range(7):
         visitor = visitors[number]
         visitor.look_at(images[0])
         list(visitor.ask("", 2, 0, compare=False))
-    assert len(visitors) == 4 and not forgotten.exists()
-    visitor.files["picture"] = tmp_path / "upload.png"
+    assert len(visitors._visitors) == 4 and not forgotten.exists()
+    visitor.files.add(tmp_path / "upload.png")
     (tmp_path / "upload.png").write_bytes(b"")
-    visitor.files["wanted"] = visitor.files["picture"]  # Gradio names files by their content
-    visitor.delete_files("wanted")
-    assert visitor.files["picture"].exists()
     visitors.leave(number)
-    assert len(visitors) == 3 and not (tmp_path / "upload.png").exists()
+    assert len(visitors._visitors) == 3 and not (tmp_path / "upload.png").exists()
     assert visitors[number] is not visitor
 
 

@@ -38,7 +38,7 @@ def test_forgotten_without_a_trace(parts, images, tmp_path, monkeypatch):
     assert chat.forget() == 1 and len(lessons) == 0 and lessons.rows == []
     assert files_with(WORD, cache_root(), tmp_path / "temporary") == []
     assert WORD not in str(parts.model.caption_tokenizer.captions) and chat.turns == chat.sources == []
-    assert len(chat.lessons.pictures) == 0
+    assert len(chat.lessons.pictures._kept) == 0
     assert "".join(chat.ask(QUESTION)) == plain and not any(source.lesson for source in chat.sources)
 
 

@@ -23,10 +23,10 @@ def test_a_picture_is_looked_at_once(parts, images, tower_calls, monkeypatch):
     assert pictures.look_at(pixels[0].clone()) is first and tower_calls == []
     for image in pixels[1:]:
         pictures.look_at(image)
-    assert len(pictures) == 2 and len(tower_calls) == 2
+    assert len(pictures._kept) == 2 and len(tower_calls) == 2
     assert pictures.look_at(pixels[0]) is not first  # it was the one not asked for longest
     pictures.forget(pictures.look_at(pixels[0]).name)
-    assert len(pictures) == 1
+    assert len(pictures._kept) == 1
 
 
 def test_other_pixels_are_another_picture(parts, images):
@@ -41,11 +41,11 @@ def test_a_changed_bank_is_seen_at_once(parts, images, monkeypatch):
     picture = Pictures(parts.model).look_at(pixels_of(parts, images[:1])[0])
     searches, search = [], type(parts.bank).search
     monkeypatch.setattr(type(parts.bank), "search", lambda *args: searches.append(args) or search(*args))
-    scores, ids = picture.neighbours(parts.bank, 2, {})
-    assert picture.neighbours(parts.bank, 2, {})[1] is ids and len(searches) == 1 and ids[0, 0] == 0
-    assert picture.neighbours(parts.bank, 2, {}, [parts.bank.rows([0])[0]["source_id"]])[1][0, 0] == ids[0, 1]
+    _, scores, ids = picture.neighbours(parts.bank, 2, {})
+    assert picture.neighbours(parts.bank, 2, {})[2] is ids and len(searches) == 1 and ids[0, 0] == 0
+    assert picture.neighbours(parts.bank, 2, {}, [parts.bank.rows([0])[0]["source_id"]])[2][0, 0] == ids[0, 1]
     smaller = parts.bank.remove(0)
-    assert picture.neighbours(smaller, 2, {})[0][0, 0] == scores[0, 1]
+    assert picture.neighbours(smaller, 2, {})[1][0, 0] == scores[0, 1]
     del smaller, searches[:]
     gc.collect()
     assert len(picture._found) == 1  # a bank that is gone is not kept alive
@@ -65,7 +65,7 @@ def test_language_keys_depend_on_the_question(make_model, make_processor, images
         assert [source.id for source in chat.sources] == expected.ids[0].tolist()
         assert torch.allclose(torch.tensor(found[-1]), expected.scores[0], atol=1e-5)
         chat.clear()
-    assert found[0] != found[1] and len(chat.lessons.pictures) == 1
+    assert found[0] != found[1] and len(chat.lessons.pictures._kept) == 1
     image = images[0].rotate(90)
     chat.teach(image, "a zorblax")
     model.attach_memory_bank(model.memory_bank.add(image, model, processor, captions="a zorblax"))

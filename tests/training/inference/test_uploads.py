@@ -43,8 +43,8 @@ def put(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_lessons(put, zipped):
     found = list(read_lessons(put(FILES, zipped)))
-    assert [(name, line) for name, _, line in found] == [("a.png", "a red thing"), ("b.png", "été")]
-    assert [picture.getpixel((0, 0)) for _, picture, _ in found] == [(255, 0, 0), (0, 0, 255)]
+    assert [line for _, line in found] == ["a red thing", "été"]
+    assert [picture.getpixel((0, 0)) for picture, _ in found] == [(255, 0, 0), (0, 0, 255)]
 
 
 def test_a_zip_file_of_a_folder(put):
@@ -52,13 +52,13 @@ def test_a_zip_file_of_a_folder(put):
     assert len(list(read_lessons(put(files, True)))) == 2
     files["//x.png"] = b"of no row"  # zipfile.Path never ends with it in some versions of Python
     files["birds/lessons.csv"] = b"\xef\xbb\xbfimage,caption\nbirds/a.png,one\n"  # Excel begins so
-    assert [line for _, _, line in read_lessons(put(files, True))] == ["one"]
+    assert [line for _, line in read_lessons(put(files, True))] == ["one"]
 
 
 def test_accents_in_either_form_and_folders_of_windows(put):
     table = "image,caption\nbirds\\Zaunk\u00f6nig.png,x\n".encode()
     files = {"birds/Zaunko\u0308nig.png": png(), "lessons.csv": table}
-    assert [line for _, _, line in read_lessons(put(files, True))] == ["x"]
+    assert [line for _, line in read_lessons(put(files, True))] == ["x"]
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -85,7 +85,7 @@ def test_the_picture_of_a_row_of_a_zip_file(put, name, pictures, found):
     files = {picture: png("blue") for picture in pictures} | {pictures[0]: png()}
     lessons = read_lessons(put({**files, "lessons.csv": f"image,caption\n{name},x\n".encode()}, True))
     if found:
-        ((_, picture, _),) = lessons
+        ((picture, _),) = lessons
         assert picture.getpixel((0, 0)) == (255, 0, 0)
     else:
         with pytest.raises(ValueError, match="which was not uploaded"):
