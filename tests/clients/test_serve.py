@@ -196,7 +196,7 @@ def test_several_clients(server, saved, images):
         ),
         (
             {"messages": openai_chat("https://127.0.0.1/secret.png")},
-            "messages.0: the host '127.0.0.1' .* is not allowed",
+            "messages.0: 'https.* cannot be fetched .the host '127.0.0.1' is not allowed",
         ),
         ({"messages": openai_chat("/etc/logo.png")}, "found '/etc/logo.png', expected a data:image"),
         ({"messages": openai_chat("file:///etc/logo.png")}, "expected a data:image"),

@@ -17,7 +17,7 @@ from ...processing.images import MAX_SECONDS, collect, decode_image
 
 CHUNK_BYTES = 2**16
 # Where the public addresses of IPv6 are, but for those of 6to4, which hold an address of IPv4.
-GLOBAL_IPV6, SIX_TO_FOUR = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("2002::/16")
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 # What a stranger may send: PIL hands some formats, EPS say, to other programs.
 REQUEST_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
@@ -57,17 +57,11 @@ def download_image(url: str, allowed_hosts: Collection[str]) -> bytes:
         parts = urlsplit(url)
         secure = parts.scheme == "https"
         usual = 443 if secure else 80
-        port = parts.port or usual
-    except ValueError as error:
-        raise ValueError(f"found {url[:200]!r}, expected a URL ({error})") from error
-    host = (parts.hostname or "").lower()
-    name = host if port == usual else f"{host}:{port}"
-    if parts.username is not None or name not in {allowed.lower() for allowed in allowed_hosts}:
-        raise ValueError(
-            f"the host {name!r} of {url[:200]} is not allowed, expected "
-            + (f"one of {sorted(allowed_hosts)}" if allowed_hosts else "the image itself, as a data: URL")
-        )
-    try:
+        host, port = (parts.hostname or "").lower(), parts.port or usual
+        name = host if port == usual else f"{host}:{port}"
+        if parts.username is not None or name not in {allowed.lower() for allowed in allowed_hosts}:
+            expected = f"one of {sorted(allowed_hosts)}" if allowed_hosts else "the image itself, as a data: URL"
+            raise ValueError(f"the host {name!r} is not allowed, expected {expected}")
         with socket.create_connection((_public_address(host, port), port), timeout=MAX_SECONDS) as connection:
             return _request(connection, parts, name, ssl.create_default_context() if secure else None)
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -81,10 +75,8 @@ def _public_address(host: str, port: int) -> str:
         address = ipaddress.ip_address(text)
         if address.version == 6:
             address = address.ipv4_mapped or address
-        public = address.is_global and not address.is_multicast
-        if address.version == 6:
-            public = public and address in GLOBAL_IPV6 and address not in SIX_TO_FOUR
-        if not public:
+        is_odd = address.version == 6 and (address not in GLOBAL_IPV6 or address.sixtofour is not None)
+        if is_odd or address.is_multicast or not address.is_global:
             raise ValueError(f"{host} has the address {text}, which is not public")
     return found[0]
 
