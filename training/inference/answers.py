@@ -22,18 +22,6 @@ class ContextError(ValueError):
     """A prompt that leaves no room in the model's context."""
 
 
-def answer_room(model: PreTrainedModel, prompt_length: int, most: int) -> int:
-    """Return how many tokens an answer may have, up to `most`; `ContextError` if the prompt leaves none."""
-    context = context_length(model)
-    if context is None:
-        return most
-    if prompt_length >= context:
-        raise ContextError(
-            f"The prompt has {prompt_length} tokens, expected fewer than the model's context of {context}: ask less."
-        )
-    return min(most, context - prompt_length)
-
-
 class TokenQueue(BaseStreamer):
     """The tokens of an answer for another thread, as they are generated."""
 
@@ -54,7 +42,8 @@ class Answer:
     """An answer that is generated: its text, and what is known at its end.
 
     Attributes:
-        inputs: the prompt, as the processor made it.
+        inputs: the prompt, as the processor made it; `ContextError` if it leaves no room in the model's context.
+        config: its `max_new_tokens` are set, and become fewer where there is less room.
         look_up: returns the inputs of `generate` for these; called where nothing else uses the model.
         stopped: set, it ends the answer where it is.
     """
@@ -68,6 +57,16 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "stop"
     stopped: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self):
+        context, length = context_length(self.model), self.inputs["input_ids"].shape[1]
+        if context is None:
+            return
+        if length >= context:
+            raise ContextError(
+                f"The prompt has {length} tokens, expected fewer than the model's context of {context}: ask less."
+            )
+        self.config.max_new_tokens = min(self.config.max_new_tokens, context - length)
 
     def pieces(self) -> Iterator[str]:
         """Yield the text as it comes, up to a stop string."""

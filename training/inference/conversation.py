@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ...modeling_tinyalign.connectors import check_retrieval
 from ...modeling_tinyalign.row_encoder import image_source_id
 from ..models import context_length
-from .answers import PROMPT, Answer, answer_room
+from .answers import PROMPT, Answer
 from .lessons import Lessons, Neighbour
 
 UNSURE = 0.5  # from this probability on that no neighbour is right, the visitor is told
@@ -108,10 +108,9 @@ class Conversation:
             retrieval_threshold = self.model.config.retrieval_threshold
         settings = {"top_k": 0 if memory == "off" else top_k, "threshold": retrieval_threshold, "exclude": exclude}
         config = copy.deepcopy(self.model.generation_config)
-        inputs = self._prompt(question)
-        config.max_new_tokens = answer_room(self.model, inputs["input_ids"].shape[1], self.max_new_tokens)
-        text = ""
-        for piece in Answer(self.model, self.processor, inputs, config, partial(self._look_up, **settings)).pieces():
+        config.max_new_tokens = self.max_new_tokens
+        look_up, text = partial(self._look_up, **settings), ""
+        for piece in Answer(self.model, self.processor, self._prompt(question), config, look_up).pieces():
             text += piece
             yield piece
         self.turns = [*self.turns, (question, text)][-KEPT_TURNS:]

@@ -1,7 +1,6 @@
 """Pictures, looked at once: a second question about one needs no vision tower."""
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -41,7 +40,7 @@ class Pictures:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self._kept: OrderedDict[str, Picture] = OrderedDict()
+        self._kept: dict[str, Picture] = {}
 
     @torch.no_grad()
     def look_at(self, pixels: torch.Tensor) -> Picture:
@@ -49,12 +48,11 @@ class Pictures:
         content = pixels.detach().cpu().contiguous()
         name = hashlib.sha256(f"{content.shape}{content.dtype}".encode() + content.view(torch.uint8).numpy().tobytes())
         name = name.hexdigest()
-        if name not in self._kept:
-            self._kept[name] = Picture(name, self.model.get_vision_features(pixels[None]))
-        self._kept.move_to_end(name)
+        picture = self._kept.pop(name, None) or Picture(name, self.model.get_vision_features(pixels[None]))
+        self._kept[name] = picture  # as the last
         if len(self._kept) > KEPT_PICTURES:
-            self._kept.popitem(last=False)
-        return self._kept[name]
+            del self._kept[next(iter(self._kept))]
+        return picture
 
     def forget(self, name: str):
         """Drop a picture, if it is there."""

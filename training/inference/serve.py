@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_serve_available
 
 from ..models import load_to_answer
-from .answers import PROMPT, SAFE_HOSTS, Answer, ContextError, answer_room
+from .answers import PROMPT, SAFE_HOSTS, Answer, ContextError
 from .pictures import Pictures
 from .request_images import load_request_image
 
@@ -131,7 +131,6 @@ def build_app(
             raise ValueError("memory is 'on', but this server answers without: leave it out")
         config = sampling_settings(body, model, max_tokens)
         inputs = processor.apply_chat_template(read_chat(body.messages, allowed_hosts), **PROMPT).to(model.device)
-        config.max_new_tokens = answer_room(model, inputs["input_ids"].shape[1], config.max_new_tokens)
         inputs = {**inputs, "memory": body.memory or memory, "sources": []}
         return Answer(model, processor, inputs, config, pictures.looked_up, body.seed)
 

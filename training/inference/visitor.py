@@ -3,7 +3,6 @@
 import contextlib
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,17 +225,15 @@ class Visitors:
 
     def __init__(self, shared: Shared):
         self.shared = shared
-        self._visitors: OrderedDict[str, Visitor] = OrderedDict()
+        self._visitors: dict[str, Visitor] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, session: Any) -> Visitor:
         with self._lock:
-            if session not in self._visitors:
-                self._visitors[session] = Visitor(self.shared)
-            self._visitors.move_to_end(session)
-            visitor, oldest = self._visitors[session], next(iter(self._visitors))
-            are_many = len(self._visitors) > MAX_VISITORS
-        if are_many:
+            visitor = self._visitors.pop(session, None) or Visitor(self.shared)
+            self._visitors[session] = visitor  # as the last
+            too_many = list(self._visitors)[:-MAX_VISITORS]
+        for oldest in too_many:
             self.leave(oldest)
         return visitor
 

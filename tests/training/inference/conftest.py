@@ -1,13 +1,21 @@
 """A tiny model that reads captions, latents and similarities, and a bank of noisy pictures."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
 from clients.conftest import only_say_letters
+from PIL import Image
 
 from tinyalign_vlm import MemoryBank
 
 QUESTION = "what is in the image?"
+
+
+def png(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="package")

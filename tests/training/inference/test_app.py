@@ -35,6 +35,8 @@ from tinyalign_vlm.training.inference import visitor as visitor_module
 from tinyalign_vlm.training.inference.lessons import Lessons
 from tinyalign_vlm.training.inference.visitor import Shared, Visitor, Visitors, load_shared
 
+from .conftest import png
+
 BrowserTimeout = pytest.importorskip("playwright.sync_api", reason="pip install playwright").TimeoutError
 gradio_client = pytest.importorskip("gradio_client", reason="pip install tinyalign-vlm[app]")
 from tinyalign_vlm.training.inference import app as app_module  # noqa: E402
@@ -49,12 +51,6 @@ NAME = "zyxgrumbl"  # no model knows it
 TURNS = ".message-row.user-row"  # of both conversations
 PATIENCE = 240_000  # milliseconds
 SLOWLY = {"timeout": 120}
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def test_a_changed_bank_is_seen_at_once(parts, images):
     assert "new" not in [source.caption for source in chat.sources]
 
 
-def test_without_a_picture_and_without_a_bank(parts, images, make_model):
+def test_without_a_picture_and_without_a_bank(parts, images, make_model, make_processor):
     assert answer(conversation(parts), "who are you?")
     model = make_model()
     chat = Conversation(model, parts.processor, max_new_tokens=2)
@@ -216,3 +216,6 @@ def test_without_a_picture_and_without_a_bank(parts, images, make_model):
         answer(chat, QUESTION)
     with pytest.raises(ValueError, match="There is no memory bank: pass --memory_bank"):
         chat.teach(images[0], "a cat")
+    baseline = make_model(memory_top_k=0)
+    chat = Conversation(baseline, make_processor(baseline), max_new_tokens=2)
+    assert answer(chat, QUESTION, images[0]) and len(chat.turns) == 1 and chat.sources == []

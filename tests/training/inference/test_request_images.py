@@ -17,6 +17,8 @@ from tinyalign_vlm.processing.images import load_image
 from tinyalign_vlm.training.inference import request_images
 from tinyalign_vlm.training.inference.request_images import load_request_image
 
+from .conftest import png
+
 PUBLIC = "93.184.215.14"
 HOSTS = ["images.example"]
 NO_URL = "Port out of range|Invalid IPv6 URL"
@@ -25,12 +27,6 @@ NO_URL = "Port out of range|Invalid IPv6 URL"
 def set_seconds(monkeypatch, seconds: float) -> None:
     for module in (images, request_images):
         monkeypatch.setattr(module, "MAX_SECONDS", seconds)
-
-
-def png(image: Image.Image, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG", **options)
-    return file.getvalue()
 
 
 RED = png(Image.new("RGB", (6, 4), "red"))

@@ -1,7 +1,6 @@
 """Pictures and lessons that strangers upload."""
 
 import asyncio
-import io
 import json
 import tracemalloc
 import zipfile
@@ -12,15 +11,11 @@ from PIL import Image
 from tinyalign_vlm.training.inference import uploads
 from tinyalign_vlm.training.inference.uploads import Guard, names_url, read_lessons, read_picture
 
+from .conftest import png
 
-def png(colour: str = "red") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (9, 7), colour).save(file, "PNG")
-    return file.getvalue()
-
-
+RED, BLUE = (png(Image.new("RGB", (9, 7), colour)) for colour in ("red", "blue"))
 FILES = {"lessons.csv": b"image,caption,more\na.png,a red thing,1\nb.png,\xc3\xa9t\xc3\xa9,2\n"}
-FILES |= {"a.png": png(), "b.png": png("blue")}
+FILES |= {"a.png": RED, "b.png": BLUE}
 
 
 @pytest.fixture
@@ -57,7 +52,7 @@ def test_a_zip_file_of_a_folder(put):
 
 def test_accents_in_either_form_and_folders_of_windows(put):
     table = "image,caption\nbirds\\Zaunk\u00f6nig.png,x\n".encode()
-    files = {"birds/Zaunko\u0308nig.png": png(), "lessons.csv": table}
+    files = {"birds/Zaunko\u0308nig.png": RED, "lessons.csv": table}
     assert [line for _, line in read_lessons(put(files, True))] == ["x"]
 
 
@@ -82,7 +77,7 @@ def test_what_a_mac_leaves_behind(put, zipped):
     ],
 )
 def test_the_picture_of_a_row_of_a_zip_file(put, name, pictures, found):
-    files = {picture: png("blue") for picture in pictures} | {pictures[0]: png()}
+    files = dict.fromkeys(pictures, BLUE) | {pictures[0]: RED}
     lessons = read_lessons(put({**files, "lessons.csv": f"image,caption\n{name},x\n".encode()}, True))
     if found:
         ((picture, _),) = lessons
@@ -94,7 +89,7 @@ def test_the_picture_of_a_row_of_a_zip_file(put, name, pictures, found):
 
 def test_a_folder_with_two_pictures_of_one_name(put, tmp_path):
     (tmp_path / "dogs").mkdir()
-    paths = put({**FILES, "dogs/a.png": png("blue")}, False)  # Gradio keeps the names alone
+    paths = put({**FILES, "dogs/a.png": BLUE}, False)  # Gradio keeps the names alone
     with pytest.raises(ValueError, match="several files named a.png: upload the folder as a zip file"):
         list(read_lessons(paths))
 
@@ -175,7 +170,7 @@ def test_an_endless_table_takes_no_memory(put):
 
 
 def test_pictures(tmp_path):
-    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.png").write_bytes(RED)
     assert read_picture(tmp_path / "a.png").size == (9, 7)
     Image.new("RGB", (9, 7)).save(tmp_path / "a.eps")
     with pytest.raises(ValueError, match="cannot be read"):
