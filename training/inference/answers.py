@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..models import context_length
 
-SAFE_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # names of this machine, for servers that nobody else reaches
+SAFE_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")  # names of this machine, for servers that nobody else reaches
 LOCK = threading.Lock()  # held by whatever uses the model: one answer at a time
 # Arguments of `processor.apply_chat_template` for a chat that ends with a question.
 PROMPT = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -23,15 +23,13 @@ class ContextError(ValueError):
 
 
 class TokenQueue(BaseStreamer):
-    """The tokens of an answer for another thread, as they are generated."""
+    """The prompt, and then the tokens of an answer for another thread, as they are generated."""
 
     def __init__(self):
-        self.tokens, self.in_prompt = queue.Queue(), True
+        self.tokens = queue.Queue()
 
-    def put(self, value: torch.Tensor):  # `generate` hands over the prompt first
-        if not self.in_prompt:
-            self.tokens.put(value.tolist())
-        self.in_prompt = False
+    def put(self, value: torch.Tensor):
+        self.tokens.put(value.tolist())
 
     def end(self):
         self.tokens.put(None)
@@ -77,7 +75,9 @@ class Answer:
             work = thread.submit(self._generate, streamer)
             work.add_done_callback(lambda work: streamer.end())  # also if it failed
             try:
-                for tokens in iter(streamer.tokens.get, None):
+                generated = iter(streamer.tokens.get, None)
+                next(generated, None)  # the prompt
+                for tokens in generated:
                     self.tokens += tokens
                     text = self.processor.decode(self.tokens, skip_special_tokens=True)
                     ends = [text.find(stop) for stop in stops if stop in text]

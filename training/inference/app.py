@@ -68,7 +68,7 @@ def serving(shared: Shared, host: str | None = "127.0.0.1", port: int | None = N
         patch.dict(os.environ, GRADIO_TEMP_DIR=uploads, NO_PROXY=direct, no_proxy=direct),
     ):
         app, guards = build_app(shared), [Middleware(Guard)]
-        if host in (*SAFE_HOSTS, "::1"):  # else a page whose name leads here could push with the user's token
+        if host in SAFE_HOSTS:  # else a page whose name leads here could push with the user's token
             guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=SAFE_HOSTS))
         # off is said where it is the default, too: environment variables and Spaces switch some of it on
         app.queue(max_size=64, api_open=False).launch(

@@ -104,7 +104,7 @@ def serve(
         raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more.")
     loaded = load_to_answer(model, revision, memory_bank, memory, device)
     app = build_app(model, *loaded, memory, allow_image_host, max_tokens)
-    if host in (*SAFE_HOSTS, "::1"):  # else a page whose name leads here could read the bank
+    if host in SAFE_HOSTS:  # else a page whose name leads here could read the bank
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=SAFE_HOSTS)
     uvicorn.run(app, host=host, port=port)
 
