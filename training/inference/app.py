@@ -62,7 +62,8 @@ def start_app(
 def serving(shared: Shared, host: str | None = "127.0.0.1", port: int | None = None) -> Iterator[gr.Blocks]:
     """Serve the app meanwhile; what was uploaded is deleted at the end. A `port` of None is the first that is free."""
     # Gradio asks for its own page before it is ready, of which no proxy knows
-    direct = ",".join(filter(None, [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), *SAFE_HOSTS]))
+    direct = [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", "::1"]
+    direct = ",".join(filter(None, direct))  # without brackets, in which httpx would look for a port
     with (
         tempfile.TemporaryDirectory(prefix="tinyalign-app-") as uploads,
         patch.dict(os.environ, GRADIO_TEMP_DIR=uploads, NO_PROXY=direct, no_proxy=direct),
