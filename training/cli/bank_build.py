@@ -51,17 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--key_grid", type=int, default=1, metavar="N", help="keys of N x N cells (default: 1)")
     parser.add_argument("--whiten_dim", type=int, metavar="N", help="whiten keys to N dimensions (default: do not)")
-    parser.add_argument("--quantized", type=parse_boolean, metavar="true|false", help=QUANTIZED_HELP)
+    parser.add_argument("--quantized", type=str.lower, choices=("true", "false"), help=QUANTIZED_HELP)
     parser.add_argument(
         "--thumbnail_size", type=int, default=64, metavar="PIXELS", help="0: keep none (default: %(default)s)"
     )
-
-
-def parse_boolean(text: str) -> bool:
-    """Read true or false."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
-    return text.lower() == "true"
 
 
 def run(arguments: argparse.Namespace):
@@ -69,4 +62,5 @@ def run(arguments: argparse.Namespace):
 
     options = vars(arguments)
     out, ray = options.pop("out"), options.pop("ray")
+    options["quantized"] = {"true": True, "false": False, None: None}[arguments.quantized]
     build_from_files(BuildSettings(**options), out, ray)

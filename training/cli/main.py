@@ -124,7 +124,8 @@ def exit_with_help_if_asked(command: ModuleType, parser: argparse.ArgumentParser
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; what it parses has the command's module and parser beside its options."""
     parser = argparse.ArgumentParser(prog="tinyalign", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--version", action=PrintVersion, nargs=0, dest=argparse.SUPPRESS, help="print the version")
+    version = f"tinyalign-vlm {importlib.metadata.version('tinyalign-vlm')}"
+    parser.add_argument("--version", action="version", version=version, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     groups = {"": commands}
     for name, command in COMMANDS.items():
@@ -140,11 +141,3 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_arguments(command_parser)
         command_parser.set_defaults(command_module=command, command_parser=command_parser)
     return parser
-
-
-class PrintVersion(argparse.Action):
-    """`--version`; the installed version is looked up when it is asked for."""
-
-    def __call__(self, parser, *args):
-        print(f"tinyalign-vlm {importlib.metadata.version('tinyalign-vlm')}")
-        parser.exit()

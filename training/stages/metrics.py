@@ -27,8 +27,7 @@ PEAK_FLOPS = {
     "T4": 65e12,
     "RTX 4090": 165e12,
 }
-ON_DEVICE = ("tokens", "slots", "slots_off", "similarities")  # counted there, without waiting for it
-ON_HOST = ("samples", "named_images", "own_images")
+COUNTED = ("samples", "tokens", "named_images", "own_images", "slots", "slots_off", "similarities")
 
 
 class Meter(TrainerCallback):
@@ -44,29 +43,29 @@ class Meter(TrainerCallback):
         self._reset()
 
     def _reset(self):
-        device = self.trainer.args.device
-        self.on_host = dict.fromkeys(ON_HOST, 0)
-        self.on_device = torch.zeros(len(ON_DEVICE), dtype=torch.int64, device=device)
+        device = self.trainer.args.device  # counted there, without waiting for it
+        self.counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in COUNTED}
         self.similarity = torch.zeros((), device=device)
         self.started = self.last_step = time.monotonic()
 
     def count(self, inputs: dict[str, Any], images: TinyAlignImageFeatures | None):
         """Count a batch that is trained on, and what was read of its images' neighbours; None if it has none."""
-        self.on_device[0] += inputs["attention_mask"].sum()
+        counts = self.counts
         names = inputs.get("exclude_ids", ()) if self.bank is not None else ()
-        self.on_host["samples"] += len(inputs["input_ids"])
-        self.on_host["named_images"] += len(names)
-        self.on_host["own_images"] += sum(any(len(self.bank.ids_of(name)) for name in of_row) for of_row in names)
-
+        counts["samples"] += len(inputs["input_ids"])
+        counts["tokens"] += inputs["attention_mask"].sum()
+        counts["named_images"] += len(names)
+        counts["own_images"] += sum(any(len(self.bank.ids_of(name)) for name in of_row) for of_row in names)
         if images is None or images.memory_ids is None:
             return
-        used = images.memory_ids.to(self.on_device.device) >= 0
-        similar = torch.zeros_like(used)
+        used = images.memory_ids.to(self.similarity.device) >= 0
+        counts["slots"] += used.numel()
+        counts["slots_off"] += (~used).sum()
         if images.memory_scores is not None:
             scores = images.memory_scores.to(used.device, torch.float32)
             similar = used & scores.isfinite()
+            counts["similarities"] += similar.sum()
             self.similarity += torch.where(similar, scores, 0.0).sum()
-        self.on_device[1:] += torch.stack([torch.ones_like(used).sum(), (~used).sum(), similar.sum()])
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._reset()
@@ -94,11 +93,9 @@ class Meter(TrainerCallback):
         """
         seconds = time.monotonic() - self.started
         accelerator = self.trainer.accelerator
-        on_host = torch.tensor(list(self.on_host.values()), device=self.on_device.device)
-        totals = accelerator.reduce(torch.cat([self.on_device, on_host]), "sum").tolist()
-        counts = dict(zip((*ON_DEVICE, *ON_HOST), totals, strict=True))
+        counts = {name: count.item() for name, count in accelerator.reduce(self.counts, "sum").items()}
         similarity = accelerator.reduce(self.similarity, "sum").item()
-        memory = accelerator.gather(torch.tensor([peak_memory_gb()], device=self.on_device.device)).max().item()
+        memory = accelerator.gather(torch.tensor([peak_memory_gb()], device=self.similarity.device)).max().item()
         metrics = {f"{name}_per_second": counts[name] / seconds for name in ("samples", "tokens")}
         if self.peak_flops is not None:
             flops = counts["tokens"] * flops_per_token(self.trainer.parts)

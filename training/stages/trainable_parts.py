@@ -55,12 +55,10 @@ def _tune_vision_tower(model: PreTrainedModel, first_layer: int | None):
     tower, config = model.base_model.vision_tower, model.config.vision_config
     parameters = list(tower.parameters())
     layers = next((module for module in tower.modules() if isinstance(module, nn.ModuleList)), [])
-    found = f"'from layer {first_layer}', but the vision tower ({config.model_type}) has {len(layers)} layers"
     if first_layer is not None:
-        if first_layer >= len(layers):
-            raise ValueError(f"tune_vision_tower is {found}: expected 0 to {len(layers) - 1}.")
-        first = next(layers[first_layer].parameters())
-        parameters = parameters[next(index for index, other in enumerate(parameters) if other is first) :]
+        first = next((parameter for layer in layers[first_layer:] for parameter in layer.parameters()), None)
+        start = next((index for index, other in enumerate(parameters) if other is first), len(parameters))
+        parameters = parameters[start:]
     for parameter in parameters:
         parameter.requires_grad_(True)
     size = config.image_size
@@ -74,44 +72,35 @@ def _tune_vision_tower(model: PreTrainedModel, first_layer: int | None):
         parameter.requires_grad_(gradient is not None)
     if all(gradient is None for gradient in gradients):
         raise ValueError(
-            f"tune_vision_tower is {found}, and none from there on is read (vision_feature_layer "
+            f"tune_vision_tower is 'from layer {first_layer}', but the vision tower ({config.model_type}) has "
+            f"{len(layers)} layers, counted from 0, and none from there on is read (vision_feature_layer "
             f"{model.config.vision_feature_layer}): choose an earlier layer."
         )
 
 
 @dataclass
 class TrainedPart:
-    """A row of the table: a part, its policy, its parameters, those of them that train, their dtype and rate."""
+    """A row of the table: a part, its policy, its parameters, those of them that train, their dtypes and rate."""
 
     name: str
     policy: str
     parameters: int
     trained: int
-    dtype: str
+    dtypes: Counter[str]
     learning_rate: float
 
 
 def parts_of(config: TuningArguments, model: PreTrainedModel) -> list[TrainedPart]:
     """The parts that the model has, in the order images go through them."""
-    total, trained, dtypes = Counter(), Counter(), {}
+    parts = {name: TrainedPart(name, config.policy(name), 0, 0, Counter(), 0.0) for name in PARTS}
     for name, parameter in model.named_parameters():
-        part, packed = part_of(name), parameter.dtype == torch.uint8  # two weights of 4 bits a byte
-        total[part] += parameter.numel() * (2 if packed else 1)
-        trained[part] += parameter.numel() if parameter.requires_grad else 0
-        dtype = "4 bits" if packed else str(parameter.dtype).removeprefix("torch.")
-        dtypes.setdefault(part, Counter())[dtype] += parameter.numel()
-    return [
-        TrainedPart(
-            part,
-            config.policy(part),
-            total[part],
-            trained[part],
-            " + ".join(dtype for dtype, _ in dtypes[part].most_common()),
-            config.rate(part) if trained[part] else 0.0,
-        )
-        for part in PARTS
-        if part in total
-    ]
+        part, packed = parts[part_of(name)], parameter.dtype == torch.uint8  # two weights of 4 bits a byte
+        part.parameters += parameter.numel() * (2 if packed else 1)
+        part.dtypes["4 bits" if packed else str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        if parameter.requires_grad:
+            part.trained += parameter.numel()
+            part.learning_rate = config.rate(part.name)
+    return [part for part in parts.values() if part.parameters]
 
 
 def table_of_parts(parts: list[TrainedPart]) -> str:
@@ -125,7 +114,8 @@ def table_of_parts(parts: list[TrainedPart]) -> str:
     rows = [("part", "trains", "parameters", "trained", "dtype", "learning rate")]
     for part in parts:
         name, rate = part.name.replace("_", " "), f"{part.learning_rate:g}" if part.trained else "-"
-        rows.append((name, part.policy, f"{part.parameters:,}", f"{part.trained:,}", part.dtype, rate))
+        dtypes = " + ".join(dtype for dtype, _ in part.dtypes.most_common())
+        rows.append((name, part.policy, f"{part.parameters:,}", f"{part.trained:,}", dtypes, rate))
     rows.append(("all", "", f"{everything:,}", f"{trained:,} ({trained / everything:.2%})", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -76,8 +76,8 @@ def test_all_of_a_convolutional_tower(make_model, make_processor, dataset, bank,
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("from layer 2", "'from layer 2', but the vision tower .siglip_vision_model. has 2 layers: expected 0 to 1"),
-        ("from layer 1", "has 2 layers, and none from there on is read .vision_feature_layer -2"),
+        ("from layer 2", "'from layer 2', but the vision tower .siglip_vision_model. has 2 layers, .* an earlier"),
+        ("from layer 1", "has 2 layers, .* none from there on is read .vision_feature_layer -2"),
     ],
 )
 def test_layers_that_cannot_train(policy, message, make_model, processor, dataset, bank, tmp_path):
