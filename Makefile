@@ -16,8 +16,7 @@ LMMS_EVAL = lmms-eval loguru pytz sacrebleu tenacity colorama lxml portalocker t
 RECIPES = tests/training/stages/test_recipes.py
 # What does not depend on the versions of libraries, or takes versions of its own, is not run on the oldest.
 NOT_ON_OLDEST = tests/security tests/training/demo tests/training/bank/test_ray.py tests/training/bank/test_lance.py \
-	tests/training/bank/test_from_files.py tests/training/stages/test_distributed.py tests/training/data/test_neighbour_table.py \
-	tests/training/inference/test_app.py
+	tests/training/bank/test_from_files.py tests/training/stages/test_distributed.py tests/training/inference/test_app.py
 PACKAGING = setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help

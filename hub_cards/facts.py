@@ -57,6 +57,13 @@ class Evaluation(Facts):
     # By metric, where each has its own: {"dataset_type": "org/name", "dataset_split": "test", "dataset_revision": ...}
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
+    def validate_names(self):
+        for name, scores in (self.own | self.others).items():
+            if unknown := scores.keys() - self.metrics.keys():
+                raise ValueError(f"{name} has a score of {sorted(unknown)}, expected those of {list(self.metrics)}")
+            if any(len(score) not in (1, 3) for score in scores.values()):
+                raise ValueError(f"{name} has the scores {scores}, expected [value] or [value, low, high]")
+
 
 @strict
 @dataclass(kw_only=True)

@@ -29,7 +29,7 @@ BELOW_ALL = {"modeling_tinyalign", "processing", "hub_cards", "disk", ""}
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 MOST_TRAVELLING_FILES = 18
 # They may only go down, 13,500 and 4,400 are the goals; refusing bad inputs once put them up.
-MOST_PRODUCT_LINES, MOST_TRAVELLING_LINES = 21_336, 5_350
+MOST_PRODUCT_LINES, MOST_TRAVELLING_LINES = 20_976, 5_350
 # Methods and attributes of transformers that its own classes use from outside.
 OF_TRANSFORMERS = {"_init_weights", "_name_or_path"}
 # Test files about several modules of their folder, or about running them elsewhere.

@@ -241,6 +241,7 @@ def test_bad_requests(change, message, server):
 def test_fields_that_ask_for_nothing(server, saved, images):
     nothing = {"n": 1, "logprobs": False, "presence_penalty": 0, "stop": None, "user": "u", "seed": None}
     nothing["response_format"] = {"type": "text"}
+    nothing |= {"top_logprobs": None, "functions": None, "reasoning_effort": None}
     nothing |= {"logit_bias": {}, "tools": [], "modalities": ["text"], "store": False, "frequency_penalty": 0.0}
     assert server.chat(data_url(images[0]), **nothing).choices[0].message.content == answer(saved, images[0])
 

@@ -53,7 +53,7 @@ def streamed(client: openai.OpenAI, model: str, url: str) -> str:
 def test_tinyalign_serve(start, saved, images):
     client = start(TINYALIGN, saved.folder, "--memory_bank", saved.bank_folder, "--device", "cpu")
     assert streamed(client, saved.folder, data_url(images[0])) == answer(saved, images[0])
-    with pytest.raises(openai.BadRequestError, match="the host 'images.example' .* is not allowed"):
+    with pytest.raises(openai.BadRequestError, match="the host 'images.example' is not allowed"):
         streamed(client, saved.folder, "https://images.example/red.png")
 
 

@@ -101,9 +101,17 @@ def test_facts_that_say_nothing_are_refused(model_facts, change, message):
         dataclasses.replace(model_facts, **change)
 
 
-def test_scores_are_finite(model_facts):
-    with pytest.raises(StrictDataclassError, match="own is nan"):
-        dataclasses.replace(model_facts.evaluation, own={"it": {"loss": [math.nan]}})
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"loss": [math.nan]}, "own is nan"),
+        ({"bleu": [1.0]}, r"it has a score of \['bleu'\], expected those of \['loss'"),
+        ({"loss": [1.0, 2.0]}, r"expected \[value\] or \[value, low, high\]"),
+    ],
+)
+def test_scores_have_a_heading_and_a_value(model_facts, scores, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        dataclasses.replace(model_facts.evaluation, own={"it": scores})
 
 
 OPTIONAL = "summary license language stages curves command evaluation hardware limits versions"

@@ -311,6 +311,8 @@ def count_rows(settings: RowSettings, source: CaptionedImages, is_local: bool) -
     if not is_local and settings.rows is None:
         return None
     total = sum(1 for _ in source)
+    if total == 0:
+        raise ValueError(f"{settings.dataset} has no rows, expected at least one.")
     if settings.rows is not None and not 1 <= settings.rows <= total:
         raise ValueError(f"--rows is {settings.rows}, but {settings.dataset} has {total} rows, expected 1 to {total}.")
     return total

@@ -25,7 +25,9 @@ shown = _shown.repr
 
 
 def to_messages(prompt: str, answer: str) -> list[dict]:
-    """Return one question about an image and its answer, as a chat."""
+    """Return one question about an image and its answer, as a chat. Raises `BadRow` for a blank question."""
+    if not prompt.strip():
+        raise BadRow("empty prompt", f"the prompt is {shown(prompt)}, expected text that is not blank: set another")
     return [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": prompt}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},

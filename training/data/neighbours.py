@@ -152,7 +152,7 @@ class NeighbourSearch:
         partial = path.with_suffix(".partial")
         fill_array(partial, self.dtype, (len(self.images),), self.batches, "Neighbours")
         if PartialState().is_main_process:
-            rows = np.load(partial, allow_pickle=False)
+            rows = np.load(partial, mmap_mode="r", allow_pickle=False)
             columns = {"source_id": rows["source_id"].astype(str), "own_rows": rows["own_rows"]}
             columns |= {name: list_column(rows[name]) for name in ("memory_ids", "memory_scores")}
             write_parquet(pa.table(columns), path)

@@ -18,26 +18,20 @@ DATA = "images and captions"
 MOST_LICENSES = 8  # of rows that a card names; a column with more holds something else
 
 
-def record_bank(
-    folder: Path, bank: MemoryBank, command: Sequence[str], data: Part | None = None, old: Sequence[Any] = ()
+def save_with_facts(
+    bank: MemoryBank, out: str | os.PathLike, command: Sequence[str], old: Sequence[Any] = (), data: Part | None = None
 ) -> None:
-    """Write what is known of a bank into the card_facts.json of its folder; a person adds the rest.
+    """Save a new bank with what is known of it in card_facts.json; a person adds the rest.
 
-    `command` made it, with new rows of the data set `data`, and others of the banks named in `old`.
+    `command` made it, with new rows of the data set `data`, and others of the banks named in `old`. Raises as
+    `MemoryBank.save_pretrained`.
     """
     earlier = [_facts_of_bank(name) for name in old]  # first: a broken one is told of by the name of its own file
-    facts = _with_sources(read_facts(folder), bank, data, earlier, public_command(command))
-    write_facts(folder, with_facts_of_hub(facts))
-
-
-def save_with_facts(
-    bank: MemoryBank, out: str | os.PathLike, command: Sequence[str], old: Sequence[Any], data: Part | None = None
-) -> None:
-    """Save a new bank; arguments as of `record_bank`. Raises as `MemoryBank.save_pretrained`."""
 
     def write(folder: Path) -> None:
         bank.write_files(folder)
-        record_bank(folder, bank, command, data, old)
+        facts = _with_sources(read_facts(folder), bank, data, earlier, public_command(command))
+        write_facts(folder, with_facts_of_hub(facts))
 
     replace_folder(Path(out), write)
 

@@ -70,8 +70,9 @@ def _public(argument: str, option: str) -> str:
         return "..."
     if argument.startswith(("{", "[")):  # JSON
         return re.sub(r'"([^"]+)"', lambda text: f'"{_public(text[1], "")}"', argument)
-    is_url = re.match(r"(?!file:)\w+://", argument)
-    if "/" not in argument or is_url or is_hub_id(argument):
+    if re.match(r"(?!file:)\w+://", argument):
+        return re.sub("//[^/@]*@", "//", argument)  # without a name and a password
+    if "/" not in argument or is_hub_id(argument):
         return argument
     return Path(argument).name
 

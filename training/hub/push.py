@@ -80,7 +80,8 @@ def push(
         part, name, revision = facts.bank, config.memory_bank, config.memory_bank_revision
         if name is not None and (part is None or (part.source, part.revision) != (name, revision)):
             source = name if bank is None else os.path.abspath(bank[0])
-            license = describe_part("memory bank", source, "dataset", revision).license
+            known = part.license if part is not None and part.source == name else None
+            license = known or describe_part("memory bank", source, "dataset", revision).license
             part = Part(role="memory bank", source=name, revision=revision, license=license, hub_type="dataset")
         facts = replace(facts, repo_id=model[1], bank=part)
     commit = push_checkpoint(Path(model[0]), model[1], config, facts, **options)

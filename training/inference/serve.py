@@ -26,7 +26,7 @@ if not is_serve_available():
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -55,6 +55,12 @@ class ChatRequest(BaseModel):
     """The body of a request: fields of OpenAI's, and two of ours. Other ones are refused, not passed over."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, body: Any) -> Any:
+        """Leave out what is null: clients write all that they know of so, and ask for nothing."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
@@ -180,12 +186,17 @@ def error_response(message: str, status: int, code: str | None = None) -> JSONRe
     return JSONResponse({"error": error}, status)
 
 
+def neighbours_read(answer: Answer) -> list[dict]:
+    """Return the neighbours that an answer has read; none if it was given up before it began."""
+    return next(iter(answer.inputs["sources"]), [])
+
+
 def completion(answer: Answer, body: ChatRequest, name: str) -> dict:
     """Return a whole answer as OpenAI's `chat.completion`."""
     message = {"role": "assistant", "content": "".join(answer.pieces())}
     choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
     found = {**_envelope("chat.completion", name), "choices": [choice], "usage": answer.usage}
-    return found | ({"sources": answer.inputs["sources"][0]} if body.sources else {})
+    return found | ({"sources": neighbours_read(answer)} if body.sources else {})
 
 
 def events(answer: Answer, body: ChatRequest, name: str) -> Iterator[str]:
@@ -200,7 +211,7 @@ def events(answer: Answer, body: ChatRequest, name: str) -> Iterator[str]:
     try:
         for piece in answer.pieces():
             yield event({"content": piece})
-        sources = {"sources": answer.inputs["sources"][0]} if body.sources else {}
+        sources = {"sources": neighbours_read(answer)} if body.sources else {}
         yield event({}, answer.finish_reason, **sources)
         if (body.stream_options or {}).get("include_usage"):
             yield event({}, choices=[], usage=answer.usage)

@@ -172,7 +172,7 @@ class Visitor:
         """Forget one lesson or all, the conversation, which may have spoken of it, and uploads, which may show it."""
         self.lessons.forget(source_id)
         self.look_at(None)
-        for path in self.files:
+        for path in list(self.files):  # another thread may add one
             path.unlink(missing_ok=True)
         self.files.clear()
 

@@ -23,8 +23,8 @@ def read_samples(paths: Sequence[tuple[str, Path]]) -> dict[str, Samples]:
         paths: what the names of a file's variants begin with, and the file.
 
     Raises:
-        ValueError: variants of a benchmark differ in what they were asked; or benchmarks of a variant in its weights
-            or bank.
+        ValueError: variants of a benchmark differ in their questions, right answers or judge; or benchmarks of a
+            variant in its weights or bank.
     """
     found, origins = {}, {}
     for prefix, path in paths:
@@ -37,13 +37,23 @@ def read_samples(paths: Sequence[tuple[str, Path]]) -> dict[str, Samples]:
             )
         found.setdefault(facts["benchmark"], {})[prefix + facts["name"]] = facts, pq.read_table(path).to_pandas()
     for benchmark, variants in found.items():
-        if len({facts["questions"] for facts, _ in variants.values()}) > 1:
-            judges = [facts["judge"] for facts, _ in variants.values()]
-            raise ValueError(
-                f"The variants {list(variants)} of {benchmark} have different questions, settings or judges "
-                f"({judges}), expected the same: run them on the same data with the same --limit and --judge."
-            )
+        _check_same(benchmark, variants)
     return {name: found[name] for name in BENCHMARKS if name in found}
+
+
+def _check_same(benchmark: str, variants: Samples):
+    frames = [frame for _, frame in variants.values()]
+    judges = [str(facts["judge"]) for facts, _ in variants.values()]
+    for what, values in (
+        ("questions", [tuple(zip(frame["row"], frame["prompt"], strict=True)) for frame in frames]),
+        ("right answers", [tuple(frame["target"]) for frame in frames]),
+        (f"judges ({', '.join(judges)})", judges),
+    ):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"The variants {list(variants)} of {benchmark} have different {what}, expected the same: run them on "
+                "the same data with the same --limit and --judge."
+            )
 
 
 def compare(benchmark: str, variants: Samples, exclude: bool = False) -> dict:

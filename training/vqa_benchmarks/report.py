@@ -44,8 +44,10 @@ def compare_folders(folders: Sequence[Path], output: Path, exclude: bool = False
 
 def _in_order(folder: Path) -> list[Path]:
     """Return the files of answers in a folder, the variants in the order of its last report, if it has one."""
-    report = folder / RESULTS
-    names = json.loads(report.read_text())["variants"] if report.exists() else []
+    try:
+        names = list(json.loads((folder / RESULTS).read_text())["variants"])
+    except (OSError, ValueError, LookupError, TypeError):
+        names = []
     folders = [*map(file_name, names), *sorted(path.name for path in folder.glob("samples/*"))]
     return [path for name in dict.fromkeys(folders) for path in sorted(folder.glob(f"samples/{name}/*.parquet"))]
 

@@ -394,7 +394,7 @@ def test_bad_inputs(build, place, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
         fails(f"{name} cannot be read", dataset=tmp_path / name)
     (tmp_path / "none.json").write_text("[]")
-    fails("none.json has no usable row", dataset=tmp_path / "none.json")
+    fails("none.json has no rows", dataset=tmp_path / "none.json")
     shards = datasets.Dataset.from_parquet(str(place / "data.parquet"))
     shards.remove_columns("license").to_parquet(tmp_path / "shard 0.parquet")
     shards.to_parquet(tmp_path / "shard 1.parquet")

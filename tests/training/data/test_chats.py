@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinyalign_vlm.training.data.chats import add_captions, check_messages, encode_chat, to_messages
+from tinyalign_vlm.training.data.chats import BadRow, add_captions, check_messages, encode_chat, to_messages
 
 
 @pytest.mark.parametrize("text", ["llama", "phi"])
@@ -47,6 +47,11 @@ def test_an_answer_is_text(answer):
     expected = "has the text 3, expected a string" if answer == 3 else "turn is empty, expected text that is not blank"
     with pytest.raises(ValueError, match=expected):
         check_messages(to_messages("what?", answer))
+
+
+def test_a_blank_question_is_refused():
+    with pytest.raises(BadRow, match="empty prompt: the prompt is ' ', expected text that is not blank"):
+        to_messages(" ", "a cat")
 
 
 def test_captions_come_before_the_question():

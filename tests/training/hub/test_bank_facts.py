@@ -15,7 +15,7 @@ from tinyalign_vlm.hub_cards.facts import Part, read_facts
 from tinyalign_vlm.training.bank.changes import remove_rows
 from tinyalign_vlm.training.bank.from_files import BuildSettings
 from tinyalign_vlm.training.bank.merge import merge_banks
-from tinyalign_vlm.training.hub.bank_facts import command_of_settings, facts_of_dataset, record_bank
+from tinyalign_vlm.training.hub.bank_facts import command_of_settings, facts_of_dataset, save_with_facts
 
 
 @dataclass
@@ -31,19 +31,17 @@ class Settings:
 @pytest.fixture
 def saved(bank, tmp_path) -> Path:
     """A bank of pairs with a known licence, to which a person has added a summary."""
-    bank.save_pretrained(tmp_path / "bank")
     data = Part(role="images and captions", source="pairs", revision="1", license="MIT, cc-by-4.0")
-    record_bank(tmp_path / "bank", bank, ["tinyalign"], data)
+    save_with_facts(bank, tmp_path / "bank", ["tinyalign"], data=data)
     path = tmp_path / "bank/card_facts.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "summary": "Noise.", "limits": ["It is noise."]}))
     return tmp_path / "bank"
 
 
 def test_what_building_knows_is_recorded(bank, tmp_path):
-    bank.save_pretrained(tmp_path / "bank")
     settings = Settings(str(tmp_path / "pairs"), keep=["style", "license"], keep_duplicates=True)
     data = Part(role="images and captions", source="pairs", license="unknown")
-    record_bank(tmp_path / "bank", bank, command_of_settings(["build"], settings), data)
+    save_with_facts(bank, tmp_path / "bank", command_of_settings(["build"], settings), data=data)
     text = (tmp_path / "bank/card_facts.json").read_text()
     facts = json.loads(text)
     assert facts["summary"] is None and facts["license"] is None and str(tmp_path) not in text
@@ -63,9 +61,8 @@ def test_a_bank_without_some_rows_keeps_what_is_known(bank, saved, tmp_path):
 
 
 def test_a_merged_bank_has_the_parts_of_all(bank, saved, tmp_path):
-    bank.save_pretrained(tmp_path / "other")
     other = Part(role="images and captions", source="birds", revision="2", license="cc0-1.0")
-    record_bank(tmp_path / "other", bank, ["tinyalign"], other)
+    save_with_facts(bank, tmp_path / "other", ["tinyalign"], data=other)
     merge_banks([saved, tmp_path / "other"], tmp_path / "both", keep_duplicates=True)
     facts = read_facts(tmp_path / "both")
     assert [part.source for part in facts.parts][1:] == ["pairs", "birds"]

@@ -46,6 +46,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
         ("file:///home/me/pairs.json", "pairs.json"),
         ("org/data", "org/data"),
         ("hf://datasets/org/data/x.parquet", "hf://datasets/org/data/x.parquet"),
+        ("https://me:secret@host.org/x.parquet", "https://host.org/x.parquet"),
         ("5e-3", "5e-3"),
     ],
 )

@@ -32,7 +32,7 @@ def both_stages(files, monkeypatch):
 def test_the_last_step_is_logged_for_the_card(stage, logging, both_stages):
     main(["train", f"stage{stage}.yaml", *logging])
     facts = read_facts(both_stages / f"out{stage}")
-    (loss,) = facts.evaluation.systems["this model"]["loss"]
+    (loss,) = facts.evaluation.own["this model"]["loss"]
     assert facts.evaluation.split == "training rows, step 2" and 4 < loss < 8
     history = json.loads((both_stages / f"out{stage}/checkpoint-2/trainer_state.json").read_text())["log_history"]
     logged = [entry for entry in history if "loss" in entry]
@@ -51,7 +51,7 @@ def test_the_card_has_the_loss_of_the_weights_that_are_saved(stage, both_stages)
     assert record["saved_step"] == 1 and losses[1] > losses[3] + 0.1
     facts = read_facts(folder)
     assert facts.evaluation.split == "evaluation rows, step 1"
-    assert facts.evaluation.systems["this model"]["loss"][0] == losses[1]
+    assert facts.evaluation.own["this model"]["loss"][0] == losses[1]
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -135,9 +135,16 @@ def test_images_of_a_bank_are_listed_and_left_out(tmp_path):
     assert "18 questions are about an image that a bank has" in report and "left out here: COCO_3; 1 others" in report
 
 
+def test_other_questions_are_refused(tmp_path):
+    paths = [save(tmp_path, "a", "vqav2_val", ["1", "2"]), save(tmp_path, "b", "vqav2_val", ["1", "2", "3"])]
+    with pytest.raises(ValueError, match="of vqav2_val have different questions, expected the same"):
+        read_samples(paths)
+
+
 def test_answers_of_other_weights_or_of_something_else_are_refused(tmp_path):
     save(tmp_path, "a", "pope", answers_of(POPE, 0.8, 0), facts={"weights": "1" * 64})
     save(tmp_path, "a", "mme", answers_of(MME, 0.8, 0))
+    (tmp_path / "results.json").write_text('{"variants"')
     with pytest.raises(ValueError, match="pope.parquet is of other weights or another bank than a's mme, expected"):
         compare_folders([tmp_path], tmp_path / "out")
     pq.write_table(pa.table({"row": [1]}), samples_path(tmp_path, "a", "gqa"))
@@ -145,16 +152,18 @@ def test_answers_of_other_weights_or_of_something_else_are_refused(tmp_path):
         compare_folders([tmp_path], tmp_path / "out")
 
 
-def test_answers_to_other_questions_are_refused(tmp_path):
-    """Also those that another judge has scored: all that is asked is in `Questions.fingerprint`."""
+def test_other_judges_and_right_answers_are_refused(tmp_path):
     paths = [
-        save(tmp_path, name, "mmvet", ["1", "2"], facts={"judge": judge, "questions": judge})
-        for name, judge in (("a", "gpt-4.1"), ("b", "o3"))
+        save(tmp_path, "a", "mmvet", ["1", "2"], facts={"judge": "gpt-4.1"}),
+        save(tmp_path, "b", "mmvet", ["1", "2"], facts={"judge": "o3"}),
     ]
-    with pytest.raises(ValueError, match=r"\['a', 'b'\] of mmvet have different .*\(\['gpt-4.1', 'o3'\]\), exp"):
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] of mmvet have different judges \(gpt-4.1, o3\), expected the"):
         read_samples(paths)
     write_comparison(paths[:1], tmp_path)
     assert "MM-Vet was scored by the judge gpt-4.1." in (tmp_path / "report.md").read_text()
+    paths = [save(tmp_path, "c", "vqav2_val", ["1"]), save(tmp_path, "d", "vqav2_val", ["1"], target=["2"])]
+    with pytest.raises(ValueError, match="of vqav2_val have different right answers, expected the same"):
+        read_samples(paths)
 
 
 def test_what_limits_a_number_is_said(tmp_path):
